@@ -1,0 +1,41 @@
+# Two commands: `make train` trains and measures a GAN, `make test` runs every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help train test tensorboard bench clean
+
+help:
+	@echo "make train        set up .venv when needed, train a GAN on real digits and measure its FID"
+	@echo "make test         set up .venv when needed, run ruff, basedpyright and pytest"
+	@echo "make tensorboard  show the runs on http://127.0.0.1:6006"
+	@echo "make bench        time the normalization layers against BatchNorm"
+	@echo "make clean        remove .venv and caches; runs are kept"
+
+# The stamp is written last, so an interrupted installation is repeated.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/python -m cbgan.train $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/pytest $(ARGS)
+
+tensorboard: $(STAMP)
+	$(BIN)/tensorboard --logdir $(RUNS) --host 127.0.0.1
+
+bench: $(STAMP)
+	$(BIN)/python -m common.norms.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

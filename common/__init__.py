@@ -1,0 +1,1 @@
+"""What every application shares: layers, data, metrics, runs."""

@@ -1,0 +1,132 @@
+"""PNG and JPEG files of a folder, whatever their mode and size, as one tensor."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.data.image_set import ImageSet
+from common.errors import UsageError
+
+_EXTENSIONS = (".png", ".jpg", ".jpeg")
+_SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+
+
+def read_folder(
+    root: Path,
+    size: int,
+    *,
+    field: str = "data.root",
+    split: str = "train",
+    classes: tuple[str, ...] | None = None,
+) -> ImageSet:
+    """Read the images of a folder, in the order of their paths.
+
+    Sub-folders are classes by the rule of torchvision's ImageFolder: sorted by name, searched to any depth,
+    files beside them ignored. A folder without sub-folders is a set without labels. Files count by extension
+    (.png, .jpg, .jpeg in any case).
+
+    Each image becomes RGB as Pillow's ``convert("RGB")`` makes it: an alpha channel is dropped, the colours
+    under it stay; EXIF orientation is not applied. 16-bit grey keeps the high byte, as Pillow does for 16-bit
+    RGB. The short side is brought to `size` (bicubic, antialiased) and the centre cut out; an image that is
+    size x size already is not touched.
+
+    Args:
+        root: the folder.
+        size: side of the result, in pixels.
+        field: the setting that names the folder, for messages.
+        split: what the images are for.
+        classes: the only class names allowed, in the order of their labels; by default the sub-folders found.
+
+    Raises:
+        UsageError: if the folder or a class has no images, a file cannot be read, or a class is unknown.
+    """
+    _check_folder(root, field)
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not found:
+        files = [Path(entry.path) for entry in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(entry.name)]
+        if not files:
+            raise UsageError(f"{field}: no PNG or JPEG files in {root}")
+        return ImageSet(_read(files, size), None, (), root.name, split)
+    if set(found) <= _SPLIT_NAMES:
+        raise UsageError(f"{field}: {root} holds splits ({', '.join(found)}), not classes; name one of these folders")
+
+    known = classes or tuple(found)
+    files, labels = [], []
+    for name in found:
+        if name not in known:
+            raise UsageError(f"{field}: class folder {root / name} is not among the training classes")
+        members = _images_below(root / name)
+        if not members:
+            raise UsageError(f"{field}: class folder {root / name} has no PNG or JPEG files")
+        files += members
+        labels += [known.index(name)] * len(members)
+    return ImageSet(_read(files, size), torch.tensor(labels), known, root.name, split)
+
+
+def _check_folder(root: Path, field: str) -> None:
+    if not root.exists():
+        raise UsageError(f"{field}: no folder {root}")
+    if not root.is_dir():
+        raise UsageError(f"{field}: {root} is a file, expected a folder of images")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_EXTENSIONS)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return [
+        Path(place) / name
+        for place, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if _is_image(name)
+    ]
+
+
+def _read(files: list[Path], size: int) -> Tensor:
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    target = images.permute(0, 2, 3, 1).numpy()  # a view as Pillow lays pixels out
+
+    def read_one(i: int) -> None:
+        target[i] = _decode(files[i], lambda image: _square(_to_rgb(image), size))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock
+        try:
+            list(pool.map(read_one, range(len(files))))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return images
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(convert(image))
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # convert() would clip 16 bits at 255 and turn nearly all white
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # a palette with alpha warns unless it is expanded first
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    if short != size:
+        width, height = size * width // short, size * height // short
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))

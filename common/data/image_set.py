@@ -1,0 +1,115 @@
+"""Images in memory: uint8, with their labels and a hash of the content."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_RESIZE_VALUES = 2**24  # floats in memory at once
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one split of one data set.
+
+    Args:
+        images: uint8 (N, 3, H, W) on the CPU, N >= 1.
+        labels: int64 (N,) in [0, len(classes)), or None where the data has no labels.
+        classes: class names by label; empty where there are no labels.
+        name: the data set.
+        split: "train" or "test".
+
+    Raises:
+        ValueError: if shapes, types or labels are not as above.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+    name: str
+    split: str
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.device.type != "cpu":
+            got = f"{images.dtype} {tuple(images.shape)} on {images.device}"
+            raise ValueError(f"images: expected uint8 (N, 3, H, W) on the CPU, got {got}")
+        if not images.numel():
+            raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
+        if labels is None:
+            if self.classes:
+                raise ValueError(f"classes: expected none without labels, got {len(self.classes)}")
+            return
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.device.type != "cpu":
+            got = f"{labels.dtype} {tuple(labels.shape)} on {labels.device}"
+            raise ValueError(f"labels: expected int64 ({len(images)},) on the CPU, got {got}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise ValueError(f"labels: expected 0 to {len(self.classes) - 1}, got {low} to {high}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class names; 0 without labels."""
+        return len(self.classes)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over the shape, every pixel and every label: 64 hexadecimal digits."""
+        digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
+        digest.update(_buffer(self.images))
+        if self.labels is not None:
+            digest.update(_buffer(self.labels))
+        return digest.hexdigest()
+
+    def select(self, index: Tensor) -> "ImageSet":
+        """Return the images at these positions, int64 (M,) with M >= 1, in this order."""
+        labels = None if self.labels is None else self.labels[index]
+        return ImageSet(self.images[index], labels, self.classes, self.name, self.split)
+
+
+def _buffer(tensor: Tensor) -> Any:  # NumPy's stubs do not say that an array is a buffer
+    return tensor.contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images to train on, and images held apart from them (None where there are none)."""
+
+    train: ImageSet
+    test: ImageSet | None
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Map uint8 images, 0..255, to float32 in [-1, 1]: ``x / 127.5 - 1``."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map images in [-1, 1] of any floating type to uint8, 0..255: ``(x + 1) * 127.5``.
+
+    Rounds to the nearest integer (halves to the even one) and clamps what lies outside, so that
+    ``to_uint8(to_float(x)) == x`` for every uint8 x. What a NaN becomes is not defined.
+    """
+    return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Bring square uint8 images (N, 3, H, H) to side `size`: bicubic, antialiased, unchanged at that size."""
+    if images.shape[-1] == size:
+        return images
+    chunk = max(1, _RESIZE_VALUES // (3 * max(size, images.shape[-1]) ** 2))
+    chunks = [
+        F.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+        for part in images.split(chunk)
+    ]
+    return torch.cat(chunks)

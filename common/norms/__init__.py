@@ -1,0 +1,26 @@
+"""Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
+
+from common.norms.factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
+from common.norms.health import Health, collect_health, health, log_scalars, mixture_layers
+from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms.ops import cluster_norm, mixture_norm
+from common.norms.reference import Moments
+
+__all__ = [
+    "BatchNorm",
+    "DomainBatchNorm",
+    "Health",
+    "InstanceNorm",
+    "MixtureNorm",
+    "Moments",
+    "SCBNorm",
+    "SCBNormBase",
+    "UCBNorm",
+    "cluster_norm",
+    "collect_health",
+    "health",
+    "log_scalars",
+    "make_norm",
+    "mixture_layers",
+    "mixture_norm",
+]

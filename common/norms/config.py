@@ -1,0 +1,102 @@
+"""The configuration of a normalization layer, as experiments and command lines state it."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from common.norms.factory import make_norm
+from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+
+Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
+
+_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mn": MixtureNorm,
+    "scb": SCBNorm,
+    "scb_base": SCBNormBase,
+    "ucb": UCBNorm,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """A normalization layer; a setting left at null takes the layer's own default (see docs of `common.norms`)."""
+
+    kind: Kind = "ucb"
+    """bn, in (instance), dsbn (one BatchNorm a domain), mn (EM mixture), scb, scb_base (known clusters), ucb."""
+    num_components: int = 3
+    """Mixture components or clusters K; bn and in have none and ignore it."""
+    groups: int | None = None
+    """Groups of channels that share one posterior: 1 is the paper's joint one, null is one channel each."""
+    update: Literal["moving_average", "weight"] | None = None
+    """ucb: parameters by moving averages, or learned as weights."""
+    statistics: Literal["batch", "learned"] | None = None
+    """ucb: normalise by the batch's moments (Eqs. 7-9) or by the learned parameters (Eq. 15) in training."""
+    average: Literal["em", "paper"] | None = None
+    """ucb: stepwise EM, or the plain rule of Algorithm 2."""
+    scale: Literal["paper", "sqrt_k"] | None = None
+    """mn, ucb: keep Eq. 7's variance of up to K, or divide by sqrt(K)."""
+    init: Literal["uniform", "kmeans++", "identity", "data"] | None = None
+    """ucb: uniform or kmeans++ means; scb, scb_base: identity or the first batch's moments."""
+    momentum: float | None = None
+    """Weight of the new batch in moving averages, PyTorch's orientation."""
+    eps: float | None = None
+    """Added to every variance."""
+    affine: bool | None = None
+    """Learn a scale and shift per channel."""
+    backend: Literal["auto", "reference", "eager"] = "auto"
+    """How the layer computes; every backend gives the same numbers within rounding."""
+
+    def __post_init__(self) -> None:
+        if self.num_components < 1:
+            raise ValueError(f"norm.num_components: expected at least 1, got {self.num_components}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"norm.momentum: expected 0 to 1, got {self.momentum}")
+        if self.eps is not None and self.eps <= 0:
+            raise ValueError(f"norm.eps: expected more than 0, got {self.eps}")
+        accepted = _options(self.kind)
+        for name, value in self._given().items():
+            if name not in accepted:
+                raise ValueError(f"norm.{name}: {value} means nothing to norm.kind {self.kind}; leave it out")
+        self.build(max(self.groups or 1, 1) * 2)  # combinations that the layer itself refuses
+
+    def build(self, num_features: int, seed: int = 0) -> nn.Module:
+        """Make the layer for ``num_features`` channels; ``seed`` is that of a mixture's own generator.
+
+        Raises:
+            ValueError: for a combination the layer refuses, with the field's dotted name.
+        """
+        options = self._given()
+        known = _options(self.kind)
+        options |= {name: value for name, value in (("backend", self.backend), ("seed", seed)) if name in known}
+        try:
+            return make_norm(self.kind, num_features, self.num_components, **options)
+        except ValueError as error:
+            raise ValueError(f"norm.{error}") from None
+
+    def resolved(self) -> "NormConfig":
+        """Return this configuration with the layer's defaults written out, as a run stores it."""
+        defaults = {
+            name: parameter.default
+            for name, parameter in _options(self.kind).items()
+            if name in _FIELDS and getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **defaults)
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+
+
+_FIELDS = [
+    field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
+]
+
+
+def _options(kind: Kind) -> dict[str, inspect.Parameter]:
+    """Return the keyword options of a kind's layer."""
+    layer = _LAYERS.get(kind, nn.BatchNorm2d if kind != "in" else nn.InstanceNorm2d)
+    parameters = inspect.signature(layer).parameters
+    return {name: parameter for name, parameter in parameters.items() if parameter.default is not parameter.empty}

@@ -1,0 +1,187 @@
+"""Mixture Normalization: UCB-Norm's transforms under a mixture that EM fits to the batch."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.norms import averages, mixture
+from common.norms.averages import Average, Stored
+from common.norms.mixture import Fit
+from common.norms.reference import Scale
+from common.norms.unsupervised import MixtureInit, MixtureLayer
+from common.seeding import generator
+
+
+class MixtureNorm(MixtureLayer):
+    r"""Mixture Normalization (MN): UCBNorm's transforms under a mixture fitted to the batch by EM.
+
+    In training a mixture is fitted to up to 4,096 locations of the batch, seeded by k-means++ and one Lloyd
+    step the first time and by the previous fit afterwards; its posteriors weigh the batch's moments (Eqs.
+    6-9). No gradient reaches the mixture. Evaluation uses Eq. 15 under moving averages of the batch's
+    moments, until ``calibrate`` replaces them by one fit to many batches.
+
+    Args:
+        num_features: channels C.
+        num_components: components K.
+        groups: groups of channels that share one posterior; None is one channel each.
+        average: "em" moves each component by the share of the batch that it holds; "paper" all alike.
+        scale: "sqrt_k" divides the output by sqrt(K).
+        init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
+        momentum: weight of the new batch in the averages, PyTorch's orientation.
+        eps: added to every variance, in squared units of x.
+        affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
+        refit_every: training batches between fits.
+        em_steps: EM steps of a fit.
+        channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
+        process_group: None; each rank uses its own statistics.
+        seed: of k-means++ and of the sampled locations, apart from the global generator.
+        backend: "auto", "reference" or "eager".
+
+    Shape:
+        x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
+        evaluation, the same with ``fit_`` of the last fit, and ``step``, the training batches seen.
+
+    Raises:
+        ValueError: an option is out of range; x has not C channels; x holds one value per channel in
+        training.
+
+    Source: Kalayeh and Shah, "Training Faster by Separating Modes of Variation in Batch-normalized Models",
+    as summarised in arXiv:2403.16798, sections II-B and III-C; covariances are diagonal.
+    """
+
+    fit_logits: Tensor
+    fit_mean: Tensor
+    fit_log_var: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_components: int,
+        *,
+        groups: int | None = 1,
+        average: Average = "em",
+        scale: Scale = "paper",
+        init: MixtureInit = "kmeans++",
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        refit_every: int = 1,
+        em_steps: int = 10,
+        channel_dim: int = 1,
+        process_group: object = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            num_features,
+            num_components,
+            groups=groups,
+            average=average,
+            scale=scale,
+            init=init,
+            momentum=momentum,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            process_group=process_group,
+            seed=seed,
+            backend=backend,
+        )
+        if refit_every < 1:
+            raise ValueError(f"refit_every: expected at least 1, got {refit_every}")
+        if em_steps < 1:
+            raise ValueError(f"em_steps: expected at least 1, got {em_steps}")
+        self.refit_every, self.em_steps = refit_every, em_steps
+        for name in Stored._fields:
+            self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
+        self.register_buffer("step", torch.tensor(0))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to equal weights, unit variances and unseeded means."""
+        super().reset_parameters()
+        self._write_fit(Stored(self.logits, self.mean, self.log_var))
+        self.step.zero_()
+
+    def _write_fit(self, new: Stored, where: Tensor | None = None) -> None:
+        for name, value in zip(Stored._fields, new, strict=True):
+            old = getattr(self, f"fit_{name}")
+            old.copy_(value if where is None else torch.where(where, value.to(old), old))
+
+    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
+        fit = mixture.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
+        finite = finite & fit.is_finite()
+        self._write_fit(self._stored(fit), where=finite)
+        self._write(self._stored(fit), where=finite)
+        self.initialized |= finite
+
+    def _stored(self, fit: Fit) -> Stored:
+        weight = fit.weight.clamp(min=self.min_weight)
+        return Stored(weight.log().log_softmax(0), fit.mean, averages.log_of(fit.var))
+
+    def _last_fit(self, dtype: torch.dtype) -> Fit:
+        weight = self.fit_logits.to(dtype).softmax(0)
+        return Fit(weight, self.fit_mean.to(dtype), self.fit_log_var.to(dtype).exp())
+
+    @torch.no_grad()
+    def _refit(self, x: Tensor, step: int) -> None:
+        points = mixture.sample_points(x, self.seed, "fit", step)
+        fit = self._last_fit(points.dtype)
+        fit = mixture.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
+        self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
+
+    def _train(self, x: Tensor) -> Tensor:
+        self._check_training_batch(x)
+        if x.numel():
+            step, seeded = int(self.step), self.is_initialized()
+            self.seed_from(x)
+            if seeded and step % self.refit_every == 0:
+                self._refit(x, step)
+        log_lambda = self.fit_logits.log_softmax(0)
+        y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
+        if moments is not None and x.numel():
+            self._average_in(moments)
+            self.step += averages.is_finite(moments)
+        return y
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
+
+        Training afterwards moves it again.
+
+        Args:
+            batches: inputs of this layer, each as ``forward`` takes them.
+
+        Raises:
+            ValueError: no batch, a batch of the wrong shape, or one with a value that is not finite.
+        """
+        points = [
+            mixture.sample_points(self._channels_first(x).to(self.mean.device), self.seed, "calibrate", i)
+            for i, x in enumerate(batches)
+        ]
+        pooled = torch.cat(points) if points else torch.empty(0)
+        if len(pooled) < 2 or not pooled.isfinite().all():
+            raise ValueError(f"batches: expected at least two finite locations, got {len(pooled)} in all")
+        if self.is_initialized():
+            fit = self._last_fit(pooled.dtype)
+        else:
+            rng = generator(self.seed, "kmeans++")
+            fit = mixture.seed_mixture(pooled, self.num_components, self.groups, rng)
+        fit = mixture.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
+        self._write(self._stored(fit))
+        self._write_fit(self._stored(fit))
+        self.initialized.fill_(True)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "groups": (self.groups, 1),
+            "init": (self.init, "kmeans++"),
+            **super()._options(),
+            "refit_every": (self.refit_every, 1),
+            "em_steps": (self.em_steps, 10),
+        }

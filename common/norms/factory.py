@@ -1,0 +1,116 @@
+"""Make any normalization layer by name, the family's and those it is compared with."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from common.norms import ops
+from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+
+
+class BatchNorm(_BatchNorm):
+    r"""torch's batch normalization for x (N, C, \*) of any rank; state and options as ``nn.BatchNorm2d``."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"x: expected (N, {self.num_features}, *), got {tuple(input.shape)}")
+
+
+class InstanceNorm(_InstanceNorm):
+    r"""torch's instance normalization for x (N, C, \*), L > 1; state and options as ``nn.InstanceNorm2d``."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2 or input.shape[1] != self.num_features:
+            raise ValueError(f"x: expected (N, {self.num_features}, *), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        r"""Normalise x (N, C, \*); every input has a batch dimension."""
+        self._check_input_dim(input)
+        return self._apply_instance_norm(input)
+
+
+class DomainBatchNorm(nn.Module):
+    r"""One BatchNorm a domain: each normalises its samples by their own statistics, then by its affine map.
+
+    Args:
+        num_features: channels C.
+        num_domains: domains K.
+        options: of ``nn.BatchNorm2d``.
+
+    Shape:
+        x (N, C, \*); cluster (N,) int64 in [0, K), in evaluation too; output as x. A domain absent from a
+        batch keeps its running statistics.
+
+    Raises:
+        ValueError: cluster is not (N,) int64, or a domain holds one value per channel in training.
+        IndexError: an id outside [0, K), on the CPU.
+
+    Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
+    """
+
+    def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
+        super().__init__()
+        if num_domains < 1:
+            raise ValueError(f"num_domains: expected at least 1, got {num_domains}")
+        self.num_features = num_features
+        self.domains = nn.ModuleList(BatchNorm(num_features, **options) for _ in range(num_domains))
+
+    def reset_parameters(self) -> None:
+        """Reset every domain's parameters and running statistics."""
+        for domain in self.domains:
+            assert isinstance(domain, BatchNorm)
+            domain.reset_parameters()
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by domain."""
+        ops.check_input(x, self.num_features)
+        ops.check_cluster(cluster, x, len(self.domains), lowest=0)
+        assert cluster is not None
+        order = cluster.argsort(stable=True)
+        counts = torch.bincount(cluster, minlength=len(self.domains)).tolist()
+        shares = x[order].split(counts)
+        done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
+        return torch.cat(done)[order.argsort()]
+
+
+_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "bn": BatchNorm,
+    "in": InstanceNorm,
+    "dsbn": DomainBatchNorm,
+    "mn": MixtureNorm,
+    "scb": SCBNorm,
+    "scb_base": SCBNormBase,
+    "ucb": UCBNorm,
+}
+_WITHOUT_COMPONENTS = ("bn", "in")
+
+
+def make_norm(kind: str, num_features: int, num_components: int, **options: Any) -> nn.Module:
+    """Make the normalization layer of a kind.
+
+    Args:
+        kind: "bn" (batch), "in" (instance), "dsbn" (one BatchNorm a domain), "mn" (``MixtureNorm``),
+            "scb" (``SCBNorm``), "scb_base" (``SCBNormBase``) or "ucb" (``UCBNorm``). dsbn, scb and scb_base
+            take ``(x, cluster)``, the others x alone.
+        num_features: channels C.
+        num_components: components, clusters or domains K; "bn" and "in" have none and ignore it.
+        options: keyword options of the layer.
+
+    Raises:
+        ValueError: an unknown kind, or an option that the layer does not have.
+    """
+    ops.check_choice("kind", kind, tuple(_KINDS))
+    layer = _KINDS[kind]
+    parameters = inspect.signature(BatchNorm if kind == "dsbn" else layer).parameters
+    known = [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known)}")
+    if kind in _WITHOUT_COMPONENTS:
+        return layer(num_features, **options)
+    return layer(num_features, num_components, **options)

@@ -1,0 +1,84 @@
+"""What every normalization layer of this package shares: checks, channel order, affine, printing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.norms import ops
+
+
+class NormLayer(nn.Module):
+    r"""A layer over x (N, C, \*) with an optional affine map and a buffer that says whether it is seeded."""
+
+    initialized: Tensor
+
+    def __init__(self, num_features: int, *, eps: float, affine: bool, channel_dim: int, backend: str) -> None:
+        super().__init__()
+        ops.check_choice("backend", backend, ops.BACKENDS)
+        if num_features < 1:
+            raise ValueError(f"num_features: expected at least 1, got {num_features}")
+        if eps <= 0:
+            raise ValueError(f"eps: expected a positive number, got {eps}")
+        if channel_dim == 0:
+            raise ValueError("channel_dim: expected a dimension other than the batch's, got 0")
+        self.num_features, self.eps, self.affine = num_features, eps, affine
+        self.channel_dim, self.backend = channel_dim, backend
+        self.weight = nn.Parameter(torch.empty(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_features)) if affine else None
+        self._seen_initialized = False  # on the host, so that a seeded layer never asks the device
+
+    def reset_parameters(self) -> None:
+        """Set the affine map to the identity."""
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+        self.forget_initialized()
+
+    def forget_initialized(self) -> None:
+        """Look at ``initialized`` again when next asked: it was written from outside."""
+        self._seen_initialized = False
+
+    def is_initialized(self) -> bool:
+        """Say whether nothing is left to seed from data."""
+        if not self._seen_initialized:
+            self._seen_initialized = bool(self.initialized.all())
+        return self._seen_initialized
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_initialized()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        r"""Check x and return it as (N, C, \*)."""
+        dim = self.channel_dim
+        if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != self.num_features:
+            raise ValueError(f"x: expected {self.num_features} channels in dimension {dim}, got {tuple(x.shape)}")
+        x = x.movedim(dim, 1)
+        ops.check_input(x, self.num_features)
+        return x
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """Apply the affine map and put the channels back."""
+        if self.weight is not None and self.bias is not None:
+            shape = [-1] + [1] * (y.ndim - 2)
+            y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape)).to(y.dtype)
+        return y.movedim(1, self.channel_dim)
+
+    def _options(self) -> dict[str, Any]:
+        """Return option: (value, default)."""
+        raise NotImplementedError
+
+    def _size(self) -> int:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Show the sizes, and every option that is not at its default."""
+        options = {
+            "eps": (self.eps, 1e-5),
+            **self._options(),
+            "channel_dim": (self.channel_dim, 1),
+            "backend": (self.backend, "auto"),
+        }
+        shown = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([str(self.num_features), str(self._size()), *shown])

@@ -1,0 +1,122 @@
+"""Fitting a Gaussian mixture with diagonal covariances to points: k-means++, one Lloyd step, EM.
+
+Points are (P, C) in the compute dtype. With G groups each group of C / G channels is clustered on its own and
+only the weights are shared, as in the layers. Nothing here asks the device for an answer, and every draw
+comes from the generator given.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.norms import reference
+from common.seeding import generator
+
+MAX_POINTS = 4096
+VARIANCE_FLOOR = 1e-3
+"""Of a component's variance, relative to the variance of all points."""
+
+
+class Fit(NamedTuple):
+    """A mixture's weights (K,), means (K, C) and variances (K, C)."""
+
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def is_finite(self) -> Tensor:
+        """Say, on the device, whether every number is finite: squares of finite points may not be."""
+        return torch.stack([part.isfinite().all() for part in self]).all()
+
+
+def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
+    r"""Draw up to 4,096 locations of x (N, C, \*) without repetition, as points (P, C).
+
+    Which ones follows from the seed and the position alone.
+    """
+    points = reference.flatten(x.detach()).movedim(1, 2).flatten(0, 1)
+    if len(points) > MAX_POINTS:
+        order = torch.randperm(len(points), generator=generator(seed, "points", *position))
+        points = points[order[:MAX_POINTS].to(x.device)]
+    return points.to(reference.compute_dtype(x))
+
+
+def variance_floor(points: Tensor) -> Tensor:
+    """Return the least variance a component may have, (C,)."""
+    return VARIANCE_FLOOR * points.var(0, correction=0)
+
+
+def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
+    """Choose num of the points as centres, far ones more likely (Arthur and Vassilvitskii 2007).
+
+    Args:
+        points: (G, P, D), each of the G sets seeded on its own.
+        num: centres K.
+        rng: a generator on the CPU.
+
+    Returns:
+        (K, G, D).
+    """
+    sets, count, _ = points.shape
+    draws = torch.rand(num, sets, 1, generator=rng).to(points)
+    rows = torch.arange(sets, device=points.device)
+    centres = [points[rows, (draws[0, :, 0] * count).long().clamp(max=count - 1)]]
+    distance = torch.full_like(points[..., 0], torch.inf)
+    for draw in draws[1:]:
+        distance = torch.minimum(distance, (points - centres[-1][:, None]).square().sum(2))
+        total = distance.cumsum(1)
+        # Right of the draw: a point at distance zero, which is a centre already, is never chosen.
+        index = torch.searchsorted(total, draw * total[:, -1:], right=True)
+        centres.append(points[rows, index[:, 0].clamp(max=count - 1)])
+    return torch.stack(centres)
+
+
+def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) -> Fit:
+    """Seed by k-means++ and take one Lloyd step.
+
+    Distances are in standard deviations of each channel, so that the result follows when channels are scaled.
+
+    Args:
+        points: (P, C).
+        num: components K.
+        groups: of channels, each seeded on its own.
+        rng: a generator on the CPU.
+    """
+    offset, spread = points.mean(0), points.std(0, correction=0)
+    scaled = (points - offset) / torch.where(spread > 0, spread, 1)
+    sets = scaled.unflatten(1, (groups, -1)).movedim(1, 0)  # (G, P, D)
+    centres = kmeans_plus_plus(sets, num, rng)
+    nearest = torch.stack([(sets - c[:, None]).square().sum(2) for c in centres]).argmin(0)  # (G, P)
+    members = (nearest == torch.arange(num, device=points.device)[:, None, None]).to(points.dtype)
+    tau = members[:, None]  # (K, 1, G, P): all points are one sample
+    mass, mean, var = reference.batch_moments(points.T[None], tau)
+    empty = (mass == 0).repeat_interleave(points.shape[1] // groups, dim=1)
+    own = centres.flatten(1) * spread + offset
+    mean, var = torch.where(empty, own, mean), torch.where(empty, spread.square(), var)
+    return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
+
+
+def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
+    """One step of expectation maximisation; a component that holds nothing stays as it is.
+
+    Args:
+        points: (P, C).
+        fit: the mixture before.
+        groups: of channels, each with posteriors of its own.
+        eps: added to every variance in the posteriors.
+    """
+    x = points.T[None]
+    tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
+    mass, mean, var = reference.batch_moments(x, tau)
+    empty = (mass < 1e-6).repeat_interleave(points.shape[1] // groups, dim=1)
+    weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
+    var = torch.maximum(var, variance_floor(points))
+    return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
+
+
+def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:
+    """Take EM steps from fit on points (P, C)."""
+    for _ in range(steps):
+        fit = em_step(points, fit, groups, eps)
+    return fit

@@ -1,0 +1,163 @@
+"""The two primitives of the family, checked, and sent to a backend."""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from common.norms import closed_form, reference
+from common.norms.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+
+BACKENDS = ("auto", "reference", "eager")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise ValueError unless x is a floating-point (N, channels, *)."""
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if x.ndim < 2 or x.shape[1] != channels:
+        raise ValueError(f"x: expected (N, {channels}, *), got {tuple(x.shape)}")
+
+
+def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) -> None:
+    """Raise ValueError unless cluster is int64 (N,), IndexError (CPU only) for an id beyond range."""
+    if not isinstance(cluster, Tensor):
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {type(cluster).__name__}")
+    if cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
+        raise ValueError(f"cluster: expected int64 ({len(x)},), got {cluster.dtype} {tuple(cluster.shape)}")
+    if not cluster.is_cuda and len(cluster):
+        low, high = (int(v) for v in cluster.aminmax())
+        if low < lowest or high >= num_clusters:
+            wrong = low if low < lowest else high
+            raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
+
+
+def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return x, which holds nothing, in a graph that gives every parameter a gradient of zero."""
+    return x + sum(p.sum() for p in parameters) * 0
+
+
+def cluster_norm(
+    x: Tensor,
+    cluster: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float = 1e-5,
+    unknown_scale: UnknownScale = "match",
+    unknown_posterior: UnknownPosterior = "location",
+    allow_unknown: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Normalise each sample by the mean and variance of its cluster.
+
+    .. math:: y_i = (x_i - \mu_k) / \sqrt{\sigma_k^2 + \epsilon}
+
+    An unknown cluster is replaced by all of them, weighed by the posteriors under equal priors (Eq. 12); one
+    batch may hold known and unknown ids.
+
+    Args:
+        x: activation (N, C, \*), float16, bfloat16, float32 or float64.
+        cluster: ids int64 (N,) from 0 to K - 1, -1 for an unknown one; None if none is known.
+        mean: (K, C).
+        var: (K, C), positive.
+        eps: added to var, in squared units of x.
+        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
+            larger than a known one; "match" drops it.
+        unknown_posterior: take the posterior at each "location", or once for the whole "sample".
+        allow_unknown: whether -1 and None are allowed, as in evaluation.
+        backend: "reference", "eager" or "auto".
+
+    Returns:
+        Like x, computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: x has not C channels or is not floating-point, cluster is not int64 (N,), or an option is
+            none of those above.
+        IndexError: an id beyond range, on the CPU. On a GPU its row is NaN, since a check would synchronise.
+
+    Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
+    """
+    check_input(x, mean.shape[1])
+    check_choice("backend", backend, BACKENDS)
+    check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
+    check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
+    any_unknown = False
+    if cluster is not None:
+        check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
+        if not allow_unknown:
+            cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
+        any_unknown = allow_unknown and (cluster.is_cuda or bool((cluster == -1).any()))
+    elif not allow_unknown:
+        raise ValueError(f"cluster: expected int64 ({len(x)},) in training, got None")
+    if x.numel() == 0:
+        return _empty(x, mean, var)
+    options = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return reference.cluster_norm(x, cluster, mean, var, **options)
+        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+
+
+def mixture_norm(
+    x: Tensor,
+    log_lambda: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    scale: Scale = "paper",
+    statistics: Statistics = "batch",
+    backend: str = "auto",
+) -> tuple[Tensor, Moments | None]:
+    r"""Normalise under a Gaussian mixture with diagonal covariances.
+
+    .. math:: y_i = \sum_k \frac{\tau_{ik}}{\sqrt{\lambda_k}} \frac{x_i - m_k}{\sqrt{v_k + \epsilon}}
+
+    where tau are the posteriors under the given mixture, and m and v either the batch's posterior-weighted
+    moments (statistics="batch", Eqs. 6-9) or the given ones (statistics="learned", Eq. 15). The output
+    variance is not 1: it is K for well separated components, (sum_k sqrt(lambda_k))^2 for identical ones.
+
+    Args:
+        x: activation (N, C, \*), float16, bfloat16, float32 or float64.
+        log_lambda: log of the mixture weights, (K,).
+        mean: (K, C).
+        var: (K, C), positive.
+        groups: a divisor of C; each group of channels has a posterior of its own. 1 is the paper's.
+        eps: added to every variance, in squared units of x.
+        scale: "paper", or "sqrt_k" to divide the output by sqrt(K).
+        statistics: "batch" or "learned".
+        backend: "reference", "eager" or "auto".
+
+    Returns:
+        The output, like x, computed in float32 (float64 for float64); and the batch's moments without
+        gradient, or None with statistics="learned".
+
+    Raises:
+        ValueError: x has not C channels or is not floating-point, groups does not divide C, or an option is
+            none of those above.
+
+    Source: arXiv:2403.16798, Eqs. 4-9 and 15; Eq. 8's expectations of weights that sum to one are sums.
+    """
+    channels = mean.shape[1]
+    check_input(x, channels)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("scale", scale, get_args(Scale))
+    check_choice("statistics", statistics, get_args(Statistics))
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of {channels}, got {groups}")
+    if x.numel() == 0:
+        moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
+        return _empty(x, log_lambda, mean, var), moments if statistics == "batch" else None
+    implementation = reference if backend == "reference" else closed_form
+    with torch.autocast(x.device.type, enabled=False):
+        return implementation.mixture_norm(
+            x, log_lambda, mean, var, groups=groups, eps=eps, scale=scale, statistics=statistics
+        )

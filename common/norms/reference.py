@@ -1,0 +1,172 @@
+r"""The equations of arXiv:2403.16798 in plain PyTorch: written to be read, and the oracle of every test.
+
+Any float dtype and device; autograd supplies the gradients, second derivatives included. Where the paper
+contradicts itself the corrected form stands here: Eq. 8 is a sum, because the weights of Eq. 9 already sum to
+one; Eq. 13 has no K in its denominator, because posteriors sum to one; and eps is added to every variance,
+the one inside a posterior included, because a constant channel would otherwise drive the log density to
+-1e17.
+
+Shapes: x (N, C, \*), L positions a sample, M = N * L locations; K components; G groups of D = C / G channels.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Scale = Literal["paper", "sqrt_k"]
+Statistics = Literal["batch", "learned"]
+UnknownScale = Literal["match", "paper"]
+UnknownPosterior = Literal["location", "sample"]
+
+
+class Moments(NamedTuple):
+    """What one batch says about each component; carries no gradient."""
+
+    mass: Tensor
+    """Sum of the posteriors over the locations, (K, G)."""
+    mean: Tensor
+    """Posterior-weighted mean (Eq. 8), (K, C)."""
+    var: Tensor
+    """Posterior-weighted variance (Eq. 8), biased like the variance BatchNorm normalises with, (K, C)."""
+
+
+def flatten(x: Tensor) -> Tensor:
+    r"""View x (N, C, \*) as (N, C, L)."""
+    return x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype the layers accumulate in: float64 for float64 input, float32 for all else."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def gather_rows(table: Tensor, cluster: Tensor) -> Tensor:
+    """Return table[cluster], (N, C), from (K, C): NaN for an id no table has, row 0 for -1.
+
+    Nothing here reads out of bounds or asks the device for an answer, so a wrong id on a GPU costs no
+    synchronisation and shows as NaN. On the CPU wrong ids never come this far.
+    """
+    rows = table[cluster.clamp(0, len(table) - 1)]
+    wrong = (cluster >= len(table)) | (cluster < -1)
+    return rows.masked_fill(wrong[:, None], math.nan)
+
+
+def log_density(x: Tensor, mean: Tensor, s: Tensor, groups: int) -> Tensor:
+    """Log of Eq. 5 with a diagonal covariance s (K, C), for x (N, C, L): one value a group, (K, N, G, L)."""
+    u = x - mean[:, None, :, None]
+    log_p = -0.5 * (u.square() / s[:, None, :, None] + (2 * math.pi * s)[:, None, :, None].log())
+    return log_p.unflatten(2, (groups, -1)).sum(3)
+
+
+def posterior(x: Tensor, log_lambda: Tensor, mean: Tensor, s: Tensor, groups: int) -> Tensor:
+    """Eq. 6, tau_k = p(k | x), by log-sum-exp: (K, N, G, L) for x (N, C, L), sums to one over K."""
+    log_p = log_density(x, mean, s, groups) + log_lambda[:, None, None, None]
+    return log_p.softmax(0)
+
+
+def batch_moments(x: Tensor, tau: Tensor) -> Moments:
+    """Eqs. 8 and 9 for x (N, C, L) and tau (K, N, G, L), with gradients.
+
+    The mean is taken about a pilot, which is the mean as first found: under a common offset that one has lost
+    digits, and the second, of small differences, has not.
+    """
+    groups = tau.shape[2]
+    mass = tau.sum((1, 3))
+    weight = tau / mass.clamp(min=torch.finfo(tau.dtype).tiny)[:, None, :, None]  # Eq. 9
+    weight = weight.repeat_interleave(x.shape[1] // groups, dim=2)  # (K, N, C, L)
+    pilot = (weight * x).sum((1, 3), keepdim=True).detach()
+    mean = pilot + (weight * (x - pilot)).sum((1, 3), keepdim=True)
+    var = (weight * (x - mean).square()).sum((1, 3))
+    return Moments(mass, mean[:, 0, :, 0], var)
+
+
+def cluster_norm(
+    x: Tensor,
+    cluster: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float = 1e-5,
+    unknown_scale: UnknownScale = "match",
+    unknown_posterior: UnknownPosterior = "location",
+) -> Tensor:
+    """Normalise each sample by its cluster (Eq. 10), or by all clusters where it is unknown (Eqs. 12, 13).
+
+    Args:
+        x: activation (N, C, *).
+        cluster: ids int64 (N,), -1 for an unknown one; None if none is known.
+        mean: (K, C).
+        var: (K, C), positive.
+        eps: added to var, in squared units of x.
+        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
+            larger than under Eq. 10; "match" drops it.
+        unknown_posterior: "location" takes Eq. 13 at each location; "sample" sums the log densities over the
+            sample's locations first, since a cluster is a property of the sample.
+
+    Returns:
+        Like x.
+    """
+    dtype = compute_dtype(x)
+    flat, mean, s = flatten(x).to(dtype), mean.to(dtype), var.to(dtype) + eps
+    if cluster is None:
+        y = _unknown_cluster(flat, mean, s, unknown_scale, unknown_posterior)
+    else:
+        y = (flat - gather_rows(mean, cluster)[..., None]) * gather_rows(s.rsqrt(), cluster)[..., None]
+        if (cluster == -1).any():
+            other = _unknown_cluster(flat, mean, s, unknown_scale, unknown_posterior)
+            y = torch.where((cluster == -1)[:, None, None], other, y)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+def _unknown_cluster(x: Tensor, mean: Tensor, s: Tensor, scale: UnknownScale, over: UnknownPosterior) -> Tensor:
+    """Eq. 12 for x (N, C, L)."""
+    log_p = log_density(x, mean, s, groups=1)
+    if over == "sample":
+        log_p = log_p.sum(3, keepdim=True)
+    tau = log_p.softmax(0)  # Eq. 13: equal priors cancel
+    normalised = (x - mean[:, None, :, None]) * s.rsqrt()[:, None, :, None]
+    y = (tau * normalised).sum(0)
+    return y * math.sqrt(len(mean)) if scale == "paper" else y
+
+
+def mixture_norm(
+    x: Tensor,
+    log_lambda: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    scale: Scale = "paper",
+    statistics: Statistics = "batch",
+) -> tuple[Tensor, Moments | None]:
+    """Normalise under a mixture: Eqs. 4-9 with the batch's own moments, or Eq. 15 with the given ones.
+
+    Args:
+        x: activation (N, C, *).
+        log_lambda: log of the mixture weights, (K,).
+        mean: (K, C).
+        var: (K, C), positive.
+        groups: channels are split into this many groups, each with a posterior of its own; 1 is Eqs. 4-6.
+        eps: added to every variance, in squared units of x.
+        scale: "sqrt_k" divides the output by sqrt(K), the deviation it has under separate components.
+        statistics: "batch" (Eqs. 7-9, training) or "learned" (Eq. 15, inference).
+
+    Returns:
+        The output, like x; and the batch's moments, or None with statistics="learned", which needs none.
+    """
+    dtype = compute_dtype(x)
+    flat, log_lambda, mean, var = flatten(x).to(dtype), log_lambda.to(dtype), mean.to(dtype), var.to(dtype)
+    tau = posterior(flat, log_lambda, mean, var + eps, groups)
+    moments = batch_moments(flat, tau) if statistics == "batch" else None
+    if moments is not None:
+        mean, var = moments.mean, moments.var
+    normalised = (flat - mean[:, None, :, None]) * (var + eps).rsqrt()[:, None, :, None]
+    weight = tau * (-0.5 * log_lambda).exp()[:, None, None, None]
+    y = (weight.repeat_interleave(flat.shape[1] // groups, dim=2) * normalised).sum(0)  # Eqs. 7, 15
+    if scale == "sqrt_k":
+        y = y / math.sqrt(len(mean))
+    detached = None if moments is None else Moments(*(part.detach() for part in moments))
+    return y.to(x.dtype).reshape(x.shape), detached

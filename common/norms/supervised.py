@@ -1,0 +1,198 @@
+"""SCB-Norm: each sample is normalised with the learned mean and deviation of its own cluster."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from common.norms import ops, reference
+from common.norms.layer import NormLayer
+from common.norms.reference import UnknownPosterior, UnknownScale
+
+SupervisedInit = Literal["identity", "data"]
+
+
+class _SupervisedNorm(NormLayer):
+    """What SCBNorm and SCBNormBase share: all but where the rows come from."""
+
+    initialized: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_clusters: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        init: SupervisedInit = "identity",
+        unknown_scale: UnknownScale = "match",
+        unknown_posterior: UnknownPosterior = "location",
+        channel_dim: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        ops.check_choice("init", init, get_args(SupervisedInit))
+        ops.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
+        ops.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
+        if num_clusters < 1:
+            raise ValueError(f"num_clusters: expected at least 1, got {num_clusters}")
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
+        self.num_clusters = num_clusters
+        self.init: SupervisedInit = init
+        self.unknown_scale: UnknownScale = unknown_scale
+        self.unknown_posterior: UnknownPosterior = unknown_posterior
+        self._build()
+        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool))
+        self.reset_parameters()
+
+    def _build(self) -> None:
+        raise NotImplementedError
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the log-variance of every cluster, each (K, C)."""
+        raise NotImplementedError
+
+    def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Replace rows (mean, log_var) by change(mean, log_var), in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the identity; with init="data" the next training batches seed the clusters anew."""
+        super().reset_parameters()
+        self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
+        self.initialized.fill_(self.init == "identity")
+
+    @torch.no_grad()
+    def _seed(self, x: Tensor, cluster: Tensor) -> None:
+        """Give each cluster that is seen for the first time its moments in this batch."""
+        flat = reference.flatten(x).to(reference.compute_dtype(x))
+        tau = (cluster == torch.arange(self.num_clusters, device=x.device)[:, None]).to(flat.dtype)
+        mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
+        fresh = ~self.initialized & (mass[:, 0] > 0) & x.isfinite().all()
+        log_var = var.clamp(min=self.eps).log()  # not log(0), which no gradient could leave
+        self._write(
+            lambda old_mean, old_log_var: (
+                torch.where(fresh[:, None], mean.to(old_mean), old_mean),
+                torch.where(fresh[:, None], log_var.to(old_log_var), old_log_var),
+            )
+        )
+        self.initialized |= fresh
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
+        x = self._channels_first(x)
+        if self.training and not self.is_initialized() and cluster is not None and x.numel():
+            ops.check_cluster(cluster, x, self.num_clusters, lowest=0)
+            self._seed(x, cluster)
+        mean, log_var = self.rows()
+        y = ops.cluster_norm(
+            x,
+            cluster,
+            mean,
+            log_var.exp(),
+            eps=self.eps,
+            unknown_scale=self.unknown_scale,
+            unknown_posterior=self.unknown_posterior,
+            allow_unknown=not self.training,
+            backend=self.backend,
+        )
+        return self._finish(y)
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "affine": (self.affine, False),
+            "init": (self.init, "identity"),
+            "unknown_scale": (self.unknown_scale, "match"),
+            "unknown_posterior": (self.unknown_posterior, "location"),
+        }
+
+    def _size(self) -> int:
+        return self.num_clusters
+
+
+class SCBNorm(_SupervisedNorm):
+    r"""Normalise each sample with the learned mean and deviation of its own cluster.
+
+    .. math:: y_{ncl} = (x_{ncl} - \mu_{kc}) / \sqrt{e^{s_{kc}} + \epsilon}, \qquad k = cluster_n
+
+    No batch statistics: training and evaluation agree, and any batch size works. In evaluation a cluster of
+    -1 or None is unknown, and Eq. 12 weighs all clusters by their posteriors under equal priors.
+
+    Args:
+        num_features: channels C.
+        num_clusters: clusters K.
+        eps: added to the variance, in squared units of x.
+        affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
+        init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
+            training batch that holds it.
+        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
+            larger than under Eq. 10; "match" drops it.
+        unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
+        channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
+        backend: "auto", "reference" or "eager".
+
+    Shape:
+        x (N, C, \*) float; cluster (N,) int64 in [0, K); output as x. Parameters ``mean`` and ``log_var``,
+        each (K, C), stay float32 under autocast.
+
+    Raises:
+        ValueError: x has not C channels, cluster is not (N,) int64, or it is None in training.
+        IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
+
+    Source: arXiv:2403.16798, Eqs. 10 and 12. Unlike the authors' code, log_var starts at 0 and eps is added
+    to the variance, not to the deviation.
+    """
+
+    mean: nn.Parameter
+    log_var: nn.Parameter
+
+    def _build(self) -> None:
+        self.mean = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
+        self.log_var = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return ``mean`` and ``log_var``."""
+        return self.mean, self.log_var
+
+    def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        mean, log_var = change(self.mean, self.log_var)
+        self.mean.copy_(mean)
+        self.log_var.copy_(log_var)
+
+
+class SCBNormBase(_SupervisedNorm):
+    r"""SCBNorm whose rows are the outputs of two linear layers on the one-hot cluster.
+
+    The same functions as SCBNorm's, :math:`\mu_k = W_{:,k} + b`, optimised in other coordinates:
+    ``SCBNorm.mean = (weight + bias[:, None]).T`` of ``mean``, and the same for ``log_var``.
+
+    Arguments, shapes and errors are SCBNorm's; ``mean`` and ``log_var`` are ``nn.Linear(K, C)``.
+
+    Source: arXiv:2403.16798, section IV-A. Unlike there, the second layer gives the log of the variance,
+    which keeps the variance positive. Both layers start at zero.
+    """
+
+    mean: nn.Linear
+    log_var: nn.Linear
+
+    def _build(self) -> None:
+        # skip_init: all is zeroed below, and drawing first would move the global generator.
+        for name in ("mean", "log_var"):
+            setattr(self, name, nn.utils.skip_init(nn.Linear, self.num_clusters, self.num_features))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the identity; with init="data" the next training batches seed the clusters anew."""
+        for layer in (self.mean, self.log_var):
+            nn.init.zeros_(layer.bias)
+        super().reset_parameters()
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the layers' outputs for every cluster."""
+        mean, log_var = ((layer.weight + layer.bias[:, None]).T for layer in (self.mean, self.log_var))
+        return mean, log_var
+
+    def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        for layer, row in zip((self.mean, self.log_var), change(*self.rows()), strict=True):
+            layer.weight.copy_(row.T - layer.bias[:, None])

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import ImageSet, to_float, to_uint8
+from common.data import image_set as image_set_module
+from common.data.image_set import resize
+
+
+def image_set(**changes):
+    fields = {
+        "images": torch.arange(4 * 3 * 8 * 8).remainder(256).to(torch.uint8).view(4, 3, 8, 8),
+        "labels": torch.tensor([0, 1, 1, 0]),
+        "classes": ("a", "b"),
+        "name": "toy",
+        "split": "train",
+    }
+    return ImageSet(**(fields | changes))
+
+
+def test_every_byte_survives_the_way_to_floats_and_back():
+    every = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(every)
+    torch.testing.assert_close(floats.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert floats.dtype == torch.float32
+    assert torch.equal(to_uint8(floats), every)
+
+
+def test_to_uint8_rounds_to_nearest_and_clamps():
+    x = torch.tensor([-1.5, -1.0, -1.0 + 0.49 / 127.5, -1.0 + 0.51 / 127.5, 0.9999, 1.0, 7.0])
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
+
+
+def test_conversions_leave_their_input_alone():
+    x, y = torch.tensor([0.3, -0.2]), torch.tensor([3, 4], dtype=torch.uint8)
+    to_uint8(x)
+    to_float(y)
+    assert x.tolist() == pytest.approx([0.3, -0.2])
+    assert y.tolist() == [3, 4]
+
+
+def test_content_hash_sees_every_byte_every_label_and_the_shape():
+    base = image_set()
+    pixel, label = base.images.clone(), torch.tensor([0, 1, 1, 1])
+    pixel[3, 2, 7, 7] ^= 1
+    variants = [
+        base,
+        image_set(images=pixel),
+        image_set(labels=label),
+        image_set(labels=None, classes=()),
+        image_set(images=base.images.view(4, 3, 4, 16)),
+    ]
+    assert len({v.content_hash for v in variants}) == len(variants)
+    assert base.content_hash == image_set(split="test", name="other").content_hash
+    assert base.content_hash == image_set(images=base.images.contiguous(memory_format=torch.channels_last)).content_hash
+
+
+def test_select_keeps_images_and_labels_together():
+    chosen = image_set().select(torch.tensor([2, 0]))
+    assert torch.equal(chosen.images, image_set().images[[2, 0]])
+    assert chosen.labels is not None
+    assert chosen.labels.tolist() == [1, 0]
+    assert (len(chosen), chosen.num_classes) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.zeros(4, 3, 8, 8)}, "images: expected uint8"),
+        ({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "images: expected uint8"),
+        ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "at least one"),
+        ({"labels": torch.zeros(4)}, "labels: expected int64"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels: expected int64"),
+        ({"labels": torch.tensor([0, 1, 2, 0])}, "expected 0 to 1, got 0 to 2"),
+        ({"labels": torch.tensor([0, -1, 1, 0])}, "expected 0 to 1, got -1 to 1"),
+        ({"labels": None}, "classes: expected none"),
+    ],
+)
+def test_refuses_what_is_not_an_image_set(changes, message):
+    with pytest.raises(ValueError, match=message):
+        image_set(**changes)
+
+
+def test_resize_keeps_constant_images_constant_and_is_exact_at_the_same_size():
+    grey = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
+    assert torch.equal(resize(grey, 64), torch.full((2, 3, 64, 64), 77, dtype=torch.uint8))
+    noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert resize(noise, 32) is noise
+
+
+def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
+    noise = torch.randint(0, 256, (5, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(image_set_module, "_RESIZE_VALUES", 2 * 3 * 40 * 40)
+    for image, got in zip(noise, resize(noise, 16), strict=True):
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
+        # Pillow rounds between its two passes
+        assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1

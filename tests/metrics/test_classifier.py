@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from common.data import DataConfig, ImageSet, load
+from common.errors import UsageError
+from common.metrics import classifier as module
+from common.metrics.classifier import Classifier
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load(DataConfig(size=8))
+
+
+def build(train, test, cache, steps=8):
+    return Classifier(train, test, cache, "cpu", steps)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Counts how often a network is trained."""
+    calls, train = [], module._train
+
+    def counted(*arguments):
+        calls.append(1)
+        train(*arguments)
+
+    monkeypatch.setattr(module, "_train", counted)
+    return calls
+
+
+def test_learns_digits_of_the_default_size(tmp_path):
+    digits = load(DataConfig())
+    assert digits.test is not None
+    assert digits.test.labels is not None
+    got = Classifier(digits.train, digits.test, tmp_path, "cpu")
+    assert got.accuracy >= 0.95
+    assert got.warning is None
+    found = torch.tensor([a == b for a, b in zip(got.predict(digits.test.images), digits.test.labels, strict=True)])
+    assert float(found.float().mean()) == pytest.approx(got.accuracy, abs=1e-6)
+
+
+def test_same_images_give_the_same_network_and_nothing_global_changes(splits, tmp_path):
+    torch.manual_seed(3)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    ids = {build(splits.train, splits.test, tmp_path / str(i)).id for i in range(2)}
+    assert len(ids) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    torch.manual_seed(4)
+    assert build(splits.train, splits.test, tmp_path / "2").id in ids
+
+
+def test_the_second_time_it_is_read_from_the_cache(splits, tmp_path, training):
+    first, second = (build(splits.train, splits.test, tmp_path) for _ in range(2))
+    assert len(training) == 1
+    assert (first.id, first.accuracy) == (second.id, second.accuracy)
+    images = splits.train.images[:5]
+    assert torch.equal(first(images), second(images))
+
+
+def test_one_changed_byte_of_an_image_trains_anew(splits, tmp_path, training):
+    build(splits.train, splits.test, tmp_path)
+    images = splits.train.images.clone()
+    images[7, 1, 2, 3] ^= 1
+    changed = ImageSet(images, splits.train.labels, splits.train.classes, "digits", "train")
+    build(changed, splits.test, tmp_path)
+    build(splits.train, None, tmp_path)
+    assert len(training) == 3
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, -1])
+def test_a_damaged_cache_file_is_replaced(splits, tmp_path, training, keep):
+    first = build(splits.train, splits.test, tmp_path)
+    (path,) = (tmp_path / "classifier").iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if keep < 0 else content[: int(keep * len(content))])
+    assert build(splits.train, splits.test, tmp_path).id == first.id
+    build(splits.train, splits.test, tmp_path)
+    assert len(training) == 2
+
+
+def test_without_test_images_a_tenth_is_held_out(splits, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(module, "_train", lambda network, data, steps: seen.append(data))
+    monkeypatch.setattr(module, "_predict", lambda network, images: seen.append(images) or torch.zeros(len(images)))
+    build(splits.train, None, tmp_path)
+    fit, held_out = seen
+    assert (len(fit), len(held_out)) == (900, 100)
+    rows = {image.numpy().tobytes() for image in splits.train.images}
+    parts = [{image.numpy().tobytes() for image in part} for part in (fit.images, held_out)]
+    assert parts[0] | parts[1] == rows
+    assert not parts[0] & parts[1]
+
+
+@pytest.mark.parametrize(("labels", "message"), [(None, "has none"), (torch.zeros(10, dtype=torch.int64), "has 1")])
+def test_refuses_images_that_cannot_be_classified(tmp_path, labels, message):
+    images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
+    data = ImageSet(images, labels, () if labels is None else ("a", "b"), "mine", "train")
+    with pytest.raises(UsageError, match=rf"fid\.extractor: classifier needs .*mine.* {message}") as caught:
+        build(data, None, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_warns_where_labels_have_nothing_to_do_with_images(splits, tmp_path):
+    labels = splits.train.labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    shuffled = ImageSet(splits.train.images, labels, splits.train.classes, "digits", "train")
+    got = build(shuffled, splits.test, tmp_path, steps=60)
+    # right by chance on 200 images: Binomial(200, 0.1), 30 % is 9 deviations off
+    assert got.accuracy < 0.3
+    assert got.warning is not None
+    assert "expected at least 30.0% where chance is 10.0%" in got.warning
+
+
+@pytest.mark.parametrize(("classes", "least"), [(2, 0.75), (3, 2 / 3), (5, 0.6), (100, 0.03)])
+def test_the_warning_is_below_three_times_chance_or_half_way_to_certainty(classes, least):
+    assert module._warning(least + 1e-6, classes) is None
+    assert module._warning(least - 1e-6, classes) is not None
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
+def test_reads_images_of_any_size_in_any_batch(tmp_path, splits, size):
+    got = build(splits.train, splits.test, tmp_path, steps=2)
+    images = load(DataConfig(size=size)).train.images[:6]
+    features = got(images)
+    assert features.shape == (6, got.dim)
+    assert features.dtype == torch.float32
+    assert not features.requires_grad
+    # evaluation mode: an image's features do not depend on its batch; kernels may round differently
+    torch.testing.assert_close(torch.cat([got(images[:1]), got(images[1:])]), features, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,253 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from torchvision.transforms.functional import gaussian_blur
+
+from common.data import DataConfig, ImageSet, Splits, load
+from common.errors import UsageError
+from common.metrics import Fid, FidConfig, Interrupted
+from common.metrics import fid as module
+
+
+class Pixels:
+    """The first D pixels, as standard scores of 20 around 128, as features."""
+
+    name, id, resize, dim = "pixels", "pixels-1", "none", 6
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images):
+        self.calls += 1
+        return (images.flatten(1)[:, : self.dim].float() - 128) / 20
+
+
+def gaussian(n, seed, shift=0, split="train"):
+    noise = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    images = (noise * 20 + 128 + shift).round().clamp(0, 255).to(torch.uint8)
+    return ImageSet(images, None, (), "gaussian", split)
+
+
+def sampler(images):
+    return lambda start, n: images[start : start + n]
+
+
+@pytest.fixture
+def pixels(monkeypatch):
+    extractor = Pixels()
+    monkeypatch.setattr(module, "_extractor", lambda *arguments: (extractor, None))
+    return extractor
+
+
+def build(splits, cache, **config):
+    return Fid(FidConfig(**config), splits, cache, "cpu")
+
+
+def test_shifted_gaussians_are_at_the_squared_distance_of_their_means(pixels, tmp_path):
+    fid = build(Splits(gaussian(20_000, 0), None), tmp_path, batch_size=999)
+    got = fid.measure(sampler(gaussian(20_000, 1, shift=10).images), 20_000)
+    want = pixels.dim * 0.5**2
+    # |m + e|^2 with e of variance 2/N in each of 6 dimensions deviates by 2 |m| sqrt(2/N) = 0.025; five of these.
+    # The covariance term adds about D^2 / 2N = 0.001, and 8-bit rounding less still.
+    assert got.fid == pytest.approx(want, abs=0.13)
+    assert (got.count, got.classes) == (20_000, None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 200])
+def test_the_batch_size_does_not_matter(pixels, tmp_path, batch_size):
+    real, fake = gaussian(50, 0), gaussian(31, 1, shift=5)
+    want = build(Splits(real, None), tmp_path / "a", batch_size=31).measure(sampler(fake.images), 31).fid
+    fid = build(Splits(real, None), tmp_path / "b", batch_size=batch_size)
+    assert fid.measure(sampler(fake.images), 31).fid == pytest.approx(want, rel=1e-12)
+
+
+def test_the_floor_is_the_distance_of_the_test_images(pixels, tmp_path):
+    splits = Splits(gaussian(300, 0), gaussian(200, 1, shift=4, split="test"))
+    fid = build(splits, tmp_path)
+    assert splits.test is not None
+    assert fid.floor == pytest.approx(fid.measure(sampler(splits.test.images), 200).fid, rel=1e-12)
+    against_test = build(splits, tmp_path, reference="test")
+    assert against_test.floor == pytest.approx(fid.floor, rel=1e-9)
+    assert against_test.measure(sampler(splits.test.images), 200).fid == pytest.approx(0, abs=1e-9)
+    assert build(Splits(splits.train, None), tmp_path).floor is None
+
+
+def test_the_real_images_are_read_once_as_long_as_nothing_changes(pixels, tmp_path):
+    real = gaussian(50, 0)
+    build(Splits(real, None), tmp_path)
+    first = pixels.calls
+    fid = build(Splits(gaussian(50, 0), None), tmp_path)
+    assert pixels.calls == first == 1
+    assert fid.measure(sampler(real.images), 50).fid == pytest.approx(0, abs=1e-9)
+
+
+def changed_byte(real, extractor):
+    images = real.images.clone()
+    images[-1, -1, -1, -1] ^= 1
+    return ImageSet(images, None, (), real.name, real.split)
+
+
+def changed_split(real, extractor):
+    return ImageSet(real.images, None, (), real.name, "test")
+
+
+def changed_attribute(name):
+    def change(real, extractor):
+        setattr(extractor, name, "other")
+        return real
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_byte, changed_split, changed_attribute("id"), changed_attribute("resize")],
+    ids=["byte", "split", "extractor", "resize"],
+)
+def test_any_change_of_what_is_measured_is_a_cache_miss(pixels, tmp_path, change):
+    real = gaussian(50, 0)
+    build(Splits(real, None), tmp_path)
+    build(Splits(change(real, pixels), None), tmp_path)
+    assert pixels.calls == 2
+    assert len(list((tmp_path / "fid").iterdir())) == 2
+
+
+def test_another_version_of_torch_fidelity_is_a_cache_miss(pixels, tmp_path, monkeypatch):
+    build(Splits(gaussian(50, 0), None), tmp_path)
+    monkeypatch.setattr(module, "version", lambda package: "9.9")
+    build(Splits(gaussian(50, 0), None), tmp_path)
+    assert pixels.calls == 2
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 1])
+def test_a_damaged_cache_file_is_computed_anew(pixels, tmp_path, keep):
+    splits = Splits(gaussian(50, 0), None)
+    build(splits, tmp_path)
+    (path,) = (tmp_path / "fid").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 2] ^= 1
+    path.write_bytes(content[: int(keep * len(content))])
+    build(splits, tmp_path)
+    assert pixels.calls == 2
+    build(splits, tmp_path)
+    assert pixels.calls == 2
+
+
+def test_the_passport_names_what_was_compared(pixels, tmp_path):
+    real = gaussian(50, 0)
+    fid = build(Splits(real, None), tmp_path)
+    passport = fid.passport()
+    assert passport["content_hash"] == real.content_hash
+    assert (passport["n_real"], passport["split"], passport["extractor_id"]) == (50, "train", "pixels-1")
+    assert {type(value) for value in passport.values()} == {str, int}
+    assert (fid.tag, fid.floor_tag) == ("metric/fid_pixels", "metric/fid_pixels_floor")
+
+
+def test_stops_between_batches_when_asked(pixels, tmp_path):
+    fid = build(Splits(gaussian(50, 0), None), tmp_path, batch_size=10)
+    drawn = []
+
+    def sample(start, n):
+        drawn.append(start)
+        return gaussian(n, start).images
+
+    with pytest.raises(Interrupted):
+        fid.measure(sample, 50, should_stop=lambda: len(drawn) == 2)
+    assert drawn == [0, 10]
+    with pytest.raises(Interrupted):
+        Fid(FidConfig(), Splits(gaussian(40, 5), None), tmp_path, "cpu", should_stop=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(9, 3, 8, 8, dtype=torch.uint8), r"expected uint8 \(10, 3, H, W\)"),
+        (torch.zeros(10, 3, 8, 8), "got torch.float32"),
+    ],
+)
+def test_refuses_samples_that_are_not_what_was_asked_for(pixels, tmp_path, images, message):
+    fid = build(Splits(gaussian(50, 0), None), tmp_path, batch_size=10)
+    with pytest.raises(ValueError, match=message):
+        fid.measure(lambda start, n: images, 20)
+
+
+def test_refuses_too_few_images(pixels, tmp_path):
+    with pytest.raises(UsageError, match="fid: gaussian has 1 train image"):
+        build(Splits(gaussian(1, 0), None), tmp_path)
+    with pytest.raises(ValueError, match="count: a covariance takes at least 2"):
+        build(Splits(gaussian(9, 0), None), tmp_path).measure(sampler(gaussian(9, 0).images), 1)
+    with pytest.raises(UsageError, match=r"fid\.reference: there are no test images, expected train"):
+        build(Splits(gaussian(9, 0), None), tmp_path, reference="test")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    splits = load(DataConfig(size=16))
+    return splits, build(splits, tmp_path_factory.mktemp("cache"))
+
+
+def noisy(images, labels, strength):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 200 * strength * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def blurred(images, labels, strength):
+    return gaussian_blur(images, [9, 9], [2.5 * strength, 2.5 * strength]) if strength else images
+
+
+def fewer_classes(images, labels, strength):
+    return images[labels < round(10 - 8 * strength)]
+
+
+@pytest.mark.parametrize("spoil", [noisy, blurred, fewer_classes])
+def test_the_distance_grows_as_images_get_worse(digits, spoil):
+    splits, fid = digits
+    distances = []
+    for strength in (0, 0.25, 0.5, 1):
+        images = spoil(splits.train.images, splits.train.labels, strength)
+        distances.append(fid.measure(sampler(images), len(images)).fid)
+    assert all(a < b for a, b in pairwise(distances)), distances
+    assert distances[0] == pytest.approx(0, abs=1e-6)
+    assert distances[-1] > 10 * fid.floor
+
+
+def test_unseen_digits_are_nearer_than_noise(digits):
+    _, fid = digits
+    noise = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert 0 < fid.floor < fid.measure(sampler(noise), 200).fid / 10
+
+
+def test_class_counts_show_a_collapse(digits):
+    splits, fid = digits
+    threes = splits.train.images[splits.train.labels == 3]
+    classes = fid.measure(sampler(threes), len(threes)).classes
+    assert len(classes) == 10
+    assert sum(classes) == len(threes)
+    assert classes[3] > 0.95 * len(threes)
+
+
+def test_measuring_leaves_the_global_generator_alone(digits, tmp_path):
+    splits, fid = digits
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    fid.measure(sampler(splits.train.images), 100)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"every": -1}, "fid.every: expected 0 or more, got -1"),
+        ({"samples": 1}, "fid.samples: expected 2 or more, got 1"),
+        ({"final_samples": 0}, "fid.final_samples: expected null, or 2 or more, got 0"),
+        ({"batch_size": 0}, "fid.batch_size: expected 1 or more, got 0"),
+        ({"weights": "x.pth"}, "fid.weights: classifier reads none"),
+        ({"extractor": "inception", "weights_sha256": "0" * 64}, "fid.weights_sha256: expected null"),
+        ({"extractor": "inception", "weights": "x", "weights_sha256": "6726825d"}, "64 hexadecimal digits"),
+    ],
+)
+def test_config_refuses_values_in_one_line(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        FidConfig(**values)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,252 @@
+"""What is known of the transforms: output variances, special cases, symmetries, printed equations."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from norm_cases import mixture_case
+from torch import nn
+
+from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
+from common.norms.reference import posterior
+
+BACKENDS = ["reference", "eager"]
+
+
+def density(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Density of each unit normal, (K, P)."""
+    return np.exp(-0.5 * (x - centres[:, None]) ** 2) / math.sqrt(2 * math.pi)
+
+
+def integrated_variance(distance: float, num: int = 3) -> float:
+    """Variance of Eq. 7 under num equal unit normals, by the trapezoid rule over the density."""
+    centres = distance * np.arange(num)
+    x = np.linspace(-10, centres[-1] + 10, 40_001)
+    p_k = density(x, centres) / num
+    p = p_k.sum(0)
+    tau = p_k / p
+    dx = x[1] - x[0]
+    mass = (tau * p).sum(1) * dx
+    m = (tau * p * x).sum(1) * dx / mass
+    v = (tau * p * (x - m[:, None]) ** 2).sum(1) * dx / mass
+    y = (tau * math.sqrt(num) * (x - m[:, None]) / np.sqrt(v)[:, None]).sum(0)
+    return float((p * y**2).sum() * dx)
+
+
+def quantile_sample(distance: float, num: int = 3, count: int = 30_000) -> torch.Tensor:
+    """Evenly spread quantiles of the same mixture: a sample without noise, (count, 1)."""
+    centres = distance * np.arange(num)
+    x = np.linspace(-10, centres[-1] + 10, 400_001)
+    cdf = np.cumsum(density(x, centres).mean(0)) * (x[1] - x[0])
+    return torch.from_numpy(np.interp((np.arange(count) + 0.5) / count, cdf, x))[:, None]
+
+
+@pytest.mark.parametrize(("distance", "published"), [(0, 3.00), (1, 1.83), (2, 1.10), (3, 1.22), (6, 2.85)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_variance_between_identical_and_separate_components(distance, published, backend):
+    want = integrated_variance(distance)
+    assert want == pytest.approx(published, abs=0.006)  # published to two digits
+    x = quantile_sample(distance)
+    mean = distance * torch.arange(3.0, dtype=torch.float64)[:, None]
+    log_lambda = torch.full((3,), -math.log(3), dtype=torch.float64)
+    y, _ = mixture_norm(x, log_lambda, mean, torch.ones_like(mean), eps=1e-12, backend=backend)
+    assert float(y.var()) == pytest.approx(want, rel=2e-3)  # 30,000 quantiles cut the outer tails
+    scaled, _ = mixture_norm(x, log_lambda, mean, torch.ones_like(mean), eps=1e-12, scale="sqrt_k", backend=backend)
+    torch.testing.assert_close(scaled * math.sqrt(3), y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_variance_is_k_where_components_are_far_apart(backend):
+    rng = torch.Generator().manual_seed(0)
+    member = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2]).repeat(50)  # weights 1/8, 2/8, 5/8
+    mean = torch.tensor([[0.0], [1e3], [-1e3]], dtype=torch.float64)
+    x = mean[member] + torch.randn(400, 1, generator=rng, dtype=torch.float64)
+    log_lambda = torch.tensor([1 / 8, 2 / 8, 5 / 8], dtype=torch.float64).log()
+    y, _ = mixture_norm(x, log_lambda, mean, torch.ones_like(mean), eps=1e-12, backend=backend)
+    assert float(y.mean()) == pytest.approx(0, abs=1e-9)
+    assert float(y.var(correction=0)) == pytest.approx(3, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_variance_of_identical_components(backend):
+    x, log_lambda, mean, var, _ = mixture_case((50, 2, 3), num=3)
+    mean, var = mean[:1].expand(3, -1), var[:1].expand(3, -1)
+    y, _ = mixture_norm(x, log_lambda, mean, var, eps=1e-12, backend=backend)
+    want = float((0.5 * log_lambda).exp().sum() ** 2)
+    assert y.var((0, 2), correction=0).tolist() == pytest.approx([want, want], rel=1e-9)
+
+
+def layer_with_one_component(kind: str, average: Any) -> UCBNorm | MixtureNorm:
+    if kind == "mn":
+        return MixtureNorm(5, 1, average=average, affine=False)
+    groups = 1 if kind == "ucb joint" else None
+    return UCBNorm(5, 1, groups=groups, average=average, affine=False)
+
+
+@pytest.mark.parametrize("kind", ["ucb", "ucb joint", "mn"])
+@pytest.mark.parametrize("average", ["em", "paper"])
+def test_one_component_is_batch_norm(kind, average):
+    ours, theirs = layer_with_one_component(kind, average).double(), nn.BatchNorm2d(5, affine=False).double()
+    for step in range(4):
+        x, *_, g = mixture_case((4, 5, 3, 2), num=1, seed=step)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(i) for layer, i in zip((ours, theirs), inputs, strict=True)]
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+        grads = [torch.autograd.grad(y, i, g)[0] for y, i in zip(outputs, inputs, strict=True)]
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+    assert theirs.running_var is not None
+    torch.testing.assert_close(ours.mean[0], theirs.running_mean)
+    torch.testing.assert_close(ours.log_var[0].exp(), theirs.running_var)
+    x = mixture_case((4, 5, 3, 2), num=1, seed=9)[0]
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("update", ["weight", "moving_average"])
+def test_identical_components_never_separate(update):
+    layer = UCBNorm(4, 3, update=update)
+    with torch.no_grad():
+        layer.mean.copy_(layer.mean[:1].clone().expand(3, -1))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.mean.clone()
+    for step in range(5):
+        x, *_, g = mixture_case((8, 4, 3), num=3, dtype=torch.float32, seed=step)
+        optimizer.zero_grad()
+        (layer(x) * g).sum().backward()
+        optimizer.step()
+    assert not torch.equal(layer.mean, before)
+    torch.testing.assert_close(layer.mean, layer.mean[:1].expand(3, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_scb_base_is_scb_in_other_coordinates():
+    base, scb = SCBNormBase(6, 3).double(), SCBNorm(6, 3).double()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        scb.mean.copy_((base.mean.weight + base.mean.bias[:, None]).T)
+        scb.log_var.copy_((base.log_var.weight + base.log_var.bias[:, None]).T)
+    x = mixture_case((6, 6, 4), num=3)[0]
+    cluster = torch.tensor([0, 1, 2, 2, 1, 0])
+    one_hot = nn.functional.one_hot(cluster, 3).double()
+    by_hand = (x - base.mean(one_hot)[..., None]) / (base.log_var(one_hot).exp() + 1e-5).sqrt()[..., None]
+    torch.testing.assert_close(base(x, cluster), by_hand)
+    torch.testing.assert_close(scb(x, cluster), by_hand)
+    torch.testing.assert_close(base.eval()(x), scb.eval()(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("over", ["location", "sample"])
+def test_unknown_scale_paper_is_sqrt_k_times_match(backend, over):
+    x, _, mean, var, _ = mixture_case((5, 4, 3), num=3)
+    match, paper = (
+        cluster_norm(x, None, mean, var, unknown_scale=scale, unknown_posterior=over, backend=backend)
+        for scale in ("match", "paper")
+    )
+    torch.testing.assert_close(paper, match * math.sqrt(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("over", ["location", "sample"])
+def test_unknown_clusters_match_known_ones_where_they_are_certain(backend, over):
+    rng = torch.Generator().manual_seed(0)
+    cluster = torch.tensor([0, 1, 2, 1])
+    mean = torch.tensor([[-100.0, 0.0], [0.0, 100.0], [100.0, 0.0]], dtype=torch.float64)
+    x = mean[cluster][..., None] + torch.randn(4, 2, 3, generator=rng, dtype=torch.float64)
+    args = (mean, torch.ones_like(mean))
+    unknown = cluster_norm(x, None, *args, unknown_posterior=over, backend=backend)
+    torch.testing.assert_close(unknown, cluster_norm(x, cluster, *args, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("over", ["location", "sample"])
+def test_unknown_clusters_are_weighed_by_equations_12_and_13(backend, over):
+    x, _, mean, var, _ = mixture_case((3, 2, 4), num=3)
+    s = var.numpy() + 1e-5
+    u = x.numpy()[None] - mean.numpy()[:, None, :, None]
+    p = np.exp(-0.5 * u**2 / s[:, None, :, None]) / np.sqrt(2 * np.pi * s[:, None, :, None])
+    normalised = u / np.sqrt(s)[:, None, :, None]
+    likelihood = p.prod(axis=(2,) if over == "location" else (2, 3), keepdims=True)
+    want = (likelihood / likelihood.sum(0) * normalised).sum(0)
+    got = cluster_norm(x, None, mean, var, unknown_posterior=over, backend=backend)
+    torch.testing.assert_close(got, torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("over", ["location", "sample"])
+def test_a_mixed_batch_equals_its_parts(backend, over):
+    x, _, mean, var, _ = mixture_case((6, 4, 3), num=3)
+    cluster = torch.tensor([0, -1, 2, -1, -1, 1])
+    known = cluster >= 0
+    options = {"unknown_posterior": over, "backend": backend}
+    mixed = cluster_norm(x, cluster, mean, var, **options)
+    torch.testing.assert_close(mixed[known], cluster_norm(x[known], cluster[known], mean, var, **options))
+    torch.testing.assert_close(mixed[~known], cluster_norm(x[~known], None, mean, var, **options))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_posteriors_follow_bayes_and_sum_to_one(groups):
+    x, log_lambda, mean, var, _ = mixture_case((3, 4, 5), num=3)
+    tau = posterior(x, log_lambda, mean, var, groups)
+    assert tau.shape == (3, 3, groups, 5)
+    torch.testing.assert_close(tau.sum(0), torch.ones_like(tau[0]))
+    p = torch.distributions.Normal(mean[:, None, :, None], var.sqrt()[:, None, :, None]).log_prob(x).exp()
+    joint = p.unflatten(2, (groups, -1)).prod(3) * log_lambda.exp()[:, None, None, None]
+    torch.testing.assert_close(tau, joint / joint.sum(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_samples_and_components_have_no_order(backend, statistics, groups):
+    x, log_lambda, mean, var, _ = mixture_case((7, 4, 3), num=3)
+    options = {"groups": groups, "statistics": statistics, "backend": backend}
+    y, moments = mixture_norm(x, log_lambda, mean, var, **options)
+    samples, components = torch.randperm(7, generator=torch.Generator().manual_seed(1)), [2, 0, 1]
+    moved, _ = mixture_norm(x[samples], log_lambda, mean, var, **options)
+    torch.testing.assert_close(moved, y[samples])
+    renamed, found = mixture_norm(x, log_lambda[components], mean[components], var[components], **options)
+    torch.testing.assert_close(renamed, y)
+    for ours, theirs in zip(found or (), moments or (), strict=True):
+        torch.testing.assert_close(ours, theirs[components])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_posterior_group_is_a_mixture_norm_of_its_own_channels(backend):
+    x, log_lambda, mean, var, _ = mixture_case((5, 6, 4), num=3)
+    y, moments = mixture_norm(x, log_lambda, mean, var, groups=3, backend=backend)
+    assert moments is not None
+    for group in range(3):
+        own = slice(2 * group, 2 * group + 2)
+        want, part = mixture_norm(x[:, own], log_lambda, mean[:, own], var[:, own], backend=backend)
+        assert part is not None
+        torch.testing.assert_close(y[:, own], want)
+        torch.testing.assert_close(moments.mass[:, group], part.mass[:, 0])
+        torch.testing.assert_close(moments.mean[:, own], part.mean)
+        torch.testing.assert_close(moments.var[:, own], part.var)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_output_follows_when_data_and_mixture_move_and_stretch(backend):
+    x, log_lambda, mean, var, _ = mixture_case((5, 4, 6), num=3)
+    y, _ = mixture_norm(x, log_lambda, mean, var, eps=1e-12, backend=backend)
+    moved, _ = mixture_norm(3 * x + 7, log_lambda, 3 * mean + 7, 9 * var, eps=1e-12, backend=backend)
+    torch.testing.assert_close(moved, y, rtol=1e-7, atol=1e-8)
+
+
+def test_evaluation_does_not_depend_on_the_rest_of_the_batch():
+    layer = UCBNorm(4, 3, groups=1).eval()
+    x = mixture_case((6, 4, 3), num=3, dtype=torch.float32)[0]
+    torch.testing.assert_close(layer(x)[2:3], layer(x[2:3]))
+
+
+def test_learned_statistics_close_the_gap_between_the_modes():
+    """Trained with Eq. 15 the modes agree exactly; trained with Eqs. 6-9 they part."""
+    x = mixture_case((8, 4, 3), num=3, dtype=torch.float32)[0]
+    gaps = {}
+    for statistics in ("learned", "batch"):
+        layer = UCBNorm(4, 3, update="weight", statistics=statistics)
+        trained = layer(x)
+        gaps[statistics] = float((trained - layer.eval()(x)).detach().abs().max())
+    assert gaps["learned"] == 0
+    assert gaps["batch"] > 0.1

@@ -1,0 +1,162 @@
+"""Health of mixture layers: known states, no side effects, warnings."""
+
+import math
+
+import pytest
+import torch
+from norm_cases import mixture_case
+from torch import nn
+
+from common.norms import MixtureNorm, UCBNorm, collect_health, health, log_scalars, mixture_layers
+
+
+def two_clouds() -> tuple[UCBNorm, torch.Tensor]:
+    """A layer whose components hold a quarter and three quarters of x, each for certain."""
+    layer = UCBNorm(2, 2, groups=1)
+    layer.mean.copy_(torch.tensor([[-50.0, 0.0], [50.0, 0.0]]))
+    member = torch.tensor([0, 1, 1, 1]).repeat(25)
+    x = layer.mean[member] + 0.1 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    return layer, x
+
+
+def test_certain_components():
+    layer, x = two_clouds()
+    found = health(layer, x)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert found.usage == pytest.approx((0.25, 0.75), rel=1e-6)
+    assert found.effective == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert found.information == pytest.approx(entropy, rel=1e-5)
+    # rms over two channels of 100 / 1 and 0 / 1.
+    assert found.distance == pytest.approx(100 / math.sqrt(2), rel=1e-4)
+    assert found.drift < 0.1
+    assert found.warnings() == []
+
+
+def test_drift_is_the_distance_to_the_batch():
+    layer, x = two_clouds()
+    layer.log_var.fill_(math.log(0.01))
+    x[:, 0] += torch.where(x[:, 0] < 0, 0.2, 0.0)  # the first quarter moved by two deviations in one channel
+    moved = health(layer, x).drift
+    layer.log_var.fill_(math.log(x[25:, 1].var()))
+    assert moved == pytest.approx(0.25 * 2 / math.sqrt(2), abs=0.1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_identical_components_carry_no_information(groups):
+    layer = UCBNorm(2, 2, groups=groups)
+    layer.mean.zero_()
+    found = health(layer, mixture_case((50, 2), num=1, dtype=torch.float32)[0])
+    assert found.usage == pytest.approx((0.5, 0.5))
+    assert found.effective == pytest.approx(2)
+    assert found.information == pytest.approx(0, abs=1e-6)
+    assert found.distance == 0
+    assert any("information" in line for line in found.warnings())
+
+
+def test_channels_that_each_chose_one_component_carry_no_information():
+    """Usage is even, yet no posterior depends on x: each channel is BatchNorm."""
+    layer = UCBNorm(2, 2)
+    layer.mean.copy_(torch.tensor([[0.0, 99.0], [99.0, 0.0]]))
+    found = health(layer, mixture_case((50, 2), num=1, dtype=torch.float32)[0])
+    assert found.usage == pytest.approx((0.5, 0.5), abs=1e-6)
+    assert found.information == pytest.approx(0, abs=1e-6)
+
+
+def test_an_unused_component_is_named():
+    layer, x = two_clouds()
+    found = health(layer, x[x[:, 0] > 0])
+    assert any(line.startswith("component 0 holds") for line in found.warnings())
+    assert not any(line.startswith("component 1 holds") for line in found.warnings())
+
+
+def test_one_component_warns_of_nothing_and_has_no_distance():
+    found = health(UCBNorm(2, 1), torch.randn(9, 2))
+    assert found.warnings() == []
+    assert found.distance == math.inf
+    scalars = log_scalars({"layer": found})
+    assert "health/layer/distance" not in scalars
+    assert all(math.isfinite(value) for value in scalars.values())
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="x: expected at least one location"):
+        health(UCBNorm(2, 2), torch.empty(0, 2))
+
+
+def network(**options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        UCBNorm(4, 3, **options),
+        nn.BatchNorm2d(4),
+        nn.Sequential(MixtureNorm(4, 2), nn.ReLU()),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [{}, {"init": "kmeans++", "update": "weight"}], ids=["average", "weight"])
+def test_collecting_changes_nothing(training, options):
+    torch.manual_seed(0)
+    model = network(**options).train(training)
+    twin = network(**options).train(training)
+    twin.load_state_dict(model.state_dict())
+    x = mixture_case((6, 3, 4, 4), num=1, dtype=torch.float32)[0]
+    with collect_health(model) as found, torch.no_grad():
+        model(x)
+    assert set(found) == {"1", "3.0"} == set(mixture_layers(model))
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert torch.equal(model(x), twin(x))
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    with torch.no_grad():
+        model(x)
+    assert len(found) == 2
+
+
+def test_collected_health_is_that_of_the_layers_own_input():
+    model = network()
+    x = mixture_case((6, 3, 4, 4), num=1, dtype=torch.float32)[0]
+    with collect_health(model) as found, torch.no_grad():
+        model(x)
+    first = mixture_layers(model)["1"]
+    assert found["1"] == health(first, model[0](x))
+    tags = log_scalars(found)
+    assert tags["health/1/information"] == found["1"].information
+    assert tags["health/3.0/usage_min"] == min(found["3.0"].usage)
+
+
+def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it():
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
+    layer, twin = UCBNorm(4, 3, init="kmeans++"), UCBNorm(4, 3, init="kmeans++", momentum=0.0)
+    with collect_health(layer) as found, torch.no_grad():
+        layer(x)
+    twin(x)
+    want = health(twin, x)
+    assert found["UCBNorm"].usage == pytest.approx(want.usage, rel=1e-5)
+    assert found["UCBNorm"].distance == pytest.approx(want.distance, rel=1e-5)
+    assert not layer.is_initialized()
+
+
+def test_an_exception_still_puts_everything_back():
+    model = network()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    x = mixture_case((6, 3, 4, 4), num=1, dtype=torch.float32)[0]
+
+    def interrupted() -> None:
+        with collect_health(model):
+            model(x)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(layer._forward_pre_hooks for layer in mixture_layers(model).values())
+
+
+def test_channels_last_layers_measure_the_same():
+    first, last = UCBNorm(4, 3), UCBNorm(4, 3, channel_dim=-1)
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
+    a, b = health(first, x), health(last, x.movedim(1, -1))
+    assert a.usage == pytest.approx(b.usage)
+    assert a.drift == pytest.approx(b.drift)

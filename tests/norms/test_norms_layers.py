@@ -1,0 +1,378 @@
+"""Parameters, state, shapes, options and errors of the layers."""
+
+import copy
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from norm_cases import any_norm as make_norm
+from norm_cases import mixture_case
+from torch import nn
+
+from common.norms import SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
+
+KINDS = ["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
+CLUSTERED = ("dsbn", "scb", "scb_base")
+OPTIONS = {
+    "scb data": ("scb", {"init": "data"}),
+    "scb_base data": ("scb_base", {"init": "data", "affine": True}),
+    "ucb": ("ucb", {}),
+    "ucb joint paper": ("ucb", {"groups": 1, "average": "paper"}),
+    "ucb seeded": ("ucb", {"init": "kmeans++", "groups": 2}),
+    "ucb weight seeded": ("ucb", {"update": "weight", "init": "kmeans++"}),
+    "mn": ("mn", {}),
+    "mn refit": ("mn", {"refit_every": 2, "groups": None}),
+}
+
+
+def arguments(kind: str, x: torch.Tensor, num: int = 3) -> tuple[torch.Tensor, ...]:
+    return (x, torch.arange(len(x)) % num) if kind in CLUSTERED else (x,)
+
+
+def batch(step: int, shape: tuple[int, ...] = (6, 4, 5)) -> torch.Tensor:
+    return mixture_case(shape, num=1, dtype=torch.float32, seed=step)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "count"),
+    [
+        (SCBNorm(128, 3), 768),
+        (SCBNormBase(128, 3), 1024),
+        (UCBNorm(128, 3, update="weight", affine=False), 771),
+        (UCBNorm(256, 3, update="weight", affine=False), 1539),
+        (UCBNorm(256, 3, affine=False), 0),
+        (UCBNorm(256, 3), 512),
+        (SCBNorm(128, 3, affine=True), 768 + 256),
+        (make_norm("mn", 128, 3), 256),
+    ],
+    ids=["scb", "base", "ucb 128", "ucb 256", "moving average", "affine", "scb affine", "mn"],
+)
+def test_parameter_counts_are_the_published_ones(layer, count):
+    assert sum(p.numel() for p in layer.parameters()) == count
+
+
+def test_names_and_shapes_of_the_state():
+    shapes = {"logits": (3,), "mean": (3, 4), "log_var": (3, 4)}
+    weight, average = UCBNorm(4, 3, update="weight"), UCBNorm(4, 3)
+    for found in (dict(weight.named_parameters()), dict(average.named_buffers())):
+        assert {name: tuple(found[name].shape) for name in shapes} == shapes
+    found = dict(SCBNorm(4, 3).named_parameters())
+    assert {name: tuple(p.shape) for name, p in found.items()} == {"mean": (3, 4), "log_var": (3, 4)}
+    assert {tuple(p.shape) for p in UCBNorm(4, 3).parameters()} == {(4,)}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_saved_layer_continues_bit_for_bit(case):
+    """Saved before the first batch and after two; the last batch alone holds cluster 2, which seeds it."""
+    kind, options = OPTIONS[case]
+
+    def make():
+        return make_norm(kind, 4, 3, **options)
+
+    for saved_at in (0, 2):
+        layer, loaded = make(), make()
+        for step in range(saved_at):
+            layer(*arguments(kind, batch(step), 2))
+        for step in (98, 99):  # another life before
+            loaded(*arguments(kind, batch(step)))
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        twins = loaded, copy.deepcopy(layer)
+        for step in range(saved_at, 4):
+            args = arguments(kind, batch(step), 2 if step < 3 else 3)
+            want = layer(*args)
+            for twin in twins:
+                assert torch.equal(twin(*args), want)
+        for twin in twins:
+            for name, tensor in layer.state_dict().items():
+                assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_reset_returns_to_a_new_layer(case):
+    kind, options = OPTIONS[case]
+    layer, fresh = make_norm(kind, 4, 3, **options), make_norm(kind, 4, 3, **options)
+    layer(*arguments(kind, batch(0)))
+    layer.reset_parameters()
+    for step in range(2):
+        x = batch(step + 1)
+        assert torch.equal(layer(*arguments(kind, x)), fresh(*arguments(kind, x)))
+
+
+@pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
+def test_layers_leave_the_global_generator_alone(kind):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    layer = make_norm(kind, 4, 3, init="data" if kind.startswith("scb") else "kmeans++")
+    layer(*arguments(kind, batch(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_option_decides_the_means():
+    a, b, c = UCBNorm(4, 3), UCBNorm(4, 3), UCBNorm(4, 3, seed=1)
+    assert torch.equal(a.mean, b.mean)
+    assert not torch.equal(a.mean, c.mean)
+    assert a.mean.abs().max() <= 1
+    assert len(a.mean.unique()) == 12
+    assert a.mean.min() < 0 < a.mean.max()
+
+
+@pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_channels_last_equals_permuted(kind, training):
+    first, last = (make_norm(kind, 4, 3, channel_dim=dim, affine=True).train(training) for dim in (1, -1))
+    x = batch(0, (6, 4, 5))
+    want = first(*arguments(kind, x))
+    got = last(*arguments(kind, x.movedim(1, -1)))
+    torch.testing.assert_close(got.movedim(-1, 1), want)
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(last.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 2, 3), (6, 4, 2, 3, 2)], ids=str)
+def test_every_kind_takes_every_rank(kind, shape):
+    if kind == "in" and shape == (6, 4):
+        with pytest.raises(ValueError, match="more than 1 spatial element"):
+            make_norm(kind, 4, 3)(torch.randn(shape))
+        return
+    layer, flat = make_norm(kind, 4, 3), make_norm(kind, 4, 3)
+    x = batch(0, shape)
+    y = layer(*arguments(kind, x))
+    assert y.shape == shape
+    x, y = (t.reshape(6, 4, -1) for t in (x, y))
+    torch.testing.assert_close(y, flat(*arguments(kind, x)))
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_return_the_dtype_they_are_given(kind, dtype):
+    layer = make_norm(kind, 4, 3, affine=True)
+    x = batch(0).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(*arguments(kind, x))
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_double_computes_in_double():
+    layer = UCBNorm(4, 3, update="weight").double()
+    x = mixture_case((6, 4, 5), num=1)[0]
+    log_lambda = torch.full((3,), -math.log(3), dtype=torch.float64)
+    want, _ = mixture_norm(x, log_lambda, layer.mean, layer.log_var.exp(), groups=4, backend="reference")
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["scb", "ucb", "mn"])
+def test_affine_scales_and_shifts_the_plain_output(kind):
+    plain, layer = make_norm(kind, 4, 3, affine=False), make_norm(kind, 4, 3, affine=True)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        layer.bias.copy_(torch.tensor([0.0, -1.0, 0.5, 2.0]))
+    x = batch(0)
+    want = plain(*arguments(kind, x)) * layer.weight[:, None] + layer.bias[:, None]
+    torch.testing.assert_close(layer(*arguments(kind, x)), want)
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_data_seeds_each_cluster_when_it_is_first_seen(kind):
+    layer = make_norm(kind, 4, 3, init="data")
+    x = 3 * batch(0, (8, 4, 50)) + 5
+    cluster = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    y = layer(x, cluster)
+    for k in (0, 1):
+        own = y[cluster == k].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(own.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.var(1, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+    assert layer.initialized.tolist() == [True, True, False]
+    mean, log_var = (rows.clone() for rows in layer.rows())
+    assert not mean[2].any()
+    assert not log_var[2].any()
+    layer(-x, torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]))
+    later, _ = layer.rows()
+    assert torch.equal(later[:2], mean[:2])
+    torch.testing.assert_close(later[2], -x[6:].mean((0, 2)))
+    assert layer.initialized.all()
+
+
+def test_data_seeds_a_base_layer_whose_biases_have_moved():
+    layer = SCBNormBase(4, 2, init="data")
+    with torch.no_grad():
+        layer.mean.bias.fill_(3.0)
+        layer.log_var.bias.fill_(-1.0)
+    x = batch(0)
+    layer(x, torch.tensor([0, 0, 0, 1, 1, 1]))
+    mean, log_var = layer.rows()
+    torch.testing.assert_close(mean[1], x[3:].mean((0, 2)))
+    torch.testing.assert_close(log_var[1].exp(), x[3:].transpose(0, 1).flatten(1).var(1, correction=0))
+
+
+def test_data_passes_over_a_non_finite_batch():
+    layer = SCBNorm(2, 2, init="data")
+    x = torch.randn(4, 2, 5)
+    x[0, 0, 0] = math.nan
+    layer(x, torch.tensor([0, 0, 1, 1]))
+    assert not layer.initialized.any()
+    assert not layer.mean.any()
+
+
+def test_printing_shows_every_option_that_is_not_the_default():
+    assert repr(UCBNorm(8, 3)) == "UCBNorm(8, 3)"
+    text = repr(
+        UCBNorm(
+            8,
+            3,
+            groups=1,
+            update="weight",
+            statistics="learned",
+            average="paper",
+            scale="sqrt_k",
+            init="kmeans++",
+            momentum=0.2,
+            eps=1e-3,
+            affine=False,
+            channel_dim=-1,
+            seed=5,
+            backend="eager",
+        )
+    )
+    shown = (
+        "groups=1, update='weight', statistics='learned', init='kmeans++', average='paper', scale='sqrt_k', "
+        "momentum=0.2, affine=False, seed=5, channel_dim=-1, backend='eager', eps=0.001"
+    )
+    assert sorted(text.removeprefix("UCBNorm(8, 3, ").removesuffix(")").split(", ")) == sorted(shown.split(", "))
+    assert "unknown_scale='paper'" in repr(SCBNorm(8, 3, unknown_scale="paper"))
+    assert repr(make_norm("mn", 8, 3)) == "MixtureNorm(8, 3)"
+
+
+def error(kind: str, match: str, **options: object):
+    return pytest.param(kind, options, match, id=f"{kind} {match[:20]} {next(iter(options.values()))}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        error("nn", "kind: expected one of 'bn', 'in'", affine=True),
+        error("ucb", "colour: 3 is no option of kind 'ucb'; it has groups", colour=3),
+        error("bn", "groups: 1 is no option of kind 'bn'", groups=1),
+        error("dsbn", "groups: 1 is no option of kind 'dsbn'", groups=1),
+        error("ucb", "groups: expected a divisor of 4, got 3", groups=3),
+        error("ucb", "groups: expected a divisor of 4, got 0", groups=0),
+        error("mn", "groups: expected a divisor of 4, got 3", groups=3),
+        error("ucb", "statistics: 'learned' needs update='weight'", statistics="learned"),
+        error("ucb", "statistics: expected one of", statistics="running"),
+        error("ucb", "update: expected one of 'moving_average', 'weight'", update="ema"),
+        error("ucb", "average: expected one of 'em', 'paper'", average="mean"),
+        error("ucb", "scale: expected one of 'paper', 'sqrt_k'", scale="one"),
+        error("ucb", "init: expected one of 'uniform', 'kmeans", init="data"),
+        error("ucb", "momentum: expected 0 to 1, got 2", momentum=2),
+        error("ucb", "process_group: expected None", process_group="world"),
+        error("ucb", "backend: expected one of 'auto', 'reference', 'eager', got 'triton'", backend="triton"),
+        error("mn", "refit_every: expected at least 1, got 0", refit_every=0),
+        error("mn", "em_steps: expected at least 1, got 0", em_steps=0),
+        error("scb", "eps: expected a positive number, got 0", eps=0),
+        error("scb", "channel_dim: expected a dimension other than", channel_dim=0),
+        error("scb", "init: expected one of 'identity', 'data'", init="uniform"),
+        error("scb", "unknown_scale: expected one of", unknown_scale="none"),
+        error("scb_base", "unknown_posterior: expected one of", unknown_posterior="batch"),
+    ],
+)
+def test_wrong_options_are_named(kind, options, match):
+    with pytest.raises(ValueError, match=match):
+        make_norm(kind, 4, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("ucb", "num_components"), ("mn", "num_components"), ("scb", "num_clusters"), ("dsbn", "num_domains")],
+)
+def test_no_component_is_refused(kind, field):
+    with pytest.raises(ValueError, match=f"{field}: expected at least 1, got 0"):
+        make_norm(kind, 4, 0)
+
+
+@pytest.mark.parametrize("kind", ["dsbn", "mn", "scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_wrong_inputs_are_named(kind, training):
+    layer = make_norm(kind, 4, 3).train(training)
+    cluster = (torch.zeros(6, dtype=torch.int64),) if kind in CLUSTERED else ()
+    for wrong in (torch.randn(6, 5, 3), torch.randn(4), torch.zeros(6, 4, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="x: expected"):
+            layer(wrong, *cluster)
+
+
+@pytest.mark.parametrize("kind", CLUSTERED)
+def test_wrong_ids_are_named(kind):
+    layer, x = make_norm(kind, 4, 3), torch.randn(6, 4)
+    right = torch.zeros(6, dtype=torch.int64)
+    for wrong in (right.float(), right.int(), right[:5], right.tolist()):
+        with pytest.raises(ValueError, match="cluster: expected"):
+            layer(x, wrong)
+    with pytest.raises(ValueError, match="cluster: expected"):
+        layer(x)
+    for wrong in (3, -2, -1):
+        with pytest.raises(IndexError, match=f"cluster: expected ids from 0 to 2, got {wrong}"):
+            layer(x, torch.tensor([0, 1, 2, wrong, 0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_ids_in_evaluation(kind):
+    layer, x = make_norm(kind, 4, 3).eval(), torch.randn(6, 4)
+    assert torch.equal(layer(x), layer(x, torch.full((6,), -1)))
+    for wrong in (3, -2):
+        with pytest.raises(IndexError, match=f"cluster: expected ids from -1 to 2, got {wrong}"):
+            layer(x, torch.tensor([0, 1, 2, wrong, 0, -1]))
+
+
+def test_functional_forms_name_wrong_arguments():
+    x, log_lambda, mean, var, _ = mixture_case((2, 4, 3), num=3)
+    with pytest.raises(ValueError, match="groups: expected a divisor of 4, got 3"):
+        mixture_norm(x, log_lambda, mean, var, groups=3)
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        mixture_norm(x, log_lambda, mean, var, backend="triton")
+    with pytest.raises(ValueError, match="x: expected"):
+        cluster_norm(x[:, :2], None, mean, var)
+    with pytest.raises(ValueError, match="unknown_scale: expected one of 'match', 'paper', got 'one'"):
+        cluster_norm(x, None, mean, var, unknown_scale="one")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", ["bn", "in"])
+def test_bn_and_in_are_torchs_own(kind):
+    theirs = {"bn": nn.BatchNorm2d, "in": nn.InstanceNorm2d}[kind](4, affine=True)
+    ours = make_norm(kind, 4, 3, affine=True)
+    x = batch(0, (6, 4, 3, 2))
+    assert torch.equal(ours(x), theirs(x))
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_domain_batch_norm_is_one_batch_norm_a_domain():
+    layer = make_norm("dsbn", 4, 3)
+    norms = [nn.BatchNorm2d(4) for _ in range(3)]
+    cluster = torch.tensor([2, 0, 2, 0, 2, 0])  # domain 1 is absent
+    x = batch(0, (6, 4, 3, 2))
+    want = torch.empty_like(x)
+    for k in (0, 2):
+        want[cluster == k] = norms[k](x[cluster == k]).detach()
+    torch.testing.assert_close(layer(x, cluster), want)
+    for k, norm in enumerate(norms):
+        own = layer.domains[k].state_dict()
+        for name, tensor in norm.state_dict().items():
+            torch.testing.assert_close(own[name], tensor)
+    layer.eval()
+    want[cluster == 2] = norms[2].eval()(x[cluster == 2]).detach()
+    torch.testing.assert_close(layer(x, cluster)[cluster == 2], want[cluster == 2])
+
+
+def test_importing_the_layers_imports_no_triton():
+    code = "import sys; import common.norms; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
