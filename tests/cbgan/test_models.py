@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from cbgan.config import GanConfig
+from cbgan.models import Discriminator, Generator
+from cbgan.state import GanState
+from common.norms.config import NormConfig
+
+BN = NormConfig(kind="bn")
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_published_parameter_counts_at_full_width():
+    assert count(Generator(512, 128, BN)) == 3_812_355
+    assert count(Discriminator(512)) == 5_864_449
+
+
+def test_ucb_adds_1539_and_771_where_batchnorm_had_512_and_256():
+    ucb = NormConfig(kind="ucb", update="weight", affine=False, groups=1)
+    assert count(Generator(512, 128, ucb)) == 3_812_355 - 512 - 256 + 1_539 + 771
+
+
+def test_the_layer_under_test_follows_deconvolutions_1_and_2_only():
+    layers = {name: type(m).__name__ for name, m in Generator(16, 8, NormConfig()).named_modules()}
+    assert (layers["norm1"], layers["norm2"], layers["norm3"]) == ("UCBNorm", "UCBNorm", "BatchNorm")
+
+
+@pytest.mark.parametrize(("size", "base"), [(32, 0), (32, 4), (32, 2), (64, 0), (64, 4), (16, 1), (24, 3)])
+def test_images_have_the_asked_size_and_range(size, base):
+    g = Generator(16, 8, BN, size, base)
+    images = g(torch.randn(3, 8))
+    assert images.shape == (3, 3, size, size)
+    assert images.abs().max() <= 1
+    assert Discriminator(16, size)(images).shape == (3,)
+
+
+def test_a_base_size_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"base_size: .* 32, got 3"):
+        Generator(16, 8, BN, 32, 3)
+
+
+def test_width_scales_every_layer():
+    wide = {name: p.shape for name, p in Generator(512, 128, BN).named_parameters()}
+    slim = {name: p.shape for name, p in Generator(64, 128, BN).named_parameters()}
+    assert wide["deconv1.weight"] == (512, 256, 4, 4)
+    assert slim["deconv1.weight"] == (64, 32, 4, 4)
+    assert slim["deconv4.weight"] == (8, 3, 3, 3)
+
+
+def test_weights_follow_from_the_seed_and_are_drawn_from_n_0_002():
+    states = [GanState(GanConfig(seed=seed, width=128), torch.device("cpu")) for seed in (0, 0, 1)]
+    same, again, other = (state.g.deconv1.weight for state in states)
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    # 131,072 draws: the standard error of the standard deviation is 0.02 / sqrt(2 n) = 0.00004
+    assert abs(float(same.detach().std()) - 0.02) < 0.0002
+
+
+def test_all_other_weights_are_the_same_with_and_without_a_mixture():
+    states = {
+        kind: GanState(GanConfig(width=16, norm=NormConfig(kind=kind)), torch.device("cpu")) for kind in ("bn", "ucb")
+    }
+    for name in ("linear.weight", "deconv1.weight", "deconv3.weight", "deconv4.weight"):
+        assert torch.equal(states["bn"].g.get_parameter(name), states["ucb"].g.get_parameter(name))
+    for ours, theirs in zip(states["bn"].d.parameters(), states["ucb"].d.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_building_networks_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    GanState(GanConfig(width=16), torch.device("cpu"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["norm1", "norm2"])
+def test_mixtures_start_apart_and_follow_from_the_seed(name):
+    def means(seed: int, layer: str) -> torch.Tensor:
+        state = GanState(GanConfig(seed=seed, width=16), torch.device("cpu"))
+        return state.g.get_submodule(layer).get_buffer("mean")
+
+    assert torch.equal(means(0, name), means(0, name))
+    assert not torch.equal(means(0, name), means(1, name))
+    assert not torch.equal(means(0, "norm1")[:, :4], means(0, "norm2"))
