@@ -50,7 +50,8 @@ def estimate(cfg: GanConfig, splits: Splits, device: torch.device) -> str:
         f"data: {len(splits.train):,} training images of {splits.train.images.shape[-1]} x "
         f"{splits.train.images.shape[-1]} ({splits.train.name}), "
         f"{'no' if splits.test is None else f'{len(splits.test):,}'} held apart",
-        f"generator: {_count(state.g):,} parameters; norm1 {state.g.norm1}, norm2 {state.g.norm2}",
+        f"generator: {_count(state.g):,} parameters, of them {_count(state.g.norm1):,} in norm1 and "
+        f"{_count(state.g.norm2):,} in norm2 ({cfg.norm.kind}; moving averages are not parameters)",
         f"discriminator: {_count(state.d):,} parameters",
         f"memory: {4 * parameters / _MIB:.1f} MiB for weights, gradients and Adam's two moments; "
         f"{activations / _MIB:.1f} MiB of activations for a backward pass",

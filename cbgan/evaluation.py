@@ -62,6 +62,12 @@ class Evaluation:
         """Return what a FID of this run is comparable by."""
         return {} if self.fid is None else self.fid.passport()
 
+    def chart(self, log: Log) -> None:
+        """Put the FID and its floor into one chart (TensorBoard's Custom Scalars page)."""
+        if self.fid is not None:
+            tags = [self.fid.tag] if self.fid.floor is None else [self.fid.tag, self.fid.floor_tag]
+            log.chart("FID", tags)
+
     def measure(self, g: Generator, count: int, stop: object = None) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
 

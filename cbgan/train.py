@@ -104,6 +104,7 @@ class Training:
         self.cfg = replace(cfg, name=self.folder.path.name)
         self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
         self.log = self._restore()
+        self.evaluation.chart(self.log)
         save_grid(splits.train.images[:64], self.folder.path / "samples" / "real.png")
         self.guard = StepGuard([self.state.g, self.state.d], ["loss/d", "loss/g"], device)
         self.bar = tqdm(

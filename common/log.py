@@ -42,7 +42,7 @@ class Log:
 
     def chart(self, title: str, tags: list[str]) -> None:
         """Show several scalars in one chart (TensorBoard's custom scalars page)."""
-        self._events.add_custom_scalars({title: {"all": ["Multiline", tags]}})
+        self._events.add_custom_scalars({title: {title: ["Multiline", tags]}})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""
