@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from cbgan.models import Generator
 from cbgan.state import noise
 from common.data.image_set import Splits, to_uint8
 from common.device import autocast
+from common.dist import Env
 from common.log import Log
 from common.metrics.fid import Fid, FidResult
 from common.norms import collect_health, log_scalars, mixture_layers
@@ -32,18 +33,27 @@ class Evaluation:
         cfg: the run's configuration; with ``fid.every`` 0 nothing but pictures and health is made.
         splits: the run's real images.
         device: where the generator is.
-        stop: true once the run is asked to stop.
+        should_stop: asked between batches; it answers alike on all ranks.
+        env: this process among those of the run; they share each measurement.
 
     Raises:
         UsageError: if the feature extractor cannot be had.
-        Interrupted: if ``stop`` becomes true while the real images are measured.
+        Interrupted: if ``should_stop`` says so while the real images are measured.
     """
 
-    def __init__(self, cfg: GanConfig, splits: Splits, device: torch.device, stop: object = None) -> None:
-        self.cfg, self.splits, self.device = cfg, splits, device
-        self.fid = Fid(cfg.fid, splits, cfg.cache, device, lambda: bool(stop)) if cfg.fid.every else None
+    def __init__(
+        self,
+        cfg: GanConfig,
+        splits: Splits,
+        device: torch.device,
+        should_stop: Callable[[], bool] | None = None,
+        env: Env | None = None,
+    ) -> None:
+        self.cfg, self.device = cfg, device
+        self.should_stop, self.env = should_stop, env or Env()
+        self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
         self.latest: FidResult | None = None
-        if self.fid is not None and self.fid.warning is not None:
+        if self.env.first and self.fid is not None and self.fid.warning is not None:
             print(f"warning: {self.fid.warning}", file=sys.stderr)
         self.warnings: list[str] = []
         self._told: set[str] = set()
@@ -68,17 +78,18 @@ class Evaluation:
             tags = [self.fid.tag] if self.fid.floor is None else [self.fid.tag, self.fid.floor_tag]
             log.chart("FID", tags)
 
-    def measure(self, g: Generator, count: int, stop: object = None) -> FidResult:
+    def measure(self, g: Generator, count: int) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
 
         Raises:
-            Interrupted: if ``stop`` becomes true on the way.
+            Interrupted: if ``should_stop`` says so on the way.
         """
         assert self.fid is not None
         z = fixed_noise(count, g.latent_dim, self.device)
         training = g.training
         try:
-            return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, lambda: bool(stop))
+            with self.env.buffers_of_first(g):  # running averages differ between ranks
+                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, self.should_stop)
         finally:
             g.train(training)
 
@@ -90,22 +101,23 @@ class Evaluation:
             images = g(z)
         return to_uint8(images)
 
-    def run(self, g: Generator, epoch: int, step: int, log: Log, folder: Path, stop: object) -> float:
+    def run(self, g: Generator, epoch: int, step: int, log: Log, folder: Path) -> float:
         """Measure, log and draw; return the FID.
 
         Raises:
-            Interrupted: if ``stop`` becomes true on the way; nothing is logged then.
+            Interrupted: if ``should_stop`` says so on the way; nothing is logged then.
         """
         assert self.fid is not None
         count = self.count(epoch)
-        self.latest = result = self.measure(g, count, stop)
+        self.latest = result = self.measure(g, count)
         values = {self.fid.tag: result.fid}
         if self.fid.floor is not None:
             values[self.fid.floor_tag] = self.fid.floor
         if result.classes is not None:
             values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
         log.scalars(step, epoch, values)
-        self.draw(g, epoch, step, log, folder)
+        if self.env.first:
+            self.draw(g, epoch, step, log, folder)
         return result.fid
 
     def draw(self, g: Generator, epoch: int, step: int, log: Log, folder: Path) -> None:
@@ -120,7 +132,7 @@ class Evaluation:
         if not mixture_layers(g):
             return {}
         with collect_health(g) as found, torch.no_grad(), autocast(self.device, self.cfg.precision):
-            g(noise(self.cfg, step, self.cfg.batch_size, self.device))
+            g(noise(self.cfg, step, self.cfg.batch_size, self.device, self.env.rank))
         values = log_scalars(found)
         log.scalars(step, epoch, values)
         self.warnings = [f"{name}: {line}" for name, state in found.items() for line in state.warnings()]

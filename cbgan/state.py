@@ -11,6 +11,7 @@ from cbgan.config import GanConfig
 from cbgan.models import Discriminator, Generator
 from common import checkpoint
 from common.device import memory_format
+from common.dist import Env
 from common.errors import UsageError
 from common.log import Means
 from common.optim import parameter_groups
@@ -20,11 +21,20 @@ from common.seeding import derive, generator
 class GanState:
     """Networks, optimizers, gradient scalers, running means of the log, and the position.
 
+    With several processes the networks' buffers (running averages) and the log's means differ between ranks; a
+    checkpoint holds those of each.
+
+    Args:
+        cfg: the run's configuration.
+        device: this process's device.
+        env: this process among those of the run.
+
     The position ``at`` counts finished epochs, batches of the epoch under way, steps in all, and the last epoch
     that was evaluated (-1: none), with the lowest FID so far.
     """
 
-    def __init__(self, cfg: GanConfig, device: torch.device) -> None:
+    def __init__(self, cfg: GanConfig, device: torch.device, env: Env | None = None) -> None:
+        env = env or Env()
         with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU, the same for every device
             torch.manual_seed(derive(cfg.seed, "weights"))
             self.g = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed)
@@ -44,6 +54,8 @@ class GanState:
         fp16 = cfg.precision == "fp16"
         self.scaler_g, self.scaler_d = (torch.amp.GradScaler(device.type, enabled=fp16) for _ in range(2))
         self.means = Means()
+        self.env = env
+        self.g_ddp, self.d_ddp = env.wrap(self.g), env.wrap(self.d)
         self.at: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "evaluated": -1, "best_fid": None}
 
     def _parts(self) -> dict[str, Any]:
@@ -51,14 +63,26 @@ class GanState:
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state dicts and plain values only."""
-        return {"at": dict(self.at)} | {name: part.state_dict() for name, part in self._parts().items()}
+        """Return state dicts and plain values only; every rank has to call it."""
+        state = {"at": dict(self.at)} | {name: part.state_dict() for name, part in self._parts().items()}
+        if self.env.world > 1:
+            own = {name: _on_cpu(dict(network.named_buffers())) for name, network in self._networks().items()}
+            state["ranks"] = self.env.gather(own | {"means": _on_cpu(self.means.state_dict())})
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint's state."""
+        """Take over a checkpoint's state, and of what differs between ranks this one's share."""
         self.at = dict(state["at"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        if self.env.world > 1:
+            own = state["ranks"][self.env.rank]
+            for name, network in self._networks().items():
+                network.load_state_dict(own[name], strict=False)  # buffers only
+            self.means.load_state_dict(own["means"])
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {"g": self.g, "d": self.d}
 
     def load_weights(self, path: Path) -> None:
         """Take over the weights and buffers of another run's networks.
@@ -75,6 +99,13 @@ class GanState:
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"init_from: {path} does not fit this configuration ({reason})") from None
+
+
+def _on_cpu(values: Any) -> Any:
+    """Copy the tensors of nested dictionaries to the CPU, so that any rank can read them."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().clone()
+    return {name: _on_cpu(value) for name, value in values.items()} if isinstance(values, dict) else values
 
 
 def noise(cfg: GanConfig, step: int, rows: int, device: torch.device, rank: int = 0) -> Tensor:

@@ -1,9 +1,11 @@
 """Train a DCGAN and measure it: ``python -m cbgan.train``."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from cbgan.evaluation import Evaluation, save_grid
 from cbgan.losses import discriminator_loss, generator_loss
 from cbgan.state import GanState, noise
 from cbgan.summary import closing_summary
+from common import dist
 from common.checkpoint import Checkpoints
 from common.cli import Stopped, StopRequest, run_command
 from common.config import parse
@@ -73,45 +76,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = replace(cfg, norm=cfg.norm.resolved())
     set_threads(cfg.threads)
     set_determinism(cfg.deterministic)
-    device = resolve_device(cfg.device)
-    splits = load(cfg.data)
-    if cfg.dry_run:
-        print(estimate(cfg, splits, device))
-        return
-    with StopRequest() as stop:
-        Training(cfg, splits, device, stop).run()
+    device = dist.local_device(resolve_device(cfg.device))
+    with dist.group(device) as env:
+        splits = env.first_then_others(lambda: load(cfg.data))
+        if not cfg.dry_run:
+            with StopRequest() as stop:
+                Training(cfg, splits, device, stop, env).run()
+        elif env.first:
+            print(estimate(cfg, splits, device))
 
 
 class Training:
-    """One run from its folder's creation, or from its newest checkpoint, to the last epoch."""
+    """One run from its folder's creation, or from its newest checkpoint, to the last epoch.
 
-    def __init__(self, cfg: GanConfig, splits: Splits, device: torch.device, stop: StopRequest) -> None:
-        self.device, self.stop = device, stop
+    With several processes each runs this on its share of every step's images; rank 0 alone writes and prints.
+    """
+
+    def __init__(self, cfg: GanConfig, splits: Splits, device: torch.device, stop: StopRequest, env: dist.Env) -> None:
+        self.device, self.stop, self.env = device, stop, env
         try:
-            self.batches = Batches(splits.train, cfg.batch_size, cfg.seed, flip=cfg.data.flip, workers=cfg.data.workers)
+            self.batches = Batches(
+                splits.train,
+                cfg.batch_size,
+                cfg.seed,
+                flip=cfg.data.flip,
+                workers=cfg.data.workers,
+                rank=env.rank,
+                world=env.world,
+            )
         except ValueError as error:
             raise UsageError(str(error)) from None
-        self.state = GanState(cfg, device)
+        self.state = GanState(cfg, device, env)
         if cfg.init_from is not None and not cfg.resume:
             self.state.load_weights(cfg.init_from)
-        self.folder = _reopen(cfg, device) if cfg.resume else None
+        self.folder: RunFolder | None = None  # rank 0's, which holds the lock
+        if cfg.resume:
+            env.lead(lambda: self._hold(_reopen(cfg, device)))
         try:
-            self.evaluation = Evaluation(cfg, splits, device, stop)
+            self.evaluation = Evaluation(cfg, splits, device, self._asked_to_stop, env)
         except Interrupted:
-            assert stop.signum is not None
-            raise Stopped(stop.signum, "stopped before the run began; nothing was written") from None
-        self.folder = self.folder or _create(cfg, device)
-        self.cfg = replace(cfg, name=self.folder.path.name)
-        self.checkpoints = Checkpoints(self.folder.path / "checkpoints")
+            raise Stopped(env.largest(stop.signum or 0), "stopped before the run began") from None
+        if not cfg.resume:
+            env.lead(lambda: self._hold(_create(cfg, device)))
+        self.path = env.lead(lambda: self.folder.path if self.folder else Path())
+        self.cfg = replace(cfg, name=self.path.name)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.log = self._restore()
         self.evaluation.chart(self.log)
-        save_grid(splits.train.images[:64], self.folder.path / "samples" / "real.png")
+        if env.first:
+            save_grid(splits.train.images[:64], self.path / "samples" / "real.png")
         self.guard = StepGuard([self.state.g, self.state.d], ["loss/d", "loss/g"], device)
         self.bar = tqdm(
             total=cfg.epochs * len(self.batches),
             initial=self.state.at["step"],
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (env.first and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
         self.clock = (time.monotonic(), self.state.at["step"])
@@ -124,10 +143,9 @@ class Training:
             Stopped: after saving, if a signal asked for it.
             NonFiniteError: if a loss or gradient was not finite.
         """
-        assert self.folder is not None
         at = self.state.at
         try:
-            if not self.checkpoints.paths():
+            if self.env.lead(lambda: not self.checkpoints.paths()):
                 self._save()  # so that a run can be resumed from its first moment on
             while True:
                 if self.evaluation.due(at["epoch"]) and at["evaluated"] < at["epoch"]:
@@ -136,11 +154,13 @@ class Training:
                     break
                 self._epoch()
             self.bar.close()
-            print(closing_summary(self.cfg, self.folder.path, self.evaluation))
+            if self.env.first:
+                print(closing_summary(self.cfg, self.path, self.evaluation))
         finally:
             self.bar.close()
             self.log.close()
-            self.folder.close()
+            if self.folder is not None:
+                self.folder.close()
 
     def _epoch(self) -> None:
         at, state = self.state.at, self.state
@@ -153,13 +173,13 @@ class Training:
             at["step"] += 1
             at["batch"] += 1
             state.means.add(losses)
-            if at["step"] % self.cfg.log_every == 0:
+            logs = at["step"] % self.cfg.log_every == 0
+            if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
                 self.guard.check()
+            if logs:
                 self._log()
-            elif self.device.type == "cpu":
-                self.guard.check()
             self.bar.update()
-            if self.stop:
+            if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
                 self.guard.check()
                 self._save()
                 raise self._stopped()
@@ -169,15 +189,14 @@ class Training:
         last = at["epoch"] == self.cfg.epochs
         if last or at["epoch"] % self.cfg.checkpoint_every == 0 or self.evaluation.due(at["epoch"]):
             self._save()
+            if self.evaluation.fid is None and self.env.first:  # else pictures come with each measurement
+                self.evaluation.draw(state.g, at["epoch"], at["step"], self.log, self.path / "samples")
         self._report(f"epoch {at['epoch']}/{self.cfg.epochs}, step {at['step']}", self.shown)
 
     def _evaluate(self) -> None:
-        assert self.folder is not None
         at = self.state.at
         try:
-            fid = self.evaluation.run(
-                self.state.g, at["epoch"], at["step"], self.log, self.folder.path / "samples", self.stop
-            )
+            fid = self.evaluation.run(self.state.g, at["epoch"], at["step"], self.log, self.path / "samples")
         except Interrupted:  # the checkpoint before the measurement stands
             raise self._stopped() from None
         at["evaluated"] = at["epoch"]
@@ -190,8 +209,8 @@ class Training:
 
     def _log(self) -> None:
         at, (began, began_at) = self.state.at, self.clock
-        means = self.state.means.pop()
-        speed = (at["step"] - began_at) * self.cfg.batch_size / (time.monotonic() - began)
+        means = self.env.mean(self.state.means.pop())
+        speed = (at["step"] - began_at) * self.cfg.batch_size * self.env.world / (time.monotonic() - began)
         self.log.scalars(at["step"], at["epoch"], means | {"time/images_per_second": speed})
         self.shown = means | {"images/s": speed}
         shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
@@ -200,29 +219,38 @@ class Training:
 
     def _save(self, *, best: bool = False) -> None:
         extra = {"log_position": self.log.sync(), "passport": self.evaluation.passport()}
-        self.checkpoints.save(self.state.at["step"], self.state.state_dict() | extra, best=best)
+        state = self.state.state_dict() | extra
+        if self.env.first:
+            self.checkpoints.save(self.state.at["step"], state, best=best)
 
     def _restore(self) -> Log:
         """Go on from the newest whole checkpoint, if there is one, and cut the log back to it."""
-        assert self.folder is not None
-        state, reports = self.checkpoints.load_latest(self.device)
-        for report in reports:
+        state, reports = self.env.lead(self.checkpoints.load_latest)
+        for report in reports if self.env.first else []:
             print(f"warning: {report}", file=sys.stderr)
         if state is None:
-            return Log(self.folder.path)
+            return Log(self.path, active=self.env.first)
         if state["passport"] != self.evaluation.passport():
             differ = ", ".join(k for k, v in self.evaluation.passport().items() if state["passport"].get(k) != v)
             raise UsageError(f"fid: the run's FID was measured otherwise ({differ} differ); start a new run")
         self.state.load_state_dict(state)
-        return Log(self.folder.path, self.state.at["step"], state["log_position"])
+        return Log(self.path, self.state.at["step"], state["log_position"], active=self.env.first)
+
+    def _hold(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def _asked_to_stop(self) -> bool:
+        """Say whether any rank was asked to stop; every rank has to call it."""
+        return self.env.any(bool(self.stop))
 
     def _stopped(self) -> Stopped:
-        assert self.stop.signum is not None
-        command = resume_command(self.cfg)
-        return Stopped(self.stop.signum, f"stopped after step {self.state.at['step']}; go on with:\n  {command}")
+        signum, command = self.env.largest(self.stop.signum or 0), resume_command(self.cfg)
+        return Stopped(signum, f"stopped after step {self.state.at['step']}; go on with:\n  {command}")
 
     def _report(self, title: str, values: dict[str, float]) -> None:
         """Print a line where there is no bar to look at, and what is newly wrong with a layer in any case."""
+        if not self.env.first:
+            return
         if not sys.stderr.isatty():
             print("  ".join([title, *(f"{name} {value:.4g}" for name, value in values.items())]), flush=True)
         for line in self.evaluation.new_warnings():
@@ -231,16 +259,16 @@ class Training:
 
 def step(cfg: GanConfig, state: GanState, guard: StepGuard, real: Tensor) -> dict[str, Tensor]:
     """Update the discriminator, then the generator, on one batch of images in [-1, 1]; return the losses."""
-    z_d, z_g = noise(cfg, state.at["step"], 2 * len(real), real.device).chunk(2)
+    z_d, z_g = noise(cfg, state.at["step"], 2 * len(real), real.device, state.env.rank).chunk(2)
     with autocast(real.device, cfg.precision):
         with torch.no_grad():  # this half does not train the generator
             fake = state.g(z_d)
-        loss_d = discriminator_loss(state.d(real), state.d(fake))
+        loss_d = discriminator_loss(state.d_ddp(real), state.d_ddp(fake))
     guard.descend("loss/d", loss_d, state.opt_d, state.scaler_d)
 
-    state.d.requires_grad_(False)  # its gradients are not wanted, only the way through it
+    state.d.requires_grad_(False)  # frozen and unwrapped: none of its gradients are computed, or averaged over ranks
     with autocast(real.device, cfg.precision):
-        loss_g = generator_loss(state.d(state.g(z_g)))
+        loss_g = generator_loss(state.d(state.g_ddp(z_g)))
     guard.descend("loss/g", loss_g, state.opt_g, state.scaler_g)
     state.d.requires_grad_(True)
     return {"loss/d": loss_d, "loss/g": loss_g}
@@ -249,7 +277,9 @@ def step(cfg: GanConfig, state: GanState, guard: StepGuard, real: Tensor) -> dic
 def resume_command(cfg: GanConfig) -> str:
     """Return the command line that goes on with a run."""
     out = "" if cfg.out == GanConfig().out else f" --out {cfg.out}"
-    return f"python -m cbgan.train --name {cfg.name} --resume{out}"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
+    return f"{start} -m cbgan.train --name {cfg.name} --resume{out}"
 
 
 def _create(cfg: GanConfig, device: torch.device) -> RunFolder:

@@ -1,5 +1,6 @@
 """How a command ends: one line and a status, never a traceback for what a user or the numbers did."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class StopRequest:
         self.signum = signum
         for each, handler in self._before.items():
             signal.signal(each, handler)  # pyright: ignore[reportArgumentType]
+        if os.environ.get("RANK", "0") != "0":
+            return
         print(f"\n{signal.Signals(signum).name}: finishing this step and saving; again to stop at once",
               file=sys.stderr, flush=True)  # fmt: skip
 
@@ -69,5 +72,6 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 
 def _leave(line: str, status: int) -> NoReturn:
-    print(line, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
+        print(line, file=sys.stderr, flush=True)
     sys.exit(status)

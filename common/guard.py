@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from common.dist import smallest_over_ranks
+
+_ALL_WELL = torch.iinfo(torch.int64).max
 _SMALLEST_SCALE = 2.0**-10  # a gradient that overflows float16 even so is not an overflow of float16
 
 
@@ -36,8 +39,8 @@ class StepGuard:
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
         losses = list(terms)
         self._terms = losses + [f"gradient/{term.split('/')[-1]}" for term in losses]
-        # Code of the first bad thing, step * len(terms) + term; -1 while all is well.
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        # Code of the first bad thing on any rank, step * len(terms) + term.
+        self._first = torch.full((), _ALL_WELL, dtype=torch.int64, device=device)
         self._step = 0
         self._scalers: dict[str, torch.amp.GradScaler] = {}
 
@@ -64,19 +67,19 @@ class StepGuard:
         if scaler.is_enabled():
             self._scalers[term] = scaler
             # GradScaler decides for itself whether to step; a NaN is how it is told of a bad loss.
-            gradients[0].add_(torch.where(self._first < 0, 0.0, math.nan))
+            gradients[0].add_(torch.where(self._first == _ALL_WELL, 0.0, math.nan))
             scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
             return
         norm = get_total_norm(gradients, norm_type=math.inf)  # the largest entry: a 2-norm could overflow by itself
         self._note(f"gradient/{term.rsplit('/', maxsplit=1)[-1]}", torch.isfinite(norm))
-        optimizer.found_inf = (self._first >= 0).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.found_inf = (self._first != _ALL_WELL).float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
 
     def finish(self) -> None:
         """Put the buffers back if anything in this step, or in an earlier one, was not finite."""
-        good = self._first < 0
+        good = self._first == _ALL_WELL
         for kept, buffer in zip(self._before, self._buffers, strict=True):
             buffer.copy_(torch.where(good, buffer, kept))
 
@@ -86,7 +89,7 @@ class StepGuard:
         Raises:
             NonFiniteError: if any step so far had a non-finite loss or gradient; names the first.
         """
-        if (code := int(self._first)) >= 0:
+        if (code := int(self._first)) != _ALL_WELL:
             step, term = divmod(code, len(self._terms))
             raise NonFiniteError(
                 f"{self._terms[term]} is not finite in step {step}; weights and averages were kept as before that step"
@@ -100,4 +103,5 @@ class StepGuard:
 
     def _note(self, term: str, finite: Tensor) -> None:
         code = self._step * len(self._terms) + self._terms.index(term)
-        self._first = torch.where((self._first < 0) & ~finite, code, self._first)
+        self._first = torch.where((self._first == _ALL_WELL) & ~finite, code, self._first)
+        smallest_over_ranks(self._first)  # what one rank must not apply, none may

@@ -22,9 +22,13 @@ class Log:
         step: the step the run goes on from; TensorBoard drops what older event files say about later steps.
         position: length of metrics.jsonl, in bytes, when the checkpoint of that step was written; what follows
             is cut away, since those steps will be run and logged again.
+        active: False for a rank that writes nothing; its log takes everything and keeps none of it.
     """
 
-    def __init__(self, folder: Path, step: int = 0, position: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, position: int = 0, *, active: bool = True) -> None:
+        self._active = active
+        if not active:
+            return
         path = folder / METRICS
         resumed = path.exists()
         if resumed:
@@ -34,6 +38,8 @@ class Log:
 
     def scalars(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log named numbers at a step; those not finite become null in JSON, which has no word for them."""
+        if not self._active:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
         self._file.flush()
@@ -42,15 +48,13 @@ class Log:
 
     def chart(self, title: str, tags: list[str]) -> None:
         """Show several scalars in one chart (TensorBoard's custom scalars page)."""
-        self._events.add_custom_scalars({title: {title: ["Multiline", tags]}})
+        if self._active:
+            self._events.add_custom_scalars({title: {title: ["Multiline", tags]}})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""
-        self._events.add_image(tag, image, step)
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Log Markdown text to TensorBoard."""
-        self._events.add_text(tag, text, step)
+        if self._active:
+            self._events.add_image(tag, image, step)
 
     def sync(self) -> int:
         """Put everything logged so far on the disk, so that no checkpoint outlives its log.
@@ -58,6 +62,8 @@ class Log:
         Returns:
             The length of metrics.jsonl in bytes, which belongs into that checkpoint.
         """
+        if not self._active:
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
@@ -65,8 +71,9 @@ class Log:
 
     def close(self) -> None:
         """Finish both files."""
-        self._file.close()
-        self._events.close()
+        if self._active:
+            self._file.close()
+            self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -94,7 +101,7 @@ class Means:
         """Add one step's values, detached scalars on any device; no waiting."""
         for name, value in values.items():
             now = value.detach().float()
-            self._sums[name] = self._sums[name] + now if name in self._sums else now
+            self._sums[name] = self._sums[name].to(now.device) + now if name in self._sums else now
         self._count += 1
 
     def pop(self) -> dict[str, float]:
@@ -111,5 +118,5 @@ class Means:
         return {"sums": dict(self._sums), "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over sums and count."""
+        """Take over sums and count; sums read from a file join the device of the next value."""
         self._sums, self._count = dict(state["sums"]), state["count"]

@@ -201,6 +201,7 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
         "hardware": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
@@ -215,14 +216,21 @@ def note_session(path: Path, session: Mapping[str, Any]) -> None:
     """Append a session to a run's environment.json, after checking that it can go on bit for bit.
 
     Raises:
-        UsageError: if device type, thread count or layer backend differ from the run's first session.
+        UsageError: if device type, number of processes, thread count or layer backend differ from the run's first
+            session.
     """
     file = path / "environment.json"
     sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
-    for field, remedy in (("threads", "--threads"), ("device", "--device"), ("backend", "--norm.backend")):
+    remedies = {
+        "world": "start it with torchrun --nproc-per-node",
+        "threads": "add --threads",
+        "device": "add --device",
+        "backend": "add --norm.backend",
+    }
+    for field, remedy in remedies.items():
         before, now = sessions[0].get(field), session.get(field)
         if before != now:
-            raise UsageError(f"{field}: the run used {before}, this process has {now}; add {remedy} {before}")
+            raise UsageError(f"{field}: the run used {before}, this process has {now}; {remedy} {before}")
     write_text_atomic(file, environment_json([*sessions, dict(session)]))
 
 

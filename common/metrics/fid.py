@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.data import ImageSet, Splits
+from common.dist import Env
 from common.errors import UsageError
 from common.metrics.classifier import Classifier
 from common.metrics.extractors import Extractor
@@ -97,7 +98,8 @@ class Fid:
         splits: the run's images.
         cache: folder for statistics, trained classifiers and downloaded weights.
         device: where the extractor runs.
-        should_stop: asked between batches of real images.
+        should_stop: asked between batches; with several processes it must answer alike on all.
+        env: this process among those that share each measurement; by default it measures alone.
 
     Attributes:
         extractor: the network that gives the features.
@@ -118,11 +120,14 @@ class Fid:
         cache: Path,
         device: torch.device | str,
         should_stop: ShouldStop | None = None,
+        env: Env | None = None,
     ) -> None:
+        self._env = env or Env()
         if config.reference == "test" and splits.test is None:
             raise UsageError("fid.reference: there are no test images, expected train")
         self.config = config
-        self.extractor, self.warning = _extractor(config, splits, cache, device)
+        # One process trains or downloads, the others find the result in the cache.
+        self.extractor, self.warning = self._env.first_then_others(lambda: _extractor(config, splits, cache, device))
         self._cache = cache / "fid"
         self.tag = f"metric/fid_{self.extractor.name}"
         self.floor_tag = f"{self.tag}_floor"
@@ -170,17 +175,28 @@ class Fid:
         return FidResult(frechet_distance(statistics(features), self._statistics), count, classes)
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
-        features = torch.empty(count, self.extractor.dim)
-        for start in range(0, count, self.config.batch_size):
+        """Return features (count, D); each process takes every world-th batch, and gets those of the others."""
+        size, world = self.config.batch_size, self._env.world
+        features = torch.zeros(count, self.extractor.dim)
+        for first in range(0, count, size * world):
             if should_stop is not None and should_stop():
                 raise Interrupted
-            n = min(self.config.batch_size, count - start)
-            images = sample(start, n)
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != (n, 3):
-                got = f"{images.dtype} {tuple(images.shape)}"
-                raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
-            features[start : start + n] = self.extractor(images).cpu()
+            mine = torch.zeros(size, self.extractor.dim)
+            start = first + size * self._env.rank
+            n = min(size, count - start)
+            if n > 0:
+                mine[:n] = self._of_batch(sample, start, n)
+            for rank, rows in enumerate(self._env.stacked(mine)):
+                start = first + size * rank
+                features[start : start + size] = rows[: max(0, count - start)]
         return features
+
+    def _of_batch(self, sample: Sample, start: int, n: int) -> Tensor:
+        images = sample(start, n)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != (n, 3):
+            got = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
+        return self.extractor(images).cpu()
 
     def _of(self, real: ImageSet, should_stop: ShouldStop | None) -> Statistics:
         if len(real) < 2:
@@ -195,11 +211,12 @@ class Fid:
                 "torch_fidelity": version("torch-fidelity"),
             }
         )
-        found = read_cache(self._cache, key)
+        found = self._env.lead(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
         if found is None:
             of = statistics(self._features(lambda i, n: real.images[i : i + n], len(real), should_stop))
             found = {"mean": of.mean, "covariance": of.covariance}
-            write_cache(self._cache, key, found)
+            if self._env.first:
+                write_cache(self._cache, key, found)
         return Statistics(**found)
 
 

@@ -24,12 +24,13 @@ def tiny(tmp_path, cache) -> list[str]:
 
 @pytest.fixture
 def launch():
-    """Return a function that runs a script of this folder, or a module, with one thread."""
+    """Return a function that runs a script of this folder, or a module, with one thread, in one or more processes."""
 
-    def run(what: str, *args: str) -> subprocess.CompletedProcess[str]:
+    def run(what: str, *args: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
         start = [what] if what.endswith(".py") else ["-m", what]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.run(
-            [sys.executable, "-W", "error", *start, *args],
+            [sys.executable, *(["-W", "error"] if processes == 1 else torchrun), *start, *args],
             capture_output=True, text=True, timeout=300, check=False, cwd=Path(__file__).parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Run the trainer and kill it, hard, at a chosen moment: ``python killable.py WHERE:N ARGUMENTS``.
 
 WHERE is ``step`` (before training step N of this process), ``save`` (in the middle of writing checkpoint file N),
-``fid`` (while the N-th batch of images is generated for a measurement) or ``never``.
+``fid`` (while the N-th batch of images is generated for a measurement) or ``never``; ``step@1`` is step on rank 1 of
+several processes. At the end each process prints its rank and a hash of its weights.
 """
 
 import os
@@ -15,6 +16,7 @@ import cbgan.evaluation
 import cbgan.train
 import common.checkpoint
 from common.cli import run_command
+from common.metrics.extractors import weights_hash
 
 
 def killing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -48,13 +50,23 @@ def dying_in_mid_write(write_atomic: Callable[..., Any], at: int) -> Callable[..
 
 def main() -> None:
     where, at = sys.argv[1].split(":")
+    where, _, rank = where.partition("@")
+    if rank not in ("", os.environ.get("RANK")):
+        where = "never"
     if where == "step":
         cbgan.train.step = killing(cbgan.train.step, int(at))
     elif where == "save":
         common.checkpoint.write_atomic = dying_in_mid_write(common.checkpoint.write_atomic, int(at))
     elif where == "fid":
         cbgan.evaluation.Evaluation.sample = killing(cbgan.evaluation.Evaluation.sample, int(at))
-    run_command(lambda: cbgan.train.main(sys.argv[2:]))
+    run, trained = cbgan.train.Training.run, []
+    cbgan.train.Training.run = lambda self: trained.append(self) or run(self)
+    try:
+        run_command(lambda: cbgan.train.main(sys.argv[2:]))
+    finally:
+        for training in trained:
+            g, d = (dict(network.named_parameters()) for network in (training.state.g, training.state.d))
+            print(f"rank {os.environ.get('RANK', '0')}: {weights_hash(g)}{weights_hash(d)}", flush=True)
 
 
 if __name__ == "__main__":
