@@ -1,10 +1,12 @@
 """Run the trainer and kill it, hard, at a chosen moment: ``python killable.py WHERE:N ARGUMENTS``.
 
 WHERE is ``step`` (before training step N of this process), ``save`` (in the middle of writing checkpoint file N),
-``fid`` (while the N-th batch of images is generated for a measurement) or ``never``; ``step@1`` is step on rank 1 of
-several processes. At the end each process prints its rank and a hash of its weights.
+``fid`` (while the N-th batch of images is generated for a measurement) or ``never``; ``stop`` sends SIGINT in step N
+instead, ``loss`` makes the discriminator's loss of step N infinite. ``step@1`` is step on rank 1 of several processes.
+At the end each process prints its rank and a hash of its weights.
 """
 
+import math
 import os
 import signal
 import sys
@@ -19,15 +21,26 @@ from common.cli import run_command
 from common.metrics.extractors import weights_hash
 
 
-def killing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+def killing(function: Callable[..., Any], at: int, signum: int = signal.SIGKILL) -> Callable[..., Any]:
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
         return function(*args, **kwargs)
+
+    return wrapped
+
+
+def spoiling(loss: Callable[..., Any], at: int) -> Callable[..., Any]:
+    calls = 0
+
+    def wrapped(*logits: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return loss(*logits) + (math.inf if calls == at else 0)  # the gradients stay finite
 
     return wrapped
 
@@ -55,6 +68,10 @@ def main() -> None:
         where = "never"
     if where == "step":
         cbgan.train.step = killing(cbgan.train.step, int(at))
+    elif where == "stop":
+        cbgan.train.step = killing(cbgan.train.step, int(at), signal.SIGINT)
+    elif where == "loss":
+        cbgan.train.discriminator_loss = spoiling(cbgan.train.discriminator_loss, int(at))
     elif where == "save":
         common.checkpoint.write_atomic = dying_in_mid_write(common.checkpoint.write_atomic, int(at))
     elif where == "fid":

@@ -47,3 +47,24 @@ def test_a_mistake_is_told_once_and_ends_every_process(launch, tiny, tmp_path):
     assert refused.returncode != 0
     assert refused.stderr.count("error: name: ") == 1
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2]) not in refused.stderr
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tiny, tmp_path):
+    launch("killable.py", "never:0", *tiny, *PAIR, "--name", "whole", processes=2)
+    stopped = launch("killable.py", "stop@1:5", *tiny, *PAIR, "--name", "run", processes=2)
+    assert "stopped after step 5; go on with:" in stopped.stderr
+    assert f"torchrun --nproc-per-node 2 -m cbgan.train --name run --resume --out {tmp_path}" in stopped.stderr
+    end = launch("killable.py", "never:0", "--name", "run", "--out", str(tmp_path), "--resume", processes=2)
+    assert end.returncode == 0, end.stderr
+    assert_same(final_state(tmp_path / "cbgan" / "run"), final_state(tmp_path / "cbgan" / "whole"))
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(launch, tiny, tmp_path):
+    spoiled = launch("killable.py", "loss@1:5", *tiny, *PAIR, "--name", "run", processes=2)
+    assert spoiled.returncode != 0
+    assert spoiled.stderr.count("error: loss/d is not finite in step 5;") == 1
+    weights = hashes(spoiled.stdout)
+    assert weights["0"] == weights["1"]
+    # What was kept is the state after four good steps, which a run stopped there has too.
+    stopped = launch("killable.py", "stop@0:4", *tiny, *PAIR, "--name", "four", processes=2)
+    assert hashes(stopped.stdout) == weights
