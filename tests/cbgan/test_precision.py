@@ -1,0 +1,101 @@
+"""Reduced precision and NHWC memory change the rounding, not the computation."""
+
+import pytest
+import torch
+from torch import nn
+
+import cbgan.train
+from cbgan.config import GanConfig
+from cbgan.losses import discriminator_loss, generator_loss
+from cbgan.state import GanState, noise
+from common.checkpoint import load
+from common.data.digits import digits
+from common.data.image_set import to_float
+from common.device import autocast, memory_format
+from common.log import read_metrics
+from common.norms.config import NormConfig
+
+CPU = torch.device("cpu")
+
+
+def losses_and_gradients(norm: NormConfig, dtype=torch.float32, **options) -> dict[str, torch.Tensor]:
+    """Return both losses and every gradient of one batch, without an update."""
+    cfg = GanConfig(width=16, latent_dim=16, norm=norm, **options)
+    state = GanState(cfg, CPU)
+    for network in (state.g, state.d):
+        network.to(dtype)
+        for layer in network.modules():
+            if isinstance(layer, nn.LeakyReLU):
+                layer.negative_slope = 1.0  # a rounding error that crosses the kink would change a gradient by 5x
+    real = to_float(digits(32).train.images[:64]).to(dtype)
+    real = real.contiguous(memory_format=memory_format(cfg.channels_last))
+    with autocast(CPU, cfg.precision):
+        fake = state.g(noise(cfg, 0, 64, CPU).to(dtype))
+        loss_d = discriminator_loss(state.d(real), state.d(fake.detach()))
+        loss_g = generator_loss(state.d(fake))
+    found = {"loss/d": loss_d, "loss/g": loss_g}
+    for name, loss, network in (("d", loss_d, state.d), ("g", loss_g, state.g)):
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        found |= {f"{name}.{key}": gradient for key, gradient in zip(names, gradients, strict=True)}
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+def errors(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return each value's error relative to its own norm, but for gradients that normalization makes zero."""
+    scale = max(float(value.norm()) for name, value in exact.items() if "/" not in name)
+    return {
+        name: float((ours[name] - value).norm() / value.norm())
+        for name, value in exact.items()
+        if float(value.norm()) > 1e-6 * scale
+    }
+
+
+@pytest.mark.parametrize("kind", ["bn", "ucb"])
+def test_channels_last_equals_contiguous_within_rounding(kind):
+    norm = NormConfig(kind=kind)
+    exact = losses_and_gradients(norm, torch.float64)
+    contiguous = errors(losses_and_gradients(norm), exact)
+    nhwc = errors(losses_and_gradients(norm, channels_last=True), exact)
+    # The order of sums differs, so each has its own rounding error; neither may be a class worse than the other.
+    assert max(nhwc.values()) <= 4 * max(contiguous.values()) + 1e-6
+    assert max(contiguous.values()) < 1e-3
+
+
+def test_channels_last_reaches_the_convolutions():
+    state = GanState(GanConfig(width=16, channels_last=True), CPU)
+    assert state.d.state_dict()["features.2.weight"].is_contiguous(memory_format=torch.channels_last)
+    features = state.d.features[:5](torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["bn", "ucb"])
+def test_losses_in_reduced_precision_are_those_of_float32_within_its_rounding(kind, precision):
+    norm = NormConfig(kind=kind)
+    exact = losses_and_gradients(norm, torch.float64)
+    reduced = losses_and_gradients(norm, precision=precision)
+    # Ten layers, each rounded to 8 (bfloat16) or 11 (float16) bits: relative errors of up to sqrt(10) ulp a layer
+    # that normalization amplifies where it divides by small deviations; 16 ulp leaves room for that.
+    ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
+    for name in ("loss/d", "loss/g"):
+        assert abs(float(reduced[name] - exact[name])) <= 16 * ulp * abs(float(exact[name]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_reduced_precision_trains_float32_weights_and_resumes(tiny, tmp_path, precision):
+    flags = [*tiny, "--precision", precision, "--fid.every", "0"]
+    cbgan.train.main([*flags, "--epochs", "2", "--name", "whole"])
+    cbgan.train.main([*flags, "--epochs", "1", "--name", "run"])
+    cbgan.train.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
+    whole, run = (
+        load(tmp_path / "cbgan" / name / "checkpoints" / "step-00000016.pt", "cpu") for name in ("whole", "run")
+    )
+    for name, value in whole["g"].items():
+        assert value.dtype != torch.bfloat16
+        assert value.dtype != torch.float16
+        assert torch.equal(value, run["g"][name])
+    assert whole["scaler_g"] == run["scaler_g"]
+    assert (whole["scaler_g"] != {}) == (precision == "fp16")
+    losses = [line["loss/d"] for line in read_metrics(tmp_path / "cbgan" / "whole") if "loss/d" in line]
+    assert all(0 < value < 10 for value in losses)
