@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from run_comparison import assert_same, charted, final_state, logged
 
+import cbgan.evaluate
+
 PAIR = ["--epochs", "2", "--batch_size", "60", "--norm.init", "kmeans++", "--data.flip"]  # 8 steps an epoch of 2 x 60
 
 
@@ -13,7 +15,7 @@ def hashes(output: str) -> dict[str, str]:
     return dict(re.findall(r"rank (\d): (\w+)", output))
 
 
-def test_a_pair_learns_one_model_and_survives_the_death_of_a_worker(launch, tiny, tmp_path):
+def test_a_pair_learns_one_model_and_survives_the_death_of_a_worker(launch, tiny, tmp_path, capsys):
     left_alone = launch("killable.py", "never:0", *tiny, *PAIR, "--name", "whole", processes=2)
     assert left_alone.returncode == 0, left_alone.stderr
     weights = hashes(left_alone.stdout)
@@ -25,6 +27,11 @@ def test_a_pair_learns_one_model_and_survives_the_death_of_a_worker(launch, tiny
     own = [rank["g"]["norm3.running_mean"] for rank in state["ranks"]]
     assert not torch.equal(*own)  # each rank's averages are those of its own images
     assert torch.equal(own[0], state["g"]["norm3.running_mean"])
+
+    # Three batches of samples on two ranks, one has a batch less: the FID is what one process measures.
+    measured = [line["metric/fid_classifier"] for line in logged(theirs) if "metric/fid_classifier" in line][-1]
+    cbgan.evaluate.main(["--run", str(theirs)])
+    assert f"FID (classifier) {measured:.4g} from 60 samples" in capsys.readouterr().out
 
     killed = launch("killable.py", "step@1:12", *tiny, *PAIR, "--name", "killed", processes=2)
     assert killed.returncode != 0
