@@ -4,26 +4,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+_COARSE = ("cifar100", "oxford_pet")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images a run uses.
 
     Raises:
-        ValueError: if a value is out of range, or a folder is given to a data set that reads none.
+        ValueError: if a value is out of range, or a setting is given to a data set that has no use for it.
     """
 
-    name: Literal["digits", "digits_m", "imagefolder", "cifar10", "cifar100"] = "digits"
+    name: Literal[
+        "digits",
+        "digits_m",
+        "imagefolder",
+        "cifar10",
+        "cifar100",
+        "mnist",
+        "mnist_m",
+        "svhn",
+        "tiny_imagenet",
+        "oxford_pet",
+    ] = "digits"
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
-    photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class."""
+    photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
+    blended with photographs; the others as published (docs/data.md)."""
     root: Path | None = None
-    """Folder of the data set: the images of imagefolder, or where CIFAR is or goes to (null: data)."""
+    """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""
     test_root: Path | None = None
     """imagefolder: images held apart from training, for the FID floor and the classifier's accuracy."""
     size: int = 32
     """Side in pixels that images are brought to: a multiple of 4 from 8 to 1024."""
+    labels: Literal["fine", "coarse"] = "fine"
+    """cifar100: 100 classes or 20 superclasses; oxford_pet: 37 breeds, or cat and dog."""
+    groups: Path | None = None
+    """imagefolder: a JSON file that gives each class a group, {"tabby": "cat", "poodle": "dog"}."""
+    blend: str = "sklearn"
+    """mnist_m: a folder of photographs to blend the digits with, or sklearn for scikit-learn's two."""
     download: bool = True
-    """Download CIFAR where it is missing."""
+    """Download a published data set where it is missing."""
     flip: bool = False
     """Mirror each training image left to right with probability 1/2."""
     workers: int = 0
@@ -38,3 +58,9 @@ class DataConfig:
             raise ValueError(f"data.root: {self.name} reads no folder, expected null or data.name imagefolder")
         if self.test_root is not None and self.name != "imagefolder":
             raise ValueError(f"data.test_root: {self.name} has its own test images, expected null")
+        if self.labels != "fine" and self.name not in _COARSE:
+            raise ValueError(f"data.labels: only {' and '.join(_COARSE)} have coarse labels, {self.name} has not")
+        if self.groups is not None and self.name != "imagefolder":
+            raise ValueError(f"data.groups: expected null, only imagefolder takes a file; got data.name {self.name}")
+        if self.blend != "sklearn" and self.name != "mnist_m":
+            raise ValueError(f"data.blend: expected sklearn, only mnist_m takes a folder; got data.name {self.name}")

@@ -46,13 +46,13 @@ def read_folder(
     Raises:
         UsageError: if the folder or a class has no images, a file cannot be read, or a class is unknown.
     """
-    _check_folder(root, field)
+    check_folder(root, field)
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not found:
         files = [Path(entry.path) for entry in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(entry.name)]
         if not files:
             raise UsageError(f"{field}: no PNG or JPEG files in {root}")
-        return ImageSet(_read(files, size), None, (), root.name, split)
+        return ImageSet(read_images(files, size), None, (), root.name, split)
     if set(found) <= _SPLIT_NAMES:
         raise UsageError(f"{field}: {root} holds splits ({', '.join(found)}), not classes; name one of these folders")
 
@@ -61,15 +61,16 @@ def read_folder(
     for name in found:
         if name not in known:
             raise UsageError(f"{field}: class folder {root / name} is not among the training classes")
-        members = _images_below(root / name)
+        members = images_below(root / name)
         if not members:
             raise UsageError(f"{field}: class folder {root / name} has no PNG or JPEG files")
         files += members
         labels += [known.index(name)] * len(members)
-    return ImageSet(_read(files, size), torch.tensor(labels), known, root.name, split)
+    return ImageSet(read_images(files, size), torch.tensor(labels), known, root.name, split)
 
 
-def _check_folder(root: Path, field: str) -> None:
+def check_folder(root: Path, field: str) -> None:
+    """Raise UsageError, naming the setting, unless `root` is a folder."""
     if not root.exists():
         raise UsageError(f"{field}: no folder {root}")
     if not root.is_dir():
@@ -80,7 +81,8 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(_EXTENSIONS)
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Return the PNG and JPEG files at any depth below a folder, in the order of their paths."""
     return [
         Path(place) / name
         for place, _, names in sorted(os.walk(folder, followlinks=True))
@@ -89,7 +91,12 @@ def _images_below(folder: Path) -> list[Path]:
     ]
 
 
-def _read(files: list[Path], size: int) -> Tensor:
+def read_images(files: list[Path], size: int) -> Tensor:
+    """Read files as uint8 (N, 3, size, size), each by the rules of `read_folder`.
+
+    Raises:
+        UsageError: naming a file that cannot be read.
+    """
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     target = images.permute(0, 2, 3, 1).numpy()  # a view as Pillow lays pixels out
 
@@ -103,6 +110,15 @@ def _read(files: list[Path], size: int) -> Tensor:
             pool.shutdown(cancel_futures=True)
             raise
     return images
+
+
+def read_photograph(path: Path) -> np.ndarray:
+    """Read one file at its own size: uint8 (H, W, 3), colours as in `read_folder`.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    return _decode(path, _to_rgb)
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:

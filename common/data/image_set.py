@@ -1,7 +1,7 @@
 """Images in memory: uint8, with their labels and a hash of the content."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +22,12 @@ class ImageSet:
         classes: class names by label; empty where there are no labels.
         name: the data set.
         split: "train" or "test".
+        groups: int64 (N,) in [0, len(group_names)), what each image belongs to besides its class (a superclass),
+            or None where nothing is known.
+        group_names: their names; empty where there are no groups.
 
     Raises:
-        ValueError: if shapes, types or labels are not as above.
+        ValueError: if shapes, types, labels or groups are not as above.
     """
 
     images: Tensor
@@ -32,6 +35,8 @@ class ImageSet:
     classes: tuple[str, ...]
     name: str
     split: str
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -40,16 +45,8 @@ class ImageSet:
             raise ValueError(f"images: expected uint8 (N, 3, H, W) on the CPU, got {got}")
         if not images.numel():
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
-        if labels is None:
-            if self.classes:
-                raise ValueError(f"classes: expected none without labels, got {len(self.classes)}")
-            return
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.device.type != "cpu":
-            got = f"{labels.dtype} {tuple(labels.shape)} on {labels.device}"
-            raise ValueError(f"labels: expected int64 ({len(images)},) on the CPU, got {got}")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(self.classes):
-            raise ValueError(f"labels: expected 0 to {len(self.classes) - 1}, got {low} to {high}")
+        _check_numbers("labels", labels, "classes", self.classes, len(images))
+        _check_numbers("groups", self.groups, "group_names", self.group_names, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,17 +58,34 @@ class ImageSet:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the shape, every pixel and every label: 64 hexadecimal digits."""
+        """SHA-256 over the shape, every pixel, label and group: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
         digest.update(_buffer(self.images))
         if self.labels is not None:
             digest.update(_buffer(self.labels))
+        if self.groups is not None:
+            digest.update(b"groups")
+            digest.update(_buffer(self.groups))
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> "ImageSet":
         """Return the images at these positions, int64 (M,) with M >= 1, in this order."""
         labels = None if self.labels is None else self.labels[index]
-        return ImageSet(self.images[index], labels, self.classes, self.name, self.split)
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, images=self.images[index], labels=labels, groups=groups)
+
+
+def _check_numbers(field: str, numbers: Tensor | None, names_field: str, names: tuple[str, ...], count: int) -> None:
+    if numbers is None:
+        if names:
+            raise ValueError(f"{names_field}: expected none without {field}, got {len(names)}")
+        return
+    if numbers.dtype != torch.int64 or numbers.shape != (count,) or numbers.device.type != "cpu":
+        got = f"{numbers.dtype} {tuple(numbers.shape)} on {numbers.device}"
+        raise ValueError(f"{field}: expected int64 ({count},) on the CPU, got {got}")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= len(names):
+        raise ValueError(f"{field}: expected 0 to {len(names) - 1}, got {low} to {high}")
 
 
 def _buffer(tensor: Tensor) -> Any:  # NumPy's stubs do not say that an array is a buffer

@@ -5,8 +5,13 @@ from pathlib import Path
 from common.data.cifar import cifar
 from common.data.config import DataConfig
 from common.data.digits import digits, digits_m
+from common.data.groups import read_groups, with_groups
 from common.data.image_folder import read_folder
 from common.data.image_set import Splits
+from common.data.mnist import mnist, mnist_m
+from common.data.oxford_pet import oxford_pet
+from common.data.svhn import svhn
+from common.data.tiny_imagenet import tiny_imagenet
 from common.errors import UsageError
 
 
@@ -22,18 +27,38 @@ def load(config: DataConfig) -> Splits:
         return digits_m(config.size)
     if config.name == "imagefolder":
         return _folders(config)
-    return cifar(config.name, config.root or Path("data"), config.size, download=config.download)
+    return _published(config, config.root or Path("data"))
+
+
+def _published(config: DataConfig, root: Path) -> Splits:
+    name, size, download = config.name, config.size, config.download
+    if name == "mnist":
+        return mnist(root, size, download=download)
+    if name == "mnist_m":
+        return mnist_m(root, size, config.blend, download=download)
+    if name == "svhn":
+        return svhn(root, size, download=download)
+    if name == "tiny_imagenet":
+        return tiny_imagenet(root, size, download=download)
+    if name == "oxford_pet":
+        return oxford_pet(root, size, config.labels, download=download)
+    assert name in ("cifar10", "cifar100")  # all that is left
+    return cifar(name, root, size, config.labels, download=download)
 
 
 def _folders(config: DataConfig) -> Splits:
     if config.root is None:
         raise UsageError("data.root: expected the folder that holds the images, as in --data.root PATH")
-    train = read_folder(config.root, config.size)
-    if config.test_root is None:
-        return Splits(train, None)
-    if config.test_root.resolve() == config.root.resolve():
-        raise UsageError(f"data.test_root: {config.test_root} is data.root, expected images held apart from it")
-    test = read_folder(
-        config.test_root, config.size, field="data.test_root", split="test", classes=train.classes or None
-    )
-    return Splits(train, test)
+    train, test = read_folder(config.root, config.size), None
+    if config.test_root is not None:
+        if config.test_root.resolve() == config.root.resolve():
+            raise UsageError(f"data.test_root: {config.test_root} is data.root, expected images held apart from it")
+        test = read_folder(
+            config.test_root, config.size, field="data.test_root", split="test", classes=train.classes or None
+        )
+    if config.groups is None:
+        return Splits(train, test)
+    if train.labels is None:
+        raise UsageError(f"data.groups: the images in {config.root} have no classes, expected null")
+    group_of = read_groups(config.groups, train.classes)
+    return Splits(with_groups(train, group_of), None if test is None else with_groups(test, group_of))

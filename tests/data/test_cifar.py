@@ -1,7 +1,7 @@
 import hashlib
 import io
 import pickle
-from urllib.error import URLError
+import tarfile
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ class OldPickler(pickle.Pickler):
 
 
 def write_miniature(root, name, monkeypatch):
-    """Write 3 images a file in the official layout; return train pixels (N, 3, 32, 32) and fine labels."""
+    """Write 3 images a file in the official layout; return train pixels (N, 3, 32, 32), fine and coarse labels."""
     kind, generator = KINDS[name], np.random.default_rng(0)
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
@@ -38,22 +38,24 @@ def write_miniature(root, name, monkeypatch):
     def batch(file):
         data = generator.integers(0, 256, (3, 3072), dtype=np.uint8)
         fine = generator.integers(0, 10, 3).tolist()
-        labels = {"labels": fine} if name == "cifar10" else {"fine_labels": fine, "coarse_labels": [0, 0, 0]}
-        parts.append((data.reshape(3, 3, 32, 32), fine))
+        coarse = generator.integers(0, 4, 3).tolist()
+        labels = {"labels": fine} if name == "cifar10" else {"fine_labels": fine, "coarse_labels": coarse}
+        parts.append((data.reshape(3, 3, 32, 32), fine, coarse))
         return write(file, {"data": data, **labels})
 
     parts = []
     monkeypatch.setattr(kind, "train_list", [batch(file) for file, _ in kind.train_list])
     train = list(parts)
     monkeypatch.setattr(kind, "test_list", [batch(file) for file, _ in kind.test_list])
-    names = write(kind.meta["filename"], {kind.meta["key"]: [f"class {i}" for i in range(10)]})
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": names[1]})
-    return np.concatenate([p for p, _ in train]), [y for _, fine in train for y in fine]
+    names = {kind.meta["key"]: [f"class {i}" for i in range(10)], "coarse_label_names": ["w", "x", "y", "z"]}
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": write(kind.meta["filename"], names)[1]})
+    pixels, fine, coarse = zip(*train, strict=True)
+    return np.concatenate(pixels), np.concatenate(fine).tolist(), np.concatenate(coarse).tolist()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_reads_the_official_files(tmp_path, monkeypatch, name):
-    images, labels = write_miniature(tmp_path, name, monkeypatch)
+    images, labels, _ = write_miniature(tmp_path, name, monkeypatch)
     splits = load(DataConfig(name=name, root=tmp_path, download=False))
     assert np.array_equal(splits.train.images.numpy(), images)
     assert splits.train.labels is not None
@@ -64,27 +66,46 @@ def test_reads_the_official_files(tmp_path, monkeypatch, name):
 
 
 def test_brings_images_to_the_size_asked_for(tmp_path, monkeypatch):
-    images, _ = write_miniature(tmp_path, "cifar10", monkeypatch)
+    images, _, _ = write_miniature(tmp_path, "cifar10", monkeypatch)
     got = load(DataConfig(name="cifar10", root=tmp_path, size=64)).train.images
     assert got.shape == (15, 3, 64, 64)
     # enlarging by 2 leaves means nearly alone: bicubic weights sum to 1, only the border and rounding differ
     assert torch.allclose(got.float().mean((1, 2, 3)), torch.from_numpy(images).float().mean((1, 2, 3)), atol=1.5)
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_says_which_file_to_put_where(tmp_path, monkeypatch, damage):
-    if damage == "changed":
-        write_miniature(tmp_path, "cifar10", monkeypatch)
-        (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"other")
-    with pytest.raises(UsageError, match=r"data\.root: no intact cifar10 .*cifar-10-python\.tar\.gz .*batches-py") as e:
-        load(DataConfig(name="cifar10", root=tmp_path, download=False))
+@pytest.mark.parametrize("which", ["fine", "coarse"])
+def test_superclasses_of_cifar100_are_its_coarse_labels(tmp_path, monkeypatch, which):
+    _, fine, coarse = write_miniature(tmp_path, "cifar100", monkeypatch)
+    train = load(DataConfig(name="cifar100", root=tmp_path, labels=which)).train
+    assert train.labels is not None
+    assert train.groups is not None
+    assert train.labels.tolist() == (fine if which == "fine" else coarse)
+    assert train.classes == (tuple(f"class {i}" for i in range(10)) if which == "fine" else ("w", "x", "y", "z"))
+    assert (train.groups.tolist(), train.group_names) == (coarse, ("w", "x", "y", "z"))
+
+
+def test_cifar10_has_no_groups(tmp_path, monkeypatch):
+    write_miniature(tmp_path, "cifar10", monkeypatch)
+    assert load(DataConfig(name="cifar10", root=tmp_path)).train.groups is None
+
+
+def test_unpacks_the_archive_that_was_put_there(tmp_path, monkeypatch):
+    write_miniature(tmp_path / "packed", "cifar100", monkeypatch)
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "packed" / "cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    splits = load(DataConfig(name="cifar100", root=tmp_path, download=False))
+    assert splits.train.content_hash == load(DataConfig(name="cifar100", root=tmp_path / "packed")).train.content_hash
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_folder_with_changed_files_is_refused_in_one_line(tmp_path, monkeypatch, download):
+    write_miniature(tmp_path, "cifar10", monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"other")
+    with pytest.raises(
+        UsageError, match=r"data\.root: .*batches-py is incomplete or damaged .*checksum.*remove it"
+    ) as e:
+        load(DataConfig(name="cifar10", root=tmp_path, download=download))
     assert "\n" not in str(e.value)
-
-
-def test_says_what_to_do_when_the_download_fails(tmp_path, monkeypatch):
-    def fail(self):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(CIFAR10, "download", fail)
-    with pytest.raises(UsageError, match=r"could not be downloaded \(.*no route.*\).*cifar-100-python\.tar\.gz"):
-        load(DataConfig(name="cifar100", root=tmp_path))
+    assert (tmp_path / "cifar-10-batches-py" / "data_batch_2").read_bytes() == b"other"

@@ -76,6 +76,9 @@ def test_digits_m_refuses_sizes_above_the_photographs():
         ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
         ({"root": "x"}, "data.root: digits reads no folder"),
         ({"name": "cifar10", "test_root": "x"}, "data.test_root: cifar10 has its own"),
+        ({"name": "cifar10", "labels": "coarse"}, "data.labels: only cifar100 and oxford_pet .* cifar10 has not"),
+        ({"name": "cifar100", "groups": "x"}, "data.groups: expected null, only imagefolder .* cifar100"),
+        ({"name": "digits_m", "blend": "x"}, "data.blend: expected sklearn, only mnist_m .* digits_m"),
     ],
 )
 def test_config_refuses_values_in_one_line(values, message):
