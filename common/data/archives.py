@@ -148,12 +148,15 @@ def reading(place: Path) -> Iterator[None]:
         ) from error
 
 
-def present(files: list[Path]) -> list[Path]:
-    """Return the files, all of which must exist.
+def present(files: list[Path], count: int) -> list[Path]:
+    """Return files that a list names, all of which must exist.
 
     Raises:
-        FileNotFoundError: naming the first that does not.
+        ValueError: if they are not as many as were published, because the list was cut off.
+        FileNotFoundError: naming the first that does not exist.
     """
+    if len(files) != count:
+        raise ValueError(f"it lists {len(files):,} images of {count:,}")
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")

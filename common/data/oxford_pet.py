@@ -14,6 +14,7 @@ MD5 = {  # as in torchvision's OxfordIIITPet, whose reader keeps the names of th
     "images": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     "annotations": "95a8c909bbe2e81eed6a22bccdf3f68f",
 }
+COUNTS = {"trainval": 3680, "test": 3669}
 _FOLDER = "oxford-iiit-pet"
 _SPECIES = ("cat", "dog")
 
@@ -50,7 +51,8 @@ def _split(folder: Path, official: str, size: int, labels: str) -> ImageSet:
         raise ValueError(f"{official}.txt does not number its classes from 1 on")
     fine = torch.tensor([int(label) - 1 for _, label, *_ in rows])
     coarse = torch.tensor([0 if name[0].isupper() else 1 for name, *_ in rows])
-    images = read_images(present([folder / "images" / f"{name}.jpg" for name, *_ in rows]), size)
+    files = present([folder / "images" / f"{name}.jpg" for name, *_ in rows], COUNTS[official])
+    images = read_images(files, size)
     numbers, names = (fine, tuple(breeds.values())) if labels == "fine" else (coarse, _SPECIES)
     split = "test" if official == "test" else "train"
     return ImageSet(images, numbers, names, "oxford_pet", split, coarse, _SPECIES)
