@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _inspect(parse(InspectConfig, argv, prog="python -m common.data"))
     except UsageError as error:  # which names fields as a training command does; here they have no prefix
-        names = "|".join(field.name for field in fields(DataConfig))
-        raise UsageError(re.sub(rf"(?<![\w./])data\.(?=(?:{names})\b)", "", str(error))) from None
+        raise UsageError(re.sub(r"(^|--|or set )data\.", r"\1", str(error))) from None
 
 
 def _inspect(config: InspectConfig) -> None:

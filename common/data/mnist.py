@@ -37,8 +37,8 @@ def mnist(root: Path, size: int, *, download: bool) -> Splits:
 def mnist_m(root: Path, size: int, source: str, *, download: bool) -> Splits:
     """Load MNIST as `mnist` does, each digit blended with a patch of a photograph (see `blend`).
 
-    The published MNIST-M was made with random patches of BSDS500 that nobody can draw again. Here the patch of an
-    image follows from its split and index, and photograph shows up to the border: the digits are padded before.
+    These are not the images of the published MNIST-M, which took its patches from BSDS500. The patch of an image
+    follows from its split and index, and the photograph shows up to the border: the digits are padded before.
 
     Args:
         root: as for `mnist`.

@@ -98,7 +98,7 @@ def test_a_sheet_that_is_there_is_kept_without_force(tmp_path):
         (["--sise", "8"], "--sise: no such option; did you mean --size?"),
         (
             ["--name", "svhn", "--root", "data.size", "--download", "false"],
-            "root: no train_32x32.mat, .* into data.size",
+            "root: no train_32x32.mat, .* into data.size, or set download true$",
         ),
     ],
 )
