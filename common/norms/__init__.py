@@ -1,5 +1,12 @@
 """Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
 
+from common.norms.convert import (
+    clusters,
+    convert_norms,
+    revert_norms,
+    scb_state_from_base,
+    ucb_state_from_batch_norm,
+)
 from common.norms.factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
 from common.norms.health import Health, collect_health, health, log_scalars, mixture_layers
 from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
@@ -17,10 +24,15 @@ __all__ = [
     "SCBNormBase",
     "UCBNorm",
     "cluster_norm",
+    "clusters",
     "collect_health",
+    "convert_norms",
     "health",
     "log_scalars",
     "make_norm",
     "mixture_layers",
     "mixture_norm",
+    "revert_norms",
+    "scb_state_from_base",
+    "ucb_state_from_batch_norm",
 ]

@@ -1,0 +1,379 @@
+"""Normalization layers in a model that has BatchNorm: convert, revert, and give samples their cluster ids."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from common.norms import averages, ops
+from common.norms.averages import Stored
+from common.norms.factory import BatchNorm, DomainBatchNorm, make_norm
+from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase
+from common.norms.unsupervised import MixtureLayer
+
+Where = str | int | Iterable[str | int] | Callable[[str, nn.Module], bool]
+"""Layers by qualified name, by index among the BatchNorm layers, several of these, or by predicate."""
+
+_CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm)
+_KINDS = ("mn", "ucb", "scb", "scb_base", "dsbn")
+_ORIGINAL = "_converted_from"
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+_ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
+
+
+@contextmanager
+def clusters(ids: Tensor | None) -> Iterator[None]:
+    """Give the samples of every model called inside the block their cluster ids.
+
+    Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
+    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. A block must
+    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
+    ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
+
+    Raises:
+        ValueError: ids are not int64 (N,).
+
+    Example:
+        >>> with clusters(labels):
+        ...     logits = model(images)
+    """
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {given}")
+    token = _ids.set(ids)
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
+def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
+    if cluster is None and (ids := _ids.get()) is not None:
+        return ids.to(x.device)
+    return cluster
+
+
+class RoutedSCBNorm(SCBNorm):
+    """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+class RoutedSCBNormBase(SCBNormBase):
+    """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+class RoutedDomainBatchNorm(DomainBatchNorm):
+    """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+_ROUTED: dict[str, Callable[..., nn.Module]] = {
+    "scb": RoutedSCBNorm,
+    "scb_base": RoutedSCBNormBase,
+    "dsbn": RoutedDomainBatchNorm,
+}
+
+
+class _Place(NamedTuple):
+    name: str
+    parent: nn.Module
+    key: str
+    module: nn.Module
+
+
+def _places(parent: nn.Module, prefix: str = "") -> Iterator[_Place]:
+    """Find every place that holds a BatchNorm or a converted layer; a shared one has several."""
+    for key, module in parent._modules.items():
+        if module is None or (isinstance(module, DomainBatchNorm) and not _is_converted(module)):
+            continue
+        if isinstance(module, _BatchNorm) or _is_converted(module):
+            yield _Place(prefix + key, parent, key, module)
+        else:
+            yield from _places(module, f"{prefix}{key}.")
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return _ORIGINAL in vars(module)
+
+
+def _select(model: nn.Module, places: list[_Place], where: Where | None) -> dict[nn.Module, str]:
+    """Return the modules that are meant, each with the first of its names."""
+    names: dict[nn.Module, str] = {}
+    for place in places:
+        names.setdefault(place.module, place.name)
+    if not names:
+        raise ValueError("model: expected at least one BatchNorm layer inside, found none")
+    if where is None:
+        return names
+    if callable(where):
+        chosen = [module for module, name in names.items() if where(name, module)]
+    else:
+        by_name, in_order = {place.name: place.module for place in places}, list(names)
+        chosen = []
+        for item in [where] if isinstance(where, (str, int)) else where:
+            if isinstance(item, str) and item in by_name:
+                chosen.append(by_name[item])
+            elif isinstance(item, int) and -len(in_order) <= item < len(in_order):
+                chosen.append(in_order[item])
+            elif isinstance(item, int):
+                raise ValueError(f"where: expected an index below the {len(in_order)} BatchNorm layers, got {item}")
+            else:
+                known = ", ".join(list(by_name)[:5]) + (", ..." if len(by_name) > 5 else "")
+                raise ValueError(f"where: expected the name of a BatchNorm layer ({known}), got {item!r}")
+    if not chosen:
+        raise ValueError(f"where: expected to match at least one of {len(names)} BatchNorm layers, matched none")
+    return {module: names[module] for module in chosen}
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Say why a layer cannot be converted, or None if it can."""
+    if _is_converted(module):
+        return "is converted already; call revert_norms first"
+    if type(module) not in _CONVERTIBLE:
+        return "does more than torch's BatchNorm1d, 2d or 3d, which would be lost; leave it out by `where`"
+    assert isinstance(module, _BatchNorm)
+    if "forward" in vars(module):
+        return "has a forward of its own, which would be lost; leave it out by `where`"
+    if module.running_mean is None:
+        return "keeps no running statistics to start from (track_running_stats=False); leave it out by `where`"
+    return None
+
+
+def convert_norms(
+    model: nn.Module, kind: str, where: Where | None = None, num_components: int = 3, **options: Any
+) -> list[str]:
+    """Replace BatchNorm layers of a model, in place, by layers of this package that start where they stand.
+
+    A mixture of K > 1 starts with means mu + sigma d_k, d evenly spaced in (-1, 1), and with variances such
+    that its total mean and variance are BatchNorm's; its output is not BatchNorm's. With K = 1, and for
+    "scb", "scb_base" and "dsbn", where all clusters start alike, the evaluation output is BatchNorm's up to
+    rounding.
+
+    Taken over from each layer: its running statistics, eps, momentum, weight and bias (copies), dtype, device,
+    mode, and hooks: forward, backward and state-dict hooks with their handles. A load_state_dict pre-hook
+    that asked for its module keeps being given the BatchNorm. A layer that the model holds in several places
+    stays one layer. Convert before building an optimizer, DistributedDataParallel or torch.compile.
+
+    Args:
+        model: holds the layers as submodules, at any depth.
+        kind: "mn", "ucb", "scb", "scb_base" or "dsbn", as for ``make_norm``. Ids for the last three come from
+            ``clusters``.
+        where: the layers to replace: a qualified name, an index among the BatchNorm layers in the order of
+            ``named_modules`` (converted ones keep theirs), several of these, or a predicate
+            ``(name, module) -> bool``; None for all.
+        num_components: components, clusters or domains K.
+        options: of the new layers; eps, affine and momentum default to the BatchNorm's own. With an explicit
+            ``init`` that is taken from data, the first training batch replaces the start described above.
+
+    Returns:
+        The qualified names of the replaced layers.
+
+    Raises:
+        ValueError: nothing is matched, a name is unknown, a layer is converted already or is one whose
+            behaviour would be lost (a subclass such as SyncBatchNorm or timm's BatchNormAct2d), or an option
+            is wrong. The model is then unchanged.
+    """
+    ops.check_choice("kind", kind, _KINDS)
+    if isinstance(model, _BatchNorm):
+        raise ValueError(f"model: expected a model that holds BatchNorm layers, got a {type(model).__name__} itself")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model: expected one not yet wrapped, got DistributedDataParallel; convert, then wrap")
+    places = list(_places(model))
+    chosen = _select(model, places, where)
+    for module, name in chosen.items():
+        if reason := _refusal(module):
+            raise ValueError(f"where: {name} ({type(module).__name__}) {reason}")
+    new: dict[nn.Module, nn.Module] = {}
+    for module, name in chosen.items():
+        assert isinstance(module, _BatchNorm)
+        new[module] = _converted(module, name, kind, num_components, options)
+    _swap(places, new)
+    return list(chosen.values())
+
+
+def revert_norms(model: nn.Module) -> list[str]:
+    """Put the original BatchNorm modules back, with the state that they had when they were converted.
+
+    They come back on the device, in the dtype and in the mode that the model has now. Hooks registered since
+    the conversion stay.
+
+    Returns:
+        The qualified names of the layers.
+
+    Raises:
+        ValueError: the model has no converted layer.
+    """
+    places = [place for place in _places(model) if _is_converted(place.module)]
+    if not places:
+        raise ValueError("model: expected at least one converted layer inside, found none")
+    names, new = _select(model, places, None), {}
+    for layer in names:
+        (original,) = vars(layer)[_ORIGINAL]
+        like = next(t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
+        if original.running_mean.device != like.device or original.running_mean.dtype != like.dtype:
+            original.to(device=like.device, dtype=like.dtype)
+        original.train(layer.training)
+        _share_hooks(layer, original)
+        new[layer] = original
+    _swap(places, new)
+    return list(names.values())
+
+
+def _swap(places: list[_Place], new: Mapping[nn.Module, nn.Module]) -> None:
+    for place in places:
+        if place.module in new:
+            setattr(place.parent, place.key, new[place.module])
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let target use the very dictionaries of source, so that handles to remove hooks go on working."""
+    for name in _HOOKS:
+        setattr(target, name, getattr(source, name))
+
+
+@torch.no_grad()
+def _converted(norm: _BatchNorm, name: str, kind: str, num: int, options: dict[str, Any]) -> nn.Module:
+    """Make the layer that stands for a BatchNorm."""
+    inherited: dict[str, Any] = {"eps": norm.eps, "affine": norm.affine}
+    if kind in ("mn", "ucb", "dsbn"):
+        inherited["momentum"] = norm.momentum
+    if norm.affine and not options.get("affine", True):
+        raise ValueError(f"affine: expected True, since {name} has a weight and bias to take over, got False")
+    full = inherited | options
+    if kind in ("mn", "ucb") and full["momentum"] is None:
+        raise ValueError(f"momentum: expected a number, since {name} averages over all batches (None)")
+    layer = make_norm(kind, norm.num_features, num, **full)
+    if kind in _ROUTED:
+        layer = _ROUTED[kind](norm.num_features, num, **full)
+    assert norm.running_mean is not None
+    layer.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
+    _warm_start(layer, norm, keep_unseeded="init" in options)
+    layer.train(norm.training)
+    _share_hooks(norm, layer)
+    vars(layer)[_ORIGINAL] = (norm,)  # a tuple, which nn.Module does not register as a submodule
+    return layer
+
+
+def _warm_start(layer: nn.Module, norm: _BatchNorm, keep_unseeded: bool) -> None:
+    if isinstance(layer, DomainBatchNorm):
+        for domain in layer.domains:
+            domain.load_state_dict(norm.state_dict())
+            _take_affine(domain, norm)
+        return
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, var = (t.detach().to("cpu", torch.float64) for t in (norm.running_mean, norm.running_var))
+    if isinstance(layer, MixtureLayer):
+        start = _spread(mean, var, layer.num_components)
+        layer._write(start)
+        if isinstance(layer, MixtureNorm):
+            layer._write_fit(start)
+    else:
+        assert isinstance(layer, SCBNorm | SCBNormBase)
+        row = (mean.to(norm.running_mean), averages.log_of(var).to(norm.running_mean))
+        layer._write(lambda *old: (row[0].expand_as(old[0]), row[1].expand_as(old[1])))
+    if not keep_unseeded:
+        layer.initialized.fill_(True)
+    layer.forget_initialized()
+    _take_affine(layer, norm)
+
+
+def _spread(mean: Tensor, var: Tensor, num: int) -> Stored:
+    """Return num equal components (1 / num each) whose total mean and variance are mean and var, each (C,)."""
+    d = (2 * torch.arange(num, device=mean.device, dtype=mean.dtype)[:, None] + 1 - num) / num
+    within = (1 - d.square().mean()) * var
+    return Stored(mean.new_zeros(num), mean + var.sqrt() * d, averages.log_of(within).expand(num, -1))
+
+
+def _take_affine(layer: Any, norm: _BatchNorm) -> None:
+    if norm.affine:
+        for name in ("weight", "bias"):
+            old = getattr(norm, name)
+            setattr(layer, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+
+
+def scb_state_from_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a state dict with SCBNormBase layers into that of the same model with SCBNorm layers.
+
+    Exact: the rows are what the linear layers give, mu_k = W[:, k] + b. Other entries are passed on.
+
+    Args:
+        state: of one layer or of a whole model.
+
+    Raises:
+        ValueError: no SCBNormBase is in it.
+    """
+    new = dict(state)
+    found = _prefixes(state, "mean.weight", "mean.bias", "log_var.weight", "log_var.bias", "initialized")
+    for prefix in _at_least_one(found, "SCBNormBase"):
+        for name in ("mean", "log_var"):
+            weight, bias = new.pop(f"{prefix}{name}.weight"), new.pop(f"{prefix}{name}.bias")
+            new[prefix + name] = (weight + bias[:, None]).T.contiguous()
+    return new
+
+
+def ucb_state_from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn a state dict with BatchNorm layers into that of the same model with UCBNorm(C, 1) layers.
+
+    Exact up to rounding, in evaluation and in further training with moving averages. Other entries are passed
+    on, and every BatchNorm with running statistics is turned; for some of them only, use ``convert_norms``.
+
+    Args:
+        state: of one layer or of a whole model.
+
+    Raises:
+        ValueError: no BatchNorm with running statistics is in it.
+    """
+    new = dict(state)
+    for prefix in _at_least_one(_prefixes(state, "running_mean", "running_var"), "BatchNorm"):
+        mean, var = new.pop(f"{prefix}running_mean"), new.pop(f"{prefix}running_var")
+        new.pop(f"{prefix}num_batches_tracked", None)
+        new[f"{prefix}logits"] = torch.zeros_like(mean[:1])
+        new[f"{prefix}mean"] = mean[None].clone()
+        new[f"{prefix}log_var"] = averages.log_of(var.double())[None].to(var.dtype)
+        new[f"{prefix}initialized"] = torch.ones((), dtype=torch.bool, device=mean.device)
+    return new
+
+
+def _prefixes(state: Mapping[str, Tensor], *names: str) -> list[str]:
+    """Return the prefixes under which the state holds all the names."""
+    first = names[0]
+    starts = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
+    return [start for start in starts if all(start + name in state for name in names)]
+
+
+def _at_least_one(prefixes: list[str], layer: str) -> list[str]:
+    if not prefixes:
+        raise ValueError(f"state: expected the state of at least one {layer}, found none")
+    return prefixes

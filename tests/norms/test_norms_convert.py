@@ -1,0 +1,606 @@
+"""Conversion of models that have BatchNorm, its reversal, cluster ids for them, and conversions of state."""
+
+import contextlib
+import copy
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from norm_cases import mixture_case
+from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
+
+from common.norms import (
+    DomainBatchNorm,
+    MixtureNorm,
+    SCBNorm,
+    SCBNormBase,
+    UCBNorm,
+    clusters,
+    convert_norms,
+    make_norm,
+    revert_norms,
+    scb_state_from_base,
+    ucb_state_from_batch_norm,
+)
+
+KINDS = ["mn", "ucb", "scb", "scb_base", "dsbn"]
+ROUTED = ["scb", "scb_base", "dsbn"]
+IDS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def images(seed: int = 0, n: int = 6, size: int = 8) -> torch.Tensor:
+    return mixture_case((n, 3, size, size), num=1, dtype=torch.float32, seed=seed)[0]
+
+
+def small() -> Any:
+    """A model whose BatchNorms have run: none of their numbers is special."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=0.2),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)),
+        nn.Flatten(),
+        nn.Linear(80, 6),
+        nn.BatchNorm1d(6),
+    )
+    return lived(model)
+
+
+def lived(model: nn.Module, size: int = 8) -> nn.Module:
+    """Run the model twice, and give its BatchNorms affine maps that are not the identity."""
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                for p in (module.weight, module.bias):
+                    p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
+        model.train()
+        for seed in (8, 9):
+            model(images(seed, size=size))
+    return model
+
+
+def routed(kind: str, ids: torch.Tensor = IDS):
+    return clusters(ids) if kind in ROUTED else contextlib.nullcontext()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, depth: int = 3) -> None:
+    """Equal within float32 rounding of a few layers, each of a few operations on numbers of order one."""
+    torch.testing.assert_close(a, b, rtol=0, atol=depth * 2e-6 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "num", "type_"),
+    [
+        ("scb", 3, SCBNorm),
+        ("scb_base", 3, SCBNormBase),
+        ("dsbn", 3, DomainBatchNorm),
+        ("ucb", 1, UCBNorm),
+        ("mn", 1, MixtureNorm),
+    ],
+)
+def test_evaluation_is_batch_norms(kind, num, type_):
+    model = small().eval()
+    x = images()
+    want = model(x)
+    assert convert_norms(model, kind, num_components=num) == ["1", "3.1", "6"]
+    for layer in (model[1], model[3][1], model[6]):
+        assert isinstance(layer, type_)
+    with routed(kind):
+        close(model(x), want)
+    if kind in ("scb", "scb_base"):  # alike as they are, unknown clusters change nothing
+        close(model(x), want)
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_mixture_starts_with_batch_norms_total_moments(kind, num):
+    model = small()
+    norm = model[1]
+    convert_norms(model, kind, 0, num, groups=1)
+    layer = model[1]
+    weight = layer.logits.double().softmax(0)[:, None]
+    mean, var = layer.mean.double(), layer.log_var.double().exp()
+    total = (weight * mean).sum(0)
+    torch.testing.assert_close(total.float(), norm.running_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close((weight * (var + (mean - total) ** 2)).sum(0).float(), norm.running_var)
+    steps = mean.diff(dim=0)
+    assert (steps > 0).all()
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-5, atol=1e-6)
+    assert layer.eps == 1e-3
+    assert layer.momentum == 0.2
+    assert layer.is_initialized()
+
+
+def test_one_component_goes_on_training_as_batch_norm():
+    model = small().train()
+    twin = copy.deepcopy(model)
+    convert_norms(model, "ucb", num_components=1)
+    x = images()
+    for seed in range(3):
+        close(model(images(seed)), twin(images(seed)))
+    for layer, norm in ((model[1], twin[1]), (model[6], twin[6])):
+        torch.testing.assert_close(layer.mean[0], norm.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer.log_var[0].exp(), norm.running_var, rtol=1e-5, atol=1e-6)
+    close(model.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_revert_puts_the_originals_back(kind):
+    model = small().train()
+    originals = [model[1], model[3][1], model[6]]
+    before = copy.deepcopy(model.state_dict())
+    names = convert_norms(model, kind)
+    assert not any("running" in key or "converted" in key for key in model.state_dict() if kind != "dsbn")
+    with routed(kind):
+        model(images()).square().sum().backward()
+    model.eval()
+    assert revert_norms(model) == names
+    assert all(a is b for a, b in zip([model[1], model[3][1], model[6]], originals, strict=True))
+    assert list(model.state_dict()) == list(before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="model: expected at least one converted layer"):
+        revert_norms(model)
+    convert_norms(model, kind)  # and it can begin again
+
+
+def test_revert_follows_a_model_that_has_moved():
+    model = small()
+    convert_norms(model, "ucb")
+    model.double()
+    revert_norms(model)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}
+    model(images().double())
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("save", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_reverts_too(save):
+    model = small().eval()
+    x = images()
+    want = model(x)
+    convert_norms(model, "scb")
+    twin = save(model)
+    assert torch.equal(twin(x), model(x))
+    revert_norms(twin)
+    assert torch.equal(twin(x), want)
+    assert isinstance(model[1], SCBNorm)
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        (None, ["1", "3.1", "6"]),
+        ("3.1", ["3.1"]),
+        (2, ["6"]),
+        (-3, ["1"]),
+        (["6", 0], ["6", "1"]),
+        (lambda name, module: isinstance(module, nn.BatchNorm2d), ["1", "3.1"]),
+        (lambda name, module: name.startswith("3"), ["3.1"]),
+    ],
+    ids=["all", "name", "index", "from the end", "several", "by type", "by name"],
+)
+def test_where(where, names):
+    model = small()
+    assert convert_norms(model, "ucb", where=where) == names
+    found = {name for name, module in model.named_modules() if isinstance(module, UCBNorm)}
+    assert found == set(names)
+
+
+def test_an_index_stays_what_it_was():
+    model = small()
+    assert convert_norms(model, "ucb", 0) == ["1"]
+    assert convert_norms(model, "dsbn", 1, momentum=None) == ["3.1"]
+    assert convert_norms(model, "scb", 2) == ["6"]
+    assert revert_norms(model) == ["1", "3.1", "6"]
+
+
+class Custom(nn.BatchNorm2d):
+    pass
+
+
+class Wrapped(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(4)
+        self.norm = norm
+
+
+def own_forward() -> nn.Module:
+    norm: Any = nn.BatchNorm2d(4)
+    norm.forward = lambda x: x
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: BatchNormAct2d(4), r"where: norm \(BatchNormAct2d\) does more than torch's"),
+        (lambda: nn.SyncBatchNorm(4), r"where: norm \(SyncBatchNorm\) does more than torch's"),
+        (nn.LazyBatchNorm2d, r"where: norm \(LazyBatchNorm2d\) does more than torch's"),
+        (lambda: Custom(4), r"where: norm \(Custom\) does more than torch's"),
+        (own_forward, "has a forward of its own"),
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
+        (lambda: nn.BatchNorm2d(4, momentum=None), "momentum: expected a number, since norm averages over all"),
+    ],
+    ids=["timm", "sync", "lazy", "custom", "forward", "statistics", "momentum"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
+    model = Wrapped(make())
+    first = model.first
+    with pytest.raises(ValueError, match=match):
+        convert_norms(model, "ucb")
+    assert model.first is first  # nothing was converted
+    assert convert_norms(model, "ucb", "first") == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("act", "match"),
+    [
+        (lambda m: convert_norms(m, "bn"), "kind: expected one of 'mn', 'ucb', 'scb', 'scb_base', 'dsbn', got 'bn'"),
+        (lambda m: convert_norms(m, "ucb", "conv1"), r"where: expected the name .*\(1, 3.1, 6\), got 'conv1'"),
+        (lambda m: convert_norms(m, "ucb", "0"), "where: expected the name of a BatchNorm layer"),
+        (lambda m: convert_norms(m, "ucb", 3), "where: expected an index below the 3 BatchNorm layers, got 3"),
+        (lambda m: convert_norms(m, "ucb", -4), "where: expected an index below the 3 BatchNorm layers, got -4"),
+        (lambda m: convert_norms(m, "ucb", lambda *_: False), "where: expected to match at least one of 3"),
+        (lambda m: convert_norms(m, "ucb", []), "where: expected to match at least one of 3"),
+        (lambda m: convert_norms(m[0], "ucb"), "model: expected at least one BatchNorm layer inside"),
+        (lambda m: convert_norms(m[1], "ucb"), "model: expected a model that holds BatchNorm layers"),
+        (revert_norms, "model: expected at least one converted layer"),
+        (lambda m: convert_norms(m, "ucb", colour=3), "colour: 3 is no option of kind 'ucb'"),
+        (lambda m: convert_norms(m, "scb", momentum=0.1), "momentum: 0.1 is no option of kind 'scb'"),
+        (lambda m: convert_norms(m, "ucb", num_components=0), "num_components: expected at least 1, got 0"),
+        (lambda m: convert_norms(m, "ucb", affine=False), "affine: expected True, since 1 has a weight"),
+        (lambda m: [convert_norms(m, "ucb", "6") for _ in "ab"], r"where: 6 \(UCBNorm\) is converted already"),
+    ],
+)
+def test_wrong_conversions_are_named(act, match):
+    with pytest.raises(ValueError, match=match):
+        act(small())
+
+
+def test_converting_twice_is_refused():
+    model = small()
+    convert_norms(model, "dsbn")
+    with pytest.raises(ValueError, match=r"where: 1 \(RoutedDomainBatchNorm\) is converted already; call revert"):
+        convert_norms(model, "dsbn")
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.BatchNorm2d(3)
+        self.b = nn.Sequential(self.a)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x) * 2 + 1)
+
+
+@pytest.mark.parametrize("where", [None, "a", "b.0", 0], ids=str)
+def test_a_shared_layer_stays_shared(where):
+    model = Shared()
+    norm = model.a
+    assert convert_norms(model, "ucb", where) == ["a"]
+    assert isinstance(model.a, UCBNorm)
+    assert model.b[0] is model.a
+    assert revert_norms(model) == ["a"]
+    assert model.a is norm is model.b[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_mode_and_frozen_parameters_are_kept(kind):
+    model = small().to(torch.bfloat16)
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    convert_norms(model, kind)
+    assert not model[1].training
+    assert model[6].training
+    floats = [t for t in model.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in floats} == {torch.bfloat16}
+    affine = model[1].domains[0] if kind == "dsbn" else model[1]
+    assert not affine.weight.requires_grad
+    assert affine.bias.requires_grad
+    model.eval()
+    with routed(kind):
+        assert model(images().bfloat16()).isfinite().all()
+
+
+def test_copies_do_not_touch_the_original():
+    model = small()
+    norm = model[1]
+    convert_norms(model, "ucb")
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    assert not torch.equal(model[1].weight, norm.weight)
+
+
+def test_data_taken_starts_are_kept():
+    model = small()
+    convert_norms(model, "scb", init="data")
+    x = images()
+    with clusters(IDS):
+        model(x)
+    inner = model[0](x)
+    torch.testing.assert_close(model[1].mean[0], inner[IDS == 0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_are_kept_and_their_handles_remove_them(kind):
+    model, calls = small(), []
+    norm = model[1]
+    handles = [
+        norm.register_forward_pre_hook(lambda module, args: calls.append("pre")),
+        norm.register_forward_hook(lambda module, args, kwargs, y: calls.append("post"), with_kwargs=True),
+        norm.register_full_backward_pre_hook(lambda module, g: calls.append("backward pre")),
+        norm.register_full_backward_hook(lambda module, gx, gy: calls.append("backward")),
+        norm.register_state_dict_pre_hook(lambda *args: calls.append("state pre")),
+        norm.register_load_state_dict_post_hook(lambda *args: calls.append("loaded")),
+    ]
+
+    def run() -> list[str]:
+        calls.clear()
+        with routed(kind) if norm is not model[1] else contextlib.nullcontext():
+            model(images()).square().sum().backward()
+        model.load_state_dict(model.state_dict())
+        return list(calls)
+
+    want = ["pre", "post", "backward pre", "backward", "state pre", "loaded"]
+    assert run() == want
+    convert_norms(model, kind)
+    assert run() == want
+    handles.pop(3).remove()
+    want.remove("backward")
+    assert run() == want
+    handles.append(model[1].register_forward_hook(lambda module, args, y: calls.append("later")))
+    revert_norms(model)
+    assert run() == [*want[:2], "later", *want[2:]]
+    for handle in handles:
+        handle.remove()
+    assert run() == []
+
+
+def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """Run a converted small() with ids given by hand."""
+    for module in model.children():
+        if isinstance(module, nn.Sequential):
+            x = manual(module, x, ids)
+        elif isinstance(module, (SCBNorm, SCBNormBase, DomainBatchNorm)):
+            x = module(x, ids)
+        else:
+            x = module(x)
+    return x
+
+
+def apart(model: Any) -> Any:
+    """Move the clusters' rows apart, so that ids matter."""
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SCBNorm):
+                module.mean.add_(torch.randn(module.mean.shape, generator=rng))
+            elif isinstance(module, SCBNormBase):
+                module.mean.weight.add_(torch.randn(module.mean.weight.shape, generator=rng))
+            elif isinstance(module, DomainBatchNorm):
+                for domain in module.domains:
+                    domain.running_mean += torch.randn(module.num_features, generator=rng)  # pyright: ignore
+    return model
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_clusters_routes_ids(kind, training):
+    model = small()
+    convert_norms(model, kind)
+    apart(model.train(training))
+    x = images()
+    others = torch.tensor([0, 0, 1, 1, 2, 2])  # another partition: dsbn ignores a mere renaming in training
+    for module in model.modules():  # the running statistics move with each call, the outputs in training do not
+        if training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+    want, other = manual(model, x, IDS), manual(model, x, others)
+    assert not torch.allclose(want, other)
+    with clusters(IDS):
+        assert torch.equal(model(x), want)
+        with clusters(others):
+            assert torch.equal(model(x), other)
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
+    model = small()
+    convert_norms(model, kind)
+    apart(model)
+    x = images()
+    with pytest.raises(ValueError, match="cluster: expected int64"):
+        model(x)
+    model.eval()
+    want = manual(model, x, torch.full((6,), -1))
+    assert torch.equal(model(x), want)
+    with clusters(IDS), clusters(None):
+        assert torch.equal(model(x), want)
+    mixed = torch.tensor([0, -1, 2, -1, 1, 2])
+    with clusters(mixed):
+        y = model(x)
+        assert torch.equal(model[1](model[0](x), IDS), manual(model[:2], x, IDS))  # an explicit id goes first
+    assert torch.equal(y[mixed == -1], want[mixed == -1])
+    with clusters(torch.tensor([0, 0, 2, 2, 1, 2])):
+        assert torch.equal(y[mixed >= 0], model(x)[mixed >= 0])
+    with clusters(IDS[:5]), pytest.raises(ValueError, match=r"cluster: expected int64 \(6,\)"):
+        model(x)
+
+
+@pytest.mark.parametrize("wrong", [IDS.float(), IDS.int(), IDS[:, None], [0, 1]], ids=str)
+def test_wrong_ids_are_named(wrong):
+    with pytest.raises(ValueError, match="ids: expected an int64 tensor"), clusters(wrong):
+        pass
+
+
+def test_an_exception_ends_the_block():
+    model = small().eval()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+    want = model(x)
+    with pytest.raises(IndexError, match="cluster"), clusters(IDS + 1):
+        model(x)
+    assert torch.equal(model(x), want)
+
+
+def test_threads_have_ids_of_their_own():
+    model = small().eval()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+    choices = [IDS, IDS.flip(0), None, torch.full((6,), 1)]
+    want = [manual(model, x, ids) for ids in choices]
+    barrier, wrong = threading.Barrier(len(choices)), []
+
+    def work(i: int) -> None:
+        ids = choices[i]
+        with clusters(ids) if ids is not None else contextlib.nullcontext():
+            for _ in range(5):
+                barrier.wait(timeout=30)  # all blocks are open at once
+                if not torch.equal(model(x), want[i]):
+                    wrong.append(i)
+
+    with clusters(IDS):  # of the starting thread, not of the others
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(choices))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert wrong == []
+
+
+# torch's tracer looks at .grad of intermediate results, which warns; a warning is an error here.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("kind", ["scb", "dsbn"])
+def test_compiled_models_see_the_ids_of_each_call(kind):
+    model = small().eval()
+    convert_norms(model, kind)
+    apart(model)
+    compiled: Callable[..., torch.Tensor] = torch.compile(model, backend="eager")
+    x = images()
+    for ids in (IDS, IDS.flip(0), None, torch.full((6,), 1), IDS):
+        if ids is None and kind == "dsbn":
+            continue
+        with clusters(ids):
+            close(compiled(x), manual(model, x, ids))
+            with clusters(torch.zeros_like(IDS)):
+                close(compiled(x), manual(model, x, torch.zeros_like(IDS)))
+
+
+def test_checkpointed_training_recomputes_under_the_ids():
+    model = small()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+
+    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with clusters(IDS):
+            loss = run().square().sum()
+        return torch.autograd.grad(loss, model[1].mean)[0]  # outside the block
+
+    def contexts():
+        return contextlib.nullcontext(), clusters(IDS)
+
+    want = gradient(lambda: model(x))
+    assert torch.equal(gradient(lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts)), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_published_backbones(kind, name):
+    torch.manual_seed(0)
+    # mobilenetv3's norms are BatchNormAct2d, which are refused; resnet's are BatchNorm2d.
+    model = resnet18(weights=None) if name == "torchvision" else timm.create_model("resnet10t", pretrained=False)
+    model = lived(model, 32).eval()
+    x = images(size=32)
+    want, norms = model(x), sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    before = copy.deepcopy(model.state_dict())
+    names = convert_norms(model, kind, num_components=1 if kind in ("mn", "ucb") else 3)
+    assert len(names) == norms > 10
+    with routed(kind):
+        close(model(x), want, depth=20)
+        model.train()
+        model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    revert_norms(model)
+    assert torch.equal(model.eval()(x), want)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_a_timm_model_with_fused_activations_is_refused_by_name():
+    model = timm.create_model("mobilenetv3_small_050", pretrained=False)
+    with pytest.raises(ValueError, match=r"where: bn1 \(BatchNormAct2d\) does more"):
+        convert_norms(model, "ucb")
+
+
+def test_state_of_a_base_layer_becomes_scbs_exactly():
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), SCBNormBase(4, 3, affine=True))
+    scb = nn.Sequential(nn.Conv2d(3, 4, 1), SCBNorm(4, 3, affine=True))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng))
+    scb.load_state_dict(scb_state_from_base(base.state_dict()))
+    x = images()
+    for ids in (IDS, torch.tensor([-1, 0, 1, -1, 2, 2])):
+        assert torch.equal(scb[1].eval()(scb[0](x), ids), base[1].eval()(base[0](x), ids))
+    single = SCBNorm(4, 3, affine=True)
+    single.load_state_dict(scb_state_from_base(base[1].state_dict()))
+    with pytest.raises(ValueError, match="state: expected the state of at least one SCBNormBase, found none"):
+        scb_state_from_base(scb.state_dict())
+
+
+def test_state_of_batch_norm_becomes_a_single_components():
+    norms, model = small(), small()
+    for place, i, norm in ((model, 1, norms[1]), (model[3], 1, norms[3][1]), (model, 6, norms[6])):
+        place[i] = UCBNorm(norm.num_features, 1, eps=norm.eps, momentum=norm.momentum)
+    model.load_state_dict(ucb_state_from_batch_norm(norms.state_dict()))
+    close(model.eval()(images()), norms.eval()(images()))
+    for net in (model.train(), norms.train()):
+        net(images(1))
+    close(model.eval()(images()), norms.eval()(images()))
+    with pytest.raises(ValueError, match="state: expected the state of at least one BatchNorm, found none"):
+        ucb_state_from_batch_norm(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 2, 3), (6, 4, 2, 1, 3)], ids=str)
+def test_every_rank_of_batch_norm_converts(kind, shape):
+    norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](4)
+    model = nn.Sequential(norm)
+    x = mixture_case(shape, num=1, dtype=torch.float32)[0]
+    model(x)
+    want = model.eval()(x)
+    convert_norms(model, kind, num_components=1)
+    with routed(kind, torch.zeros(6, dtype=torch.int64)):
+        close(model(x), want)
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("dim", [2, -1, -2], ids=str)
+def test_any_channel_dimension(kind, dim):
+    x = mixture_case((6, 4, 2, 3, 2), num=1, dtype=torch.float32)[0]
+    first, other = (make_norm(kind, 4, 3, channel_dim=d) for d in (1, dim))
+    args = () if kind == "ucb" else (IDS,)
+    torch.testing.assert_close(other(x.movedim(1, dim), *args).movedim(dim, 1), first(x, *args))
