@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from common.norms import reference
+from common.norms import reference, sync
 from common.norms.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 
 PART_ELEMENTS = 1 << 18
@@ -156,6 +156,7 @@ class _Options(NamedTuple):
     groups: int
     eps: float
     kappa: float  # a factor of the output: 1, or 1 / sqrt(K)
+    process_group: Any = None  # ranks that share the batch's moments
 
 
 class _Mixture(NamedTuple):
@@ -273,6 +274,8 @@ class _BatchMixture(Function):
         parts = x.unflatten(1, (options.groups, -1))
         tau = mean.new_empty(len(mean), len(x), options.groups, x.shape[2])
         mass, m, v = _batch_moments(parts, tau, mix)
+        if options.process_group is not None:
+            mass, m, v = sync.combine(mass, m, v, options.process_group)
         y = _transform(parts, tau, m, mix.w * (v + options.eps).rsqrt(), mix)
         ctx.save_for_backward(x, log_lambda, mean, var, tau, mass, m, v)
         ctx.options = options
@@ -289,9 +292,12 @@ class _BatchMixture(Function):
         r = (v + ctx.options.eps).rsqrt()
         sum_g, sum_gu = _gradient_sums(x, g, tau, m)
         sum_gu *= mix.w
+        all_g, all_gu = sum_g, sum_gu
+        if ctx.options.process_group is not None:
+            all_g, all_gu = sync.total(sum_g, sum_gu, ctx.options.process_group)
         count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
-        dm = -r * mix.w * sum_g / count  # gradients of the batch's mean and variance, a unit of mass each
-        dv = -0.5 * r**3 * sum_gu / count
+        dm = -r * mix.w * all_g / count  # gradients of the batch's mean and variance, a unit of mass each
+        dv = -0.5 * r**3 * all_gu / count
         constant = (dv * v).sum(2)  # (K, G, 1)
         dx, sums = torch.empty_like(x), _DensitySums(mix, wanted=any(ctx.needs_input_grad[1:4]))
         for part in _parts(x):
@@ -373,11 +379,12 @@ def mixture_norm(
     eps: float,
     scale: Scale,
     statistics: Statistics,
+    process_group: Any = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As ``reference.mixture_norm``."""
+    """As ``reference.mixture_norm``; with a process group the batch is that of all its ranks together."""
     dtype = reference.compute_dtype(x)
     kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
-    options = _Options(groups, eps, kappa)
+    options = _Options(groups, eps, kappa, process_group)
     inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype), options
     if statistics == "learned":
         y: Tensor = _LearnedMixture.apply(*inputs)  # pyright: ignore[reportAssignmentType]

@@ -75,6 +75,11 @@ class MixtureNorm(MixtureLayer):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
+        if process_group is not None:
+            raise ValueError(
+                "process_group: expected None, since MixtureNorm fits each rank's batch by an EM of its own and has no "
+                f"synchronised one (UCBNorm has), got {process_group!r}"
+            )
         super().__init__(
             num_features,
             num_components,

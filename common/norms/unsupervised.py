@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import averages, mixture, ops, reference
+from common.norms import averages, closed_form, mixture, ops, reference, sync
 from common.norms.averages import Average, Stored
 from common.norms.layer import NormLayer
 from common.norms.mixture import Fit
@@ -54,8 +54,10 @@ class MixtureLayer(NormLayer):
             raise ValueError(f"groups: expected a divisor of {num_features}, got {groups}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected 0 to 1, got {momentum}")
-        if process_group is not None:
-            raise ValueError(f"process_group: expected None (this rank's own statistics), got {process_group!r}")
+        sync.check_process_group(process_group)
+        if process_group is not None and backend == "reference":
+            raise ValueError(f"process_group: expected None with backend='reference', got {process_group!r}")
+        self.process_group = process_group
         self.num_components, self.groups = num_components, groups or num_features
         self.average: Average = average
         self.scale: Scale = scale
@@ -98,12 +100,18 @@ class MixtureLayer(NormLayer):
     @torch.no_grad()
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
-        if self.is_initialized() or x.numel() == 0:
+        if self.is_initialized():
             return
-        points = mixture.sample_points(x, self.seed, "seed")
+        points, finite = mixture.sample_points(x, self.seed, "seed"), x.isfinite().all()
+        group = sync.active(self.process_group)
+        if group is not None:
+            points, finite = sync.join_points(points, finite, group)
+            points = mixture.sample_points(points, self.seed, "seed", "joined")
+        if len(points) == 0:
+            return
         rng = generator(self.seed, "kmeans++")
         fit = mixture.seed_mixture(points, self.num_components, self.groups, rng)
-        self._store_seed(points, fit, finite=x.isfinite().all())
+        self._store_seed(points, fit, finite)
 
     def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
         raise NotImplementedError
@@ -116,26 +124,24 @@ class MixtureLayer(NormLayer):
 
     def _average_in(self, moments: Moments) -> None:
         old = Stored(self.logits, self.mean, self.log_var)
-        self._write(averages.moved(old, moments, self.momentum, self.average, self.min_weight))
+        some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
+        self._write(averages.moved(old, moments, self.momentum, self.average, self.min_weight), where=some)
 
     def _check_training_batch(self, x: Tensor) -> None:
-        if x.numel() == self.num_features:
+        # The other ranks' locations count too; how many is known on the device only.
+        if x.numel() == self.num_features and sync.active(self.process_group) is None:
             raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
 
     def _normalise(
         self, x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, statistics: Statistics
     ) -> tuple[Tensor, Moments | None]:
-        return ops.mixture_norm(
-            x,
-            log_lambda,
-            mean,
-            var,
-            groups=self.groups,
-            eps=self.eps,
-            scale=self.scale,
-            statistics=statistics,
-            backend=self.backend,
-        )
+        options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
+        group = sync.active(self.process_group) if statistics == "batch" else None
+        if group is None:
+            return ops.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
+        # Also for a batch that is empty here: every rank takes part in the exchange.
+        with torch.autocast(x.device.type, enabled=False):
+            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, **options)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -197,7 +203,10 @@ class UCBNorm(MixtureLayer):
         eps: added to every variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
-        process_group: None; each rank uses its own statistics.
+        process_group: None for the statistics of this rank alone; "world" or a group of
+            ``torch.distributed`` for those of the joined batch in training, forward and backward, with moving
+            averages equal on all its ranks. A training forward, without gradients too, and its backward are
+            then collective; evaluation is not.
         seed: of the means and of k-means++, apart from the global generator.
         backend: "auto", "reference" or "eager".
 
@@ -268,7 +277,9 @@ class UCBNorm(MixtureLayer):
         # A copy, because the average moves the buffer before the backward pass needs it.
         mean = self.mean if self.update == "weight" else self.mean.clone()
         y, moments = self._normalise(x, self.log_weights(), mean, self.log_var.exp(), self.statistics)
-        if moments is not None and self.update == "moving_average" and x.numel():
+        if moments is None or self.update == "weight":
+            return y
+        if x.numel() or sync.active(self.process_group) is not None:
             self._average_in(moments)
         return y
 
@@ -278,5 +289,6 @@ class UCBNorm(MixtureLayer):
             "update": (self.update, "moving_average"),
             "statistics": (self.statistics, "batch"),
             "init": (self.init, "uniform"),
+            "process_group": (self.process_group, None),
             **super()._options(),
         }
