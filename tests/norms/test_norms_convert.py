@@ -597,10 +597,10 @@ def test_every_rank_of_batch_norm_converts(kind, shape):
         close(model(x), want)
 
 
-@pytest.mark.parametrize("kind", ["scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
 @pytest.mark.parametrize("dim", [2, -1, -2], ids=str)
 def test_any_channel_dimension(kind, dim):
     x = mixture_case((6, 4, 2, 3, 2), num=1, dtype=torch.float32)[0]
     first, other = (make_norm(kind, 4, 3, channel_dim=d) for d in (1, dim))
-    args = () if kind == "ucb" else (IDS,)
+    args = (IDS,) if kind in ROUTED else ()
     torch.testing.assert_close(other(x.movedim(1, dim), *args).movedim(dim, 1), first(x, *args))

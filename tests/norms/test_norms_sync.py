@@ -44,7 +44,8 @@ DTYPES = (torch.float64, torch.float32)
 
 def layer_of(case: str, dtype: torch.dtype, **process_group: Any) -> UCBNorm:
     options, _, _, change = CASES[case]
-    layer = UCBNorm(4, **({"num_components": 3} | options | process_group))
+    full: dict[str, Any] = {"num_components": 3} | options | process_group
+    layer = UCBNorm(4, **full)
     if change == "apart":
         layer.mean.copy_(torch.tensor([-50.0, 0.0, 50.0])[:, None].expand(3, 4))
     if change == "offset":
@@ -135,6 +136,14 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
     return results
 
 
+def counting(name: str, call: Any, calls: Counter) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return call(*args, **kwargs)
+
+    return counted
+
+
 def work(rank: int, folder: str) -> None:
     """Be one of two ranks."""
     torch.set_num_threads(1)
@@ -143,12 +152,7 @@ def work(rank: int, folder: str) -> None:
     )
     calls: Counter = Counter()
     for name in COLLECTIVES:
-
-        def counted(*args: Any, _name: str = name, _call: Any = getattr(dist, name), **kwargs: Any) -> Any:
-            calls[_name] += 1
-            return _call(*args, **kwargs)
-
-        setattr(dist, name, counted)
+        setattr(dist, name, counting(name, getattr(dist, name), calls))
     group = dist.new_group([0, 1])
     results = numerics(rank, group, calls) | behaviour(rank, calls)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -201,9 +205,8 @@ def test_two_ranks_are_one_with_the_joined_batch(ranks, case):
         # Sums of 100 terms of up to 50, or differences of a thousand, in another order.
         scale = float(want.double().abs().max())
         torch.testing.assert_close(ours[0][name], want, rtol=0, atol=1e-11 * max(scale, 1), msg=lambda m, n=name: n + m)
-    exact, found, plain = (
-        {n: t for n, t in run.items() if t.is_floating_point()} for run in (runs[0], ours[1], runs[1])
-    )
+    three = (runs[0], ours[1], runs[1])
+    exact, found, plain = ({n: t for n, t in run.items() if t.is_floating_point()} for run in three)
     assert_within_budget(exact, found, plain)
 
 
