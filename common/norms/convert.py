@@ -20,6 +20,7 @@ Where = str | int | Iterable[str | int] | Callable[[str, nn.Module], bool]
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm)
 _KINDS = ("mn", "ucb", "scb", "scb_base", "dsbn")
+_STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _ORIGINAL = "_converted_from"
 _HOOKS = (
     "_forward_pre_hooks",
@@ -165,6 +166,8 @@ def _refusal(module: nn.Module) -> str | None:
     assert isinstance(module, _BatchNorm)
     if "forward" in vars(module):
         return "has a forward of its own, which would be lost; leave it out by `where`"
+    if {*module._parameters, *module._buffers, *module._modules} != _STATE:
+        return "has parameters or buffers of its own (pruning?), which would be lost; leave it out by `where`"
     if module.running_mean is None:
         return "keeps no running statistics to start from (track_running_stats=False); leave it out by `where`"
     return None

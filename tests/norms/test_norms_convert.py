@@ -13,6 +13,7 @@ import torch
 from norm_cases import mixture_case
 from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
@@ -117,6 +118,9 @@ def test_a_mixture_starts_with_batch_norms_total_moments(kind, num):
     torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=1e-5, atol=1e-6)
     assert layer.eps == 1e-3
     assert layer.momentum == 0.2
+    if kind == "mn":  # EM starts there too
+        assert torch.equal(layer.fit_mean, layer.mean)
+        assert torch.equal(layer.fit_log_var, layer.log_var)
     assert layer.is_initialized()
 
 
@@ -203,6 +207,13 @@ def test_where(where, names):
     assert found == set(names)
 
 
+def test_a_domain_layer_of_the_models_own_is_left_alone():
+    model = nn.Sequential(nn.BatchNorm2d(4), DomainBatchNorm(4, 2))
+    assert convert_norms(model, "ucb") == ["0"]
+    with pytest.raises(ValueError, match="model: expected at least one BatchNorm layer inside"):
+        convert_norms(model[1:], "ucb")
+
+
 def test_an_index_stays_what_it_was():
     model = small()
     assert convert_norms(model, "ucb", 0) == ["1"]
@@ -228,6 +239,10 @@ def own_forward() -> nn.Module:
     return norm
 
 
+def pruned() -> nn.Module:
+    return prune.l1_unstructured(nn.BatchNorm2d(4), "weight", amount=1)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -235,11 +250,12 @@ def own_forward() -> nn.Module:
         (lambda: nn.SyncBatchNorm(4), r"where: norm \(SyncBatchNorm\) does more than torch's"),
         (nn.LazyBatchNorm2d, r"where: norm \(LazyBatchNorm2d\) does more than torch's"),
         (lambda: Custom(4), r"where: norm \(Custom\) does more than torch's"),
+        (pruned, "has parameters or buffers of its own"),
         (own_forward, "has a forward of its own"),
         (lambda: nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
         (lambda: nn.BatchNorm2d(4, momentum=None), "momentum: expected a number, since norm averages over all"),
     ],
-    ids=["timm", "sync", "lazy", "custom", "forward", "statistics", "momentum"],
+    ids=["timm", "sync", "lazy", "custom", "pruned", "forward", "statistics", "momentum"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
@@ -376,6 +392,16 @@ def test_hooks_are_kept_and_their_handles_remove_them(kind):
     assert run() == []
 
 
+def test_a_first_backward_hook_registered_after_conversion_outlives_it():
+    model, calls = small(), []
+    convert_norms(model, "ucb")
+    model[1].register_full_backward_hook(lambda module, gx, gy: calls.append(type(module)))
+    model(images()).square().sum().backward()
+    revert_norms(model)
+    model(images()).square().sum().backward()
+    assert calls == [UCBNorm, nn.BatchNorm2d]
+
+
 def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """Run a converted small() with ids given by hand."""
     for module in model.children():
@@ -437,9 +463,11 @@ def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
     with clusters(IDS), clusters(None):
         assert torch.equal(model(x), want)
     mixed = torch.tensor([0, -1, 2, -1, 1, 2])
+    inner = model[0](x)
+    by_hand = model[1](inner, IDS)
     with clusters(mixed):
         y = model(x)
-        assert torch.equal(model[1](model[0](x), IDS), manual(model[:2], x, IDS))  # an explicit id goes first
+        assert torch.equal(model[1](inner, IDS), by_hand)  # an explicit id goes first
     assert torch.equal(y[mixed == -1], want[mixed == -1])
     with clusters(torch.tensor([0, 0, 2, 2, 1, 2])):
         assert torch.equal(y[mixed >= 0], model(x)[mixed >= 0])

@@ -125,6 +125,10 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         learned = UCBNorm(4, 3, process_group="world", update="weight", statistics="learned")
         learned(x).sum().backward()
     results["evaluation calls"] = dict(calls)
+    alone = [dist.new_group([member]) for member in range(2)][rank]
+    calls.clear()
+    y = UCBNorm(4, 3, process_group=alone)(x)
+    results["group of one"] = dict(calls), y, UCBNorm(4, 3)(x)
     for update in ("moving_average", "weight"):
         model = DistributedDataParallel(network(process_group="world", update=update))
         results["two forwards", update] = two_forwards(model, rank)
@@ -224,6 +228,13 @@ def test_evaluation_exchanges_nothing(ranks):
 
 def test_a_converted_model_exchanges(ranks):
     assert [rank["converted calls"] for rank in ranks] == [{"all_gather_into_tensor": 1}] * 2
+
+
+def test_a_group_of_one_exchanges_nothing(ranks):
+    for rank in ranks:
+        calls, y, want = rank["group of one"]
+        assert calls == {}
+        assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize("name", ["not finite", "nothing anywhere"])
