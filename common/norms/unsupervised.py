@@ -206,7 +206,8 @@ class UCBNorm(MixtureLayer):
         process_group: None for the statistics of this rank alone; "world" or a group of
             ``torch.distributed`` for those of the joined batch in training, forward and backward, with moving
             averages equal on all its ranks. A training forward, without gradients too, and its backward are
-            then collective; evaluation is not.
+            then collective; evaluation is not. A layer that holds a group cannot be copied or pickled, as
+            torch's cannot; with "world" it can.
         seed: of the means and of k-means++, apart from the global generator.
         backend: "auto", "reference" or "eager".
 
