@@ -1,18 +1,24 @@
-"""Fréchet distance between real and generated images, and what it takes to trust it."""
+"""Fréchet distance between real and generated images, what it takes to trust it, and classification scores."""
 
 from common.metrics.classifier import Classifier
 from common.metrics.extractors import Extractor
 from common.metrics.fid import Fid, FidConfig, FidResult, Interrupted
 from common.metrics.frechet import Statistics, frechet_distance, statistics
+from common.metrics.scores import Averages, PrecisionRecall, Scores, classification_scores, keras_threshold
 
 __all__ = [
+    "Averages",
     "Classifier",
     "Extractor",
     "Fid",
     "FidConfig",
     "FidResult",
     "Interrupted",
+    "PrecisionRecall",
+    "Scores",
     "Statistics",
+    "classification_scores",
     "frechet_distance",
+    "keras_threshold",
     "statistics",
 ]

@@ -1,0 +1,152 @@
+"""Classification scores: the usual ones by argmax, and what Keras' Precision and Recall count at a threshold."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
+from torch import Tensor
+
+_TOP = 5
+
+
+class Averages(NamedTuple):
+    """Precision, recall and F1 in [0, 1], averaged over classes."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+class PrecisionRecall(NamedTuple):
+    """Precision and recall in [0, 1]."""
+
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How well a classifier did; every score is a fraction in [0, 1].
+
+    Attributes:
+        count: samples N.
+        accuracy: share of samples whose predicted class is the true one.
+        top5: share of samples whose true class is among the five of largest score; None without logits, and with
+            five classes or fewer, where it is 1 whatever the classifier says.
+        macro: means over the classes that occur in labels or predictions. Averaging keeps F1 at or below
+            (precision + recall) / 2.
+        weighted: means weighted by the classes' samples; this recall equals the accuracy.
+        confusion: int64 (C, C), [i, j] counts samples of class i taken for class j.
+    """
+
+    count: int
+    accuracy: float
+    top5: float | None
+    macro: Averages
+    weighted: Averages
+    confusion: Tensor
+
+
+def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> Scores:
+    """Score predicted classes, or logits whose largest entry is the prediction.
+
+    A class that is never predicted has precision 0, and one without samples recall 0.
+
+    Args:
+        labels: true classes, integers (N,) in [0, C).
+        outputs: predicted classes, integers (N,) in [0, C), or logits (or probabilities), floating (N, C).
+        num_classes: classes C.
+
+    Raises:
+        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+    """
+    _check_classes("labels", labels, num_classes)
+    logits = None
+    if outputs.is_floating_point():
+        logits = _check_scores("outputs", outputs, len(labels), num_classes)
+        predictions = outputs.argmax(dim=1)
+    else:
+        predictions = outputs
+        _check_classes("outputs", predictions, num_classes)
+        if len(predictions) != len(labels):
+            raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(predictions)}")
+    true, found = labels.cpu().numpy(), predictions.cpu().numpy()
+    top5 = None
+    if logits is not None and num_classes > _TOP:
+        top5 = float(top_k_accuracy_score(true, logits, k=_TOP, labels=np.arange(num_classes)))
+    return Scores(
+        count=len(true),
+        accuracy=float(accuracy_score(true, found)),
+        top5=top5,
+        macro=_averages(true, found, "macro"),
+        weighted=_averages(true, found, "weighted"),
+        confusion=torch.from_numpy(confusion_matrix(true, found, labels=np.arange(num_classes))),
+    )
+
+
+def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> PrecisionRecall:
+    """Return what Keras' Precision() and Recall() report for one-hot labels: micro counts over all N C cells.
+
+    A cell is a predicted positive if its score is above the threshold. Keras takes logits for probabilities without
+    a word, so a model that knows a superclass, but not which of its classes, can have a recall near 1 and a
+    precision near 1 / (classes in the superclass) whatever its accuracy. Without a predicted positive the precision
+    is 0, as in Keras.
+
+    Args:
+        scores: logits or probabilities, floating (N, C) with C >= 2.
+        labels: true classes, integers (N,) in [0, C).
+        threshold: a score must exceed it.
+
+    Raises:
+        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a score not finite.
+    """
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores: expected (N, C) with two classes or more, got {tuple(scores.shape)}")
+    _check_classes("labels", labels, scores.shape[1])
+    positive = _check_scores("scores", scores, len(labels), scores.shape[1]) > threshold
+    true = labels.cpu().numpy()
+    one_hot = np.zeros(positive.shape, dtype=bool)
+    one_hot[np.arange(len(true)), true] = True
+    precision, recall, _, _ = _support(one_hot, positive, "micro")
+    return PrecisionRecall(float(precision), float(recall))
+
+
+def _averages(true: np.ndarray, found: np.ndarray, average: str) -> Averages:
+    precision, recall, f1, _ = _support(true, found, average)
+    return Averages(float(precision), float(recall), float(f1))
+
+
+def _support(true: np.ndarray, found: np.ndarray, average: str) -> tuple[Any, ...]:
+    return precision_recall_fscore_support(
+        true,
+        found,
+        average=average,
+        zero_division=0,  # pyright: ignore[reportArgumentType] - the type is read off its default, "warn"
+    )
+
+
+def _check_classes(name: str, classes: Tensor, num_classes: int) -> None:
+    if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers (N,), got {classes.dtype} {tuple(classes.shape)}")
+    if not len(classes):
+        raise ValueError(f"{name}: expected at least one, got none")
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{name}: expected classes from 0 to {num_classes - 1}, got {low if low < 0 else high}")
+
+
+def _check_scores(name: str, scores: Tensor, count: int, num_classes: int) -> np.ndarray:
+    if not scores.is_floating_point() or tuple(scores.shape) != (count, num_classes):
+        expected = f"floating ({count}, {num_classes})"
+        raise ValueError(f"{name}: expected {expected}, got {scores.dtype} {tuple(scores.shape)}")
+    bad = int((~torch.isfinite(scores)).any(dim=1).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite values, got others in {bad} of {count} samples")
+    return scores.detach().double().cpu().numpy()
