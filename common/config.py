@@ -82,8 +82,13 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
     parser.add_argument("--config", action="config", help="a YAML file; may be given again, the later wins")
     parser.add_class_arguments(cls)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # so that --resume means --resume true
+        hint = getattr(action, "_typehint", None)
+        if hint is bool:  # so that --resume means --resume true
             action.nargs, action.const = "?", True  # pyright: ignore[reportAttributeAccessIssue]
+        elif typing.get_origin(hint) is list:  # so that --runs A B means --runs '[A, B]'
+            (action._typehint,) = typing.get_args(hint)  # pyright: ignore[reportAttributeAccessIssue]
+            action.nargs, action.metavar = "+", action.dest.upper()
+            action.option_strings = [f"--{action.dest}"]
     return parser
 
 
@@ -130,7 +135,7 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"{name}: no such setting{_hint(name, [option[2:] for option in known])}"
     if match := re.search(r"Option '([^']+)' is not accepted", message):
         return f"{match[1]}: no such setting{_hint(match[1], [option[2:] for option in known])}"
-    if match := re.match(r"argument --(\S+): expected one argument", message):
+    if match := re.match(r"argument --(\S+): expected (?:one|at least one) argument", message):
         return f"{match[1]}: a value is missing after --{match[1]}"
     if match := re.search(r"Unexpected config: (.*)", message, re.DOTALL):
         got = " ".join(match[1].split()) or "an empty file"
@@ -156,6 +161,12 @@ def _expectation(message: str) -> str:
     if match := re.match(r"Path is not a file: '(.*)'", message):
         return f"{match[1]} is a folder, expected a YAML file"
     return " ".join(message.split())
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand(each) for each in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _shown(value: object) -> str:
@@ -188,7 +199,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         elif value is None and types.NoneType not in (hint, *typing.get_args(hint)):
             raise UsageError(f"{name}: expected {_type_name(str(hint))}, got null")
         else:
-            arguments[field.name] = value.expanduser() if isinstance(value, Path) else value
+            arguments[field.name] = _expand(value)
     try:
         return cls(**arguments)
     except ValueError as error:
