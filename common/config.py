@@ -14,13 +14,27 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from common.errors import UsageError
 
 T = TypeVar("T")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a field's text is its --help
+
+_MISFIT = "config: a YAML tag, such as !!bool, does not fit the value after it; leave the tag out"
+_read_yaml = get_loader("yaml")
+
+
+def _read_any_yaml(text: str) -> Any:
+    """Read YAML; PyYAML fails on a tag that does not fit its value, such as !!timestamp x, in whatever way it does."""
+    try:
+        return _read_yaml(text)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise yaml.YAMLError(f"a tag does not fit its value: {error}") from None
+
+
+set_loader("yaml", _read_any_yaml, exceptions=(yaml.YAMLError,))
 
 _TYPE_NAMES = {
     "int": "a whole number",
@@ -47,10 +61,17 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None =
     """
     parser = _parser(cls, prog)
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args(argv).as_dict()
     except RecursionError:
         raise UsageError("config: a YAML file refers to itself; expected plain values") from None
-    return _build(cls, values.as_dict())
+    except (AttributeError, IndexError):  # of flags, jsonargparse reads some without the loader above
+        raise UsageError(_MISFIT) from None
+    except UsageError as error:  # it quotes what was given, which may hold anything
+        raise UsageError(_printable(str(error))) from None
+    try:
+        return _build(cls, values)
+    except UsageError as error:
+        raise UsageError(_printable(str(error))) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -99,7 +120,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        line = _one_line(message, known)
+        line = _MISFIT if type(ex) is KeyError else _one_line(message, known)
         raise UsageError(f"config: {self._file}: {line}" if self._file else line) from None
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
@@ -167,6 +188,11 @@ def _expand(value: Any) -> Any:
     if isinstance(value, list):
         return [_expand(each) for each in value]
     return value.expanduser() if isinstance(value, Path) else value
+
+
+def _printable(text: str) -> str:
+    """Escape what would break the line or move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shown(value: object) -> str:
