@@ -230,3 +230,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         return cls(**arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except RuntimeError as error:  # a configuration may build a layer to see whether it can be
+        if "allocate" not in str(error):
+            raise
+        raise UsageError(f"{prefix.rstrip('.') or 'config'}: these sizes need more memory than there is") from None
