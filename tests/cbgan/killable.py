@@ -83,7 +83,8 @@ def main() -> None:
     finally:
         for training in trained:
             g, d = (dict(network.named_parameters()) for network in (training.state.g, training.state.d))
-            print(f"rank {os.environ.get('RANK', '0')}: {weights_hash(g)}{weights_hash(d)}", flush=True)
+            line = f"\nrank {os.environ.get('RANK', '0')}: {weights_hash(g)}{weights_hash(d)}\n"
+            os.write(1, line.encode())  # one call, so that two ranks do not mix their lines
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PAIR = ["--epochs", "2", "--batch_size", "60", "--norm.init", "kmeans++", "--dat
 
 
 def hashes(output: str) -> dict[str, str]:
-    return dict(re.findall(r"rank (\d): (\w+)", output))
+    return dict(re.findall(r"rank (\d): ([0-9a-f]{128})", output))
 
 
 def test_a_pair_learns_one_model_and_survives_the_death_of_a_worker(launch, tiny, tmp_path, capsys):
