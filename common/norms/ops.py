@@ -5,10 +5,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from common.norms import closed_form, reference
+from common.norms import closed_form, launch, reference, triton_ops
 from common.norms.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 
-BACKENDS = ("auto", "reference", "eager")
+BACKENDS = ("auto", "reference", "eager", "triton")
+IMPLEMENTATIONS = {"reference": reference, "eager": closed_form, "triton": triton_ops}
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -31,11 +32,28 @@ def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) ->
         raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {type(cluster).__name__}")
     if cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
         raise ValueError(f"cluster: expected int64 ({len(x)},), got {cluster.dtype} {tuple(cluster.shape)}")
-    if not cluster.is_cuda and len(cluster):
+    if not cluster.is_cuda and len(cluster) and not torch.compiler.is_compiling():
         low, high = (int(v) for v in cluster.aminmax())
         if low < lowest or high >= num_clusters:
             wrong = low if low < lowest else high
             raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
+
+
+def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_channels: int = 1) -> str:
+    """Return the backend that computes x; "auto" is triton where its kernels can run on a GPU, else eager.
+
+    Raises:
+        ValueError: backend is no backend, or is "triton" where that cannot run, with the reason.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend not in ("auto", "triton"):
+        return backend
+    if backend == "auto" and not x.is_cuda:
+        return "eager"
+    reason = launch.refusal(x) or launch.mixture_refusal(num_components, group_channels)
+    if backend == "triton" and reason:
+        raise ValueError(f"backend: 'triton' {reason}")
+    return "eager" if reason else "triton"
 
 
 def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -72,20 +90,21 @@ def cluster_norm(
             larger than a known one; "match" drops it.
         unknown_posterior: take the posterior at each "location", or once for the whole "sample".
         allow_unknown: whether -1 and None are allowed, as in evaluation.
-        backend: "reference", "eager" or "auto".
+        backend: "reference", "eager", "triton" or "auto".
 
     Returns:
         Like x, computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: x has not C channels or is not floating-point, cluster is not int64 (N,), or an option is
-            none of those above.
-        IndexError: an id beyond range, on the CPU. On a GPU its row is NaN, since a check would synchronise.
+        ValueError: x has not C channels or is not floating-point, cluster is not int64 (N,), an option is none
+            of those above, or backend="triton" cannot run here.
+        IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
+            check would synchronise.
 
     Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
     """
     check_input(x, mean.shape[1])
-    check_choice("backend", backend, BACKENDS)
+    backend = choose_backend(backend, x)
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
     any_unknown = False
@@ -93,7 +112,8 @@ def cluster_norm(
         check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
         if not allow_unknown:
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        any_unknown = allow_unknown and (cluster.is_cuda or bool((cluster == -1).any()))
+        unasked = cluster.is_cuda or torch.compiler.is_compiling()
+        any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     elif not allow_unknown:
         raise ValueError(f"cluster: expected int64 ({len(x)},) in training, got None")
     if x.numel() == 0:
@@ -102,7 +122,7 @@ def cluster_norm(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return reference.cluster_norm(x, cluster, mean, var, **options)
-        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+        return IMPLEMENTATIONS[backend].cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
 
 
 def mixture_norm(
@@ -134,30 +154,29 @@ def mixture_norm(
         eps: added to every variance, in squared units of x.
         scale: "paper", or "sqrt_k" to divide the output by sqrt(K).
         statistics: "batch" or "learned".
-        backend: "reference", "eager" or "auto".
+        backend: "reference", "eager", "triton" or "auto".
 
     Returns:
         The output, like x, computed in float32 (float64 for float64); and the batch's moments without
         gradient, or None with statistics="learned".
 
     Raises:
-        ValueError: x has not C channels or is not floating-point, groups does not divide C, or an option is
-            none of those above.
+        ValueError: x has not C channels or is not floating-point, groups does not divide C, an option is none
+            of those above, or backend="triton" cannot run here.
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15; Eq. 8's expectations of weights that sum to one are sums.
     """
     channels = mean.shape[1]
     check_input(x, channels)
-    check_choice("backend", backend, BACKENDS)
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels}, got {groups}")
+    backend = choose_backend(backend, x, len(mean), channels // groups)
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
         return _empty(x, log_lambda, mean, var), moments if statistics == "batch" else None
-    implementation = reference if backend == "reference" else closed_form
     with torch.autocast(x.device.type, enabled=False):
-        return implementation.mixture_norm(
+        return IMPLEMENTATIONS[backend].mixture_norm(
             x, log_lambda, mean, var, groups=groups, eps=eps, scale=scale, statistics=statistics
         )

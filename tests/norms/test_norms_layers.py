@@ -277,7 +277,7 @@ def error(kind: str, match: str, **options: object):
         error("ucb", "momentum: expected 0 to 1, got 2", momentum=2),
         error("ucb", "process_group: expected None, 'world' or a group", process_group="all"),
         error("mn", "process_group: expected None, since MixtureNorm", process_group="world"),
-        error("ucb", "backend: expected one of 'auto', 'reference', 'eager', got 'triton'", backend="triton"),
+        error("ucb", "backend: expected one of 'auto', 'reference', 'eager', 'triton', got 'cuda'", backend="cuda"),
         error("mn", "refit_every: expected at least 1, got 0", refit_every=0),
         error("mn", "em_steps: expected at least 1, got 0", em_steps=0),
         error("scb", "eps: expected a positive number, got 0", eps=0),
@@ -339,7 +339,7 @@ def test_functional_forms_name_wrong_arguments():
     with pytest.raises(ValueError, match="groups: expected a divisor of 4, got 3"):
         mixture_norm(x, log_lambda, mean, var, groups=3)
     with pytest.raises(ValueError, match="backend: expected one of"):
-        mixture_norm(x, log_lambda, mean, var, backend="triton")
+        mixture_norm(x, log_lambda, mean, var, backend="cuda")
     with pytest.raises(ValueError, match="x: expected"):
         cluster_norm(x[:, :2], None, mean, var)
     with pytest.raises(ValueError, match="unknown_scale: expected one of 'match', 'paper', got 'one'"):

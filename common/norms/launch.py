@@ -1,0 +1,119 @@
+"""Where the Triton backend can run, and every size its kernels are launched with."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched."""
+
+    elements: int
+    """Of the activation in a tile, at most."""
+    num_warps: int
+
+
+SCB_FORWARD = Launch(2048, 4)
+SCB_BACKWARD = Launch(2048, 4)
+SCB_ROWS = Launch(1024, 4)
+
+MAX_COMPONENTS = 8
+MAX_GROUP_CHANNELS = 1024
+PROGRAMS = 1024
+"""Enough for every multiprocessor of today's devices; not asked of the device, so that sums keep their order."""
+CHANNEL_BLOCK = 64
+"""Channels in a tile where they lie side by side: 128 bytes of a 2-byte type."""
+
+
+def refusal(x: Tensor) -> str | None:
+    """Say why the kernels cannot run on x, or return None if they can."""
+    if x.dtype not in DTYPES:
+        return f"computes float32, bfloat16 and float16, got {x.dtype}"
+    if not INSTALLED:
+        return "needs the package triton, which is not installed"
+    if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"needs a CUDA tensor, or TRITON_INTERPRET=1 and a CPU tensor, got one on {x.device.type}"
+    return None
+
+
+def mixture_refusal(num_components: int, group_channels: int) -> str | None:
+    """Say why the kernels cannot take such a mixture, or return None if they can."""
+    if num_components > MAX_COMPONENTS:
+        return f"takes up to {MAX_COMPONENTS} components, got {num_components}"
+    if group_channels > MAX_GROUP_CHANNELS:
+        return f"takes up to {MAX_GROUP_CHANNELS} channels that share a posterior, got {group_channels}"
+    return None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Sizes (N, C, L) of a walk over activations, and each one's strides."""
+
+    samples: int
+    channels: int
+    positions: int
+    strides: tuple[tuple[int, int, int], ...]
+
+    @property
+    def channels_adjacent(self) -> bool:
+        """Whether neighbours in the first activation's memory are channels."""
+        _, channel, position = self.strides[0]
+        return self.positions == 1 or channel < position
+
+
+def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
+    """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow."""
+    n, c, length = tensors[0].shape
+    if merge:
+        steps = [_step(t, n, length) for t in tensors]
+        if all(step is not None for step in steps):
+            strides = tuple((0, t.stride(1), step or 0) for t, step in zip(tensors, steps, strict=True))
+            return Walk(1, c, n * length, strides)
+    return Walk(n, c, length, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in tensors))
+
+
+def _step(t: Tensor, n: int, length: int) -> int | None:
+    """Return the stride between locations if there is a single one."""
+    if length == 1:
+        return t.stride(0)
+    return t.stride(2) if n == 1 or t.stride(0) == length * t.stride(2) else None
+
+
+def power_of_two(n: int) -> int:
+    """Return the least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def tile(launch: Launch, walk: Walk) -> tuple[int, int]:
+    """Return BLOCK_L, BLOCK_C for channels that need not stay together."""
+    if walk.channels_adjacent:
+        block_c = min(power_of_two(walk.channels), CHANNEL_BLOCK)
+        return min(power_of_two(walk.positions), launch.elements // block_c), block_c
+    block_l = min(power_of_two(walk.positions), launch.elements)
+    return block_l, min(power_of_two(walk.channels), launch.elements // block_l)
+
+
+def divide(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def scb_grid(walk: Walk, block_l: int, block_c: int) -> tuple[int, int, int]:
+    """Return programs over (samples, blocks of channels, shares of the positions)."""
+    planes = walk.samples * divide(walk.channels, block_c)
+    shares = min(divide(walk.positions, block_l), max(1, PROGRAMS // planes))
+    return walk.samples, divide(walk.channels, block_c), shares
+
+
+def rows_tile(rows: int, channels: int) -> tuple[int, int]:
+    """Return BLOCK_N, BLOCK_C of the kernels that add up rows of sums (rows, C)."""
+    block_c = min(power_of_two(channels), CHANNEL_BLOCK)
+    return min(power_of_two(rows), SCB_ROWS.elements // block_c), block_c

@@ -1,0 +1,67 @@
+"""The custom operators under Triton's interpreter; run by test_kernels.py in a process of its own."""
+
+import pytest
+import torch
+from norm_cases import mixture_case
+
+from common.norms import cluster_norm, make_norm, triton_ops
+
+
+def scb_arguments(requires_grad=True):
+    x, _, mean, var, g = mixture_case((4, 3, 5), 3, dtype=torch.float32)
+    tensors = [t.requires_grad_(requires_grad) for t in (x, mean, var)]
+    return tensors[0], torch.tensor([0, 2, 1, 0]), *tensors[1:], g
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_scb_operators_are_sound():
+    """Opcheck compares schema, fakes, gradients and tracing with what the operator does."""
+    x, cluster, mean, var, g = scb_arguments()
+    torch.library.opcheck(triton_ops.scb_forward, (x, cluster, mean, var, 1e-5))
+    x, cluster, mean, var, g = scb_arguments(requires_grad=False)
+    torch.library.opcheck(triton_ops.scb_backward, (x, g, cluster, mean, var, 1e-5))
+
+
+def test_scb_compiles_whole_with_its_gradients():
+    x, cluster, mean, var, g = scb_arguments()
+
+    def run(x, mean, var):
+        return 2 * cluster_norm(x, cluster, mean, var, backend="triton")
+
+    want = run(x, mean, var)
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(x, mean, var)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, (x, mean, var), g) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["scb"])
+def test_layers_export_in_evaluation_mode(kind):
+    layer = make_norm(kind, 3, 2, backend="triton").eval()
+    x, cluster = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0], (torch.tensor([0, 1, 1, 0]),)
+    exported = torch.export.export(layer, (x, *cluster))
+    assert "cbnorm." in exported.graph_module.print_readable(print_output=False)
+    torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))
+
+
+@pytest.mark.parametrize(("kind", "training"), [("scb", True)])
+def test_a_second_derivative_names_the_backend_that_has_one(kind, training):
+    layer = make_norm(kind, 3, 2, backend="triton").train(training)
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0].requires_grad_()
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    (grad,) = torch.autograd.grad(layer(x, *cluster).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["scb"])
+def test_autocast_changes_nothing(kind):
+    layer = make_norm(kind, 3, 2, backend="triton")
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
+    cluster = (torch.tensor([0, 1, 1, 0]),)
+    want = layer(x, *cluster)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x, *cluster)
+        assert layer(x.bfloat16(), *cluster).dtype == torch.bfloat16
+    assert torch.equal(got, want)

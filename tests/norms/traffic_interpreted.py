@@ -1,0 +1,53 @@
+"""Loads and stores of the kernels, counted under Triton's interpreter; run by test_kernels.py."""
+
+import numpy as np
+import pytest
+import torch
+from norm_cases import mixture_case
+from triton.runtime.interpreter import InterpreterBuilder
+
+from common.norms import cluster_norm
+
+SHAPE = (4, 6, 48)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Count the elements that kernels read from and write to each 2-byte tensor: x, y and their gradients.
+
+    Everything else, parameters and sums, is float32 or int64; those are counted apart.
+    """
+    counts = {"reads": 0, "writes": 0, "other reads": 0, "other writes": 0}
+
+    def counted(method, name, mask_at):
+        def run(self, ptrs, *arguments):
+            wide = ptrs.dtype.scalar.element_ty.primitive_bitwidth > 16
+            counts[f"other {name}" if wide else name] += int(np.sum(arguments[mask_at].data))
+            return method(self, ptrs, *arguments)
+
+        return run
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted(load, "reads", 0))
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted(store, "writes", 1))
+    return counts
+
+
+def taken(traffic, size):
+    """Return reads and writes an element of x since the last call, and start anew."""
+    result = traffic["reads"] / size, traffic["writes"] / size
+    traffic.update(dict.fromkeys(traffic, 0))
+    return result
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+def test_scb_reads_and_writes_no_more_than_it_must(traffic, memory):
+    x, _, mean, var, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    x, g = x.half(), g.half()
+    if memory == "channels_last":
+        x, g = (t.mT.contiguous().mT for t in (x, g))
+    inputs = [t.requires_grad_() for t in (x, mean, var)]
+    y = cluster_norm(x, torch.arange(4) % 3, mean, var, backend="triton")
+    assert taken(traffic, x.numel()) == (1, 1)
+    torch.autograd.grad(y, inputs, g)
+    assert taken(traffic, x.numel()) == (2, 1)
