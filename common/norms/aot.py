@@ -50,14 +50,50 @@ def _cluster_cases() -> Iterator[Case]:
             kernel=kernel, num_warps=entry.num_warps, constants=_sizes(entry, adjacent), adjacent=adjacent,
             dtype=dtype, hardest=dtype == "fp32",
         )  # fmt: skip
-    rows = launch.SCB_ROWS.elements // launch.CHANNEL_BLOCK
+    rows = launch.SUMS.elements // launch.CHANNEL_BLOCK
     constants = {"BLOCK_N": rows, "BLOCK_C": launch.CHANNEL_BLOCK}
-    yield Case(kernel="scb_rows_kernel", num_warps=launch.SCB_ROWS.num_warps, constants=constants)
+    yield Case(kernel="scb_rows_kernel", num_warps=launch.SUMS.num_warps, constants=constants)
+
+
+def _mixture_sizes(entry: launch.Launch, num: int) -> Iterator[tuple[bool, str, dict[str, int]]]:
+    """Whether joint, what is adjacent, and tiles: of single channels, and of groups of various widths."""
+    for adjacent in ADJACENT:
+        yield False, adjacent, _sizes(entry, adjacent)
+        for width in (8, 64, launch.MAX_GROUP_CHANNELS[num]):
+            yield True, adjacent, {"BLOCK_L": max(1, entry.elements // width), "BLOCK_C": width}
+    yield False, "positions", {"BLOCK_L": 64, "BLOCK_C": entry.elements // 64}  # 8 x 8 positions
+
+
+def _mixture_cases() -> Iterator[Case]:
+    for (kernel, table), dtype in itertools.product(launch.MIXTURE.items(), ("fp32", "bf16")):
+        modes = [{"BATCH": True, "PARAMETERS": True}, {"BATCH": False, "PARAMETERS": True}]
+        for mode in modes if kernel == "mixture_bwd_kernel" else [{}]:
+            for num, entry in table.items():
+                for joint, adjacent, sizes in _mixture_sizes(entry, num):
+                    widest = sizes["BLOCK_C"] == launch.MAX_GROUP_CHANNELS[num]
+                    hardest = dtype == "fp32" and num == max(table) and widest
+                    yield Case(
+                        kernel=kernel, num_warps=entry.num_warps, adjacent=adjacent, dtype=dtype,
+                        constants={"K": num, "JOINT": joint, **mode, **sizes},
+                        hardest=hardest and adjacent == "positions",
+                    )  # fmt: skip
+
+
+def _gather_cases() -> Iterator[Case]:
+    """The kernels that add up sums."""
+    sizes = {"BLOCK_P": launch.SUMS.elements // launch.CHANNEL_BLOCK, "BLOCK_C": launch.CHANNEL_BLOCK}
+    for kernel, modes in {
+        "mixture_merge_kernel": [{}],
+        "mixture_coefficients_kernel": [{}],
+        "mixture_gradients_kernel": [{"JOINT": True, "BATCH": True}, {"JOINT": True, "BATCH": False}],
+    }.items():
+        for mode in modes:
+            yield Case(kernel=kernel, num_warps=launch.SUMS.num_warps, constants=mode | sizes)
 
 
 def cases() -> list[Case]:
-    """Return every entry of the launch table at its largest tile, for every layout and type."""
-    return [*_cluster_cases()]
+    """Return every entry of the launch table at its largest tiles and numbers of components, in every layout."""
+    return [*_cluster_cases(), *_mixture_cases(), *_gather_cases()]
 
 
 def compile_case(case: Case, arch: int) -> bytes:
@@ -66,9 +102,9 @@ def compile_case(case: Case, arch: int) -> bytes:
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
-    from common.norms import kernels  # noqa: PLC0415
+    from common.norms import kernels, mixture_kernels  # noqa: PLC0415
 
-    function = getattr(kernels, case.kernel)
+    function = getattr(mixture_kernels if case.kernel.startswith("mixture") else kernels, case.kernel)
     signature, constants, attributes = {}, dict(case.constants), {}
     for index, name in enumerate(function.arg_names):
         if name.endswith(ADJACENT[case.adjacent]):

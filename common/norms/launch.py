@@ -23,10 +23,20 @@ class Launch:
 
 SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
-SCB_ROWS = Launch(1024, 4)
+SUMS = Launch(1024, 4)
+"""Of the kernels that add up what programs left."""
+MIXTURE = {
+    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
+    "mixture_apply_kernel": {2: Launch(2048, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
+    "mixture_bwd_kernel": {2: Launch(1024, 8), 4: Launch(256, 8), 8: Launch(256, 8)},
+}
+"""By the most components an entry is for: posteriors of all of them are held at once."""
 
-MAX_COMPONENTS = 8
-MAX_GROUP_CHANNELS = 1024
+MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
+"""Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
+LOCATIONS_PER_SUM = 32
+"""A program takes K times as many, so that the sums it leaves are a tenth of x at most."""
 PROGRAMS = 1024
 """Enough for every multiprocessor of today's devices; not asked of the device, so that sums keep their order."""
 CHANNEL_BLOCK = 64
@@ -46,10 +56,11 @@ def refusal(x: Tensor) -> str | None:
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:
     """Say why the kernels cannot take such a mixture, or return None if they can."""
-    if num_components > MAX_COMPONENTS:
-        return f"takes up to {MAX_COMPONENTS} components, got {num_components}"
-    if group_channels > MAX_GROUP_CHANNELS:
-        return f"takes up to {MAX_GROUP_CHANNELS} channels that share a posterior, got {group_channels}"
+    width = next((width for limit, width in MAX_GROUP_CHANNELS.items() if num_components <= limit), 0)
+    if not width:
+        return f"takes up to {max(MAX_GROUP_CHANNELS)} components, got {num_components}"
+    if group_channels > width:
+        return f"takes up to {width} channels that share one of {num_components} posteriors, got {group_channels}"
     return None
 
 
@@ -116,4 +127,35 @@ def scb_grid(walk: Walk, block_l: int, block_c: int) -> tuple[int, int, int]:
 def rows_tile(rows: int, channels: int) -> tuple[int, int]:
     """Return BLOCK_N, BLOCK_C of the kernels that add up rows of sums (rows, C)."""
     block_c = min(power_of_two(channels), CHANNEL_BLOCK)
-    return min(power_of_two(rows), SCB_ROWS.elements // block_c), block_c
+    return min(power_of_two(rows), SUMS.elements // block_c), block_c
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a mixture kernel's programs share an activation."""
+
+    joint: bool
+    block_l: int
+    block_c: int
+    columns: int
+    """Blocks of channels; a group is one."""
+    programs: int
+    """Of a column."""
+    num_warps: int
+
+
+def mixture_tiling(kernel: str, walk: Walk, groups: int, num_components: int, *, sums: bool) -> Tiling:
+    """Return the tiles of a kernel, and few enough programs that their sums, if it leaves any, stay small."""
+    entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
+    width = walk.channels // groups
+    if width > 1:
+        block_c, columns = power_of_two(width), groups
+        block_l = max(1, min(power_of_two(walk.positions), entry.elements // block_c))
+    else:
+        block_l, block_c = tile(entry, walk)
+        columns = divide(walk.channels, block_c)
+    programs = min(walk.samples * divide(walk.positions, block_l), max(1, PROGRAMS // columns))
+    if sums:
+        locations = walk.samples * walk.positions
+        programs = min(programs, max(1, locations // (LOCATIONS_PER_SUM * num_components)))
+    return Tiling(width > 1, block_l, block_c, columns, programs, entry.num_warps)

@@ -5,6 +5,7 @@ operator, which refuses to be differentiated. Triton is imported when a kernel f
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def _kernels() -> Any:
     from common.norms import kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
     return kernels
+
+
+def _mixture_kernels() -> Any:
+    from common.norms import mixture_kernels  # noqa: PLC0415
+
+    return mixture_kernels
 
 
 @custom_op("cbnorm::scb_forward", mutates_args=())
@@ -64,7 +71,7 @@ def scb_backward(
     block_n, block_c = launch.rows_tile(grid[2] * walk.samples, walk.channels)
     kernels.scb_rows_kernel[len(mean), launch.divide(walk.channels, block_c)](
         sums, cluster, var, dmean, dvar, walk.samples, walk.channels, grid[2], eps,
-        BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SCB_ROWS.num_warps,
+        BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return dx, dmean, dvar
 
@@ -87,6 +94,169 @@ def _scb_gradients(ctx: Any, g: Tensor) -> tuple:
 
 scb_forward.register_autograd(_scb_gradients, setup_context=_scb_setup)
 scb_backward.register_autograd(_refuse)
+
+
+def _run(
+    name: str,
+    activations: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    groups: int,
+    num_components: int,
+    numbers: Sequence[float],
+    *,
+    planes: int = 0,
+    **constants: bool,
+) -> Tensor:
+    """Launch a mixture kernel on activations (N, C, L), the last one its output unless it only leaves sums.
+
+    Returns the sums (planes, programs, K, C).
+    """
+    walk = launch.walk(activations, merge=True)
+    tiling = launch.mixture_tiling(name, walk, groups, num_components, sums=planes > 0)
+    sums = tables[0].new_empty(planes, tiling.programs, num_components, walk.channels)
+    reads, writes = activations[:-1], activations[-1:]
+    if name in ("mixture_moments_kernel", "mixture_sums_kernel"):
+        reads, writes = activations, ()
+    left = (sums,) if name != "mixture_apply_kernel" else ()
+    _mixture_kernels().__dict__[name][tiling.programs, tiling.columns](
+        *reads, *tables, *writes, *left,
+        walk.samples, walk.channels, walk.channels // groups, walk.positions,
+        *(s for strides in walk.strides for s in strides), *numbers,
+        K=num_components, JOINT=tiling.joint, BLOCK_L=tiling.block_l, BLOCK_C=tiling.block_c,
+        num_warps=tiling.num_warps, **constants,
+    )  # fmt: skip
+    return sums
+
+
+def _gather(name: str, sums: Tensor, tables: Sequence[Tensor], numbers: Sequence[float], **constants: bool) -> None:
+    """Launch a kernel that adds up sums (planes, programs, K, C) into the last of the tables."""
+    _, programs, num_components, channels = sums.shape
+    block_p, block_c = launch.rows_tile(programs, channels)
+    _mixture_kernels().__dict__[name][num_components, launch.divide(channels, block_c)](
+        sums, *tables, programs, num_components, channels, *numbers,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
+    )  # fmt: skip
+
+
+@custom_op("cbnorm::mixture_forward", mutates_args=())
+def mixture_forward(
+    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eqs. 6-9 for x (N, C, L) and a mixture in float32: y, mass (K, C), m and v (K, C).
+
+    The mass of a group stands at each of its channels.
+    """
+    sums = _run("mixture_moments_kernel", (x,), (log_lambda, mean, var), groups, len(mean), (eps,), planes=3)
+    mass, m, v = (torch.empty_like(mean) for _ in range(3))
+    _gather("mixture_merge_kernel", sums, (x, mass, m, v), (x.stride(1),))
+    y = torch.empty_like(x)
+    tables = log_lambda, mean, var, m, v
+    _run("mixture_apply_kernel", (x, y), tables, groups, len(mean), (eps, kappa))
+    return y, mass, m, v
+
+
+@mixture_forward.register_fake
+def _(
+    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
+
+
+@custom_op("cbnorm::mixture_backward", mutates_args=())
+def mixture_backward(
+    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, mass: Tensor, m: Tensor, v: Tensor,
+    groups: int, eps: float, kappa: float, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, and (3, K, C) of mean, var and, summed over C, log_lambda: (0,) unless parameters."""
+    num = len(mean)
+    sums = _run("mixture_sums_kernel", (x, g), (log_lambda, mean, var, m), groups, num, (eps,), planes=2)
+    coefficients = mean.new_empty(3, *mean.shape)
+    _gather("mixture_coefficients_kernel", sums, (log_lambda, mass, v, coefficients), (eps, kappa))
+    dx, tables = torch.empty_like(x), (log_lambda, mean, var, m, v, coefficients)
+    sums = _run(
+        "mixture_bwd_kernel", (x, g, dx), tables, groups, num, (eps, kappa),
+        planes=3 * parameters, BATCH=True, PARAMETERS=parameters,
+    )  # fmt: skip
+    return dx, _parameter_gradients(sums, var, coefficients, groups, eps, batch=True)
+
+
+def _parameter_gradients(
+    sums: Tensor, var: Tensor, coefficients: Tensor, groups: int, eps: float, *, batch: bool
+) -> Tensor:
+    """Return (3, K, C) as of mixture_backward, or (0,) if sums hold nothing."""
+    if not len(sums):
+        return var.new_empty(0)
+    out, width = var.new_empty(3, *var.shape), var.shape[1] // groups
+    _gather("mixture_gradients_kernel", sums, (var, coefficients, out), (width, eps), JOINT=width > 1, BATCH=batch)
+    return out
+
+
+@mixture_backward.register_fake
+def _(
+    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, mass: Tensor, m: Tensor, v: Tensor,
+    groups: int, eps: float, kappa: float, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), mean.new_empty(3, *mean.shape) if parameters else mean.new_empty(0)
+
+
+@custom_op("cbnorm::learned_forward", mutates_args=())
+def learned_forward(
+    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
+) -> Tensor:
+    """Eq. 15 for x (N, C, L) and a mixture in float32."""
+    y = torch.empty_like(x)
+    _run("mixture_apply_kernel", (x, y), (log_lambda, mean, var, mean, var), groups, len(mean), (eps, kappa))
+    return y
+
+
+@learned_forward.register_fake
+def _(x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("cbnorm::learned_backward", mutates_args=())
+def learned_backward(
+    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor,
+    groups: int, eps: float, kappa: float, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As mixture_backward."""
+    dx, tables = torch.empty_like(x), (log_lambda, mean, var, mean, var, mean)
+    sums = _run(
+        "mixture_bwd_kernel", (x, g, dx), tables, groups, len(mean), (eps, kappa),
+        planes=5 * parameters, BATCH=False, PARAMETERS=parameters,
+    )  # fmt: skip
+    return dx, _parameter_gradients(sums, var, mean, groups, eps, batch=False)
+
+
+@learned_backward.register_fake
+def _(
+    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor,
+    groups: int, eps: float, kappa: float, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), mean.new_empty(3, *mean.shape) if parameters else mean.new_empty(0)
+
+
+def _mixture_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    *tensors, ctx.groups, ctx.eps, ctx.kappa = inputs
+    moments = output[1:] if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*tensors, *moments)
+
+
+def _mixture_gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
+    """Of either forward; that of Eqs. 6-9 has saved its moments too, which carry no gradient."""
+    x, *saved = ctx.saved_tensors
+    backward = mixture_backward if len(saved) > 3 else learned_backward
+    parameters = any(ctx.needs_input_grad[1:4])
+    dx, rows = backward(x, g, *saved, ctx.groups, ctx.eps, ctx.kappa, parameters)
+    if not parameters:
+        return dx, None, None, None, None, None, None
+    dmean, dvar, dlog_lambda = rows
+    return dx, dlog_lambda.sum(1), dmean, dvar, None, None, None
+
+
+for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
+    _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
+    _backward.register_autograd(_refuse)
 
 
 def cluster_norm(
@@ -133,6 +303,10 @@ def mixture_norm(
     statistics: Statistics,
 ) -> tuple[Tensor, Moments | None]:
     """As ``reference.mixture_norm``."""
-    return closed_form.mixture_norm(
-        x, log_lambda, mean, var, groups=groups, eps=eps, scale=scale, statistics=statistics
-    )
+    inputs = (reference.flatten(x), *(t.float().contiguous() for t in (log_lambda, mean, var)))
+    kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
+    if statistics == "learned":
+        return learned_forward(*inputs, groups, eps, kappa).reshape(x.shape), None
+    y, mass, m, v = mixture_forward(*inputs, groups, eps, kappa)
+    moments = Moments(mass[:, :: x.shape[1] // groups], m, v)
+    return y.reshape(x.shape), Moments(*(t.detach() for t in moments))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from norm_cases import mixture_case
 
-from common.norms import cluster_norm, make_norm, triton_ops
+from common.norms import cluster_norm, make_norm, mixture_norm, triton_ops
 
 
 def scb_arguments(requires_grad=True):
@@ -22,6 +22,41 @@ def test_scb_operators_are_sound():
     torch.library.opcheck(triton_ops.scb_backward, (x, g, cluster, mean, var, 1e-5))
 
 
+def mixture_arguments(requires_grad=True):
+    *tensors, g = mixture_case((4, 4, 3), 2, dtype=torch.float32)
+    return [t.requires_grad_(requires_grad) for t in tensors], g
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("groups", [1, 4])
+def test_mixture_operators_are_sound(groups):
+    inputs, _ = mixture_arguments()
+    torch.library.opcheck(triton_ops.learned_forward, (*inputs, groups, 1e-5, 1.0))
+    # Moments carry no gradient, which the default check of all outputs cannot know.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton_ops.mixture_forward, (*inputs, groups, 1e-5, 1.0), test_utils=checks)
+    inputs, g = mixture_arguments(requires_grad=False)
+    x, *mixture = inputs
+    moments = triton_ops.mixture_forward(*inputs, groups, 1e-5, 1.0)[1:]
+    for parameters in (True, False):
+        last = (groups, 1e-5, 1.0, parameters)
+        torch.library.opcheck(triton_ops.learned_backward, (x, g, *mixture, *last))
+        torch.library.opcheck(triton_ops.mixture_backward, (x, g, *mixture, *moments, *last))
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_mixture_compiles_whole_with_its_gradients(statistics):
+    inputs, g = mixture_arguments()
+
+    def run(*inputs):
+        return 2 * mixture_norm(*inputs, statistics=statistics, backend="triton")[0]
+
+    want, got = run(*inputs), torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, g) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_scb_compiles_whole_with_its_gradients():
     x, cluster, mean, var, g = scb_arguments()
 
@@ -36,16 +71,17 @@ def test_scb_compiles_whole_with_its_gradients():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["scb"])
+@pytest.mark.parametrize("kind", ["scb", "ucb", "mn"])
 def test_layers_export_in_evaluation_mode(kind):
     layer = make_norm(kind, 3, 2, backend="triton").eval()
-    x, cluster = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0], (torch.tensor([0, 1, 1, 0]),)
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
     exported = torch.export.export(layer, (x, *cluster))
     assert "cbnorm." in exported.graph_module.print_readable(print_output=False)
     torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))
 
 
-@pytest.mark.parametrize(("kind", "training"), [("scb", True)])
+@pytest.mark.parametrize(("kind", "training"), [("scb", True), ("scb", False), ("ucb", True), ("ucb", False)])
 def test_a_second_derivative_names_the_backend_that_has_one(kind, training):
     layer = make_norm(kind, 3, 2, backend="triton").train(training)
     x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0].requires_grad_()
@@ -55,11 +91,11 @@ def test_a_second_derivative_names_the_backend_that_has_one(kind, training):
         grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["scb"])
+@pytest.mark.parametrize("kind", ["scb", "ucb"])
 def test_autocast_changes_nothing(kind):
-    layer = make_norm(kind, 3, 2, backend="triton")
+    layer = make_norm(kind, 3, 2, backend="triton").eval()  # training moves averages
     x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
-    cluster = (torch.tensor([0, 1, 1, 0]),)
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
     want = layer(x, *cluster)
     with torch.autocast("cpu", torch.bfloat16):
         got = layer(x, *cluster)

@@ -85,11 +85,11 @@ class OnGpu:
     ("dtype", "num", "width", "installed", "want"),
     [
         (torch.float32, 3, 256, True, "triton"),
-        (torch.bfloat16, 8, 1024, True, "triton"),
+        (torch.bfloat16, 8, 256, True, "triton"),
         (torch.float16, 1, 1, True, "triton"),
         (torch.float64, 3, 256, True, "eager"),
         (torch.float32, 9, 256, True, "eager"),
-        (torch.float32, 3, 2048, True, "eager"),
+        (torch.float32, 3, 1024, True, "eager"),
         (torch.float32, 3, 256, False, "eager"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from norm_cases import mixture_case
 from triton.runtime.interpreter import InterpreterBuilder
 
-from common.norms import cluster_norm
+from common.norms import cluster_norm, mixture_norm
 
 SHAPE = (4, 6, 48)
 
@@ -51,3 +51,28 @@ def test_scb_reads_and_writes_no_more_than_it_must(traffic, memory):
     assert taken(traffic, x.numel()) == (1, 1)
     torch.autograd.grad(y, inputs, g)
     assert taken(traffic, x.numel()) == (2, 1)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("statistics", "forward", "backward"), [("batch", (2, 1), (4, 1)), ("learned", (1, 1), (2, 1))]
+)
+def test_mixture_reads_and_writes_no_more_than_it_must(traffic, statistics, forward, backward, groups, memory):
+    """BatchNorm's traffic with batch statistics; a single pass each way without.
+
+    Moments are relative to the first location, which up to two programs (192 locations, at least 32 K each) and
+    then one for each of the K = 3 components read again.
+    """
+    x, log_lambda, mean, var, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    x, g = x.half(), g.half()
+    if memory == "channels_last":
+        x, g = (t.mT.contiguous().mT for t in (x, g))
+    inputs = [t.requires_grad_() for t in (x, log_lambda, mean, var)]
+    y, _ = mixture_norm(*inputs, groups=groups, statistics=statistics, backend="triton")
+    reads, writes = taken(traffic, x.numel())
+    again = (2 + 3) / 192 if statistics == "batch" else 0
+    assert forward[0] <= reads <= forward[0] + again + 1e-9
+    assert writes == forward[1]
+    torch.autograd.grad(y, inputs, g)
+    assert taken(traffic, x.numel()) == backward
