@@ -23,7 +23,7 @@ class Launch:
 
 SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
-SUMS = Launch(1024, 4)
+SUMS = Launch(512, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
     "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},

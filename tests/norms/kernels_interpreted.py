@@ -34,7 +34,7 @@ def tiles(request, monkeypatch):
         mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
         monkeypatch.setattr(launch, "MIXTURE", mixture)
         monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
-        monkeypatch.setattr(launch, "LOCATIONS_PER_SUM", 2)
+        monkeypatch.setattr(launch, "LOCATIONS_PER_SUM", 12)  # several tiles a program
 
 
 def layout(t, memory):
