@@ -1,5 +1,7 @@
 """Reduced precision and NHWC memory change the rounding, not the computation."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -57,9 +59,13 @@ def test_channels_last_equals_contiguous_within_rounding(kind):
     exact = losses_and_gradients(norm, torch.float64)
     contiguous = errors(losses_and_gradients(norm), exact)
     nhwc = errors(losses_and_gradients(norm, channels_last=True), exact)
-    # The order of sums differs, so each has its own rounding error; neither may be a class worse than the other.
-    assert max(nhwc.values()) <= 4 * max(contiguous.values()) + 1e-6
-    assert max(contiguous.values()) < 1e-3
+    # The order of sums differs between layouts, and with the number of threads. One after another, the 64 * 32 * 32
+    # terms of a bias's gradient round by about sqrt(65,536) ulp; twice that leaves room for the layers in between.
+    # Where terms cancel, as in the bias before a normalization, the contiguous error shows how much that costs.
+    budget = 2 * math.sqrt(64 * 32 * 32) * torch.finfo(torch.float32).eps
+    for name, error in nhwc.items():
+        assert error <= max(budget, 4 * contiguous[name]), name
+    assert sorted(nhwc.values())[len(nhwc) // 2] <= budget  # the usual value does not cancel
 
 
 def test_channels_last_reaches_the_convolutions():
