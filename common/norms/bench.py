@@ -2,20 +2,23 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
-from common.norms import SCBNorm, UCBNorm
+from common.norms import SCBNorm, UCBNorm, ops
 
-SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32))
+SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
 COMPONENTS = 3
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def layers(channels: int, backend: str) -> dict[str, nn.Module]:
-    """Return the layers of a table's columns, in training mode."""
+    """Return the layers that are compared with BatchNorm, in training mode."""
     return {
         "SCB": SCBNorm(channels, COMPONENTS, backend=backend),
         "UCB joint": UCBNorm(channels, COMPONENTS, groups=1, backend=backend),
@@ -63,39 +66,125 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def row(shape: tuple[int, ...], *, backward: bool, backend: str, rounds: int, device: torch.device) -> str:
-    """Return one row of the table: BatchNorm's time, and every layer's ratio to it with its spread."""
-    x = torch.randn(shape, device=device).requires_grad_(backward)
-    g = torch.randn(shape, device=device)
-    bench = {"BatchNorm2d": nn.BatchNorm2d(shape[1]), **layers(shape[1], backend)}
-    runs = {name: step(layer.to(device), x, g, backward=backward) for name, layer in bench.items()}
-    times = compare(runs, rounds, device)
-    base = times.pop("BatchNorm2d")
-    cells = ["x".join(map(str, shape)), "forward + backward" if backward else "forward"]
-    cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(base)))
-    for measured in times.values():
-        ratios = [a / b for a, b in zip(measured, base, strict=True)]
-        cells.append("{1:.1f} ({0:.1f}-{2:.1f})".format(*quantiles(ratios)))
+def case(shape: tuple[int, ...], layout: str, device: torch.device, *, backward: bool = True) -> tuple[Tensor, Tensor]:
+    """Return an activation and an output gradient."""
+    x, g = (torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    return x.requires_grad_(backward), g
+
+
+def time_row(
+    shape: tuple[int, ...], layout: str, backends: list[str], rounds: int, device: torch.device
+) -> Iterator[str]:
+    """Yield a row for the forward pass and one with the backward pass: BatchNorm's time, and ratios to it."""
+    for backward in (False, True):
+        x, g = case(shape, layout, device, backward=backward)
+        bench: dict[str, nn.Module] = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
+        for backend in backends:
+            bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
+        runs = {name: step(layer.to(device), x, g, backward=backward) for name, layer in bench.items()}
+        times = compare(runs, rounds, device)
+        base = times.pop("BatchNorm2d")
+        cells = ["x".join(map(str, shape)), layout, "both" if backward else "forward"]
+        cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(base)))
+        for measured in times.values():
+            ratios = [a / b for a, b in zip(measured, base, strict=True)]
+            cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(ratios)))
+        yield line(cells)
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Return the bytes that autograd keeps for a run's backward pass, each storage counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a run holds at once beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = most = 0
+    # The events of the profiler's own table leave out what an operator allocates inside.
+    for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+            most = max(most, held)
+    return most
+
+
+def memory_row(shape: tuple[int, ...], backends: list[str], device: torch.device) -> str:
+    """Return a row of memory: kept for the backward pass and held at most, in sizes of the activation."""
+    x, g = case(shape, "NCHW", device)
+    cells = ["x".join(map(str, shape))]
+    bench = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
+    for backend in backends:
+        bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
+    for layer in bench.values():
+        run = step(layer.to(device), x, g, backward=True)
+        run()  # what is made once, such as compiled code, is not counted
+        sizes = (amount / x.nbytes for amount in (saved_bytes(run), peak_bytes(run, device)))
+        cells.append(" / ".join(f"{size:.2f}" for size in sizes))
+    return line(cells)
+
+
+def line(cells: list[str]) -> str:
+    """Return a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def main(backend: str = "auto", rounds: int = 11, device: str = "cpu") -> None:
-    """Print a Markdown table of times, as ratios to nn.BatchNorm2d: median and 20-80 % spread.
+def runnable(device: torch.device) -> list[str]:
+    """Return the backends in closed form that can run on a device, the fastest last."""
+    found = []
+    for backend in ("eager", "compiled", "triton"):
+        try:
+            ops.choose_backend(backend, torch.empty(0, device=device), COMPONENTS)
+            found.append(backend)
+        except ValueError:
+            continue
+    return found
+
+
+def main(backends: list[str] | None = None, rounds: int = 11, device: str = "cpu", threads: int = 0) -> None:
+    """Print Markdown tables of times and of memory, as ratios to nn.BatchNorm2d and to the activation's size.
+
+    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, float32.
+    Memory is what autograd keeps for the backward pass / what forward and backward hold at most.
 
     Args:
-        backend: how the layers compute: auto, reference or eager.
+        backends: how the layers compute: eager, compiled, triton or reference; left out, all but the reference
+            that can run on the device.
         rounds: times that every layer is measured, in turn.
         device: where, for instance cpu or cuda.
+        threads: CPU threads; 0 leaves the choice to torch.
     """
+    torch.set_num_threads(threads or torch.get_num_threads())
     where = torch.device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
+    backends = backends or runnable(where)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.machine()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"Python {platform.python_version()}, K={COMPONENTS}, float32, training mode, backend {backend}\n")
-    print("| shape | pass | BatchNorm2d, ms |", " | ".join(f"{title} / BN" for title in layers(2, backend)), "|")
-    print("|" + "---|" * (3 + len(layers(2, backend))))
+    print(f"Python {platform.python_version()}, K={COMPONENTS}, float32, training mode\n")
+    titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
+    print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
+    print("|" + "---|" * (4 + len(titles)))
     for shape in SHAPES:
-        for backward in (False, True):
-            print(row(shape, backward=backward, backend=backend, rounds=rounds, device=where), flush=True)
+        for layout in LAYOUTS:
+            for row in time_row(shape, layout, backends, rounds, where):
+                print(row, flush=True)
+    print("\n" + line(["shape", "BatchNorm2d", *titles]))
+    print("|" + "---|" * (2 + len(titles)))
+    for shape in SHAPES:
+        print(memory_row(shape, backends, where), flush=True)
 
 
 if __name__ == "__main__":

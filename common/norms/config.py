@@ -47,7 +47,7 @@ class NormConfig:
     """Added to every variance."""
     affine: bool | None = None
     """Learn a scale and shift per channel."""
-    backend: Literal["auto", "reference", "eager", "triton"] = "auto"
+    backend: Literal["auto", "reference", "eager", "compiled", "triton"] = "auto"
     """How the layer computes; every backend gives the same numbers within rounding."""
 
     def __post_init__(self) -> None:

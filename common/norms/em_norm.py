@@ -37,7 +37,7 @@ class MixtureNorm(MixtureLayer):
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
         process_group: None; each rank uses its own statistics.
         seed: of k-means++ and of the sampled locations, apart from the global generator.
-        backend: "auto", "reference" or "eager".
+        backend: "auto", "reference", "eager", "compiled" or "triton".
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of

@@ -61,8 +61,7 @@ class NormLayer(nn.Module):
     def _finish(self, y: Tensor) -> Tensor:
         """Apply the affine map and put the channels back."""
         if self.weight is not None and self.bias is not None:
-            shape = [-1] + [1] * (y.ndim - 2)
-            y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape)).to(y.dtype)
+            y = ops.affine(y, self.weight, self.bias)
         return y.movedim(1, self.channel_dim)
 
     def _options(self) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """The two primitives of the family, checked, and sent to a backend."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from common.norms import closed_form, launch, reference, triton_ops
+from common.norms import closed_form, compiled, launch, reference, triton_ops
 from common.norms.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 
-BACKENDS = ("auto", "reference", "eager", "triton")
-IMPLEMENTATIONS = {"reference": reference, "eager": closed_form, "triton": triton_ops}
+BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -43,9 +42,11 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_chann
     """Return the backend that computes x; "auto" is triton where its kernels can run on a GPU, else eager.
 
     Raises:
-        ValueError: backend is no backend, or is "triton" where that cannot run, with the reason.
+        ValueError: backend is no backend, or one that cannot run here, with the reason.
     """
     check_choice("backend", backend, BACKENDS)
+    if backend == "compiled" and (reason := compiled.refusal(x.device)):
+        raise ValueError(f"backend: 'compiled' {reason}")
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
@@ -90,14 +91,14 @@ def cluster_norm(
             larger than a known one; "match" drops it.
         unknown_posterior: take the posterior at each "location", or once for the whole "sample".
         allow_unknown: whether -1 and None are allowed, as in evaluation.
-        backend: "reference", "eager", "triton" or "auto".
+        backend: "reference", "eager", "compiled", "triton" or "auto".
 
     Returns:
         Like x, computed in float32 (float64 for float64).
 
     Raises:
         ValueError: x has not C channels or is not floating-point, cluster is not int64 (N,), an option is none
-            of those above, or backend="triton" cannot run here.
+            of those above, or the backend cannot run here.
         IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
             check would synchronise.
 
@@ -122,7 +123,9 @@ def cluster_norm(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return reference.cluster_norm(x, cluster, mean, var, **options)
-        return IMPLEMENTATIONS[backend].cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+        if backend == "triton":
+            return triton_ops.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, backend=backend, **options)
 
 
 def mixture_norm(
@@ -135,6 +138,8 @@ def mixture_norm(
     eps: float = 1e-5,
     scale: Scale = "paper",
     statistics: Statistics = "batch",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Moments | None]:
     r"""Normalise under a Gaussian mixture with diagonal covariances.
@@ -154,7 +159,9 @@ def mixture_norm(
         eps: added to every variance, in squared units of x.
         scale: "paper", or "sqrt_k" to divide the output by sqrt(K).
         statistics: "batch" or "learned".
-        backend: "reference", "eager", "triton" or "auto".
+        weight: scale of each channel of the output, (C,); given together with bias, or not at all.
+        bias: shift of each channel, (C,).
+        backend: "reference", "eager", "compiled", "triton" or "auto".
 
     Returns:
         The output, like x, computed in float32 (float64 for float64); and the batch's moments without
@@ -162,12 +169,14 @@ def mixture_norm(
 
     Raises:
         ValueError: x has not C channels or is not floating-point, groups does not divide C, an option is none
-            of those above, or backend="triton" cannot run here.
+            of those above, or the backend cannot run here.
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15; Eq. 8's expectations of weights that sum to one are sums.
     """
     channels = mean.shape[1]
     check_input(x, channels)
+    if (weight is None) != (bias is None):
+        raise ValueError(f"weight: expected together with bias, got only {'bias' if weight is None else 'weight'}")
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
     if groups < 1 or channels % groups:
@@ -175,8 +184,20 @@ def mixture_norm(
     backend = choose_backend(backend, x, len(mean), channels // groups)
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
-        return _empty(x, log_lambda, mean, var), moments if statistics == "batch" else None
+        parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
+        return _empty(x, *parameters), moments if statistics == "batch" else None
+    options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
     with torch.autocast(x.device.type, enabled=False):
-        return IMPLEMENTATIONS[backend].mixture_norm(
-            x, log_lambda, mean, var, groups=groups, eps=eps, scale=scale, statistics=statistics
-        )
+        if backend in closed_form.BACKENDS:
+            return closed_form.mixture_norm(
+                x, log_lambda, mean, var, weight=weight, bias=bias, backend=backend, **options
+            )
+        implementation = reference if backend == "reference" else triton_ops
+        y, moments = implementation.mixture_norm(x, log_lambda, mean, var, **options)
+        return y if weight is None or bias is None else affine(y, weight, bias), moments
+
+
+def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r"""Scale and shift each channel of y (N, C, \*), in its dtype."""
+    shape = [-1] + [1] * (y.ndim - 2)
+    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)

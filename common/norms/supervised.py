@@ -130,7 +130,7 @@ class SCBNorm(_SupervisedNorm):
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
-        backend: "auto", "reference" or "eager".
+        backend: "auto", "reference", "eager", "compiled" or "triton".
 
     Shape:
         x (N, C, \*) float; cluster (N,) int64 in [0, K); output as x. Parameters ``mean`` and ``log_var``,

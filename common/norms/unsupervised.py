@@ -136,12 +136,14 @@ class MixtureLayer(NormLayer):
         self, x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, statistics: Statistics
     ) -> tuple[Tensor, Moments | None]:
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
+        options |= {"weight": self.weight, "bias": self.bias}
         group = sync.active(self.process_group) if statistics == "batch" else None
         if group is None:
             return ops.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
         # Also for a batch that is empty here: every rank takes part in the exchange.
         with torch.autocast(x.device.type, enabled=False):
-            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, **options)
+            backend = "compiled" if self.backend == "compiled" else "eager"
+            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, backend=backend, **options)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class MixtureLayer(NormLayer):
             y = self._train(x)
         else:
             y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
-        return self._finish(y)
+        return y.movedim(1, self.channel_dim)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -209,7 +211,7 @@ class UCBNorm(MixtureLayer):
             then collective; evaluation is not. A layer that holds a group cannot be copied or pickled, as
             torch's cannot; with "world" it can.
         seed: of the means and of k-means++, apart from the global generator.
-        backend: "auto", "reference" or "eager".
+        backend: "auto", "reference", "eager", "compiled" or "triton".
 
     Shape:
         x (N, C, \*) float; output as x. Parameters or buffers ``logits`` (K,), ``mean`` and ``log_var`` (K,

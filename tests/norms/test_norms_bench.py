@@ -4,19 +4,33 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from common.norms import bench
 
 
 def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", ((4, 6, 2, 2),))
-    bench.main(rounds=3)
-    lines = capsys.readouterr().out.strip().splitlines()
-    header, rule, *rows = lines[2:]
-    assert header.count("|") == rule.count("|") == 7
-    assert [row.split("|")[2].strip() for row in rows] == ["forward", "forward + backward"]
-    for row in rows:
-        assert all(float(cell.split("(")[0]) > 0 for cell in row.split("|")[3:-1])
+    bench.main(backends=["eager"], rounds=3)
+    times, memory = capsys.readouterr().out.strip().split("\n\n")[1:]
+    header, rule, *rows = times.splitlines()
+    assert header.count("|") == rule.count("|") == 8
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[1:3] for row in cells] == [
+        ["NCHW", "forward"], ["NCHW", "both"], ["NHWC", "forward"], ["NHWC", "both"]
+    ]  # fmt: skip
+    for row in cells:
+        assert all(float(cell.split("(")[0]) > 0 for cell in row[3:])
+    header, rule, row = memory.splitlines()
+    assert header.count("|") == rule.count("|") == row.count("|") == 6
+
+
+def test_memory_is_what_autograd_keeps_and_what_is_held_at_once():
+    x, g = bench.case((16, 8, 32, 32), "NCHW", torch.device("cpu"))
+    run = bench.step(torch.nn.BatchNorm2d(8), x, g, backward=True)
+    assert x.nbytes <= bench.saved_bytes(run) <= x.nbytes + 8 * 8 * 4
+    # The output and the gradient of x at least; an intermediate of the same size at most.
+    assert 2 * x.nbytes <= bench.peak_bytes(run, x.device) <= 3.1 * x.nbytes
 
 
 def test_quantiles_are_those_of_the_sorted_values():

@@ -164,6 +164,17 @@ def test_layers_return_the_dtype_they_are_given(kind, dtype):
     assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_may_be_changed_in_place(kind, training, affine):
+    """As nn.ReLU(inplace=True) does in most networks."""
+    layer = make_norm(kind, 4, 3, affine=affine).train(training)
+    x = batch(0).requires_grad_()
+    want = torch.autograd.grad(copy.deepcopy(layer)(*arguments(kind, x)).relu().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(layer(*arguments(kind, x)).relu_().sum(), x)[0], want)
+
+
 def test_double_computes_in_double():
     layer = UCBNorm(4, 3, update="weight").double()
     x = mixture_case((6, 4, 5), num=1)[0]
@@ -277,7 +288,11 @@ def error(kind: str, match: str, **options: object):
         error("ucb", "momentum: expected 0 to 1, got 2", momentum=2),
         error("ucb", "process_group: expected None, 'world' or a group", process_group="all"),
         error("mn", "process_group: expected None, since MixtureNorm", process_group="world"),
-        error("ucb", "backend: expected one of 'auto', 'reference', 'eager', 'triton', got 'cuda'", backend="cuda"),
+        error(
+            "ucb",
+            "backend: expected one of 'auto', 'reference', 'eager', 'compiled', 'triton', got 'cuda'",
+            backend="cuda",
+        ),
         error("mn", "refit_every: expected at least 1, got 0", refit_every=0),
         error("mn", "em_steps: expected at least 1, got 0", em_steps=0),
         error("scb", "eps: expected a positive number, got 0", eps=0),
