@@ -17,7 +17,7 @@ from common.seeding import generator
 class MixtureNorm(MixtureLayer):
     r"""Mixture Normalization (MN): UCBNorm's transforms under a mixture fitted to the batch by EM.
 
-    In training a mixture is fitted to up to 4,096 locations of the batch, seeded by k-means++ and one Lloyd
+    In training a mixture is fitted to up to 4,096 locations of the batch, seeded by greedy k-means++ and one Lloyd
     step the first time and by the previous fit afterwards; its posteriors weigh the batch's moments (Eqs.
     6-9). No gradient reaches the mixture. Evaluation uses Eq. 15 under moving averages of the batch's
     moments, until ``calibrate`` replaces them by one fit to many batches.
