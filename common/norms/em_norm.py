@@ -41,7 +41,8 @@ class MixtureNorm(MixtureLayer):
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
-        evaluation, the same with ``fit_`` of the last fit, and ``step``, the training batches seen.
+        evaluation, the same with ``fit_`` of the last fit, and ``step``, the training batches seen. A batch
+        with a non-finite value changes none but ``step``; one that holds nothing, none.
 
     Raises:
         ValueError: an option is out of range; x has not C channels; x holds one value per channel in
@@ -54,7 +55,6 @@ class MixtureNorm(MixtureLayer):
     fit_logits: Tensor
     fit_mean: Tensor
     fit_log_var: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class MixtureNorm(MixtureLayer):
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
         if x.numel():
-            step, seeded = int(self.step), self.is_initialized()
+            step, seeded = self._count_step(), self.is_initialized()
             self.seed_from(x)
             if seeded and step % self.refit_every == 0:
                 self._refit(x, step)
@@ -150,7 +150,6 @@ class MixtureNorm(MixtureLayer):
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():
             self._average_in(moments)
-            self.step += averages.is_finite(moments)
         return y
 
     @torch.no_grad()

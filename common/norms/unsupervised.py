@@ -25,6 +25,7 @@ class MixtureLayer(NormLayer):
     logits: Tensor
     mean: Tensor
     log_var: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -91,6 +92,24 @@ class MixtureLayer(NormLayer):
         # One component is BatchNorm, which starts at 0 and has no symmetry to break.
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
         self.initialized.fill_(self.init == "uniform" or self.num_components == 1)
+
+    def forget_initialized(self) -> None:
+        """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
+        super().forget_initialized()
+        self._host_step: Tensor | None = None
+
+    def _count_step(self) -> int:
+        """Count a training batch, in ``step`` and on the host; return how many came before.
+
+        Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
+        device is asked after ``step`` was written from outside, never from one step to the next.
+        """
+        if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+            self._host_step = self.step.to("cpu", copy=True)
+        before = int(self._host_step)
+        self._host_step += 1
+        self.step += 1
+        return before
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at 1e-3 / K."""

@@ -113,6 +113,17 @@ def test_collecting_changes_nothing(training, options):
     assert len(found) == 2
 
 
+def test_collecting_between_steps_leaves_later_draws_as_they_were():
+    """More locations than a fit takes: which ones it draws follows from the batches counted."""
+    layer, twin = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    x = mixture_case((3, 2, 2000), num=1, dtype=torch.float32)[0]
+    for _ in range(3):
+        with collect_health(layer), torch.no_grad():
+            layer(x)
+        assert torch.equal(layer(x), twin(x))
+    assert int(layer.step) == 3
+
+
 def test_collected_health_is_that_of_the_layers_own_input():
     model = network()
     x = mixture_case((6, 3, 4, 4), num=1, dtype=torch.float32)[0]

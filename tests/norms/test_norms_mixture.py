@@ -294,6 +294,19 @@ def test_each_fit_samples_locations_of_its_own(count, same):
     assert torch.equal(layer.fit_mean, later.fit_mean) is same
 
 
+def test_a_loaded_mixture_norm_samples_as_the_one_that_was_saved():
+    layer, loaded = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    x = mixture_case((5000, 2), num=1)[0].float()
+    for _ in range(2):
+        layer(x)
+    for _ in range(3):  # another life before
+        loaded(x + 1)
+    loaded.load_state_dict(layer.state_dict())
+    for _ in range(2):
+        assert torch.equal(loaded(x), layer(x))
+    assert torch.equal(loaded.fit_mean, layer.fit_mean)
+
+
 def test_mixture_norm_starts_its_averages_at_the_first_fit():
     layer = MixtureNorm(2, 2, momentum=0.0)
     layer(mixture_case((40, 2, 3), num=1)[0].float())
