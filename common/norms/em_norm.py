@@ -30,6 +30,7 @@ class MixtureNorm(MixtureLayer):
         scale: "sqrt_k" divides the output by sqrt(K).
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
         momentum: weight of the new batch in the averages, PyTorch's orientation.
+        min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
         eps: added to every variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         refit_every: training batches between fits.
@@ -66,6 +67,7 @@ class MixtureNorm(MixtureLayer):
         scale: Scale = "paper",
         init: MixtureInit = "kmeans++",
         momentum: float = 0.1,
+        min_weight: float | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         refit_every: int = 1,
@@ -88,6 +90,7 @@ class MixtureNorm(MixtureLayer):
             scale=scale,
             init=init,
             momentum=momentum,
+            min_weight=min_weight,
             eps=eps,
             affine=affine,
             channel_dim=channel_dim,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from common.norms import reference
 from common.seeding import generator
@@ -41,6 +42,18 @@ def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
         order = torch.randperm(len(points), generator=generator(seed, "points", *position))
         points = points[order[:MAX_POINTS].to(x.device, non_blocking=True)]
     return points.to(reference.compute_dtype(x))
+
+
+def draw_locations(x: Tensor, count: int, seed: int, *position: int | str) -> Tensor:
+    r"""Draw locations of x (N, C, \*) with repetition, as points (count, C); x holds at least one.
+
+    Which ones follows from the seed and the position alone.
+    """
+    flat = reference.flatten(x.detach())
+    length = flat.shape[2]
+    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position))
+    index = index.to(x.device, non_blocking=True)
+    return flat[index // length, :, index % length].to(reference.compute_dtype(x))
 
 
 def variance_floor(points: Tensor) -> Tensor:
@@ -106,6 +119,28 @@ def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) ->
     own = centres.flatten(1) * spread + offset
     mean, var = torch.where(empty, own, mean), torch.where(empty, spread.square(), var)
     return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
+
+
+def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:
+    """Return, for each component, the candidate that one more component there would raise the likelihood most at.
+
+    The likelihood is that of all candidates, and each group of channels has a choice of its own, (K, C).
+
+    Args:
+        candidates: points (K, B, C), B for each component.
+        fit: the mixture.
+        var: of the new component, (1, C); its weight is 1 / K.
+        groups: of channels.
+        eps: added to every variance.
+    """
+    num, points = len(candidates), candidates.flatten(0, 1)  # (P, C), P = K * B
+    x = points.T[None]
+    log_p = reference.log_density(x, fit.mean, fit.var + eps, groups) + fit.weight.log()[:, None, None, None]
+    log_new = reference.log_density(x, points, (var + eps).expand_as(points), groups) - math.log(num)  # (P, 1, G, P)
+    gain = functional.softplus(log_new - log_p.logsumexp(0)).sum((1, 3))  # (P, G)
+    best = gain.unflatten(0, (num, -1)).argmax(1)  # (K, G)
+    component, group = (torch.arange(n, device=points.device) for n in best.shape)
+    return candidates.unflatten(2, (groups, -1))[component[:, None], best, group].flatten(1)
 
 
 def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:

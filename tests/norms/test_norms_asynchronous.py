@@ -16,6 +16,7 @@ LAYERS = {
     "ucb": ("ucb", {}),
     "ucb joint, plain average": ("ucb", {"groups": 1, "average": "paper"}),
     "ucb seeded": ("ucb", {"init": "kmeans++"}),
+    "ucb reseed": ("ucb", {"groups": 2, "reseed": 0.01, "variance": "shared"}),
     "ucb weight": ("ucb", {"update": "weight"}),
     "ucb learned": ("ucb", {"update": "weight", "statistics": "learned"}),
     "mn": ("mn", {}),

@@ -14,10 +14,12 @@ MIXTURES = {
     "ucb": lambda: UCBNorm(4, 3),
     "ucb joint": lambda: UCBNorm(4, 3, groups=1),
     "ucb seeded": lambda: UCBNorm(4, 3, init="kmeans++"),
+    "ucb shared": lambda: UCBNorm(4, 3, init="kmeans++", variance="shared"),
+    "ucb reseed": lambda: UCBNorm(4, 3, reseed=0.3, momentum=1.0),
     "ucb weight": lambda: UCBNorm(4, 3, update="weight", init="kmeans++"),
     "mn": lambda: MixtureNorm(4, 3),
 }
-COUNTING = ("mn",)
+COUNTING = ("mn", "ucb reseed")
 """Those whose draws follow from the number of batches, of any kind."""
 
 
