@@ -159,7 +159,7 @@ class MixtureNorm(MixtureLayer):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
 
-        Training afterwards moves it again.
+        Training afterwards moves it again. ``common.norms.calibrate`` does this to a whole model.
 
         Args:
             batches: inputs of this layer, each as ``forward`` takes them.
@@ -167,18 +167,21 @@ class MixtureNorm(MixtureLayer):
         Raises:
             ValueError: no batch, a batch of the wrong shape, or one with a value that is not finite.
         """
-        points = [
-            mixture.sample_points(self._channels_first(x).to(self.mean.device), self.seed, "calibrate", i)
-            for i, x in enumerate(batches)
-        ]
+        points = []
+        for i, x in enumerate(batches):
+            own = self._channels_first(x).to(self.mean.device)
+            if not own.isfinite().all():
+                raise ValueError(f"batches: expected finite values, got others in batch {i}")
+            points.append(mixture.sample_points(own, self.seed, "calibrate", i))
         pooled = torch.cat(points) if points else torch.empty(0)
-        if len(pooled) < 2 or not pooled.isfinite().all():
-            raise ValueError(f"batches: expected at least two finite locations, got {len(pooled)} in all")
+        if len(pooled) < 2:
+            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
         if self.is_initialized():
             fit = self._last_fit(pooled.dtype)
         else:
+            some = mixture.sample_points(pooled, self.seed, "calibrate", "seed")
             rng = generator(self.seed, "kmeans++")
-            fit = mixture.seed_mixture(pooled, self.num_components, self.groups, rng)
+            fit = mixture.seed_mixture(some, self.num_components, self.groups, rng)
         fit = mixture.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
         self._write(self._stored(fit))
         self._write_fit(self._stored(fit))

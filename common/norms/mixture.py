@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.norms import reference
+from common.norms.reference import Moments
 from common.seeding import generator
 
 MAX_POINTS = 4096
@@ -143,6 +144,22 @@ def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: 
     return candidates.unflatten(2, (groups, -1))[component[:, None], best, group].flatten(1)
 
 
+def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
+    """Return the moments of points (P, C) under a mixture, part by part: what it takes is K times a part."""
+    parts = []
+    for part in points.split(MAX_POINTS):
+        x = part.T[None]
+        tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
+        parts.append(reference.batch_moments(x, tau))
+    mass, mean, var = (torch.stack(values) for values in zip(*parts, strict=True))
+    total = mass.sum(0)
+    share = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
+    share = share.repeat_interleave(points.shape[1] // groups, dim=2)
+    joined = (share * mean).sum(0)
+    joined = joined + (share * (mean - joined)).sum(0)  # of small differences, whatever the offset
+    return Moments(total, joined, (share * (var + (mean - joined).square())).sum(0))
+
+
 def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
     """One step of expectation maximisation; a component that holds nothing stays as it is.
 
@@ -152,9 +169,7 @@ def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
         groups: of channels, each with posteriors of its own.
         eps: added to every variance in the posteriors.
     """
-    x = points.T[None]
-    tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
-    mass, mean, var = reference.batch_moments(x, tau)
+    mass, mean, var = _moments(points, fit, groups, eps)
     empty = (mass < 1e-6).repeat_interleave(points.shape[1] // groups, dim=1)
     weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
     var = torch.maximum(var, variance_floor(points))
