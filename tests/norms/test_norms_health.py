@@ -93,7 +93,11 @@ def network(**options) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", [{}, {"init": "kmeans++", "update": "weight"}], ids=["average", "weight"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"init": "kmeans++", "update": "weight"}, {"reseed": 0.3, "momentum": 1.0}],
+    ids=["average", "weight", "reseed"],
+)
 def test_collecting_changes_nothing(training, options):
     torch.manual_seed(0)
     model = network(**options).train(training)
