@@ -1,5 +1,6 @@
 """Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
 
+from common.norms.calibration import calibrate
 from common.norms.convert import (
     clusters,
     convert_norms,
@@ -23,6 +24,7 @@ __all__ = [
     "SCBNorm",
     "SCBNormBase",
     "UCBNorm",
+    "calibrate",
     "cluster_norm",
     "clusters",
     "collect_health",

@@ -35,6 +35,12 @@ def unbiased(moments: Moments) -> Tensor:
     return moments.var * _per_channel(factor, moments.var)
 
 
+def pooled(var: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean variance (1, C) over components of var (K, C), by weights (K, G) of any sum."""
+    share = weight / weight.sum(0, keepdim=True)
+    return (_per_channel(share, var) * var).sum(0, keepdim=True)
+
+
 def _per_channel(per_group: Tensor, like: Tensor) -> Tensor:
     return per_group.repeat_interleave(like.shape[1] // per_group.shape[1], dim=1)
 
@@ -44,7 +50,20 @@ def is_finite(moments: Moments) -> Tensor:
     return torch.stack([part.isfinite().all() for part in moments]).all()
 
 
-def moved(old: Stored, moments: Moments, momentum: float, average: Average, min_weight: float) -> Stored:
+def shares(moments: Moments) -> Tensor:
+    """Return the share of each group's locations that a component holds, (K, G)."""
+    return moments.mass / moments.mass.sum(0, keepdim=True).clamp(min=1e-12)
+
+
+def moved(
+    old: Stored,
+    moments: Moments,
+    momentum: float,
+    average: Average,
+    min_weight: float,
+    *,
+    shared_variance: bool = False,
+) -> Stored:
     """Return the stored mixture after one batch.
 
     "em" is stepwise EM: each component moves by the share of the batch it holds, so that an almost empty one
@@ -59,12 +78,14 @@ def moved(old: Stored, moments: Moments, momentum: float, average: Average, min_
         momentum: the share of the new value, as in torch.nn.BatchNorm2d.
         average: the rule.
         min_weight: floor of the weights.
+        shared_variance: give every component the mean variance by weight. Under "em" that is stepwise EM for
+            a mixture whose components have one variance.
 
     Returns:
         New tensors; old itself if the batch held a value that is not finite.
     """
     old = Stored(*(part.to(moments.mean.dtype) for part in old))
-    share = moments.mass / moments.mass.sum(0, keepdim=True).clamp(min=1e-12)  # (K, G)
+    share = shares(moments)
     weight = old.logits.softmax(0)
     weight = (weight + momentum * (share.mean(1) - weight)).clamp(min=min_weight)
     old_var, difference = old.log_var.exp(), moments.mean - old.mean
@@ -74,6 +95,8 @@ def moved(old: Stored, moments: Moments, momentum: float, average: Average, min_
         step = _per_channel((momentum * share / weight[:, None]).clamp(max=1), old.mean)
         spread = step * (1 - step) * difference.square()
     var = old_var + step * (unbiased(moments) - old_var) + spread
+    if shared_variance:
+        var = pooled(var, weight[:, None]).expand_as(var)
     new = Stored(weight.log(), old.mean + step * difference, log_of(var))
     finite = is_finite(moments)
     return Stored(*(torch.where(finite, a, b) for a, b in zip(new, old, strict=True)))

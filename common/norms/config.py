@@ -43,6 +43,12 @@ class NormConfig:
     """ucb: uniform or kmeans++ means; scb, scb_base: identity or the first batch's moments."""
     momentum: float | None = None
     """Weight of the new batch in moving averages, PyTorch's orientation."""
+    min_weight: float | None = None
+    """mn, ucb: floor of a component's weight, more than 0 and at most 1 / K."""
+    variance: Literal["component", "shared"] | None = None
+    """ucb: store a variance of each component, or one a channel for all of them."""
+    reseed: float | None = None
+    """ucb: move a component that holds less than this share to unlikely locations; 0 never does."""
     eps: float | None = None
     """Added to every variance."""
     affine: bool | None = None

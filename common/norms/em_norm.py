@@ -17,7 +17,7 @@ from common.seeding import generator
 class MixtureNorm(MixtureLayer):
     r"""Mixture Normalization (MN): UCBNorm's transforms under a mixture fitted to the batch by EM.
 
-    In training a mixture is fitted to up to 4,096 locations of the batch, seeded by k-means++ and one Lloyd
+    In training a mixture is fitted to up to 4,096 locations of the batch, seeded by greedy k-means++ and one Lloyd
     step the first time and by the previous fit afterwards; its posteriors weigh the batch's moments (Eqs.
     6-9). No gradient reaches the mixture. Evaluation uses Eq. 15 under moving averages of the batch's
     moments, until ``calibrate`` replaces them by one fit to many batches.
@@ -30,6 +30,7 @@ class MixtureNorm(MixtureLayer):
         scale: "sqrt_k" divides the output by sqrt(K).
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
         momentum: weight of the new batch in the averages, PyTorch's orientation.
+        min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
         eps: added to every variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         refit_every: training batches between fits.
@@ -41,7 +42,8 @@ class MixtureNorm(MixtureLayer):
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
-        evaluation, the same with ``fit_`` of the last fit, and ``step``, the training batches seen.
+        evaluation, the same with ``fit_`` of the last fit, and ``step``, the training batches seen. A batch
+        with a non-finite value changes none but ``step``; one that holds nothing, none.
 
     Raises:
         ValueError: an option is out of range; x has not C channels; x holds one value per channel in
@@ -54,7 +56,6 @@ class MixtureNorm(MixtureLayer):
     fit_logits: Tensor
     fit_mean: Tensor
     fit_log_var: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class MixtureNorm(MixtureLayer):
         scale: Scale = "paper",
         init: MixtureInit = "kmeans++",
         momentum: float = 0.1,
+        min_weight: float | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         refit_every: int = 1,
@@ -88,6 +90,7 @@ class MixtureNorm(MixtureLayer):
             scale=scale,
             init=init,
             momentum=momentum,
+            min_weight=min_weight,
             eps=eps,
             affine=affine,
             channel_dim=channel_dim,
@@ -142,7 +145,7 @@ class MixtureNorm(MixtureLayer):
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
         if x.numel():
-            step, seeded = int(self.step), self.is_initialized()
+            step, seeded = self._count_step(), self.is_initialized()
             self.seed_from(x)
             if seeded and step % self.refit_every == 0:
                 self._refit(x, step)
@@ -150,14 +153,13 @@ class MixtureNorm(MixtureLayer):
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():
             self._average_in(moments)
-            self.step += averages.is_finite(moments)
         return y
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
 
-        Training afterwards moves it again.
+        Training afterwards moves it again. ``common.norms.calibrate`` does this to a whole model.
 
         Args:
             batches: inputs of this layer, each as ``forward`` takes them.
@@ -165,18 +167,21 @@ class MixtureNorm(MixtureLayer):
         Raises:
             ValueError: no batch, a batch of the wrong shape, or one with a value that is not finite.
         """
-        points = [
-            mixture.sample_points(self._channels_first(x).to(self.mean.device), self.seed, "calibrate", i)
-            for i, x in enumerate(batches)
-        ]
+        points = []
+        for i, x in enumerate(batches):
+            own = self._channels_first(x).to(self.mean.device)
+            if not own.isfinite().all():
+                raise ValueError(f"batches: expected finite values, got others in batch {i}")
+            points.append(mixture.sample_points(own, self.seed, "calibrate", i))
         pooled = torch.cat(points) if points else torch.empty(0)
-        if len(pooled) < 2 or not pooled.isfinite().all():
-            raise ValueError(f"batches: expected at least two finite locations, got {len(pooled)} in all")
+        if len(pooled) < 2:
+            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
         if self.is_initialized():
             fit = self._last_fit(pooled.dtype)
         else:
+            some = mixture.sample_points(pooled, self.seed, "calibrate", "seed")
             rng = generator(self.seed, "kmeans++")
-            fit = mixture.seed_mixture(pooled, self.num_components, self.groups, rng)
+            fit = mixture.seed_mixture(some, self.num_components, self.groups, rng)
         fit = mixture.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
         self._write(self._stored(fit))
         self._write_fit(self._stored(fit))

@@ -15,8 +15,11 @@ from common.seeding import generator
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
+Variance = Literal["component", "shared"]
 MIN_WEIGHT = 1e-3
 """Floor of a mixture weight, relative to 1 / K: a weight of 1e-6 gave outputs of 4,000 (measured)."""
+CANDIDATES = 8
+"""Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
 
 class MixtureLayer(NormLayer):
@@ -25,6 +28,7 @@ class MixtureLayer(NormLayer):
     logits: Tensor
     mean: Tensor
     log_var: Tensor
+    step: Tensor
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class MixtureLayer(NormLayer):
         scale: Scale,
         init: MixtureInit,
         momentum: float,
+        min_weight: float | None,
         eps: float,
         affine: bool,
         channel_dim: int,
@@ -54,6 +59,8 @@ class MixtureLayer(NormLayer):
             raise ValueError(f"groups: expected a divisor of {num_features}, got {groups}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected 0 to 1, got {momentum}")
+        if min_weight is not None and not 0 < min_weight <= 1 / num_components:
+            raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
         if process_group is not None and backend == "reference":
             raise ValueError(f"process_group: expected None with backend='reference', got {process_group!r}")
@@ -63,7 +70,7 @@ class MixtureLayer(NormLayer):
         self.scale: Scale = scale
         self.init: MixtureInit = init
         self.momentum, self.seed = momentum, seed
-        self.min_weight = MIN_WEIGHT / num_components
+        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
         stored = Stored(
             torch.empty(num_components),
             torch.empty(num_components, num_features),
@@ -92,8 +99,26 @@ class MixtureLayer(NormLayer):
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
         self.initialized.fill_(self.init == "uniform" or self.num_components == 1)
 
+    def forget_initialized(self) -> None:
+        """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
+        super().forget_initialized()
+        self._host_step: Tensor | None = None
+
+    def _count_step(self) -> int:
+        """Count a training batch, in ``step`` and on the host; return how many came before.
+
+        Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
+        device is asked after ``step`` was written from outside, never from one step to the next.
+        """
+        if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+            self._host_step = self.step.to("cpu", copy=True)
+        before = int(self._host_step)
+        self._host_step = self._host_step + 1  # in place fails after a step in inference mode
+        self.step += 1
+        return before
+
     def log_weights(self) -> Tensor:
-        """Return log lambda (K,), floored at 1e-3 / K."""
+        """Return log lambda (K,), floored at ``min_weight``."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         return logits.log_softmax(0).clamp(min=math.log(self.min_weight))
 
@@ -122,10 +147,11 @@ class MixtureLayer(NormLayer):
             old = getattr(self, name)
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
-    def _average_in(self, moments: Moments) -> None:
+    def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
         old = Stored(self.logits, self.mean, self.log_var)
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
-        self._write(averages.moved(old, moments, self.momentum, self.average, self.min_weight), where=some)
+        rule = self.momentum, self.average, self.min_weight
+        self._write(averages.moved(old, moments, *rule, shared_variance=shared_variance), where=some)
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
@@ -170,6 +196,7 @@ class MixtureLayer(NormLayer):
             "average": (self.average, "em"),
             "scale": (self.scale, "paper"),
             "momentum": (self.momentum, 0.1),
+            "min_weight": (self.min_weight, MIN_WEIGHT / self.num_components),
             "affine": (self.affine, True),
             "seed": (self.seed, 0),
         }
@@ -202,6 +229,13 @@ class UCBNorm(MixtureLayer):
         scale: "sqrt_k" divides the output by sqrt(K).
         init: means from "uniform" U(-1, 1), or by "kmeans++" from the first training batch.
         momentum: weight of the new batch in the averages, PyTorch's orientation.
+        min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
+        variance: "component" stores a variance of each component; "shared" one a channel for all of them, their
+            mean by weight, so that none can shrink onto a few locations. Only with moving averages.
+        reseed: share of the locations below which a component is dead in a group of channels: it then moves
+            there to the one of 8 drawn locations where it explains most that the others do not, with their mean
+            variance and a share of 1 / K. Less than 1 / K; 0 never does. Only with moving averages, and without
+            process_group.
         eps: added to every variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
@@ -210,12 +244,14 @@ class UCBNorm(MixtureLayer):
             averages equal on all its ranks. A training forward, without gradients too, and its backward are
             then collective; evaluation is not. A layer that holds a group cannot be copied or pickled, as
             torch's cannot; with "world" it can.
-        seed: of the means and of k-means++, apart from the global generator.
+        seed: of the means, of k-means++ and of re-seeding, apart from the global generator.
         backend: "auto", "reference", "eager", "compiled" or "triton".
 
     Shape:
         x (N, C, \*) float; output as x. Parameters or buffers ``logits`` (K,), ``mean`` and ``log_var`` (K,
-        C). A batch with a non-finite value, or none at all, leaves buffers as they are.
+        C). With ``reseed`` also buffers ``usage`` (K, G), the moving average of each component's share in each
+        group, and ``step``, the training batches seen. A batch with a non-finite value leaves all buffers but
+        ``step`` as they are, one that holds nothing all of them.
 
     Raises:
         ValueError: an option is out of range; x has not C channels; x holds one value per channel in
@@ -223,6 +259,8 @@ class UCBNorm(MixtureLayer):
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15, Algorithm 2 with the batch's moments in lines 13 and 14.
     """
+
+    usage: Tensor
 
     def __init__(
         self,
@@ -236,6 +274,9 @@ class UCBNorm(MixtureLayer):
         scale: Scale = "paper",
         init: MixtureInit = "uniform",
         momentum: float = 0.1,
+        min_weight: float | None = None,
+        variance: Variance = "component",
+        reseed: float = 0.0,
         eps: float = 1e-5,
         affine: bool = True,
         channel_dim: int = 1,
@@ -247,6 +288,13 @@ class UCBNorm(MixtureLayer):
         ops.check_choice("statistics", statistics, get_args(Statistics))
         if statistics == "learned" and update == "moving_average":
             raise ValueError("statistics: 'learned' needs update='weight', got update='moving_average'")
+        ops.check_choice("variance", variance, get_args(Variance))
+        if variance == "shared" and update == "weight":
+            raise ValueError("variance: 'shared' needs update='moving_average', got update='weight'")
+        if reseed and update == "weight":
+            raise ValueError(f"reseed: {reseed} needs update='moving_average', got update='weight'")
+        if reseed and process_group is not None:
+            raise ValueError(f"reseed: expected 0 with a process_group, whose ranks draw apart, got {reseed}")
         super().__init__(
             num_features,
             num_components,
@@ -255,6 +303,7 @@ class UCBNorm(MixtureLayer):
             scale=scale,
             init=init,
             momentum=momentum,
+            min_weight=min_weight,
             eps=eps,
             affine=affine,
             channel_dim=channel_dim,
@@ -263,13 +312,29 @@ class UCBNorm(MixtureLayer):
             backend=backend,
             learned=update == "weight",
         )
+        if not 0 <= reseed < 1 / num_components:
+            raise ValueError(f"reseed: expected at least 0 and less than 1 / {num_components}, got {reseed}")
         self.update: Update = update
         self.statistics: Statistics = statistics
+        self.variance: Variance = variance
+        self.reseed = reseed
+        if reseed:
+            self.register_buffer("usage", torch.empty(num_components, self.groups))
+            self.register_buffer("step", torch.tensor(0))
         self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to equal weights, unit variances and means from U(-1, 1), to be seeded anew if init says so."""
+        super().reset_parameters()
+        if self.reseed:
+            self.usage.fill_(1 / self.num_components)
+            self.step.zero_()
 
     def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
         finite = finite & fit.is_finite()
-        log_var = fit.var.clamp(min=self.eps).log()
+        var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
+        log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=finite)
         self.initialized |= finite
 
@@ -283,8 +348,31 @@ class UCBNorm(MixtureLayer):
         if moments is None or self.update == "weight":
             return y
         if x.numel() or sync.active(self.process_group) is not None:
-            self._average_in(moments)
+            self._average_in(moments, shared_variance=self.variance == "shared")
+        if self.reseed and x.numel():
+            self._reseed_dead(x, moments)
         return y
+
+    @torch.no_grad()
+    def _reseed_dead(self, x: Tensor, moments: Moments) -> None:
+        """Follow how much each component holds of each group, and move those that hold too little."""
+        num, finite = self.num_components, averages.is_finite(moments)
+        usage = self.usage + self.momentum * (averages.shares(moments) - self.usage)
+        dead = (usage < self.reseed) & finite  # (K, G)
+        weight, mean, var = self.log_weights().exp(), self.mean, self.log_var.exp()
+        new_var = averages.pooled(var, usage * ~dead)
+        drawn = mixture.draw_locations(x, num * CANDIDATES, self.seed, "reseed", self._count_step())
+        candidates = drawn.unflatten(0, (num, -1))
+        new_mean = mixture.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
+        moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)
+        usage = torch.where(dead, 1 / num, usage)
+        usage = usage / usage.sum(0)
+        # The weights are the mean usage already, but for the floor: they follow where a component starts anew.
+        new_weight = usage.mean(1).clamp(min=self.min_weight)
+        logits = torch.where(dead.any(), new_weight.log(), self.logits)
+        log_var = torch.where(moved, averages.log_of(new_var), self.log_var)
+        self._write(Stored(logits, torch.where(moved, new_mean, mean), log_var))
+        self.usage.copy_(torch.where(finite, usage, self.usage))
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -292,6 +380,8 @@ class UCBNorm(MixtureLayer):
             "update": (self.update, "moving_average"),
             "statistics": (self.statistics, "batch"),
             "init": (self.init, "uniform"),
+            "variance": (self.variance, "component"),
+            "reseed": (self.reseed, 0),
             "process_group": (self.process_group, None),
             **super()._options(),
         }

@@ -33,6 +33,7 @@ LAYER1 = [f"layer1.{block}.bn{norm}" for block in (0, 1) for norm in (1, 2)]
         "MixtureNorm",
         "SCBNorm",
         "UCBNorm",
+        "calibrate",
         "clusters",
         "collect_health",
         "convert_norms",

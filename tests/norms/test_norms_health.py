@@ -93,7 +93,11 @@ def network(**options) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", [{}, {"init": "kmeans++", "update": "weight"}], ids=["average", "weight"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"init": "kmeans++", "update": "weight"}, {"reseed": 0.3, "momentum": 1.0}],
+    ids=["average", "weight", "reseed"],
+)
 def test_collecting_changes_nothing(training, options):
     torch.manual_seed(0)
     model = network(**options).train(training)
@@ -111,6 +115,17 @@ def test_collecting_changes_nothing(training, options):
     with torch.no_grad():
         model(x)
     assert len(found) == 2
+
+
+def test_collecting_between_steps_leaves_later_draws_as_they_were():
+    """More locations than a fit takes: which ones it draws follows from the batches counted."""
+    layer, twin = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    x = mixture_case((3, 2, 2000), num=1, dtype=torch.float32)[0]
+    for _ in range(3):
+        with collect_health(layer), torch.no_grad():
+            layer(x)
+        assert torch.equal(layer(x), twin(x))
+    assert int(layer.step) == 3
 
 
 def test_collected_health_is_that_of_the_layers_own_input():

@@ -23,6 +23,8 @@ OPTIONS = {
     "ucb joint paper": ("ucb", {"groups": 1, "average": "paper"}),
     "ucb seeded": ("ucb", {"init": "kmeans++", "groups": 2}),
     "ucb weight seeded": ("ucb", {"update": "weight", "init": "kmeans++"}),
+    "ucb reseed": ("ucb", {"reseed": 0.3, "momentum": 1.0}),
+    "ucb shared": ("ucb", {"variance": "shared", "groups": 1}),
     "mn": ("mn", {}),
     "mn refit": ("mn", {"refit_every": 2, "groups": None}),
 }
@@ -261,6 +263,8 @@ def test_printing_shows_every_option_that_is_not_the_default():
         "momentum=0.2, affine=False, seed=5, channel_dim=-1, backend='eager', eps=0.001"
     )
     assert sorted(text.removeprefix("UCBNorm(8, 3, ").removesuffix(")").split(", ")) == sorted(shown.split(", "))
+    alive = "UCBNorm(8, 3, variance='shared', reseed=0.02, min_weight=0.01)"
+    assert repr(UCBNorm(8, 3, min_weight=0.01, variance="shared", reseed=0.02)) == alive
     assert "unknown_scale='paper'" in repr(SCBNorm(8, 3, unknown_scale="paper"))
     assert repr(make_norm("mn", 8, 3)) == "MixtureNorm(8, 3)"
 
@@ -286,6 +290,17 @@ def error(kind: str, match: str, **options: object):
         error("ucb", "scale: expected one of 'paper', 'sqrt_k'", scale="one"),
         error("ucb", "init: expected one of 'uniform', 'kmeans", init="data"),
         error("ucb", "momentum: expected 0 to 1, got 2", momentum=2),
+        error("ucb", "min_weight: expected more than 0 and at most 1 / 3, got 0", min_weight=0),
+        error("ucb", "min_weight: expected more than 0 and at most 1 / 3, got 0.4", min_weight=0.4),
+        error("mn", "min_weight: expected more than 0 and at most 1 / 3, got nan", min_weight=math.nan),
+        error("ucb", "variance: expected one of 'component', 'shared', got 'tied'", variance="tied"),
+        error("ucb", "variance: 'shared' needs update='moving_average'", variance="shared", update="weight"),
+        error("ucb", "reseed: expected at least 0 and less than 1 / 3, got -0.1", reseed=-0.1),
+        error("ucb", "reseed: expected at least 0 and less than 1 / 3, got 0.5", reseed=0.5),
+        error("ucb", "reseed: expected at least 0 and less than 1 / 3, got nan", reseed=math.nan),
+        error("ucb", "reseed: 0.01 needs update='moving_average'", reseed=0.01, update="weight"),
+        error("ucb", "reseed: expected 0 with a process_group", reseed=0.01, process_group="world"),
+        error("mn", "reseed: 0.01 is no option of kind 'mn'", reseed=0.01),
         error("ucb", "process_group: expected None, 'world' or a group", process_group="all"),
         error("mn", "process_group: expected None, since MixtureNorm", process_group="world"),
         error(

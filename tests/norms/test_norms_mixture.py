@@ -17,10 +17,10 @@ from common.norms.reference import posterior
 from common.seeding import generator
 
 
-def clouds(count: int = 400, seed: int = 0) -> torch.Tensor:
-    """Points (P, 3) of three overlapping clouds of unequal size."""
+def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:
+    """Points (P, 3) of three clouds of unequal size, which overlap unless they are moved apart."""
     rng = torch.Generator().manual_seed(seed)
-    centres = torch.tensor([[0.0, 0, 0], [3, 1, 0], [-2, 3, 5]], dtype=torch.float64)
+    centres = apart * torch.tensor([[0.0, 0, 0], [3, 1, 0], [-2, 3, 5]], dtype=torch.float64)
     member = torch.randint(0, 6, (count,), generator=rng).clamp(max=2)
     return centres[member] + torch.randn(count, 3, generator=rng, dtype=torch.float64)
 
@@ -79,17 +79,26 @@ def test_em_of_grouped_channels_shares_only_the_weights():
     torch.testing.assert_close(step.weight, torch.stack(shares).mean(0))
 
 
-def test_kmeans_plus_plus_draws_in_proportion_to_squared_distance():
-    """Points at 0, 1, 3: with the first centre known, the second has probabilities of squared distances."""
+def test_kmeans_plus_plus_takes_the_better_of_two_draws_by_squared_distance():
+    """Points at 0, 1, 3. From 0 or 1, only two draws of the near point lose to 3 or 0; from 3 both do as well."""
     points = torch.tensor([0.0, 1.0, 3.0]).repeat(1, 1)[..., None]
     counts = dict.fromkeys(itertools.permutations([0.0, 1.0, 3.0], 2), 0)
     for seed in range(3000):
         first, second = mixture.kmeans_plus_plus(points, 2, generator(seed)).flatten().tolist()
         counts[first, second] += 1
-    want = {(0, 1): 1 / 10, (0, 3): 9 / 10, (1, 0): 1 / 5, (1, 3): 4 / 5, (3, 0): 9 / 13, (3, 1): 4 / 13}
+    near_from_0, near_from_1 = (1 / 10) ** 2, (1 / 5) ** 2
+    want = {
+        (0, 1): near_from_0,
+        (0, 3): 1 - near_from_0,
+        (1, 0): near_from_1,
+        (1, 3): 1 - near_from_1,
+        (3, 0): 9 / 13,
+        (3, 1): 4 / 13,
+    }
     for pair, share in want.items():
         # A centre comes first with probability 1/3; five standard deviations of a binomial share.
-        assert counts[pair] / 3000 == pytest.approx(share / 3, abs=5 * math.sqrt(0.25 / 3000)), pair
+        deviation = math.sqrt(share / 3 * (1 - share / 3) / 3000)
+        assert counts[pair] / 3000 == pytest.approx(share / 3, abs=5 * deviation), pair
 
 
 def test_kmeans_plus_plus_never_repeats_a_point():
@@ -285,6 +294,19 @@ def test_each_fit_samples_locations_of_its_own(count, same):
     assert torch.equal(layer.fit_mean, later.fit_mean) is same
 
 
+def test_a_loaded_mixture_norm_samples_as_the_one_that_was_saved():
+    layer, loaded = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    x = mixture_case((5000, 2), num=1)[0].float()
+    for _ in range(2):
+        layer(x)
+    for _ in range(3):  # another life before
+        loaded(x + 1)
+    loaded.load_state_dict(layer.state_dict())
+    for _ in range(2):
+        assert torch.equal(loaded(x), layer(x))
+    assert torch.equal(loaded.fit_mean, layer.fit_mean)
+
+
 def test_mixture_norm_starts_its_averages_at_the_first_fit():
     layer = MixtureNorm(2, 2, momentum=0.0)
     layer(mixture_case((40, 2, 3), num=1)[0].float())
@@ -292,7 +314,7 @@ def test_mixture_norm_starts_its_averages_at_the_first_fit():
 
 
 def test_calibration_fits_the_pooled_batches():
-    points = clouds(600).float()
+    points = clouds(600, apart=2).float()  # overlapping ones have several optima
     layer = MixtureNorm(3, 3, em_steps=40)
     before = layer.eval()(points)
     layer.calibrate(points.split(100))
@@ -302,7 +324,7 @@ def test_calibration_fits_the_pooled_batches():
         tol=1e-9,
         reg_covar=1e-5,
         max_iter=500,
-        means_init=[[0.0, 0, 0], [3, 1, 0], [-2, 3, 5]],
+        means_init=[[0.0, 0, 0], [6, 2, 0], [-4, 6, 10]],
     )
     model.fit(points.numpy())
     rows = layer.mean[:, 2].argsort(), torch.from_numpy(model.means_)[:, 2].argsort()

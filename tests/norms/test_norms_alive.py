@@ -1,0 +1,178 @@
+"""What keeps components alive: re-seeding, one variance for all, the floor of the weights."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from norm_cases import mixture_case
+from torch import Tensor
+
+from common.norms import MixtureNorm, UCBNorm, health, mixture
+from common.norms.config import NormConfig
+from common.norms.mixture import Fit
+
+CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
+
+
+def clouds(step: int, count: int = 600) -> Tensor:
+    """Points (count, 2) of three separate clouds of equal size and unit variance."""
+    rng = torch.Generator().manual_seed(step)
+    return CENTRES[torch.arange(count) % 3] + torch.randn(count, 2, generator=rng)
+
+
+def two_clouds(step: int, count: int = 600) -> Tensor:
+    """Points (count, 3) whose every channel has clouds at 0 and 10, independently."""
+    rng = torch.Generator().manual_seed(step)
+    return 10.0 * torch.randint(0, 2, (count, 3), generator=rng) + torch.randn(count, 3, generator=rng)
+
+
+def train(layer: UCBNorm, draw, steps: int = 120) -> None:
+    with torch.no_grad():
+        for step in range(steps):
+            layer(draw(step))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("average", ["em", "paper"])
+def test_a_dead_component_comes_back_if_told_to(seed, average):
+    def start(reseed: float) -> UCBNorm:
+        layer = UCBNorm(2, 3, groups=1, average=average, reseed=reseed, seed=seed)
+        layer.mean.copy_(torch.cat([CENTRES[:2], torch.full((1, 2), 1e3)]))
+        return layer
+
+    alive, dead = start(0.01), start(0.0)
+    for layer in (alive, dead):
+        train(layer, clouds)
+    assert min(health(dead, clouds(999)).usage) < 0.01
+    found = health(alive, clouds(999))
+    assert found.usage == pytest.approx([1 / 3] * 3, abs=0.01)
+    # A moving average of batches of 200 a cloud: noise of sqrt(0.1 / 1.9 / 200) = 0.016 in means, six of them.
+    order = [int((alive.mean - centre).square().sum(1).argmin()) for centre in CENTRES]
+    torch.testing.assert_close(alive.mean[order], CENTRES, atol=0.1, rtol=0)
+    assert alive.logits.softmax(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.01)
+
+
+def test_a_component_dead_in_one_channel_comes_back_there_alone():
+    """The weights are shared over channels and tell nothing: each component holds a third of the rest at least."""
+
+    def start(reseed: float) -> UCBNorm:
+        layer = UCBNorm(3, 2, reseed=reseed)
+        layer.mean.copy_(torch.tensor([[0.0, 0.0, 0.0], [10.0, -1e3, 10.0]]))
+        return layer
+
+    alive, dead = start(0.01), start(0.0)
+    for layer in (alive, dead):
+        train(layer, two_clouds, steps=250)
+        torch.testing.assert_close(layer.mean[:, ::2], torch.tensor([[0.0, 0.0], [10.0, 10.0]]), atol=0.2, rtol=0)
+    assert float(dead.mean[1, 1]) == -1e3
+    assert alive.mean[:, 1].sort().values.tolist() == pytest.approx([0, 10], abs=0.2)
+    torch.testing.assert_close(alive.usage, torch.full((2, 3), 0.5), atol=0.05, rtol=0)
+
+
+def test_living_components_stay_as_they_are():
+    """Nothing is dead: the mixture is bit for bit the one without re-seeding."""
+    with_, without = UCBNorm(3, 2, reseed=0.01), UCBNorm(3, 2)
+    for layer in (with_, without):
+        layer.mean.copy_(torch.tensor([0.0, 10.0])[:, None].expand(2, 3))
+        train(layer, two_clouds, steps=5)
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(with_.state_dict()[name], tensor), name
+    share = torch.stack([(two_clouds(step) > 5).float().mean(0) for step in range(5)])
+    want = 0.5 + sum(0.1 * 0.9 ** (4 - step) * (share[step] - 0.5) for step in range(5))
+    torch.testing.assert_close(with_.usage[1], want, atol=1e-4, rtol=0)
+
+
+def test_a_moved_component_starts_with_the_variance_of_the_living_and_an_even_share():
+    layer = UCBNorm(2, 3, groups=1, momentum=1.0, reseed=0.1)
+    layer.mean.copy_(torch.cat([CENTRES[:2], torch.full((1, 2), 1e3)]))
+    x = clouds(0)
+    plain = UCBNorm(2, 3, groups=1, momentum=1.0)
+    plain.load_state_dict({name: layer.state_dict()[name] for name in plain.state_dict()})
+    share = plain.posterior(x).mean((1, 3))[:2, 0].numpy()
+    plain(x)
+    layer(x)
+    assert (layer.mean[2] == x).all(1).any()
+    # The first and the third cloud are held by one component between them.
+    assert float((CENTRES[[0, 2]] - layer.mean[2]).norm(dim=1).min()) < 4
+    assert torch.equal(layer.mean[:2], plain.mean[:2])
+    want = (share[:, None] * plain.log_var[:2].exp().numpy()).sum(0) / share.sum()
+    np.testing.assert_allclose(layer.log_var[2].exp(), want, rtol=1e-4)
+    usage = np.append(share, 1 / 3) / (share.sum() + 1 / 3)
+    np.testing.assert_allclose(layer.usage[:, 0], usage, rtol=1e-4)
+    np.testing.assert_allclose(layer.logits.softmax(0), usage, rtol=1e-4)
+
+
+def test_the_best_additions_are_chosen_group_by_group():
+    candidates = mixture_case((3, 5, 4), num=1)[0]  # (K, B, C), K = 3
+    _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=1)
+    new_var = var[:1] / 10
+    got = mixture.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=1e-5)
+
+    def density(at: Tensor, centre: Tensor, s: Tensor) -> Tensor:
+        return torch.exp(-0.5 * ((at - centre) ** 2 / s).sum(-1)) / (2 * math.pi * s.prod(-1).sqrt())
+
+    for group in (slice(0, 2), slice(2, 4)):
+        points = candidates[..., group].reshape(15, 2)
+        old = density(points[:, None], mean[:, group], var[:, group] + 1e-5) @ log_lambda.exp()
+        new = density(points[:, None], points, new_var[:, group] + 1e-5) / 3  # (point, candidate)
+        gain = ((old[:, None] + new).log() - old[:, None].log()).sum(0).view(3, 5)
+        for k, best in enumerate(gain.argmax(1).tolist()):
+            assert torch.equal(got[k, group], candidates[k, best, group])
+
+
+def test_drawn_locations_are_those_of_x():
+    x = torch.arange(24.0).view(2, 3, 4)  # location (n, l) is (12 n + l, 12 n + l + 4, 12 n + l + 8)
+    a, b, c = (mixture.draw_locations(x, 500, 0, "reseed", step) for step in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert sorted({tuple(row) for row in a.tolist()}) == [
+        (12 * n + i, 12 * n + i + 4, 12 * n + i + 8) for n in range(2) for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("average", ["em", "paper"])
+def test_a_shared_variance_is_the_mean_by_weight(average, groups):
+    options = {"groups": groups, "average": average}
+    layer, plain = (UCBNorm(4, 3, variance=v, **options).double() for v in ("shared", "component"))
+    for step in range(4):
+        x = mixture_case((5, 4, 6), num=1, seed=step)[0]
+        plain.load_state_dict(layer.state_dict())
+        layer(x)
+        plain(x)
+        weight, var = plain.logits.softmax(0).numpy(), plain.log_var.exp().numpy()
+        np.testing.assert_allclose(layer.log_var.exp(), np.tile(weight @ var, (3, 1)), rtol=1e-12)
+        assert torch.equal(layer.mean, plain.mean)
+        assert torch.equal(layer.logits, plain.logits)
+
+
+def test_a_shared_variance_is_seeded_as_one():
+    x = clouds(0)
+    layer = UCBNorm(2, 3, groups=1, init="kmeans++", variance="shared", momentum=0.0)
+    layer(x)
+    member = torch.cdist(x, layer.mean).argmin(1).numpy()
+    within = sum(((x.numpy() - x.numpy()[member == k].mean(0)) ** 2 * (member == k)[:, None]).sum(0) for k in range(3))
+    np.testing.assert_allclose(layer.log_var.exp(), np.tile(within / len(x), (3, 1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [UCBNorm, MixtureNorm])
+def test_the_floor_of_the_weights_can_be_set(make):
+    layer = make(2, 3, groups=1, init="uniform", min_weight=0.1, momentum=1.0)
+    layer.mean[2] = 1e3
+    if make is MixtureNorm:
+        layer.fit_mean[2] = 1e3
+    layer(clouds(0))
+    # Floored at 0.1 and divided by the sum, which the floor has raised by as much.
+    assert float(layer.logits.softmax(0)[2]) == pytest.approx(0.1 / 1.1, rel=1e-3)
+
+
+def test_the_configuration_knows_them():
+    layer = NormConfig(min_weight=0.1, variance="shared", reseed=0.05).build(4)
+    assert repr(layer) == "UCBNorm(4, 3, variance='shared', reseed=0.05, min_weight=0.1)"
+    with pytest.raises(ValueError, match=r"norm.reseed: expected at least 0 and less than 1 / 3, got 2"):
+        NormConfig(reseed=2)
+    with pytest.raises(ValueError, match=r"norm.variance: shared means nothing to norm.kind mn"):
+        NormConfig(kind="mn", variance="shared")
+    with pytest.raises(ValueError, match=r"norm.min_weight: expected more than 0 and at most 1 / 3, got 0.5"):
+        NormConfig(kind="mn", min_weight=0.5)

@@ -1,0 +1,60 @@
+"""A training step asks the device for nothing, so that a GPU need not be waited for.
+
+The layers run on torch's meta device, whose tensors have no values: whatever would read one on the host, such as
+``item``, ``bool``, ``tolist``, ``nonzero`` or a copy to the CPU, raises.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from norm_cases import any_norm, mixture_case
+
+from common.norms import ops
+
+LAYERS = {
+    "ucb": ("ucb", {}),
+    "ucb joint, plain average": ("ucb", {"groups": 1, "average": "paper"}),
+    "ucb seeded": ("ucb", {"init": "kmeans++"}),
+    "ucb reseed": ("ucb", {"groups": 2, "reseed": 0.01, "variance": "shared"}),
+    "ucb weight": ("ucb", {"update": "weight"}),
+    "ucb learned": ("ucb", {"update": "weight", "statistics": "learned"}),
+    "mn": ("mn", {}),
+    "mn, each channel, refit": ("mn", {"groups": None, "refit_every": 2}),
+    "scb": ("scb", {}),
+    "scb_base": ("scb_base", {"init": "data"}),
+}
+SHAPE = (6, 4, 20, 40)  # 4,800 locations, more than a fit takes
+
+
+@pytest.fixture(autouse=True)
+def meta_as_a_gpu(monkeypatch):
+    """Leave out what exists on a GPU but not on meta, autocast, and what runs on the CPU alone, the check of ids."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ops, "check_cluster", lambda *_, **__: None)
+
+
+def on_meta(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """Return a layer that has trained, and the arguments of its next step, all without values."""
+    kind, options = LAYERS[case]
+    layer = any_norm(kind, 4, 3, **options)
+    cluster = (torch.arange(6) % 3,) if kind.startswith("scb") else ()
+    for seed in range(2):  # seeds the layer, and lets it see that it is
+        layer(mixture_case(SHAPE, num=1, dtype=torch.float32, seed=seed)[0], *cluster)
+    x = torch.empty(SHAPE, device="meta", requires_grad=True)
+    return layer.to("meta"), (x, *(ids.to("meta") for ids in cluster))
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_training_step_asks_the_device_for_nothing(case):
+    layer, args = on_meta(case)
+    for _ in range(3):
+        layer(*args).sum().backward()
+    assert args[0].grad is not None
+
+
+def test_after_a_state_is_loaded_it_asks_once():
+    layer, args = on_meta("mn")
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        layer(*args)
