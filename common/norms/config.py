@@ -4,10 +4,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
+from common.norms import checks
 from common.norms.factory import make_norm
 from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 
@@ -51,17 +52,17 @@ class NormConfig:
     """How the layer computes; every backend gives the same numbers within rounding."""
 
     def __post_init__(self) -> None:
-        if self.num_components < 1:
-            raise ValueError(f"norm.num_components: expected at least 1, got {self.num_components}")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"norm.momentum: expected 0 to 1, got {self.momentum}")
-        if self.eps is not None and self.eps <= 0:
-            raise ValueError(f"norm.eps: expected more than 0, got {self.eps}")
-        accepted = _options(self.kind)
-        for name, value in self._given().items():
+        checks.check_choice("norm.kind", self.kind, get_args(Kind))
+        checks.check_size("norm.num_components", self.num_components)
+        accepted, given = _options(self.kind), self._given()
+        for name, value in given.items():
             if name not in accepted:
                 raise ValueError(f"norm.{name}: {value} means nothing to norm.kind {self.kind}; leave it out")
-        self.build(max(self.groups or 1, 1) * 2)  # combinations that the layer itself refuses
+        if self.groups is not None:
+            checks.check_size("norm.groups", self.groups)
+            given["groups"] = 1
+        # What the layer refuses at any size; the one configured may need more memory than there is.
+        self._make(num_features=2, num_components=1, options=given | {"backend": self.backend})
 
     def build(self, num_features: int, seed: int = 0) -> nn.Module:
         """Make the layer for ``num_features`` channels; ``seed`` is that of a mixture's own generator.
@@ -69,11 +70,14 @@ class NormConfig:
         Raises:
             ValueError: for a combination the layer refuses, with the field's dotted name.
         """
-        options = self._given()
+        options = self._given() | {"backend": self.backend, "seed": seed}
+        return self._make(num_features, self.num_components, options)
+
+    def _make(self, num_features: int, num_components: int, options: dict[str, Any]) -> nn.Module:
         known = _options(self.kind)
-        options |= {name: value for name, value in (("backend", self.backend), ("seed", seed)) if name in known}
+        options = {name: value for name, value in options.items() if name in known}
         try:
-            return make_norm(self.kind, num_features, self.num_components, **options)
+            return make_norm(self.kind, num_features, num_components, **options)
         except ValueError as error:
             raise ValueError(f"norm.{error}") from None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.norms import averages, ops
+from common.norms import averages, checks
 from common.norms.averages import Stored
 from common.norms.factory import BatchNorm, DomainBatchNorm, make_norm
 from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase
@@ -207,7 +207,7 @@ def convert_norms(
             behaviour would be lost (a subclass such as SyncBatchNorm or timm's BatchNormAct2d), or an option
             is wrong. The model is then unchanged.
     """
-    ops.check_choice("kind", kind, _KINDS)
+    checks.check_choice("kind", kind, _KINDS)
     if isinstance(model, _BatchNorm):
         raise ValueError(f"model: expected a model that holds BatchNorm layers, got a {type(model).__name__} itself")
     if isinstance(model, nn.parallel.DistributedDataParallel):

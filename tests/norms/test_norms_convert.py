@@ -455,7 +455,7 @@ def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
     convert_norms(model, kind)
     apart(model)
     x = images()
-    with pytest.raises(ValueError, match="cluster: expected int64"):
+    with pytest.raises(ValueError, match="cluster: expected an int64 tensor"):
         model(x)
     model.eval()
     want = manual(model, x, torch.full((6,), -1))
@@ -471,7 +471,7 @@ def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
     assert torch.equal(y[mixed == -1], want[mixed == -1])
     with clusters(torch.tensor([0, 0, 2, 2, 1, 2])):
         assert torch.equal(y[mixed >= 0], model(x)[mixed >= 0])
-    with clusters(IDS[:5]), pytest.raises(ValueError, match=r"cluster: expected int64 \(6,\)"):
+    with clusters(IDS[:5]), pytest.raises(ValueError, match=r"cluster: expected an int64 tensor \(6,\)"):
         model(x)
 
 
