@@ -1,25 +1,15 @@
 """The configuration of a normalization layer, as experiments and command lines state it."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from common.norms import checks
-from common.norms.factory import make_norm
-from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms.factory import default_options, make_norm
 
 Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
-
-_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "mn": MixtureNorm,
-    "scb": SCBNorm,
-    "scb_base": SCBNormBase,
-    "ucb": UCBNorm,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +44,7 @@ class NormConfig:
     def __post_init__(self) -> None:
         checks.check_choice("norm.kind", self.kind, get_args(Kind))
         checks.check_size("norm.num_components", self.num_components)
-        accepted, given = _options(self.kind), self._given()
+        accepted, given = default_options(self.kind), self._given()
         for name, value in given.items():
             if name not in accepted:
                 raise ValueError(f"norm.{name}: {value} means nothing to norm.kind {self.kind}; leave it out")
@@ -74,7 +64,7 @@ class NormConfig:
         return self._make(num_features, self.num_components, options)
 
     def _make(self, num_features: int, num_components: int, options: dict[str, Any]) -> nn.Module:
-        known = _options(self.kind)
+        known = default_options(self.kind)
         options = {name: value for name, value in options.items() if name in known}
         try:
             return make_norm(self.kind, num_features, num_components, **options)
@@ -83,12 +73,9 @@ class NormConfig:
 
     def resolved(self) -> "NormConfig":
         """Return this configuration with the layer's defaults written out, as a run stores it."""
-        defaults = {
-            name: parameter.default
-            for name, parameter in _options(self.kind).items()
-            if name in _FIELDS and getattr(self, name) is None
-        }
-        return dataclasses.replace(self, **defaults)
+        defaults = default_options(self.kind)
+        missing = {name: defaults[name] for name in _FIELDS if name in defaults and getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
@@ -97,10 +84,3 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
-
-
-def _options(kind: Kind) -> dict[str, inspect.Parameter]:
-    """Return the keyword options of a kind's layer."""
-    layer = _LAYERS.get(kind, nn.BatchNorm2d if kind != "in" else nn.InstanceNorm2d)
-    parameters = inspect.signature(layer).parameters
-    return {name: parameter for name, parameter in parameters.items() if parameter.default is not parameter.empty}

@@ -134,6 +134,17 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
 _WITHOUT_COMPONENTS = ("bn", "in")
 
 
+def default_options(kind: str) -> dict[str, Any]:
+    """Return the keyword options of a kind's layer and their defaults.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    checks.check_choice("kind", kind, tuple(_KINDS))
+    parameters = inspect.signature(BatchNorm if kind == "dsbn" else _KINDS[kind]).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
 def make_norm(kind: str, num_features: int, num_components: int, **options: Any) -> nn.Module:
     """Make the normalization layer of a kind.
 
@@ -148,13 +159,10 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
     Raises:
         ValueError: an unknown kind, or an option that the layer does not have.
     """
-    checks.check_choice("kind", kind, tuple(_KINDS))
-    layer = _KINDS[kind]
-    parameters = inspect.signature(BatchNorm if kind == "dsbn" else layer).parameters
-    known = [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
+    known = default_options(kind)
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known)}")
     if kind in _WITHOUT_COMPONENTS:
-        return layer(num_features, **options)
-    return layer(num_features, num_components, **options)
+        return _KINDS[kind](num_features, **options)
+    return _KINDS[kind](num_features, num_components, **options)

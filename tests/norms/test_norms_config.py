@@ -8,6 +8,7 @@ import torch
 
 from common.config import parse
 from common.errors import UsageError
+from common.norms import DomainBatchNorm
 from common.norms.config import NormConfig
 
 KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
@@ -63,3 +64,16 @@ def test_groups_are_held_against_the_channels_when_the_layer_is_made():
     assert config.build(6)(torch.randn(4, 6)).shape == (4, 6)
     with pytest.raises(ValueError, match=r"^norm\.groups: expected a divisor of 4, got 3$"):
         config.build(4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resolved_names_what_the_layer_has_by_default(kind):
+    config = NormConfig(kind=kind)
+    layer, resolved = config.build(6), config.resolved()
+    for name, value in vars(resolved).items():
+        if name in ("kind", "num_components") or value is None:
+            continue
+        owner = layer.domains[0] if isinstance(layer, DomainBatchNorm) else layer
+        assert getattr(owner, name, "auto") == value, name
+    assert resolved.eps == 1e-5
+    assert resolved.build(6).state_dict().keys() == layer.state_dict().keys()
