@@ -134,6 +134,15 @@ def test_channels_last_equals_permuted(kind, training):
         torch.testing.assert_close(last.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
+@pytest.mark.parametrize("dim", [2, -1, -2], ids=str)
+def test_any_channel_dimension(kind, dim):
+    x = mixture_case((6, 4, 2, 3, 2), num=1, dtype=torch.float32)[0]
+    first, other = (make_norm(kind, 4, 3, channel_dim=d) for d in (1, dim))
+    got = other(*arguments(kind, x.movedim(1, dim)))
+    torch.testing.assert_close(got.movedim(dim, 1), first(*arguments(kind, x)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 2, 3), (6, 4, 2, 3, 2)], ids=str)
 def test_every_kind_takes_every_rank(kind, shape):
