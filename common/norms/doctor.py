@@ -163,8 +163,8 @@ def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | Non
     """Say why a backend cannot run on the device in a precision, or return None if it can."""
     try:
         ops.choose_backend(backend, torch.empty(1, 1, dtype=dtype, device=device))
-    except ValueError as error:
-        return str(error).removeprefix("backend: ")
+    except ValueError as refused:
+        return str(refused).removeprefix("backend: ")
     return None
 
 
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print(f"{backend}: cannot run here: {reasons[DTYPES.index(torch.float32)]}")
     count, wrong = compare(able, device)
-    if cfg.bandwidth:
+    if cfg.bandwidth and not wrong:  # a wrong result has no speed
         # auto is one of the others; on a CPU triton is interpreted, which says nothing about its speed
         skipped = ("auto", "triton") if device.type == "cpu" else ("auto",)
         time_backends([backend for backend in able if backend not in skipped], device)
