@@ -51,8 +51,8 @@ class NormConfig:
         if self.groups is not None:
             checks.check_size("norm.groups", self.groups)
             given["groups"] = 1
-        # What the layer refuses at any size; the one configured may need more memory than there is.
-        self._make(num_features=2, num_components=1, options=given | {"backend": self.backend})
+        # A small layer refuses what this one would, which may need more memory than there is.
+        self._make(2, min(self.num_components, 64), given | {"backend": self.backend})
 
     def build(self, num_features: int, seed: int = 0) -> nn.Module:
         """Make the layer for ``num_features`` channels; ``seed`` is that of a mixture's own generator.
