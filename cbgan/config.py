@@ -61,7 +61,7 @@ class GanConfig(RunConfig):
                 f"{', '.join(_KINDS)}"
             )
         for channels in (self.width // 2, self.width // 4):
-            self.norm.build(channels)  # the layer knows best which options it refuses
+            self.norm.check_features(channels)
         if self.data.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8 for the GAN's networks, got {self.data.size}")
         allowed = [self.data.size // 8] + ([self.data.size // 16] if self.data.size % 16 == 0 else [])

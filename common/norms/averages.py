@@ -55,15 +55,19 @@ def shares(moments: Moments) -> Tensor:
     return moments.mass / moments.mass.sum(0, keepdim=True).clamp(min=1e-12)
 
 
-def moved(
-    old: Stored,
-    moments: Moments,
-    momentum: float,
-    average: Average,
-    min_weight: float,
-    *,
-    shared_variance: bool = False,
-) -> Stored:
+class Rule(NamedTuple):
+    """How a layer averages."""
+
+    momentum: float
+    """The share of the new value, as in torch.nn.BatchNorm2d."""
+    average: Average
+    min_weight: float
+    """Floor of the weights."""
+    shared_variance: bool = False
+    """Give every component the mean variance by weight: under "em", stepwise EM for components of one variance."""
+
+
+def moved(old: Stored, moments: Moments, rule: Rule) -> Stored:
     """Return the stored mixture after one batch.
 
     "em" is stepwise EM: each component moves by the share of the batch it holds, so that an almost empty one
@@ -75,27 +79,23 @@ def moved(
     Args:
         old: the mixture before.
         moments: of the batch; a mass of S per component and group.
-        momentum: the share of the new value, as in torch.nn.BatchNorm2d.
-        average: the rule.
-        min_weight: floor of the weights.
-        shared_variance: give every component the mean variance by weight. Under "em" that is stepwise EM for
-            a mixture whose components have one variance.
+        rule: how.
 
     Returns:
         New tensors; old itself if the batch held a value that is not finite.
     """
     old = Stored(*(part.to(moments.mean.dtype) for part in old))
-    share = shares(moments)
+    momentum, share = rule.momentum, shares(moments)
     weight = old.logits.softmax(0)
-    weight = (weight + momentum * (share.mean(1) - weight)).clamp(min=min_weight)
+    weight = (weight + momentum * (share.mean(1) - weight)).clamp(min=rule.min_weight)
     old_var, difference = old.log_var.exp(), moments.mean - old.mean
-    if average == "paper" or len(weight) == 1:
+    if rule.average == "paper" or len(weight) == 1:
         step, spread = torch.full_like(old.mean, momentum), 0.0
     else:
         step = _per_channel((momentum * share / weight[:, None]).clamp(max=1), old.mean)
         spread = step * (1 - step) * difference.square()
     var = old_var + step * (unbiased(moments) - old_var) + spread
-    if shared_variance:
+    if rule.shared_variance:
         var = pooled(var, weight[:, None]).expand_as(var)
     new = Stored(weight.log(), old.mean + step * difference, log_of(var))
     finite = is_finite(moments)

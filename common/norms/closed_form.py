@@ -58,7 +58,8 @@ class _Options(NamedTuple):
     """What is the same for all batches of a layer."""
 
     backend: str
-    groups: int = 1
+    split: tuple[int, int] = (1, -1)
+    """Groups and channels of a group, one of them -1, so that layers of different widths share a graph."""
     eps: float = 0.0
     kappa: float = 1.0
     """A factor of the output: 1, or 1 / sqrt(K)."""
@@ -157,8 +158,8 @@ class _Work:
         bias: Tensor | None,
     ) -> None:
         self.options = options
-        self.mix = Mixture(*(passes.store(t) for t in Mixture.of(log_lambda, mean, s, options.groups)))
-        shape = (options.groups, -1, 1)
+        self.mix = Mixture(*(passes.store(t) for t in Mixture.of(log_lambda, mean, s, options.split)))
+        shape = (*options.split, 1)
         self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
         self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa).view(-1, 1, 1, 1)
         """lambda^(-1/2), times 1 / sqrt(K) under scale="sqrt_k"."""
@@ -166,7 +167,7 @@ class _Work:
 
     def parts(self, t: Tensor) -> Tensor:
         """View (N, C, L) as (N, G, D, L)."""
-        return t.unflatten(1, (self.options.groups, -1))
+        return t.unflatten(1, self.options.split)
 
     def whole(self, t: Tensor) -> Tensor:
         """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
@@ -196,7 +197,7 @@ class _Work:
         return dx.flatten(1, 2), dlog_lambda, sums.zu.flatten(1), ds.flatten(1), dweight, dbias
 
 
-def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
+def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Any, ...]:
     work = _Work(passes, options, *mixture)
     return passes.moments(work.parts(x), work.mix)
 
@@ -211,7 +212,7 @@ def _batch_output(passes: Passes, options: _Options, x: Tensor, *moments_and_mix
 def _batch_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
     tau, mass, m, v = _batch_moments(passes, options, x, *mixture)
     y = _batch_output(passes, options, x, tau, m, v, *mixture)
-    return y, tau if passes.KEEP_SINGLE or options.groups < x.shape[1] else None, mass, m, v
+    return y, tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None, mass, m, v
 
 
 def _batch_sums(
@@ -361,7 +362,7 @@ def mixture_norm(
     """
     dtype = reference.compute_dtype(x)
     kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
-    options = _Options(backend, groups, eps, kappa)
+    options = _Options(backend, (-1, 1) if groups == mean.shape[1] else (groups, -1), eps, kappa)
     affine = [t if t is None else t.to(dtype) for t in (weight, bias)]
     inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype) + eps, *affine, options
     if statistics == "learned":

@@ -42,11 +42,16 @@ def refusal(device: torch.device) -> str | None:
     """Say why this backend cannot run, or return None if it can."""
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
+        if not _on_path(compiler):
             return f"needs a C++ compiler, but {compiler!r} is not on the PATH; install one or set CXX"
     elif device.type == "cuda" and not launch.INSTALLED:
         return "needs the package triton on a GPU, which is not installed"
     return None
+
+
+@functools.cache  # every batch asks, and looking takes longer than a small batch
+def _on_path(program: str) -> bool:
+    return shutil.which(program) is not None
 
 
 def run(function: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
@@ -64,7 +69,8 @@ def run(function: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor
 def _kind(t: Tensor) -> object:
     """Describe what a graph is specific to: dtype, device, layout, which sizes are 1, and components."""
     layout = None if t.is_contiguous() else tuple(sorted(range(t.ndim), key=lambda d: (-t.stride(d), d)))
-    return t.dtype, t.device.type, tuple(n == 1 for n in t.shape), layout, t.shape[0] if t.ndim != 3 else None
+    components = t.shape[0] if t.ndim in (2, 4) else None  # those of three dimensions are activations
+    return t.dtype, t.device.type, tuple(n == 1 for n in t.shape), layout, components
 
 
 def _graph(function: Callable[..., Any], options: tuple[Any, ...]) -> Callable[..., Any]:

@@ -1,24 +1,15 @@
 """The configuration of a normalization layer, as experiments and command lines state it."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from common.norms.factory import make_norm
-from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms import checks
+from common.norms.factory import default_options, make_norm
 
 Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
-
-_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "mn": MixtureNorm,
-    "scb": SCBNorm,
-    "scb_base": SCBNormBase,
-    "ucb": UCBNorm,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +48,25 @@ class NormConfig:
     """How the layer computes; every backend gives the same numbers within rounding."""
 
     def __post_init__(self) -> None:
-        if self.num_components < 1:
-            raise ValueError(f"norm.num_components: expected at least 1, got {self.num_components}")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"norm.momentum: expected 0 to 1, got {self.momentum}")
-        if self.eps is not None and self.eps <= 0:
-            raise ValueError(f"norm.eps: expected more than 0, got {self.eps}")
-        accepted = _options(self.kind)
-        for name, value in self._given().items():
+        checks.check_choice("norm.kind", self.kind, get_args(Kind))
+        checks.check_size("norm.num_components", self.num_components)
+        accepted, given = default_options(self.kind), self._given()
+        for name, value in given.items():
             if name not in accepted:
                 raise ValueError(f"norm.{name}: {value} means nothing to norm.kind {self.kind}; leave it out")
-        self.build(max(self.groups or 1, 1) * 2)  # combinations that the layer itself refuses
+        if self.groups is not None:
+            checks.check_size("norm.groups", self.groups)
+            given["groups"] = 1
+        # A small layer refuses what this one would, which may need more memory than there is.
+        self._make(2, min(self.num_components, 64), given | {"backend": self.backend})
+
+    def check_features(self, num_features: int) -> None:
+        """Raise ValueError, with the field's dotted name, unless the layer can have so many channels."""
+        if self.groups is not None:
+            try:
+                checks.check_groups(self.groups, num_features)
+            except ValueError as error:
+                raise ValueError(f"norm.{error}") from None
 
     def build(self, num_features: int, seed: int = 0) -> nn.Module:
         """Make the layer for ``num_features`` channels; ``seed`` is that of a mixture's own generator.
@@ -75,22 +74,22 @@ class NormConfig:
         Raises:
             ValueError: for a combination the layer refuses, with the field's dotted name.
         """
-        options = self._given()
-        known = _options(self.kind)
-        options |= {name: value for name, value in (("backend", self.backend), ("seed", seed)) if name in known}
+        options = self._given() | {"backend": self.backend, "seed": seed}
+        return self._make(num_features, self.num_components, options)
+
+    def _make(self, num_features: int, num_components: int, options: dict[str, Any]) -> nn.Module:
+        known = default_options(self.kind)
+        options = {name: value for name, value in options.items() if name in known}
         try:
-            return make_norm(self.kind, num_features, self.num_components, **options)
+            return make_norm(self.kind, num_features, num_components, **options)
         except ValueError as error:
             raise ValueError(f"norm.{error}") from None
 
     def resolved(self) -> "NormConfig":
         """Return this configuration with the layer's defaults written out, as a run stores it."""
-        defaults = {
-            name: parameter.default
-            for name, parameter in _options(self.kind).items()
-            if name in _FIELDS and getattr(self, name) is None
-        }
-        return dataclasses.replace(self, **defaults)
+        defaults = default_options(self.kind)
+        missing = {name: defaults[name] for name in _FIELDS if name in defaults and getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
@@ -99,10 +98,3 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
-
-
-def _options(kind: Kind) -> dict[str, inspect.Parameter]:
-    """Return the keyword options of a kind's layer."""
-    layer = _LAYERS.get(kind, nn.BatchNorm2d if kind != "in" else nn.InstanceNorm2d)
-    parameters = inspect.signature(layer).parameters
-    return {name: parameter for name, parameter in parameters.items() if parameter.default is not parameter.empty}

@@ -1,18 +1,17 @@
-"""Normalization layers in a model that has BatchNorm: convert, revert, and give samples their cluster ids."""
+"""Put layers of this package where a model has BatchNorm, and put BatchNorm back."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.norms import averages, ops
+from common.norms import averages, checks
 from common.norms.averages import Stored
 from common.norms.factory import BatchNorm, DomainBatchNorm, make_norm
 from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase
+from common.norms.routing import ROUTED
 from common.norms.unsupervised import MixtureLayer
 
 Where = str | int | Iterable[str | int] | Callable[[str, nn.Module], bool]
@@ -36,74 +35,6 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-_ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
-
-
-@contextmanager
-def clusters(ids: Tensor | None) -> Iterator[None]:
-    """Give the samples of every model called inside the block their cluster ids.
-
-    Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
-    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. A block must
-    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
-    ``torch.utils.checkpoint.checkpoint``.
-
-    Args:
-        ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
-
-    Raises:
-        ValueError: ids are not int64 (N,).
-
-    Example:
-        >>> with clusters(labels):
-        ...     logits = model(images)
-    """
-    if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
-        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {given}")
-    token = _ids.set(ids)
-    try:
-        yield
-    finally:
-        _ids.reset(token)
-
-
-def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
-    if cluster is None and (ids := _ids.get()) is not None:
-        return ids.to(x.device)
-    return cluster
-
-
-class RoutedSCBNorm(SCBNorm):
-    """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
-
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
-
-
-class RoutedSCBNormBase(SCBNormBase):
-    """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
-
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
-
-
-class RoutedDomainBatchNorm(DomainBatchNorm):
-    """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
-
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
-
-
-_ROUTED: dict[str, Callable[..., nn.Module]] = {
-    "scb": RoutedSCBNorm,
-    "scb_base": RoutedSCBNormBase,
-    "dsbn": RoutedDomainBatchNorm,
-}
 
 
 class _Place(NamedTuple):
@@ -207,7 +138,7 @@ def convert_norms(
             behaviour would be lost (a subclass such as SyncBatchNorm or timm's BatchNormAct2d), or an option
             is wrong. The model is then unchanged.
     """
-    ops.check_choice("kind", kind, _KINDS)
+    checks.check_choice("kind", kind, _KINDS)
     if isinstance(model, _BatchNorm):
         raise ValueError(f"model: expected a model that holds BatchNorm layers, got a {type(model).__name__} itself")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -277,8 +208,8 @@ def _converted(norm: _BatchNorm, name: str, kind: str, num: int, options: dict[s
     if kind in ("mn", "ucb") and full["momentum"] is None:
         raise ValueError(f"momentum: expected a number, since {name} averages over all batches (None)")
     layer = make_norm(kind, norm.num_features, num, **full)
-    if kind in _ROUTED:
-        layer = _ROUTED[kind](norm.num_features, num, **full)
+    if kind in ROUTED:
+        layer = ROUTED[kind](norm.num_features, num, **full)
     assert norm.running_mean is not None
     layer.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
     _warm_start(layer, norm, keep_unseeded="init" in options)
@@ -324,59 +255,3 @@ def _take_affine(layer: Any, norm: _BatchNorm) -> None:
         for name in ("weight", "bias"):
             old = getattr(norm, name)
             setattr(layer, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
-
-
-def scb_state_from_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn a state dict with SCBNormBase layers into that of the same model with SCBNorm layers.
-
-    Exact: the rows are what the linear layers give, mu_k = W[:, k] + b. Other entries are passed on.
-
-    Args:
-        state: of one layer or of a whole model.
-
-    Raises:
-        ValueError: no SCBNormBase is in it.
-    """
-    new = dict(state)
-    found = _prefixes(state, "mean.weight", "mean.bias", "log_var.weight", "log_var.bias", "initialized")
-    for prefix in _at_least_one(found, "SCBNormBase"):
-        for name in ("mean", "log_var"):
-            weight, bias = new.pop(f"{prefix}{name}.weight"), new.pop(f"{prefix}{name}.bias")
-            new[prefix + name] = (weight + bias[:, None]).T.contiguous()
-    return new
-
-
-def ucb_state_from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn a state dict with BatchNorm layers into that of the same model with UCBNorm(C, 1) layers.
-
-    Exact up to rounding, in evaluation and in further training with moving averages. Other entries are passed
-    on, and every BatchNorm with running statistics is turned; for some of them only, use ``convert_norms``.
-
-    Args:
-        state: of one layer or of a whole model.
-
-    Raises:
-        ValueError: no BatchNorm with running statistics is in it.
-    """
-    new = dict(state)
-    for prefix in _at_least_one(_prefixes(state, "running_mean", "running_var"), "BatchNorm"):
-        mean, var = new.pop(f"{prefix}running_mean"), new.pop(f"{prefix}running_var")
-        new.pop(f"{prefix}num_batches_tracked", None)
-        new[f"{prefix}logits"] = torch.zeros_like(mean[:1])
-        new[f"{prefix}mean"] = mean[None].clone()
-        new[f"{prefix}log_var"] = averages.log_of(var.double())[None].to(var.dtype)
-        new[f"{prefix}initialized"] = torch.ones((), dtype=torch.bool, device=mean.device)
-    return new
-
-
-def _prefixes(state: Mapping[str, Tensor], *names: str) -> list[str]:
-    """Return the prefixes under which the state holds all the names."""
-    first = names[0]
-    starts = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
-    return [start for start in starts if all(start + name in state for name in names)]
-
-
-def _at_least_one(prefixes: list[str], layer: str) -> list[str]:
-    if not prefixes:
-        raise ValueError(f"state: expected the state of at least one {layer}, found none")
-    return prefixes

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.norms import averages, mixture
+from common.norms import averages, checks, mixture
 from common.norms.averages import Average, Stored
 from common.norms.mixture import Fit
 from common.norms.reference import Scale
@@ -98,10 +98,8 @@ class MixtureNorm(MixtureLayer):
             seed=seed,
             backend=backend,
         )
-        if refit_every < 1:
-            raise ValueError(f"refit_every: expected at least 1, got {refit_every}")
-        if em_steps < 1:
-            raise ValueError(f"em_steps: expected at least 1, got {em_steps}")
+        checks.check_size("refit_every", refit_every)
+        checks.check_size("em_steps", em_steps)
         self.refit_every, self.em_steps = refit_every, em_steps
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))

@@ -1,37 +1,79 @@
 """Make any normalization layer by name, the family's and those it is compared with."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from common.norms import ops
+from common.norms import checks
 from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 
 
 class BatchNorm(_BatchNorm):
     r"""torch's batch normalization for x (N, C, \*) of any rank; state and options as ``nn.BatchNorm2d``."""
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        **options: Any,
+    ) -> None:
+        _check_options(num_features, eps, momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"x: expected (N, {self.num_features}, *), got {tuple(input.shape)}")
+        _check_input(self, input)
+        if (self.training or self.running_mean is None) and input.numel() == self.num_features:
+            shape = tuple(input.shape)
+            raise ValueError(f"x: expected more than one value per channel to take statistics of, got {shape}")
 
 
 class InstanceNorm(_InstanceNorm):
     r"""torch's instance normalization for x (N, C, \*), L > 1; state and options as ``nn.InstanceNorm2d``."""
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        **options: Any,
+    ) -> None:
+        _check_options(num_features, eps, momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.ndim < 2 or input.shape[1] != self.num_features:
-            raise ValueError(f"x: expected (N, {self.num_features}, *), got {tuple(input.shape)}")
+        _check_input(self, input)
+        if (self.training or self.running_mean is None) and math.prod(input.shape[2:]) == 1:
+            raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*); every input has a batch dimension."""
         self._check_input_dim(input)
         return self._apply_instance_norm(input)
+
+
+def _check_options(num_features: object, eps: object, momentum: object) -> None:
+    checks.check_size("num_features", num_features)
+    checks.check_eps(eps)
+    if momentum is not None:
+        checks.check_momentum(momentum)
+
+
+def _check_input(norm: _NormBase, x: Tensor) -> None:
+    checks.check_input(x, norm.num_features)
+    like = norm.running_mean if norm.weight is None else norm.weight
+    if like is not None:
+        checks.check_device("x", x, like.device, "the layer")
 
 
 class DomainBatchNorm(nn.Module):
@@ -47,7 +89,8 @@ class DomainBatchNorm(nn.Module):
         batch keeps its running statistics.
 
     Raises:
-        ValueError: cluster is not (N,) int64, or a domain holds one value per channel in training.
+        ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, one of them is on
+            another device than the layer, or a domain holds one value per channel in training.
         IndexError: an id outside [0, K), on the CPU.
 
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
@@ -55,8 +98,7 @@ class DomainBatchNorm(nn.Module):
 
     def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
         super().__init__()
-        if num_domains < 1:
-            raise ValueError(f"num_domains: expected at least 1, got {num_domains}")
+        checks.check_size("num_domains", num_domains)
         self.num_features = num_features
         self.domains = nn.ModuleList(BatchNorm(num_features, **options) for _ in range(num_domains))
 
@@ -68,8 +110,10 @@ class DomainBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by domain."""
-        ops.check_input(x, self.num_features)
-        ops.check_cluster(cluster, x, len(self.domains), lowest=0)
+        first = self.domains[0]
+        assert isinstance(first, BatchNorm)
+        _check_input(first, x)
+        checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
         order = cluster.argsort(stable=True)
         counts = torch.bincount(cluster, minlength=len(self.domains)).tolist()
@@ -90,6 +134,17 @@ _KINDS: dict[str, Callable[..., nn.Module]] = {
 _WITHOUT_COMPONENTS = ("bn", "in")
 
 
+def default_options(kind: str) -> dict[str, Any]:
+    """Return the keyword options of a kind's layer and their defaults.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    checks.check_choice("kind", kind, tuple(_KINDS))
+    parameters = inspect.signature(BatchNorm if kind == "dsbn" else _KINDS[kind]).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
 def make_norm(kind: str, num_features: int, num_components: int, **options: Any) -> nn.Module:
     """Make the normalization layer of a kind.
 
@@ -104,13 +159,10 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
     Raises:
         ValueError: an unknown kind, or an option that the layer does not have.
     """
-    ops.check_choice("kind", kind, tuple(_KINDS))
-    layer = _KINDS[kind]
-    parameters = inspect.signature(BatchNorm if kind == "dsbn" else layer).parameters
-    known = [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
+    known = default_options(kind)
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known)}")
     if kind in _WITHOUT_COMPONENTS:
-        return layer(num_features, **options)
-    return layer(num_features, num_components, **options)
+        return _KINDS[kind](num_features, **options)
+    return _KINDS[kind](num_features, num_components, **options)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms import ops
+from common.norms import checks, ops
 
 
 class NormLayer(nn.Module):
@@ -15,13 +15,11 @@ class NormLayer(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float, affine: bool, channel_dim: int, backend: str) -> None:
         super().__init__()
-        ops.check_choice("backend", backend, ops.BACKENDS)
-        if num_features < 1:
-            raise ValueError(f"num_features: expected at least 1, got {num_features}")
-        if eps <= 0:
-            raise ValueError(f"eps: expected a positive number, got {eps}")
-        if channel_dim == 0:
-            raise ValueError("channel_dim: expected a dimension other than the batch's, got 0")
+        checks.check_choice("backend", backend, ops.BACKENDS)
+        checks.check_size("num_features", num_features)
+        checks.check_eps(eps)
+        if not checks.is_integer(channel_dim) or channel_dim == 0:
+            raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
         self.num_features, self.eps, self.affine = num_features, eps, affine
         self.channel_dim, self.backend = channel_dim, backend
         self.weight = nn.Parameter(torch.empty(num_features)) if affine else None
@@ -51,12 +49,8 @@ class NormLayer(nn.Module):
 
     def _channels_first(self, x: Tensor) -> Tensor:
         r"""Check x and return it as (N, C, \*)."""
-        dim = self.channel_dim
-        if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != self.num_features:
-            raise ValueError(f"x: expected {self.num_features} channels in dimension {dim}, got {tuple(x.shape)}")
-        x = x.movedim(dim, 1)
-        ops.check_input(x, self.num_features)
-        return x
+        checks.check_input(x, self.num_features, self.channel_dim)
+        return x.movedim(self.channel_dim, 1)
 
     def _finish(self, y: Tensor) -> Tensor:
         """Apply the affine map and put the channels back."""

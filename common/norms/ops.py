@@ -6,36 +6,19 @@ import torch
 from torch import Tensor
 
 from common.norms import closed_form, compiled, launch, reference, triton_ops
+from common.norms.checks import (
+    check_choice,
+    check_cluster,
+    check_device,
+    check_eps,
+    check_groups,
+    check_input,
+    check_mean,
+    check_parameter,
+)
 from common.norms.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_input(x: Tensor, channels: int) -> None:
-    """Raise ValueError unless x is a floating-point (N, channels, *)."""
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {x.dtype}")
-    if x.ndim < 2 or x.shape[1] != channels:
-        raise ValueError(f"x: expected (N, {channels}, *), got {tuple(x.shape)}")
-
-
-def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) -> None:
-    """Raise ValueError unless cluster is int64 (N,), IndexError (CPU only) for an id beyond range."""
-    if not isinstance(cluster, Tensor):
-        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {type(cluster).__name__}")
-    if cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
-        raise ValueError(f"cluster: expected int64 ({len(x)},), got {cluster.dtype} {tuple(cluster.shape)}")
-    if not cluster.is_cuda and len(cluster) and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in cluster.aminmax())
-        if low < lowest or high >= num_clusters:
-            wrong = low if low < lowest else high
-            raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
 
 
 def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_channels: int = 1) -> str:
@@ -55,6 +38,13 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_chann
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
     return "eager" if reason else "triton"
+
+
+def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    check_mean(mean)
+    check_input(x, mean.shape[1])
+    check_device("mean", mean, x.device, "x")
+    check_parameter("var", var, mean.shape, x)
 
 
 def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -97,14 +87,16 @@ def cluster_norm(
         Like x, computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: x has not C channels or is not floating-point, cluster is not int64 (N,), an option is none
-            of those above, or the backend cannot run here.
+        ValueError: x has not C channels or is not floating-point, mean and var are not both (K, C), cluster is not
+            int64 (N,), a tensor is on another device than x, an option is none of those above, or the backend
+            cannot run here.
         IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
             check would synchronise.
 
     Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
     """
-    check_input(x, mean.shape[1])
+    _check_tensors(x, mean, var)
+    check_eps(eps)
     backend = choose_backend(backend, x)
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
@@ -113,10 +105,10 @@ def cluster_norm(
         check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
         if not allow_unknown:
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.is_cuda or torch.compiler.is_compiling()
+        unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     elif not allow_unknown:
-        raise ValueError(f"cluster: expected int64 ({len(x)},) in training, got None")
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")
     if x.numel() == 0:
         return _empty(x, mean, var)
     options = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
@@ -168,20 +160,24 @@ def mixture_norm(
         gradient, or None with statistics="learned".
 
     Raises:
-        ValueError: x has not C channels or is not floating-point, groups does not divide C, an option is none
-            of those above, or the backend cannot run here.
+        ValueError: x has not C channels or is not floating-point, the mixture's shapes do not agree, a tensor is on
+            another device than x, groups does not divide C, an option is none of those above, or
+            the backend cannot run here.
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15; Eq. 8's expectations of weights that sum to one are sums.
     """
-    channels = mean.shape[1]
-    check_input(x, channels)
+    _check_tensors(x, mean, var)
+    check_parameter("log_lambda", log_lambda, mean.shape[:1], x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_parameter(name, value, mean.shape[1:], x)
     if (weight is None) != (bias is None):
         raise ValueError(f"weight: expected together with bias, got only {'bias' if weight is None else 'weight'}")
+    check_eps(eps)
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups: expected a divisor of {channels}, got {groups}")
-    backend = choose_backend(backend, x, len(mean), channels // groups)
+    check_groups(groups, mean.shape[1])
+    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups)
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]

@@ -24,9 +24,9 @@ class Mixture(NamedTuple):
     """Log weight less half the log determinant, (K, G, 1); the term in 2 pi is common to all and cancels."""
 
     @classmethod
-    def of(cls, log_lambda: Tensor, mean: Tensor, s: Tensor, groups: int) -> "Mixture":
-        """Shape log weights (K,), means and variances plus eps, (K, C) each."""
-        shape = (len(mean), groups, -1, 1)
+    def of(cls, log_lambda: Tensor, mean: Tensor, s: Tensor, split: tuple[int, int]) -> "Mixture":
+        """Shape log weights (K,), means and variances plus eps, (K, C) each; split is of C into (G, D)."""
+        shape = (len(mean), *split, 1)
         constant = log_lambda[:, None, None] - 0.5 * s.log().view(shape).sum(2)
         return cls(mean.reshape(shape), s.reciprocal().view(shape), constant)
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import ops, reference
+from common.norms import checks, ops, reference
 from common.norms.layer import NormLayer
 from common.norms.reference import UnknownPosterior, UnknownScale
 
@@ -31,11 +31,10 @@ class _SupervisedNorm(NormLayer):
         channel_dim: int = 1,
         backend: str = "auto",
     ) -> None:
-        ops.check_choice("init", init, get_args(SupervisedInit))
-        ops.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
-        ops.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters: expected at least 1, got {num_clusters}")
+        checks.check_choice("init", init, get_args(SupervisedInit))
+        checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
+        checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
+        checks.check_size("num_clusters", num_clusters)
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
         self.num_clusters = num_clusters
         self.init: SupervisedInit = init
@@ -82,8 +81,9 @@ class _SupervisedNorm(NormLayer):
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
+        checks.check_device("x", x, self.initialized.device, "the layer")
         if self.training and not self.is_initialized() and cluster is not None and x.numel():
-            ops.check_cluster(cluster, x, self.num_clusters, lowest=0)
+            checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
         mean, log_var = self.rows()
         y = ops.cluster_norm(
@@ -137,7 +137,8 @@ class SCBNorm(_SupervisedNorm):
         each (K, C), stay float32 under autocast.
 
     Raises:
-        ValueError: x has not C channels, cluster is not (N,) int64, or it is None in training.
+        ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, or it is None in
+            training; x, cluster and the layer are not on one device.
         IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
 
     Source: arXiv:2403.16798, Eqs. 10 and 12. Unlike the authors' code, log_var starts at 0 and eps is added

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import averages, closed_form, mixture, ops, reference, sync
+from common.norms import averages, checks, closed_form, compiled, mixture, ops, reference, sync
 from common.norms.averages import Average, Stored
 from common.norms.layer import NormLayer
 from common.norms.mixture import Fit
@@ -50,15 +50,13 @@ class MixtureLayer(NormLayer):
         learned: bool = False,
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
-        ops.check_choice("average", average, get_args(Average))
-        ops.check_choice("scale", scale, get_args(Scale))
-        ops.check_choice("init", init, get_args(MixtureInit))
-        if num_components < 1:
-            raise ValueError(f"num_components: expected at least 1, got {num_components}")
-        if groups is not None and (groups < 1 or num_features % groups):
-            raise ValueError(f"groups: expected a divisor of {num_features}, got {groups}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: expected 0 to 1, got {momentum}")
+        checks.check_choice("average", average, get_args(Average))
+        checks.check_choice("scale", scale, get_args(Scale))
+        checks.check_choice("init", init, get_args(MixtureInit))
+        checks.check_size("num_components", num_components)
+        if groups is not None:
+            checks.check_groups(groups, num_features)
+        checks.check_momentum(momentum)
         if min_weight is not None and not 0 < min_weight <= 1 / num_components:
             raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
@@ -150,8 +148,12 @@ class MixtureLayer(NormLayer):
     def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
         old = Stored(self.logits, self.mean, self.log_var)
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
-        rule = self.momentum, self.average, self.min_weight
-        self._write(averages.moved(old, moments, *rule, shared_variance=shared_variance), where=some)
+        rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
+        if self.backend == "compiled":
+            new = Stored(*compiled.run(_moved, rule, *old, *moments))
+        else:
+            new = averages.moved(old, moments, rule)
+        self._write(new, where=some)
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
@@ -182,6 +184,7 @@ class MixtureLayer(NormLayer):
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
+        checks.check_device("x", x, self.initialized.device, "the layer")
         if self.training:
             y = self._train(x)
         else:
@@ -203,6 +206,10 @@ class MixtureLayer(NormLayer):
 
     def _size(self) -> int:
         return self.num_components
+
+
+def _moved(_: Any, rule: averages.Rule, *tensors: Tensor) -> Stored:
+    return averages.moved(Stored(*tensors[:3]), Moments(*tensors[3:]), rule)
 
 
 class UCBNorm(MixtureLayer):
@@ -284,11 +291,11 @@ class UCBNorm(MixtureLayer):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        ops.check_choice("update", update, get_args(Update))
-        ops.check_choice("statistics", statistics, get_args(Statistics))
+        checks.check_choice("update", update, get_args(Update))
+        checks.check_choice("statistics", statistics, get_args(Statistics))
         if statistics == "learned" and update == "moving_average":
             raise ValueError("statistics: 'learned' needs update='weight', got update='moving_average'")
-        ops.check_choice("variance", variance, get_args(Variance))
+        checks.check_choice("variance", variance, get_args(Variance))
         if variance == "shared" and update == "weight":
             raise ValueError("variance: 'shared' needs update='moving_average', got update='weight'")
         if reseed and update == "weight":

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from norm_cases import assert_within_budget, cluster_run, mixture_case, mixture_run
+from norm_cases import any_norm, assert_within_budget, cluster_run, mixture_case, mixture_run
 from torch._dynamo.utils import counters
 
 from common.norms import SCBNorm, UCBNorm, compiled, mixture_norm
@@ -82,23 +82,27 @@ def test_compiled_cluster_norm_errs_at_most_twice_as_much_as_the_reference():
 
 
 @needs_compiler
-def test_one_compilation_serves_all_batch_sizes():
+@pytest.mark.parametrize("kind", ["ucb", "scb"])
+def test_one_compilation_serves_all_batch_sizes_and_widths(kind):
     """Sizes of 1 and layouts apart; the first batch has as many samples as channels and positions."""
-    layer, eager_layer = (UCBNorm(4, 2, groups=1, backend=backend) for backend in ("compiled", "eager"))
 
-    def step(n: int, length: int) -> None:
-        x, g = (t.float() for t in mixture_case((n, 4, length), num=1, seed=n)[::4])
-        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-        layer(ours).backward(g)
-        eager_layer(theirs).backward(g)
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    def step(n: int, channels: int, length: int) -> None:
+        x, g = (t.float() for t in mixture_case((n, channels, length), num=1, seed=n)[::4])
+        cluster = (torch.arange(n) % 2,) if kind == "scb" else ()
+        gradients, state = [], []
+        for backend in ("compiled", "eager"):
+            layer = any_norm(kind, channels, 2, backend=backend)
+            own = x.clone().requires_grad_()
+            layer(own, *cluster).backward(g)
+            gradients.append(own.grad)
+            state.append(layer.state_dict())
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*state)
 
-    step(4, 4)
+    step(4, 4, 4)
     before = counters["stats"]["unique_graphs"]
-    for n, length in ((7, 4), (4, 9), (32, 5), (2, 30)):
-        step(n, length)
+    for size in ((7, 4, 4), (4, 4, 9), (32, 6, 5), (2, 3, 30)):
+        step(*size)
     assert counters["stats"]["unique_graphs"] == before
 
 

@@ -1,20 +1,18 @@
-"""Conversion of models that have BatchNorm, its reversal, cluster ids for them, and conversions of state."""
+"""Conversion of models that have BatchNorm, and its reversal."""
 
 import contextlib
 import copy
 import io
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from convert_cases import IDS, KINDS, close, images, lived, routed, small
 from norm_cases import mixture_case
 from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from common.norms import (
@@ -25,57 +23,8 @@ from common.norms import (
     UCBNorm,
     clusters,
     convert_norms,
-    make_norm,
     revert_norms,
-    scb_state_from_base,
-    ucb_state_from_batch_norm,
 )
-
-KINDS = ["mn", "ucb", "scb", "scb_base", "dsbn"]
-ROUTED = ["scb", "scb_base", "dsbn"]
-IDS = torch.tensor([0, 1, 2, 0, 1, 2])
-
-
-def images(seed: int = 0, n: int = 6, size: int = 8) -> torch.Tensor:
-    return mixture_case((n, 3, size, size), num=1, dtype=torch.float32, seed=seed)[0]
-
-
-def small() -> Any:
-    """A model whose BatchNorms have run: none of their numbers is special."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4, eps=1e-3, momentum=0.2),
-        nn.ReLU(),
-        nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)),
-        nn.Flatten(),
-        nn.Linear(80, 6),
-        nn.BatchNorm1d(6),
-    )
-    return lived(model)
-
-
-def lived(model: nn.Module, size: int = 8) -> nn.Module:
-    """Run the model twice, and give its BatchNorms affine maps that are not the identity."""
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-                for p in (module.weight, module.bias):
-                    p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
-        model.train()
-        for seed in (8, 9):
-            model(images(seed, size=size))
-    return model
-
-
-def routed(kind: str, ids: torch.Tensor = IDS):
-    return clusters(ids) if kind in ROUTED else contextlib.nullcontext()
-
-
-def close(a: torch.Tensor, b: torch.Tensor, depth: int = 3) -> None:
-    """Equal within float32 rounding of a few layers, each of a few operations on numbers of order one."""
-    torch.testing.assert_close(a, b, rtol=0, atol=depth * 2e-6 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -402,158 +351,6 @@ def test_a_first_backward_hook_registered_after_conversion_outlives_it():
     assert calls == [UCBNorm, nn.BatchNorm2d]
 
 
-def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Run a converted small() with ids given by hand."""
-    for module in model.children():
-        if isinstance(module, nn.Sequential):
-            x = manual(module, x, ids)
-        elif isinstance(module, (SCBNorm, SCBNormBase, DomainBatchNorm)):
-            x = module(x, ids)
-        else:
-            x = module(x)
-    return x
-
-
-def apart(model: Any) -> Any:
-    """Move the clusters' rows apart, so that ids matter."""
-    rng = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, SCBNorm):
-                module.mean.add_(torch.randn(module.mean.shape, generator=rng))
-            elif isinstance(module, SCBNormBase):
-                module.mean.weight.add_(torch.randn(module.mean.weight.shape, generator=rng))
-            elif isinstance(module, DomainBatchNorm):
-                for domain in module.domains:
-                    domain.running_mean += torch.randn(module.num_features, generator=rng)  # pyright: ignore
-    return model
-
-
-@pytest.mark.parametrize("kind", ROUTED)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_clusters_routes_ids(kind, training):
-    model = small()
-    convert_norms(model, kind)
-    apart(model.train(training))
-    x = images()
-    others = torch.tensor([0, 0, 1, 1, 2, 2])  # another partition: dsbn ignores a mere renaming in training
-    for module in model.modules():  # the running statistics move with each call, the outputs in training do not
-        if training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
-    want, other = manual(model, x, IDS), manual(model, x, others)
-    assert not torch.allclose(want, other)
-    with clusters(IDS):
-        assert torch.equal(model(x), want)
-        with clusters(others):
-            assert torch.equal(model(x), other)
-        assert torch.equal(model(x), want)
-
-
-@pytest.mark.parametrize("kind", ["scb", "scb_base"])
-def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
-    model = small()
-    convert_norms(model, kind)
-    apart(model)
-    x = images()
-    with pytest.raises(ValueError, match="cluster: expected int64"):
-        model(x)
-    model.eval()
-    want = manual(model, x, torch.full((6,), -1))
-    assert torch.equal(model(x), want)
-    with clusters(IDS), clusters(None):
-        assert torch.equal(model(x), want)
-    mixed = torch.tensor([0, -1, 2, -1, 1, 2])
-    inner = model[0](x)
-    by_hand = model[1](inner, IDS)
-    with clusters(mixed):
-        y = model(x)
-        assert torch.equal(model[1](inner, IDS), by_hand)  # an explicit id goes first
-    assert torch.equal(y[mixed == -1], want[mixed == -1])
-    with clusters(torch.tensor([0, 0, 2, 2, 1, 2])):
-        assert torch.equal(y[mixed >= 0], model(x)[mixed >= 0])
-    with clusters(IDS[:5]), pytest.raises(ValueError, match=r"cluster: expected int64 \(6,\)"):
-        model(x)
-
-
-@pytest.mark.parametrize("wrong", [IDS.float(), IDS.int(), IDS[:, None], [0, 1]], ids=str)
-def test_wrong_ids_are_named(wrong):
-    with pytest.raises(ValueError, match="ids: expected an int64 tensor"), clusters(wrong):
-        pass
-
-
-def test_an_exception_ends_the_block():
-    model = small().eval()
-    convert_norms(model, "scb")
-    apart(model)
-    x = images()
-    want = model(x)
-    with pytest.raises(IndexError, match="cluster"), clusters(IDS + 1):
-        model(x)
-    assert torch.equal(model(x), want)
-
-
-def test_threads_have_ids_of_their_own():
-    model = small().eval()
-    convert_norms(model, "scb")
-    apart(model)
-    x = images()
-    choices = [IDS, IDS.flip(0), None, torch.full((6,), 1)]
-    want = [manual(model, x, ids) for ids in choices]
-    barrier, wrong = threading.Barrier(len(choices)), []
-
-    def work(i: int) -> None:
-        ids = choices[i]
-        with clusters(ids) if ids is not None else contextlib.nullcontext():
-            for _ in range(5):
-                barrier.wait(timeout=30)  # all blocks are open at once
-                if not torch.equal(model(x), want[i]):
-                    wrong.append(i)
-
-    with clusters(IDS):  # of the starting thread, not of the others
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(choices))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-    assert wrong == []
-
-
-# torch's tracer looks at .grad of intermediate results, which warns; a warning is an error here.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", ["scb", "dsbn"])
-def test_compiled_models_see_the_ids_of_each_call(kind):
-    model = small().eval()
-    convert_norms(model, kind)
-    apart(model)
-    compiled: Callable[..., torch.Tensor] = torch.compile(model, backend="eager")
-    x = images()
-    for ids in (IDS, IDS.flip(0), None, torch.full((6,), 1), IDS):
-        if ids is None and kind == "dsbn":
-            continue
-        with clusters(ids):
-            close(compiled(x), manual(model, x, ids))
-            with clusters(torch.zeros_like(IDS)):
-                close(compiled(x), manual(model, x, torch.zeros_like(IDS)))
-
-
-def test_checkpointed_training_recomputes_under_the_ids():
-    model = small()
-    convert_norms(model, "scb")
-    apart(model)
-    x = images()
-
-    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with clusters(IDS):
-            loss = run().square().sum()
-        return torch.autograd.grad(loss, model[1].mean)[0]  # outside the block
-
-    def contexts():
-        return contextlib.nullcontext(), clusters(IDS)
-
-    want = gradient(lambda: model(x))
-    assert torch.equal(gradient(lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts)), want)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["torchvision", "timm"])
 def test_published_backbones(kind, name):
@@ -582,36 +379,6 @@ def test_a_timm_model_with_fused_activations_is_refused_by_name():
         convert_norms(model, "ucb")
 
 
-def test_state_of_a_base_layer_becomes_scbs_exactly():
-    base = nn.Sequential(nn.Conv2d(3, 4, 1), SCBNormBase(4, 3, affine=True))
-    scb = nn.Sequential(nn.Conv2d(3, 4, 1), SCBNorm(4, 3, affine=True))
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in base.parameters():
-            p.copy_(torch.randn(p.shape, generator=rng))
-    scb.load_state_dict(scb_state_from_base(base.state_dict()))
-    x = images()
-    for ids in (IDS, torch.tensor([-1, 0, 1, -1, 2, 2])):
-        assert torch.equal(scb[1].eval()(scb[0](x), ids), base[1].eval()(base[0](x), ids))
-    single = SCBNorm(4, 3, affine=True)
-    single.load_state_dict(scb_state_from_base(base[1].state_dict()))
-    with pytest.raises(ValueError, match="state: expected the state of at least one SCBNormBase, found none"):
-        scb_state_from_base(scb.state_dict())
-
-
-def test_state_of_batch_norm_becomes_a_single_components():
-    norms, model = small(), small()
-    for place, i, norm in ((model, 1, norms[1]), (model[3], 1, norms[3][1]), (model, 6, norms[6])):
-        place[i] = UCBNorm(norm.num_features, 1, eps=norm.eps, momentum=norm.momentum)
-    model.load_state_dict(ucb_state_from_batch_norm(norms.state_dict()))
-    close(model.eval()(images()), norms.eval()(images()))
-    for net in (model.train(), norms.train()):
-        net(images(1))
-    close(model.eval()(images()), norms.eval()(images()))
-    with pytest.raises(ValueError, match="state: expected the state of at least one BatchNorm, found none"):
-        ucb_state_from_batch_norm(model.state_dict())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 2, 3), (6, 4, 2, 1, 3)], ids=str)
 def test_every_rank_of_batch_norm_converts(kind, shape):
@@ -623,12 +390,3 @@ def test_every_rank_of_batch_norm_converts(kind, shape):
     convert_norms(model, kind, num_components=1)
     with routed(kind, torch.zeros(6, dtype=torch.int64)):
         close(model(x), want)
-
-
-@pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
-@pytest.mark.parametrize("dim", [2, -1, -2], ids=str)
-def test_any_channel_dimension(kind, dim):
-    x = mixture_case((6, 4, 2, 3, 2), num=1, dtype=torch.float32)[0]
-    first, other = (make_norm(kind, 4, 3, channel_dim=d) for d in (1, dim))
-    args = (IDS,) if kind in ROUTED else ()
-    torch.testing.assert_close(other(x.movedim(1, dim), *args).movedim(dim, 1), first(x, *args))

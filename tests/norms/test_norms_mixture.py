@@ -171,7 +171,7 @@ def test_stepwise_em_keeps_pooled_moments():
         _, log_lambda, mean, var, _ = mixture_case((20, 4, 3), num=3, seed=step)
         share = log_lambda.exp()
         moments = Moments(60 * share[:, None], mean, var)
-        old = averages.moved(old, moments, momentum=0.1, average="em", min_weight=1e-6)
+        old = averages.moved(old, moments, averages.Rule(0.1, "em", 1e-6))
         corrected = (var * (60 * share / (60 * share - 1))[:, None]).numpy()
         t = 0.1 * share.numpy()[:, None]
         s0 = 0.9 * s0 + t
@@ -186,7 +186,7 @@ def test_a_step_goes_at_most_all_the_way():
     """Component 1 weighs 1 % but holds all of the first of two channels: a step of 0.1 / 0.059 would overshoot."""
     old = Stored(torch.tensor([0.99, 0.01]).log(), torch.zeros(2, 2), torch.zeros(2, 2))
     moments = Moments(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.full((2, 2), 3.0), torch.full((2, 2), 2.0))
-    new = averages.moved(old, moments, momentum=0.1, average="em", min_weight=1e-3)
+    new = averages.moved(old, moments, averages.Rule(0.1, "em", 1e-3))
     torch.testing.assert_close(new.mean[:, 0], torch.tensor([0.0, 3.0]))
     torch.testing.assert_close(new.log_var[:, 0].exp(), torch.tensor([1.0, 200 / 99]))
 

@@ -11,10 +11,16 @@ from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.config import parse
 from common.figures import FiguresConfig
+from common.norms.doctor import DoctorConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGURATIONS = {"cbgan.train": GanConfig, "cbgan.evaluate": EvaluateConfig, "common.figures": FiguresConfig}
+CONFIGURATIONS = {
+    "cbgan.train": GanConfig,
+    "cbgan.evaluate": EvaluateConfig,
+    "common.figures": FiguresConfig,
+    "common.norms.doctor": DoctorConfig,
+}
 
 
 def commands(page: Path) -> list[str]:

@@ -1,0 +1,92 @@
+"""What layers and functions refuse, each in one line that names the argument; nothing asks a GPU for an answer."""
+
+import math
+from numbers import Integral, Real
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Say whether value is a whole number of an integer type; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise ValueError unless value is a whole number of at least 1."""
+    if not is_integer(value):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_groups(groups: object, channels: int) -> None:
+    """Raise ValueError unless groups is a positive divisor of channels."""
+    if not is_integer(groups) or groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of {channels}, got {groups!r}")
+
+
+def check_eps(eps: object) -> None:
+    """Raise ValueError unless eps is a positive, finite number."""
+    if not _is_number(eps) or not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a positive, finite number, got {eps!r}")
+
+
+def check_momentum(momentum: object) -> None:
+    """Raise ValueError unless momentum is a number from 0 to 1."""
+    if not _is_number(momentum) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: expected 0 to 1, got {momentum!r}")
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_input(x: object, channels: int, dim: int = 1) -> None:
+    """Raise ValueError unless x is a floating-point tensor with a batch, and so many channels in dimension dim."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point tensor, got {_describe(x)}")
+    if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != channels:
+        raise ValueError(f"x: expected {channels} channels in dimension {dim}, got {tuple(x.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
+    """Raise ValueError unless the tensor is on the device, which is that of ``whose``."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, as {whose}, got one on {tensor.device}")
+
+
+def check_parameter(name: str, tensor: object, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise ValueError unless tensor is floating-point, of the shape, and on x's device."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
+        raise ValueError(f"{name}: expected a floating-point {tuple(shape)}, got {_describe(tensor)}")
+    check_device(name, tensor, x.device, "x")
+
+
+def check_mean(mean: object) -> None:
+    """Raise ValueError unless mean is a floating-point (K, C) with at least one row."""
+    if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.ndim != 2 or len(mean) < 1:
+        raise ValueError(f"mean: expected a floating-point (K, C) with K of at least 1, got {_describe(mean)}")
+
+
+def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) -> None:
+    """Raise ValueError unless cluster is int64 (N,) on x's device, IndexError (CPU only) for an id beyond range."""
+    if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {_describe(cluster)}")
+    check_device("cluster", cluster, x.device, "x")
+    if cluster.device.type == "cpu" and len(cluster) and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in cluster.aminmax())
+        if low < lowest or high >= num_clusters:
+            wrong = low if low < lowest else high
+            raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")

@@ -1,0 +1,166 @@
+"""Cluster ids reach the converted layers of a model that knows nothing of them."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from convert_cases import IDS, ROUTED, close, images, small
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, clusters, convert_norms
+
+
+def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """Run a converted small() with ids given by hand."""
+    for module in model.children():
+        if isinstance(module, nn.Sequential):
+            x = manual(module, x, ids)
+        elif isinstance(module, (SCBNorm, SCBNormBase, DomainBatchNorm)):
+            x = module(x, ids)
+        else:
+            x = module(x)
+    return x
+
+
+def apart(model: Any) -> Any:
+    """Move the clusters' rows apart, so that ids matter."""
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SCBNorm):
+                module.mean.add_(torch.randn(module.mean.shape, generator=rng))
+            elif isinstance(module, SCBNormBase):
+                module.mean.weight.add_(torch.randn(module.mean.weight.shape, generator=rng))
+            elif isinstance(module, DomainBatchNorm):
+                for domain in module.domains:
+                    domain.running_mean += torch.randn(module.num_features, generator=rng)  # pyright: ignore
+    return model
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_clusters_routes_ids(kind, training):
+    model = small()
+    convert_norms(model, kind)
+    apart(model.train(training))
+    x = images()
+    others = torch.tensor([0, 0, 1, 1, 2, 2])  # another partition: dsbn ignores a mere renaming in training
+    for module in model.modules():  # the running statistics move with each call, the outputs in training do not
+        if training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+    want, other = manual(model, x, IDS), manual(model, x, others)
+    assert not torch.allclose(want, other)
+    with clusters(IDS):
+        assert torch.equal(model(x), want)
+        with clusters(others):
+            assert torch.equal(model(x), other)
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown(kind):
+    model = small()
+    convert_norms(model, kind)
+    apart(model)
+    x = images()
+    with pytest.raises(ValueError, match="cluster: expected an int64 tensor"):
+        model(x)
+    model.eval()
+    want = manual(model, x, torch.full((6,), -1))
+    assert torch.equal(model(x), want)
+    with clusters(IDS), clusters(None):
+        assert torch.equal(model(x), want)
+    mixed = torch.tensor([0, -1, 2, -1, 1, 2])
+    inner = model[0](x)
+    by_hand = model[1](inner, IDS)
+    with clusters(mixed):
+        y = model(x)
+        assert torch.equal(model[1](inner, IDS), by_hand)  # an explicit id goes first
+    assert torch.equal(y[mixed == -1], want[mixed == -1])
+    with clusters(torch.tensor([0, 0, 2, 2, 1, 2])):
+        assert torch.equal(y[mixed >= 0], model(x)[mixed >= 0])
+    with clusters(IDS[:5]), pytest.raises(ValueError, match=r"cluster: expected an int64 tensor \(6,\)"):
+        model(x)
+
+
+@pytest.mark.parametrize("wrong", [IDS.float(), IDS.int(), IDS[:, None], [0, 1]], ids=str)
+def test_wrong_ids_are_named(wrong):
+    with pytest.raises(ValueError, match="ids: expected an int64 tensor"), clusters(wrong):
+        pass
+
+
+def test_an_exception_ends_the_block():
+    model = small().eval()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+    want = model(x)
+    with pytest.raises(IndexError, match="cluster"), clusters(IDS + 1):
+        model(x)
+    assert torch.equal(model(x), want)
+
+
+def test_threads_have_ids_of_their_own():
+    model = small().eval()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+    choices = [IDS, IDS.flip(0), None, torch.full((6,), 1)]
+    want = [manual(model, x, ids) for ids in choices]
+    barrier, wrong = threading.Barrier(len(choices)), []
+
+    def work(i: int) -> None:
+        ids = choices[i]
+        with clusters(ids) if ids is not None else contextlib.nullcontext():
+            for _ in range(5):
+                barrier.wait(timeout=30)  # all blocks are open at once
+                if not torch.equal(model(x), want[i]):
+                    wrong.append(i)
+
+    with clusters(IDS):  # of the starting thread, not of the others
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(choices))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert wrong == []
+
+
+# torch's tracer looks at .grad of intermediate results, which warns; a warning is an error here.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("kind", ["scb", "dsbn"])
+def test_compiled_models_see_the_ids_of_each_call(kind):
+    model = small().eval()
+    convert_norms(model, kind)
+    apart(model)
+    compiled: Callable[..., torch.Tensor] = torch.compile(model, backend="eager")
+    x = images()
+    for ids in (IDS, IDS.flip(0), None, torch.full((6,), 1), IDS):
+        if ids is None and kind == "dsbn":
+            continue
+        with clusters(ids):
+            close(compiled(x), manual(model, x, ids))
+            with clusters(torch.zeros_like(IDS)):
+                close(compiled(x), manual(model, x, torch.zeros_like(IDS)))
+
+
+def test_checkpointed_training_recomputes_under_the_ids():
+    model = small()
+    convert_norms(model, "scb")
+    apart(model)
+    x = images()
+
+    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with clusters(IDS):
+            loss = run().square().sum()
+        return torch.autograd.grad(loss, model[1].mean)[0]  # outside the block
+
+    def contexts():
+        return contextlib.nullcontext(), clusters(IDS)
+
+    want = gradient(lambda: model(x))
+    assert torch.equal(gradient(lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts)), want)
