@@ -53,8 +53,14 @@ def read_run(path: Path) -> LoggedRun:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict) or not all(isinstance(line, dict) for line in lines):
-        raise UsageError(f"runs: {path} is not a run's folder (config.yaml or metrics.jsonl holds something else)")
+    numbers = all(
+        isinstance(line, dict) and all(isinstance(value, int | float | None) for value in line.values())
+        for line in lines
+    )
+    if not isinstance(settings, dict) or not numbers or not all(isinstance(session, dict) for session in sessions):
+        raise UsageError(
+            f"runs: {path} is not a run's folder (config.yaml, metrics.jsonl or environment.json holds something else)"
+        )
     named = dict(flatten(settings))
     return LoggedRun(path, named, named.pop("seed", None), lines, sessions)
 

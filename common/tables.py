@@ -1,9 +1,10 @@
-"""Tables for reports: what runs logged last, over seeds: ``python -m common.tables``."""
+"""Tables for reports: what runs logged in the end, over seeds: ``python -m common.tables``."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common.cli import run_command
@@ -14,7 +15,7 @@ from common.logged import LoggedRun, group_by_seed, read_run
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:
-    """Print a Markdown table of what runs logged last; runs that differ by their seed alone share a row."""
+    """Print a Markdown table of what runs logged in the end; runs that differ by their seed alone share a row."""
 
     runs: list[Path] = field(default_factory=list)
     """Folders of finished runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
@@ -22,12 +23,16 @@ class TablesConfig:
     """Settings that name a row, for instance norm.kind norm.groups: all in which the runs differ, but the seed."""
     tags: list[str] = field(default_factory=list)
     """Logged values, a column each, for instance metric/accuracy loss/test."""
+    last: int = 1
+    """Take the mean of so many last logged values of each run: more steady where they jump from epoch to epoch."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("runs: name at least one run's folder, --runs runs/cbgan/NAME")
         if not self.tags:
             raise ValueError("tags: name at least one logged value, --tags loss/test")
+        if self.last < 1:
+            raise ValueError(f"last: expected at least 1, got {self.last}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if a folder is no finished run, or settings and tags do not fit the runs.
     """
     cfg = parse(TablesConfig, argv, prog="python -m common.tables")
-    print(table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags))
+    print(table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last))
 
 
-def table(runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str]) -> str:
+def table(runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str], last: int = 1) -> str:
     """Return a Markdown table with a row for each choice of settings and a column for each tag, and its origin below.
 
-    A cell is the mean over seeds of the last logged value, with the least and the largest in brackets; "-" where
-    none of the row's runs logged the tag, nan where a run's last value was not finite.
+    A run counts with the mean of its ``last`` last values of a tag. A cell is the mean over seeds, with the least and
+    the largest run in brackets; "-" where none of the row's runs logged the tag, nan where a value was not finite.
 
     Raises:
         UsageError: if a run is unfinished, no run knows a setting or tag, runs of a row do not all have a tag, or
@@ -68,15 +73,15 @@ def table(runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str
         rows[name] = group
     lines = [_row([*settings, "seeds", *tags]), _row(["---"] * (len(settings) + 1 + len(tags)))]
     lines += [
-        _row([*name, " ".join(str(run.seed) for run in group), *(_cell(group, tag) for tag in tags)])
+        _row([*name, " ".join(str(run.seed) for run in group), *(_cell(group, tag, last) for tag in tags)])
         for name, group in rows.items()
     ]
-    return "\n".join([*lines, "", *_origin(runs)])
+    return "\n".join([*lines, "", *_origin(runs, last)])
 
 
 def _check_finished(run: LoggedRun) -> None:
-    wanted, done = run.settings.get("epochs"), max((line.get("epoch", 0) for line in run.lines), default=0)
-    if wanted is not None and done < wanted:
+    wanted, done = run.settings.get("epochs"), max((line.get("epoch") or 0 for line in run.lines), default=0)
+    if isinstance(wanted, int) and done < wanted:
         raise UsageError(f"runs: {run.path} is not finished, it has {done} of {wanted} epochs")
 
 
@@ -84,21 +89,21 @@ def _has(run: LoggedRun, tag: str) -> bool:
     return any(tag in line for line in run.lines)
 
 
-def _cell(group: Sequence[LoggedRun], tag: str) -> str:
+def _cell(group: Sequence[LoggedRun], tag: str, last: int) -> str:
     if not any(_has(run, tag) for run in group):
         return "-"
     values = []
     for run in group:
         run.require(tag)
-        last = [line[tag] for line in run.lines if tag in line][-1]
-        values.append(math.nan if last is None else last)
-    mean = sum(values) / len(values)
+        logged = [math.nan if line[tag] is None else line[tag] for line in run.lines if tag in line]
+        values.append(fmean(logged[-last:]))
+    mean = fmean(values)
     if len(values) == 1 or math.isnan(mean):
         return f"{mean:.3g}"
     return f"{mean:.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def _origin(runs: Sequence[LoggedRun]) -> list[str]:
+def _origin(runs: Sequence[LoggedRun], last: int) -> list[str]:
     """Say what a cell is, and from which code and machine it comes."""
     sessions = [session for run in runs for session in run.sessions]
     hardware = [session.get("hardware") or {} for session in sessions]
@@ -114,7 +119,8 @@ def _origin(runs: Sequence[LoggedRun]) -> list[str]:
         "hardware": machines,
     }
     return [
-        f"{len(runs)} runs; a cell is the mean of the last logged value over seeds (least to largest).",
+        f"{len(runs)} runs, each with {'its last value' if last == 1 else f'the mean of its {last} last values'}; "
+        "a cell is the mean over seeds (least to largest).",
         "; ".join(f"{name}: {_distinct(values)}" for name, values in facts.items()) + ".",
     ]
 

@@ -45,9 +45,16 @@ def test_rows_are_means_over_seeds_of_what_was_logged_last(runs, capsys):
         "| ucb | null | 0 1 2 | 0.617 (0.5 to 0.75) | 0.1 (1e-09 to 0.2) |",
         "| bn | null | 0 | 0.25 | - |",
         "",
-        "4 runs; a cell is the mean of the last logged value over seeds (least to largest).",
+        "4 runs, each with its last value; a cell is the mean over seeds (least to largest).",
         "epochs: 2; data: digits; commit: abc123; torch: 2.99; hardware: A processor, 1 of 8 cores.",
     ]
+
+
+def test_a_run_counts_with_the_mean_of_its_last_values(runs, capsys):
+    common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--last", "2"])
+    out = capsys.readouterr().out
+    assert "| ucb | 0 1 2 | 0.308 (0.25 to 0.375) |" in out  # the accuracy before the last was 0
+    assert "the mean of its 2 last values" in out
 
 
 def test_a_value_that_was_not_finite_stays_visible(tmp_path, runs, capsys):
@@ -70,6 +77,7 @@ def test_bad_input_is_one_line(tmp_path, runs, capsys):
     tags = ["--tags", "metric/accuracy"]
     assert "runs: name at least one" in refused(capsys, *tags)
     assert "tags: name at least one" in refused(capsys, "--runs", *runs)
+    assert "last: expected at least 1, got 0" in refused(capsys, "--runs", *runs, *tags, "--last", "0")
     assert "is not a run's folder" in refused(capsys, "--runs", str(tmp_path), *tags)
     assert "has no loss/g; it has health/usage, metric/accuracy" in refused(capsys, "--runs", *runs, "--tags", "loss/g")
     line = refused(capsys, "--runs", *runs, *tags, "--settings", "norm.kinds")
