@@ -31,11 +31,11 @@ FLAGS = {
     "--epochs 0": ["epochs", "at least 1", "0"],
     "--epochs many": ["epochs", "whole number", "many"],
     "--batch_size 1": ["batch_size", "at least 2", "1"],
-    "--batch_size 2000": ["batch_size", "1000", "2000"],
+    "--batch_size 2000": ["batch_size", "60", "2000"],
     "--lr 0": ["lr", "more than 0"],
     "--weight_decay -1": ["weight_decay", "0 or more", "-1"],
     "--data.size 33": ["data.size", "33"],
-    "--data.name imagefolder": ["data.root"],
+    "--data.root nowhere": ["data.root", "nowhere"],
     "--data.workers -1": ["data.workers", "-1"],
     "--device tpu": ["device", "tpu", "cuda"],
     "--precision fp8": ["precision", "fp8", "bf16"],
@@ -68,13 +68,13 @@ def folder(root: Path, *names: str) -> str:
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 def test_images_that_no_classifier_can_learn_from(tiny, tmp_path, capsys, dry):
     two = folder(tmp_path / "two", "cat", "dog")
-    one = folder(tmp_path / "one", "cat")
+    one, more = (folder(tmp_path / name, "cat") for name in ("one", "more"))
     bare = folder(tmp_path / "bare", ".")
-    flags = [*tiny, "--data.name", "imagefolder", *dry]
-    assert "data.test_root" in refused(capsys, *flags, "--data.root", two)
+    flags = [*tiny, *dry]
+    assert "data.test_root" in refused(capsys, *flags, "--data.root", two, "--data.test_root", "null")
     assert "no labels" in refused(capsys, *flags, "--data.root", bare, "--data.test_root", two)
     assert "no labels" in refused(capsys, *flags, "--data.root", two, "--data.test_root", bare)
-    assert "at least 2 classes" in refused(capsys, *flags, "--data.root", one)
+    assert "at least 2 classes" in refused(capsys, *flags, "--data.root", one, "--data.test_root", more)
     assert not (tmp_path / "cbcls").exists()
 
 

@@ -43,7 +43,7 @@ def test_the_papers_configuration_is_the_papers():
 def finished(tiny, tmp_path, capsys) -> Path:
     """Train two epochs and return the run's folder."""
     cbcls.train.main([*tiny, "--epochs", "2"])
-    return tmp_path / "cbcls" / "digits-ucb-seed0"
+    return tmp_path / "cbcls" / "imagefolder-ucb-seed0"
 
 
 def test_a_run_leaves_everything_behind(finished, capsys):
@@ -68,9 +68,9 @@ def test_a_run_leaves_everything_behind(finished, capsys):
 
 
 def test_the_scores_of_a_run_are_those_of_its_weights(finished):
-    """Score the last checkpoint with scikit-learn alone, images one batch."""
+    """Score the last checkpoint with scikit-learn alone, all images in one batch."""
     cfg = parse(ClassifierConfig, ["--config", str(finished / "config.yaml")])
-    state = ClassifierState(cfg, 10, torch.device("cpu"))
+    state = ClassifierState(cfg, 6, torch.device("cpu"))
     state.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt"))
     test = registry.load(cfg.data).test
     assert test is not None
@@ -114,10 +114,11 @@ def test_a_known_classifier_gets_the_scores_counted_by_hand():
     assert found["loss/test"] == pytest.approx(share * math.log(2) + (1 - share) * math.log(18), rel=1e-6)
 
 
-def test_it_learns(tiny, tmp_path):
-    cbcls.train.main([*tiny, "--epochs", "6", "--name", "run", "--norm.kind", "bn", "--batch_size", "100"])
+def test_it_learns(tmp_path):
+    flags = ["--out", str(tmp_path), "--name", "run", "--epochs", "4", "--data.size", "8", "--batch_size", "50"]
+    cbcls.train.main([*flags, "--norm.kind", "bn"])
     accuracy = [line["metric/accuracy"] for line in read_metrics(tmp_path / "cbcls" / "run") if "loss/test" in line]
-    assert accuracy[-1] > 0.8  # chance is 0.1; a linear classifier reaches 0.95
+    assert accuracy[-1] > 0.8  # chance is 0.1
 
 
 def final(folder: Path) -> dict:
@@ -225,6 +226,6 @@ def test_a_collapsed_mixture_is_told_once(tiny, capsys):
 def test_a_dry_run_writes_nothing_and_states_the_cost(tiny, tmp_path, capsys):
     cbcls.train.main([*tiny, "--norm.kind", "bn", "--dry_run"])
     out = capsys.readouterr().out
-    for part in ("918,410 parameters", "256 in norm3", "MiB", "ms a step", "80 steps"):
+    for part in ("917,382 parameters", "256 in norm3", "MiB", "ms a step", "80 steps"):
         assert part in out
     assert list(tmp_path.iterdir()) == []
