@@ -20,7 +20,7 @@ class TablesConfig:
     runs: list[Path] = field(default_factory=list)
     """Folders of finished runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
     settings: list[str] = field(default_factory=lambda: ["norm.kind"])
-    """Settings that name a row, for instance norm.kind norm.groups: all in which the runs differ, but the seed."""
+    """Settings that tell the rows apart, for instance norm.kind norm.groups."""
     tags: list[str] = field(default_factory=list)
     """Logged values, a column each, for instance metric/accuracy loss/test."""
     last: int = 1
@@ -68,15 +68,23 @@ def table(runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str
         name = tuple(_shown(group[0].settings.get(setting)) for setting in settings)
         if name in rows:
             one, other = rows[name][0], group[0]
-            differ = [k for k in {**one.settings, **other.settings} if one.settings.get(k) != other.settings.get(k)]
-            raise UsageError(f"settings: {one.path} and {other.path} differ in {', '.join(differ)}; name it too")
+            differ = ", ".join(_differing([one, other]))
+            raise UsageError(f"settings: {one.path} and {other.path} differ in {differ}; name it too")
         rows[name] = group
     lines = [_row([*settings, "seeds", *tags]), _row(["---"] * (len(settings) + 1 + len(tags)))]
     lines += [
         _row([*name, " ".join(str(run.seed) for run in group), *(_cell(group, tag, last) for tag in tags)])
         for name, group in rows.items()
     ]
-    return "\n".join([*lines, "", *_origin(runs, last)])
+    unnamed = [name for name in _differing(runs) if name not in settings]
+    also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
+    return "\n".join([*lines, "", *_origin(runs, last), *also])
+
+
+def _differing(runs: Sequence[LoggedRun]) -> list[str]:
+    """Return the settings in which any of the runs differ."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)]
 
 
 def _check_finished(run: LoggedRun) -> None:

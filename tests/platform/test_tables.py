@@ -50,6 +50,12 @@ def test_rows_are_means_over_seeds_of_what_was_logged_last(runs, capsys):
     ]
 
 
+def test_what_rows_differ_in_without_being_named_is_told(tmp_path, runs, capsys):
+    grouped = make_run(tmp_path, "e", seed=0, norm="{kind: in, groups: 4, affine: true}", accuracy=0.5)
+    common.tables.main(["--runs", *runs, grouped, "--tags", "metric/accuracy"])
+    assert capsys.readouterr().out.splitlines()[-1] == "The rows differ in norm.groups, norm.affine too."
+
+
 def test_a_run_counts_with_the_mean_of_its_last_values(runs, capsys):
     common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--last", "2"])
     out = capsys.readouterr().out
