@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +26,7 @@ from common.cli import run_command
 from common.config import parse
 from common.errors import UsageError
 from common.files import write_atomic
-from common.log import read_metrics
+from common.logged import LoggedRun, group_by_seed, read_run
 
 Run = tuple[Sequence[float], Sequence[float]]
 """x and y of one run, equally long."""
@@ -260,18 +259,6 @@ class FiguresConfig:
             raise ValueError(f"out: expected the figure's path without ending, such as --out fid, got {given}")
 
 
-@dataclass(frozen=True)
-class _Logged:
-    """One run as far as a figure needs it."""
-
-    path: Path
-    settings: dict[str, Any]  # without the seed
-    seed: object
-    xs: list[float]
-    ys: list[float]
-    floor: float | None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
@@ -283,8 +270,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in stems(cfg.out):
         if path.exists() and not cfg.force:
             raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
-    groups = _grouped([_read(path, cfg.tag, cfg.x) for path in cfg.runs])
-    floors = [run.floor for runs in groups.values() for run in runs if run.floor is not None]
+    runs = [read_run(path) for path in cfg.runs]
+    groups = _labelled(group_by_seed(runs))
+    series = {label: [_points(run, cfg.tag, cfg.x) for run in group] for label, group in groups.items()}
+    floors = _floors(runs, f"{cfg.tag}_floor")
     # Another machine's classifier may differ in the last digits; other images or another extractor differ by far more.
     agree = bool(floors) and max(floors) - min(floors) <= 0.01 * abs(max(floors))
     if floors and not agree:
@@ -296,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         written = curves(
             cfg.out,
-            {label: [(run.xs, run.ys) for run in runs] for label, runs in groups.items()},
+            series,
             xlabel=cfg.x,
             ylabel=cfg.tag,
             title=cfg.title,
@@ -308,57 +297,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"runs: {error}") from None
     except OSError as error:
         raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
-    for label, runs in groups.items():
-        print(f"{label}: {', '.join(str(run.path) for run in runs)}")
+    for label, group in groups.items():
+        print(f"{label}: {', '.join(str(run.path) for run in group)}")
     print(f"written: {', '.join(map(str, written))}")
 
 
-def _read(path: Path, tag: str, x: str) -> _Logged:
-    try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        lines = read_metrics(path)
-    except FileNotFoundError as error:
-        raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict) or not all(isinstance(line, dict) for line in lines):
-        raise UsageError(f"runs: {path} is not a run's folder (config.yaml or metrics.jsonl holds something else)")
-    points = [(line[x], line[tag]) for line in lines if line.get(tag) is not None and x in line]
+def _points(run: LoggedRun, tag: str, x: str) -> Run:
+    run.require(tag)
+    points = [(line[x], line[tag]) for line in run.lines if line.get(tag) is not None and line.get(x) is not None]
     if not points:
-        known = sorted({name for line in lines for name in line} - {"step", "epoch"})
-        raise UsageError(f"tag: {path} has no {tag}; it has {', '.join(known) or 'nothing yet'}")
-    for place, value in points:
-        if not isinstance(place, int | float) or not isinstance(value, int | float):
-            raise UsageError(f"tag: expected numbers, got {value!r} at {x} {place!r} in {path}")
+        raise UsageError(f"tag: {tag} is not finite anywhere in {run.path}")
     xs, ys = [place for place, _ in points], [value for _, value in points]
     if len(set(xs)) < len(xs):
         remedy = "use --x step" if x == "epoch" else "expected one"
-        raise UsageError(f"x: {path} has several values of {tag} in one {x}; {remedy}")
-    floor = next((line[f"{tag}_floor"] for line in lines if line.get(f"{tag}_floor") is not None), None)
-    return _Logged(path, {k: v for k, v in settings.items() if k != "seed"}, settings.get("seed"), xs, ys, floor)
+        raise UsageError(f"x: {run.path} has several values of {tag} in one {x}; {remedy}")
+    return xs, ys
 
 
-def _grouped(runs: list[_Logged]) -> dict[str, list[_Logged]]:
-    """Collect runs that differ by their seed alone, under a label each."""
-    groups: list[list[_Logged]] = []
-    for run in runs:
-        for group in groups:
-            if group[0].settings == run.settings:
-                twin = next((other for other in group if other.seed == run.seed), None)
-                if twin is not None:
-                    both = f"{twin.path} and {run.path}"
-                    raise UsageError(f"runs: {both} have the same settings and seed; name one of them")
-                group.append(run)
-                break
-        else:
-            groups.append([run])
+def _floors(runs: Sequence[LoggedRun], tag: str) -> list[float]:
+    """Return the first floor that each run logged, where it did."""
+    found = ([line[tag] for line in run.lines if line.get(tag) is not None] for run in runs)
+    return [floors[0] for floors in found if floors]
+
+
+def _labelled(groups: list[list[LoggedRun]]) -> dict[str, list[LoggedRun]]:
     labels = [_label(group) for group in groups]
     if len(set(labels)) < len(labels):
         labels = [", ".join(str(run.path) for run in group) for group in groups]
     return dict(zip(labels, groups, strict=True))
 
 
-def _label(group: list[_Logged]) -> str:
+def _label(group: list[LoggedRun]) -> str:
     """Return the name that the runs share but for the seed in it, or all their names."""
     names = [run.path.resolve().name for run in group]
     short = {re.sub(r"[-_]?seed[-_]?\d+", "", name) or name for name in names}

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.config import ClassifierConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.config import parse
 from common.figures import FiguresConfig
 from common.norms.doctor import DoctorConfig
+from common.tables import TablesConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.train": ClassifierConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,
     "common.norms.doctor": DoctorConfig,
+    "common.tables": TablesConfig,
 }
 
 

@@ -254,7 +254,10 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "a: its runs have different x" in refused(capsys, "--runs", run, longer, *out)
     (tmp_path / "file").write_text("")
     assert "out: cannot write" in refused(capsys, "--runs", run, "--out", f"{tmp_path}/file/f")
-    for name, text in (("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.jsonl", "7\n")):
+    (Path(run) / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "{TAG}": null}}\n')
+    assert f"{TAG} is not finite anywhere in {run}" in refused(capsys, "--runs", run, *out)
+    for name, text in (("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.jsonl", "7\n"),
+                       ("metrics.jsonl", f'{{"epoch": 1, "{TAG}": "low"}}\n')):  # fmt: skip
         before = Path(run, name).read_text()
         Path(run, name).write_text(text)
         assert f"runs: {run}" in refused(capsys, "--runs", run, *out)

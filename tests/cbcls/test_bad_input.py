@@ -1,0 +1,97 @@
+"""Bad input is one line that names the field, the value and what would be right; nothing is written."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cbcls.train
+from common.cli import run_command
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run the command, which must be refused, and return its one line."""
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: cbcls.train.main(list(argv)))
+    captured = capsys.readouterr()
+    assert left.value.code == 2, captured.err
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+FLAGS = {
+    "--norm.kind foo": ["norm.kind", "foo", "ucb"],
+    "--norm.kind scb": ["norm.kind", "scb", "cluster id", "ucb"],
+    "--norm.kind dsbn": ["norm.kind", "dsbn", "cluster id"],
+    "--norm.num_components 0": ["norm.num_components", "at least 1", "0"],
+    "--norm.groups 7": ["norm.groups", "7"],
+    "--norm.kind bn --norm.init uniform": ["norm.init", "uniform", "bn"],
+    "--epochs 0": ["epochs", "at least 1", "0"],
+    "--epochs many": ["epochs", "whole number", "many"],
+    "--batch_size 1": ["batch_size", "at least 2", "1"],
+    "--batch_size 2000": ["batch_size", "60", "2000"],
+    "--lr 0": ["lr", "more than 0"],
+    "--weight_decay -1": ["weight_decay", "0 or more", "-1"],
+    "--data.size 33": ["data.size", "33"],
+    "--data.root nowhere": ["data.root", "nowhere"],
+    "--data.workers -1": ["data.workers", "-1"],
+    "--device tpu": ["device", "tpu", "cuda"],
+    "--precision fp8": ["precision", "fp8", "bf16"],
+    "--seed -1": ["seed", "0 or more", "-1"],
+    "--name a/b": ["name", "a/b"],
+    "--resume": ["resume", "--name"],
+    "--name ghost --resume": ["name", "ghost", "no runs"],
+    "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
+    "--epohcs 3": ["--epohcs", "--epochs"],
+    "--config nowhere.yaml": ["config", "nowhere.yaml"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_bad_flags(tiny, tmp_path, capsys, flags):
+    line = refused(capsys, *tiny, *flags.split())
+    for part in FLAGS[flags]:
+        assert part in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder(root: Path, *names: str) -> str:
+    """Write one image into each folder, and return their parent."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 50).convert("RGB").save(root / name / "one.png")
+    return str(root)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_images_that_no_classifier_can_learn_from(tiny, tmp_path, capsys, dry):
+    two = folder(tmp_path / "two", "cat", "dog")
+    one, more = (folder(tmp_path / name, "cat") for name in ("one", "more"))
+    bare = folder(tmp_path / "bare", ".")
+    flags = [*tiny, *dry]
+    assert "data.test_root" in refused(capsys, *flags, "--data.root", two, "--data.test_root", "null")
+    assert "no labels" in refused(capsys, *flags, "--data.root", bare, "--data.test_root", two)
+    assert "no labels" in refused(capsys, *flags, "--data.root", two, "--data.test_root", bare)
+    assert "at least 2 classes" in refused(capsys, *flags, "--data.root", one, "--data.test_root", more)
+    assert not (tmp_path / "cbcls").exists()
+
+
+def test_several_processes_are_refused(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "expected 1, got 2" in refused(capsys, *tiny)
+
+
+def test_what_a_finished_run_refuses(tiny, tmp_path, capsys):
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run"])
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    resume = ["--out", str(tmp_path), "--name", "run", "--resume"]
+    assert "exists; add --resume" in refused(capsys, *tiny, "--name", "run")
+    assert "lr: the run has 0.001, got 0.1" in refused(capsys, *resume, "--lr", "0.1")
+    assert "init_from" in refused(capsys, *resume, "--init_from", "somewhere.pt")
+    source = tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt"
+    line = refused(capsys, *tiny, "--name", "other", "--norm.kind", "bn", "--init_from", str(source))
+    assert "does not fit" in line
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before

@@ -1,0 +1,231 @@
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cbcls.train
+from cbcls.config import ClassifierConfig
+from cbcls.evaluation import Evaluation
+from cbcls.state import ClassifierState
+from common.checkpoint import Checkpoints, load
+from common.cli import Stopped
+from common.config import parse
+from common.data import registry
+from common.data.image_set import to_float
+from common.guard import NonFiniteError
+from common.log import read_metrics
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "cbcls"
+
+
+def config(name: str) -> ClassifierConfig:
+    return parse(ClassifierConfig, ["--config", str(CONFIGS / name)])
+
+
+def test_default_yaml_is_what_no_arguments_do():
+    assert config("default.yaml") == parse(ClassifierConfig, [])
+
+
+def test_the_papers_configuration_is_the_papers():
+    cfg = config("shallow_cifar10.yaml")
+    assert (cfg.data.name, cfg.data.size, cfg.data.flip, cfg.epochs, cfg.batch_size) == ("cifar10", 32, False, 100, 256)
+    assert (cfg.lr, cfg.weight_decay, cfg.norm.num_components) == (1e-3, 1e-4, 3)
+
+
+@pytest.fixture
+def finished(tiny, tmp_path, capsys) -> Path:
+    """Train two epochs and return the run's folder."""
+    cbcls.train.main([*tiny, "--epochs", "2"])
+    return tmp_path / "cbcls" / "imagefolder-ucb-seed0"
+
+
+def test_a_run_leaves_everything_behind(finished, capsys):
+    cfg = parse(ClassifierConfig, ["--config", str(finished / "config.yaml")])
+    assert (cfg.epochs, cfg.data.size, cfg.norm.average) == (2, 8, "em")  # the layer's default is written out
+    session = json.loads((finished / "environment.json").read_text())["sessions"][0]
+    assert session["threads"] == torch.get_num_threads()
+    lines = read_metrics(finished)
+    names = set().union(*lines)
+    assert {"loss/train", "loss/test", "metric/accuracy", "metric/top5", "metric/macro_precision",
+            "metric/macro_recall", "metric/macro_f1", "time/images_per_second",
+            "health/norm3/information"} <= names  # fmt: skip
+    assert [line["epoch"] for line in lines if "metric/accuracy" in line] == [1, 2]
+    assert [line["epoch"] for line in lines if "health/norm3/information" in line] == [1, 2]
+    assert [line["step"] for line in lines if "loss/train" in line] == [3, 6]
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert names - {"step", "epoch"} == set(events.Tags()["scalars"])
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-00000004.pt", "step-00000008.pt"}
+    summary = capsys.readouterr().out
+    for part in (str(finished), "accuracy", "images/s on cpu", "information", "tensorboard --logdir"):
+        assert part in summary
+
+
+def test_the_scores_of_a_run_are_those_of_its_weights(finished):
+    """Score the last checkpoint with scikit-learn alone, all images in one batch."""
+    cfg = parse(ClassifierConfig, ["--config", str(finished / "config.yaml")])
+    state = ClassifierState(cfg, 6, torch.device("cpu"))
+    state.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt"))
+    test = registry.load(cfg.data).test
+    assert test is not None
+    assert test.labels is not None
+    with torch.no_grad():
+        logits = state.network.eval()(to_float(test.images))
+    true, found = test.labels.numpy(), logits.argmax(1).numpy()
+    precision, recall, f1, _ = precision_recall_fscore_support(true, found, average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
+    want = {
+        "loss/test": float(F.cross_entropy(logits, test.labels)),
+        "metric/accuracy": accuracy_score(true, found),
+        "metric/top5": top_k_accuracy_score(true, logits.numpy(), k=5),
+        "metric/macro_precision": precision,
+        "metric/macro_recall": recall,
+        "metric/macro_f1": f1,
+    }
+    last = next(line for line in reversed(read_metrics(finished)) if "metric/accuracy" in line)
+    assert {name: last[name] for name in want} == pytest.approx(want, rel=1e-5)
+
+
+def test_a_known_classifier_gets_the_scores_counted_by_hand():
+    cfg = ClassifierConfig(batch_size=64)
+    splits = registry.load(cfg.data)
+    assert splits.test is not None
+    assert splits.test.labels is not None
+
+    class Zero(torch.nn.Module):
+        """Takes every image for a 0, with logit log 9 against zeros: probability 1/2."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([math.log(9)] + 9 * [0.0]).expand(len(x), 10)
+
+    zeros, n = int((splits.test.labels == 0).sum()), len(splits.test)
+    found = Evaluation(cfg, splits, torch.device("cpu")).scores(Zero(), lambda: False)
+    assert found is not None
+    share = zeros / n
+    assert found["metric/accuracy"] == pytest.approx(share)
+    assert found["metric/macro_precision"] == pytest.approx(share / 10)
+    assert found["metric/macro_recall"] == pytest.approx(1 / 10)
+    assert found["metric/macro_f1"] == pytest.approx(2 * share / (1 + share) / 10)
+    assert found["loss/test"] == pytest.approx(share * math.log(2) + (1 - share) * math.log(18), rel=1e-6)
+
+
+def test_it_learns(tmp_path):
+    flags = ["--out", str(tmp_path), "--name", "run", "--epochs", "4", "--data.size", "8", "--batch_size", "50"]
+    cbcls.train.main([*flags, "--norm.kind", "bn"])
+    accuracy = [line["metric/accuracy"] for line in read_metrics(tmp_path / "cbcls" / "run") if "loss/test" in line]
+    assert accuracy[-1] > 0.8  # chance is 0.1
+
+
+def final(folder: Path) -> dict:
+    state, reports = Checkpoints(folder / "checkpoints").load_latest()
+    assert state is not None
+    assert reports == []
+    del state["log_position"]  # logged speeds differ in length
+    return state
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    torch.testing.assert_close(final(ours), final(theirs), rtol=0, atol=0)
+    logs = [
+        [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]
+        for folder in (ours, theirs)
+    ]
+    assert logs[0] == logs[1]
+
+
+# Steps 3 and 4 are those of a log line and of an epoch's end; 6 falls between. Measurement 1 is of the first epoch.
+@pytest.mark.parametrize("moment", ["step 3", "step 4", "step 6", "scores 1", "scores 2"])
+def test_stopped_by_a_signal_and_resumed_equals_left_alone(tiny, tmp_path, monkeypatch, moment):
+    options = [*tiny, "--epochs", "2", "--norm.init", "kmeans++", "--data.flip"]
+    cbcls.train.main([*options, "--name", "whole"])
+    name, at, calls = moment.split()[0], int(moment.split()[1]), 0
+    owner = cbcls.train if name == "step" else Evaluation
+    sound = getattr(owner, name)
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sound(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(Stopped, match=r"python -m cbcls\.train --name run --resume") as stopped:
+        cbcls.train.main([*options, "--name", "run"])
+    assert stopped.value.signum == signal.SIGTERM
+    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume"])
+    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
+
+
+@pytest.mark.parametrize("kind", ["bn", "ucb", "mn"])
+def test_killed_and_resumed_equals_left_alone(tiny, tmp_path, monkeypatch, kind):
+    options = [*tiny, "--epochs", "2", "--norm.kind", kind]
+    cbcls.train.main([*options, "--name", "whole"])
+    sound, calls = cbcls.train.step, 0
+
+    class Killed(Exception):
+        pass
+
+    def killed(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise Killed
+        return sound(*args)
+
+    monkeypatch.setattr(cbcls.train, "step", killed)
+    with pytest.raises(Killed):
+        cbcls.train.main([*options, "--name", "run"])
+    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume"])
+    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
+
+
+def test_a_finished_run_can_be_made_longer(tiny, tmp_path):
+    cbcls.train.main([*tiny, "--epochs", "2", "--name", "whole"])
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run"])
+    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
+    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(tiny, tmp_path, monkeypatch):
+    sound, calls = F.cross_entropy, 0
+
+    def spoiled(logits, labels):
+        nonlocal calls
+        calls += logits.requires_grad
+        return sound(logits, labels) * (math.nan if calls == 6 else 1)
+
+    monkeypatch.setattr(cbcls.train.F, "cross_entropy", spoiled)
+    with pytest.raises(NonFiniteError, match=r"^loss/train is not finite in step 6;"):
+        cbcls.train.main([*tiny, "--epochs", "2", "--name", "run"])
+    for values in load(tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt")["network"].values():
+        assert torch.isfinite(values).all()
+
+
+def test_initial_weights_come_from_another_run_but_not_its_position(tiny, tmp_path):
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "first"])
+    source = tmp_path / "cbcls" / "first" / "checkpoints" / "step-00000004.pt"
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "second", "--init_from", str(source), "--lr", "1e-30"])
+    second = load(tmp_path / "cbcls" / "second" / "checkpoints" / "step-00000004.pt")
+    assert second["at"]["step"] == 4
+    torch.testing.assert_close(second["network"]["conv3.weight"], load(source)["network"]["conv3.weight"])
+
+
+def test_a_collapsed_mixture_is_told_once(tiny, capsys):
+    # Of 128 components some hold less than 1 % of the locations, whatever is learnt.
+    cbcls.train.main([*tiny, "--epochs", "2", "--norm.num_components", "128"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: norm3: component")]
+    assert 0 < len(lines) == len({line.split(" holds ")[0] for line in lines})
+
+
+def test_a_dry_run_writes_nothing_and_states_the_cost(tiny, tmp_path, capsys):
+    cbcls.train.main([*tiny, "--norm.kind", "bn", "--dry_run"])
+    out = capsys.readouterr().out
+    for part in ("917,382 parameters", "256 in norm3", "MiB", "ms a step", "80 steps"):
+        assert part in out
+    assert list(tmp_path.iterdir()) == []
