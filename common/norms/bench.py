@@ -1,16 +1,20 @@
 """Time the layers against BatchNorm: ``python -m common.norms.bench``."""
 
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from common.cli import run_command
+from common.config import parse
+from common.device import resolve_device, set_threads
+from common.errors import UsageError
 from common.norms import SCBNorm, UCBNorm, ops
+from common.runs import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
 COMPONENTS = 3
@@ -144,48 +148,72 @@ def line(cells: list[str]) -> str:
 
 
 def runnable(device: torch.device) -> list[str]:
-    """Return the backends in closed form that can run on a device, the fastest last."""
-    found = []
-    for backend in ("eager", "compiled", "triton"):
-        try:
-            ops.choose_backend(backend, torch.empty(0, device=device), COMPONENTS)
-            found.append(backend)
-        except ValueError:
-            continue
-    return found
+    """Return the backends in closed form that can run on a device."""
+    return [backend for backend in ("eager", "compiled", "triton") if refusal(backend, device) is None]
 
 
-def main(backends: list[str] | None = None, rounds: int = 11, device: str = "cpu", threads: int = 0) -> None:
-    """Print Markdown tables of times and of memory, as ratios to nn.BatchNorm2d and to the activation's size.
+def refusal(backend: str, device: torch.device) -> str | None:
+    """Say why a backend cannot run on the device, or return None if it can."""
+    try:
+        ops.choose_backend(backend, torch.empty(0, device=device), COMPONENTS)
+    except ValueError as refused:
+        return str(refused)
+    return None
 
-    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, float32.
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Print Markdown tables of the layers' time and memory, as ratios to nn.BatchNorm2d and to the activation's size.
+
+    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32.
     Memory is what autograd keeps for the backward pass / what forward and backward hold at most.
-
-    Args:
-        backends: how the layers compute: eager, compiled, triton or reference; left out, all but the reference
-            that can run on the device.
-        rounds: times that every layer is measured, in turn.
-        device: where, for instance cpu or cuda.
-        threads: CPU threads; 0 leaves the choice to torch.
     """
-    torch.set_num_threads(threads or torch.get_num_threads())
-    where = torch.device(device)
-    backends = backends or runnable(where)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"Python {platform.python_version()}, K={COMPONENTS}, float32, training mode\n")
+
+    backends: list[str] = field(default_factory=list)
+    """How the layers compute: eager compiled triton reference; none given is all that can run but the reference."""
+    rounds: int = 11
+    """Times that every layer is measured, in turn."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:n."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected 0 or more, got {self.threads}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: a device or backend that is none, or cannot be used here.
+    """
+    cfg = parse(BenchConfig, argv, prog="python -m common.norms.bench")
+    device = resolve_device(cfg.device)
+    for backend in cfg.backends:
+        if reason := refusal(backend, device):
+            raise UsageError(reason.replace("backend:", "backends:", 1))
+    set_threads(cfg.threads)
+    backends = cfg.backends or runnable(device)
+    found = environment(device)
+    hardware, versions = found["hardware"], found["versions"]
+    print(f"{hardware['gpu'] or hardware['cpu']}, {found['threads']} threads, torch {versions['torch']}, ", end="")
+    print(f"Python {found['python']}, commit {found['commit']}, K={COMPONENTS}, float32, training mode\n")
     titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
     print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
     print("|" + "---|" * (4 + len(titles)))
     for shape in SHAPES:
         for layout in LAYOUTS:
-            for row in time_row(shape, layout, backends, rounds, where):
+            for row in time_row(shape, layout, backends, cfg.rounds, device):
                 print(row, flush=True)
     print("\n" + line(["shape", "BatchNorm2d", *titles]))
     print("|" + "---|" * (2 + len(titles)))
     for shape in SHAPES:
-        print(memory_row(shape, backends, where), flush=True)
+        print(memory_row(shape, backends, device), flush=True)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_command(main)

@@ -212,7 +212,12 @@ def _batch_output(passes: Passes, options: _Options, x: Tensor, *moments_and_mix
 def _batch_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
     tau, mass, m, v = _batch_moments(passes, options, x, *mixture)
     y = _batch_output(passes, options, x, tau, m, v, *mixture)
-    return y, tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None, mass, m, v
+    return y, _kept(passes, tau, m), mass, m, v
+
+
+def _kept(passes: Passes, tau: Tensor | None, m: Tensor) -> Tensor | None:
+    """Return the posteriors if they are to be kept for the backward pass."""
+    return tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None
 
 
 def _batch_sums(
@@ -282,6 +287,7 @@ class _BatchMixture(Function):
             tau, mass, m, v = _run(_batch_moments, options, x, *mixture)
             mass, m, v = sync.combine(mass, m, v, process_group)
             y = _run(_batch_output, options, x, tau, m, v, *mixture)
+            tau = _kept(BACKENDS[options.backend], tau, m)
         ctx.save_for_backward(x, tau, mass, m, v, *mixture)
         ctx.options, ctx.process_group = options, process_group
         m, v = m.flatten(1), v.flatten(1)

@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
+from common.errors import UsageError
 from common.norms import bench
 
 
 def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", ((4, 6, 2, 2),))
-    bench.main(backends=["eager"], rounds=3)
+    bench.main(["--backends", "eager", "--rounds", "3", "--device", "cpu"])
     times, memory = capsys.readouterr().out.strip().split("\n\n")[1:]
     header, rule, *rows = times.splitlines()
     assert header.count("|") == rule.count("|") == 8
@@ -37,8 +38,22 @@ def test_quantiles_are_those_of_the_sorted_values():
     assert bench.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((2.0, 3.0, 5.0))
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--backends", "fast"], "backends: expected one of 'auto', 'reference', 'eager', 'compiled', 'triton'"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:n, got tpu"),
+        (["--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["--threads", "-1"], "threads: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_input_is_named(argv, line):
+    with pytest.raises(UsageError, match=line):
+        bench.main(argv)
+
+
 def test_the_command_line_explains_itself():
     done = subprocess.run(
         [sys.executable, "-m", "common.norms.bench", "--help"], capture_output=True, text=True, check=True
     )
-    assert "--backend" in done.stdout
+    assert "--backends" in done.stdout

@@ -7,7 +7,7 @@ import torch
 from norm_cases import any_norm, assert_within_budget, cluster_run, mixture_case, mixture_run
 from torch._dynamo.utils import counters
 
-from common.norms import SCBNorm, UCBNorm, compiled, mixture_norm
+from common.norms import SCBNorm, UCBNorm, closed_form, compiled, mixture_norm, sync
 
 needs_compiler = pytest.mark.skipif(
     compiled.refusal(torch.device("cpu")) is not None, reason="needs a C++ compiler on the PATH"
@@ -35,6 +35,22 @@ def test_passes_have_the_gradients_of_finite_differences(groups, num, statistics
         return mixture_norm(x, log_lambda, mean, var, backend="compiled", **options, **affine)[0]
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_group_of_one_rank_changes_nothing(monkeypatch, groups):
+    """Between its two halves each pass exchanges sums, here with nobody."""
+    monkeypatch.setattr(sync, "combine", lambda mass, mean, var, group: (mass, mean, var))
+    monkeypatch.setattr(sync, "total", lambda first, second, group: (first, second))
+    x, log_lambda, mean, var, g = mixture_case((3, 4, 5), num=3)
+    options = {"groups": groups, "eps": 1e-5, "scale": "paper", "statistics": "batch", "backend": "compiled"}
+    found = []
+    for process_group in (None, "some"):
+        inputs = [t.clone().requires_grad_() for t in (x, log_lambda, mean, var)]
+        y, _ = closed_form.mixture_norm(*inputs, process_group=process_group, **options)
+        found.append((y, *torch.autograd.grad(y, inputs, g)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -12,6 +12,7 @@ from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.config import parse
 from common.figures import FiguresConfig
+from common.norms.bench import BenchConfig
 from common.norms.doctor import DoctorConfig
 from common.tables import TablesConfig
 
@@ -22,6 +23,7 @@ CONFIGURATIONS = {
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,
+    "common.norms.bench": BenchConfig,
     "common.norms.doctor": DoctorConfig,
     "common.tables": TablesConfig,
 }
