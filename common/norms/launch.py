@@ -27,7 +27,7 @@ SUMS = Launch(512, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
     "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
-    "mixture_apply_kernel": {2: Launch(2048, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_apply_kernel": {2: Launch(2048, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
     "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
     "mixture_bwd_kernel": {2: Launch(1024, 8), 4: Launch(256, 8), 8: Launch(256, 8)},
 }
