@@ -1,5 +1,6 @@
 """The benchmark prints a table of every layer."""
 
+import re
 import subprocess
 import sys
 
@@ -21,7 +22,9 @@ def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
         ["NCHW", "forward"], ["NCHW", "both"], ["NHWC", "forward"], ["NHWC", "both"]
     ]  # fmt: skip
     for row in cells:
-        assert all(float(cell.split("(")[0]) > 0 for cell in row[3:])
+        for cell in row[3:]:  # a tiny layer beside a delayed BatchNorm may come to 0.00
+            median, low, high = (float(part) for part in re.split(r" \(|-|\)", cell)[:3])
+            assert 0 <= low <= median <= high
     header, rule, row = memory.splitlines()
     assert header.count("|") == rule.count("|") == row.count("|") == 6
 
