@@ -152,12 +152,12 @@ def runnable(device: torch.device) -> list[str]:
     return [backend for backend in ("eager", "compiled", "triton") if refusal(backend, device) is None]
 
 
-def refusal(backend: str, device: torch.device) -> str | None:
-    """Say why a backend cannot run on the device, or return None if it can."""
+def refusal(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Say why a backend cannot run on the device in a precision, or return None if it can."""
     try:
-        ops.choose_backend(backend, torch.empty(0, device=device), COMPONENTS)
+        ops.choose_backend(backend, torch.empty(0, device=device, dtype=dtype), COMPONENTS)
     except ValueError as refused:
-        return str(refused)
+        return str(refused).removeprefix("backend: ")
     return None
 
 
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device(cfg.device)
     for backend in cfg.backends:
         if reason := refusal(backend, device):
-            raise UsageError(reason.replace("backend:", "backends:", 1))
+            raise UsageError(f"backends: {reason}")
     set_threads(cfg.threads)
     backends = cfg.backends or runnable(device)
     found = environment(device)

@@ -132,9 +132,8 @@ def cluster_norm(
         # One posterior a sample is one over all its values: each is a channel, at a single location.
         given = flat.flatten(1).unsqueeze(2) if whole else flat
         rows = [t.repeat_interleave(flat.shape[2], dim=1) if whole else t for t in (mean, var)]
-        return mixture_norm(given, equal, *rows, groups=1, eps=eps, scale=scale, statistics="learned", backend=backend)[
-            0
-        ].view(flat.shape)
+        y, _ = mixture_norm(given, equal, *rows, groups=1, eps=eps, scale=scale, statistics="learned", backend=backend)
+        return y.view(flat.shape)
 
     if cluster is None:
         return unknown().reshape(x.shape)

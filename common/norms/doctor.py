@@ -164,15 +164,6 @@ def _largest(check: Check, backend: str, oracle: Oracle, layout: str, device: to
     return worst
 
 
-def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why a backend cannot run on the device in a precision, or return None if it can."""
-    try:
-        ops.choose_backend(backend, torch.empty(1, 1, dtype=dtype, device=device))
-    except ValueError as refused:
-        return str(refused).removeprefix("backend: ")
-    return None
-
-
 def compare(backends: Sequence[str], device: torch.device) -> tuple[int, list[str]]:
     """Print a line for each check and backend; return how many there were, and what disagrees."""
     print(f"\n{'error / allowed':<34}{'backend':<12}", *(f"{_name(dtype):>9}" for dtype in DTYPES))
@@ -181,7 +172,7 @@ def compare(backends: Sequence[str], device: torch.device) -> tuple[int, list[st
         inputs = {dtype: oracles(check, dtype) for dtype in DTYPES}
         for backend in backends:
             tried = (torch.float32,) if backend == "compiled" else DTYPES
-            able = [dtype for dtype in tried if refusal(backend, dtype, device) is None]
+            able = [dtype for dtype in tried if bench.refusal(backend, device, dtype) is None]
             found = {dtype: examine(check, backend, inputs[dtype], device) for dtype in able}
             cells = [f"{found[dtype].share:>9.2f}" if dtype in found else f"{'-':>9}" for dtype in DTYPES]
             bad = [f"{backend}: {check.name}: {each.text}" for each in found.values() if not each.agrees]
@@ -209,7 +200,7 @@ def time_backends(backends: Sequence[str], device: torch.device) -> None:
             for run, moved in zip(("forward", "both"), accesses, strict=True)
         ]
         speed = 2 * size / _median(times["copy"]) / 1e6
-        memory = f"{_peak(both, device) / size:>16.1f}" if device.type == "cuda" else ""
+        memory = f"{bench.peak_bytes(both, device) / size:>16.1f}" if device.type == "cuda" else ""
         print(f"{name:<34}{backend:<12}{shares[0]:>10.1%}{shares[1]:>12.1%}{speed:>12.1f}{memory}", flush=True)
 
 
@@ -222,14 +213,6 @@ def _timed_layer(name: str, channels: int, backend: str) -> nn.Module:
 
 def _median(values: list[float]) -> float:
     return bench.quantiles(values)[1]
-
-
-def _peak(run: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that a run holds at most beyond what was held before."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -265,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     able = []
     for backend in ops.BACKENDS:
-        reasons = [refusal(backend, dtype, device) for dtype in DTYPES]
+        reasons = [bench.refusal(backend, device, dtype) for dtype in DTYPES]
         if None in reasons:
             able.append(backend)
             print(f"{backend}: can run")
