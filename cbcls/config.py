@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from common.data.config import DataConfig
 from common.norms.config import NormConfig
-from common.runs import RunConfig
+from common.runs.folder import RunConfig
 
 _KINDS = ("bn", "in", "mn", "ucb")
 

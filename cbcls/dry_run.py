@@ -11,9 +11,9 @@ from cbcls.evaluation import to_input
 from cbcls.state import ClassifierState
 from common.data.batches import Batches
 from common.data.image_set import Splits
-from common.device import autocast
 from common.errors import UsageError
-from common.guard import StepGuard
+from common.machine.device import autocast
+from common.training.guard import StepGuard
 
 _STEPS = 3
 _MIB = 2**20

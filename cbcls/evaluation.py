@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
 from common.data.image_set import Splits, to_float
-from common.device import autocast, memory_format
-from common.errors import UsageError
-from common.guard import NonFiniteError
+from common.errors import NonFiniteError, UsageError
+from common.machine.device import autocast, memory_format
+from common.machine.seeding import permutation
 from common.metrics.scores import classification_scores
 from common.norms import collect_health, log_scalars, mixture_layers
-from common.seeding import permutation
 
 
 class Evaluation:

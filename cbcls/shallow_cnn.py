@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from common.machine.seeding import derive
 from common.norms.config import NormConfig
-from common.seeding import derive
 
 
 class ShallowCNN(nn.Module):

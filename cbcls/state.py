@@ -8,12 +8,12 @@ import torch
 
 from cbcls.config import ClassifierConfig
 from cbcls.shallow_cnn import ShallowCNN
-from common import checkpoint
-from common.device import memory_format
 from common.errors import UsageError
-from common.log import Means
-from common.optim import parameter_groups
-from common.seeding import derive
+from common.machine.device import memory_format
+from common.machine.seeding import derive
+from common.runs import checkpoint
+from common.runs.log import Means
+from common.training.optimisation import parameter_groups
 
 
 class ClassifierState:

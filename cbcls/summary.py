@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from cbcls.config import ClassifierConfig
-from common.log import read_metrics
+from common.runs.log import read_metrics
 
 
 def closing_summary(cfg: ClassifierConfig, folder: Path, device: torch.device, warnings: list[str]) -> str:

@@ -1,5 +1,10 @@
 """Train a classifier and measure it: ``python -m cbcls.train``."""
 
+from common.cli.command import start
+
+if __name__ == "__main__":
+    start("cbcls.train")  # before torch is loaded, since it settles how threads wait; does not return
+
 import os
 import sys
 import time
@@ -17,18 +22,16 @@ from cbcls.dry_run import estimate
 from cbcls.evaluation import Evaluation, check_labels, to_input
 from cbcls.state import ClassifierState
 from cbcls.summary import closing_summary
-from common.checkpoint import Checkpoints
-from common.cli import Stopped, StopRequest, run_command
-from common.config import parse
+from common.cli.arguments import parse
+from common.cli.command import StopRequest
 from common.data.batches import Batches
 from common.data.image_set import Splits
-from common.data.registry import load
-from common.device import autocast, resolve_device, set_determinism, set_threads
-from common.errors import UsageError
-from common.files import write_text_atomic
-from common.guard import StepGuard
-from common.log import Log
-from common.runs import (
+from common.data.sets.registry import load
+from common.errors import Stopped, UsageError
+from common.machine.atomic import write_text_atomic
+from common.machine.device import autocast, resolve_device, set_determinism, set_threads
+from common.runs.checkpoint import Checkpoints
+from common.runs.folder import (
     RunFolder,
     environment,
     environment_json,
@@ -38,6 +41,8 @@ from common.runs import (
     resume_config,
     stored_yaml,
 )
+from common.runs.log import Log
+from common.training.guard import StepGuard
 
 APPLICATION = "cbcls"
 MAY_CHANGE = (
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError, NonFiniteError, Stopped: as `common.cli.run_command` reports them.
+        UsageError, NonFiniteError, Stopped: as `common.cli.command.run_command` reports them.
     """
     cfg = parse(ClassifierConfig, argv, prog="python -m cbcls.train")
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
@@ -236,7 +241,3 @@ def _reopen(cfg: ClassifierConfig, device: torch.device) -> RunFolder:
     note_session(folder.path, environment(device, backend=cfg.norm.backend))
     write_text_atomic(folder.path / "config.yaml", stored_yaml(cfg))
     return folder
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
 from common.norms.config import NormConfig
-from common.runs import RunConfig
+from common.runs.folder import RunConfig
 
 _KINDS = ("bn", "in", "mn", "ucb")
 

@@ -11,9 +11,9 @@ from cbgan.losses import generator_loss
 from cbgan.state import GanState, noise
 from common.data.batches import Batches
 from common.data.image_set import Splits, to_float
-from common.device import autocast, memory_format
 from common.errors import UsageError
-from common.guard import StepGuard
+from common.machine.device import autocast, memory_format
+from common.training.guard import StepGuard
 
 _STEPS = 3
 _MIB = 2**20

@@ -1,5 +1,10 @@
 """Measure a trained generator: ``python -m cbgan.evaluate --run runs/cbgan/NAME``."""
 
+from common.cli.command import start
+
+if __name__ == "__main__":
+    start("cbgan.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +15,12 @@ from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, fixed_noise, save_grid
 from cbgan.state import GanState
 from cbgan.summary import fid_series
-from common.checkpoint import Checkpoints, DamagedCheckpoint, load
-from common.cli import run_command
-from common.config import parse
-from common.data import registry
-from common.device import resolve_device, set_threads
+from common.cli.arguments import parse
+from common.data.sets import registry
 from common.errors import UsageError
-from common.log import read_metrics
+from common.machine.device import resolve_device, set_threads
+from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
+from common.runs.log import read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
@@ -101,7 +105,3 @@ def _load(folder: Path, which: str) -> dict[str, object]:
     if state is None:
         raise UsageError(f"run: {folder} has no checkpoint yet")
     return state
-
-
-if __name__ == "__main__":
-    run_command(main)

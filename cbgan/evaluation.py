@@ -13,12 +13,12 @@ from cbgan.config import GanConfig
 from cbgan.models import Generator
 from cbgan.state import noise
 from common.data.image_set import Splits, to_uint8
-from common.device import autocast
-from common.dist import Env
-from common.log import Log
+from common.machine.device import autocast
+from common.machine.dist import Env
+from common.machine.seeding import generator
 from common.metrics.fid import Fid, FidResult
 from common.norms import collect_health, log_scalars, mixture_layers
-from common.seeding import generator
+from common.runs.log import Log
 
 GRID = 64
 """Images in a grid, eight a row."""

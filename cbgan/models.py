@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from common.machine.seeding import derive
 from common.norms.config import NormConfig
-from common.seeding import derive
 
 _SLOPE = 0.2
 _WEIGHT_STD = 0.02

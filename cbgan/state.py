@@ -9,13 +9,13 @@ from torch import Tensor
 
 from cbgan.config import GanConfig
 from cbgan.models import Discriminator, Generator
-from common import checkpoint
-from common.device import memory_format
-from common.dist import Env
 from common.errors import UsageError
-from common.log import Means
-from common.optim import parameter_groups
-from common.seeding import derive, generator
+from common.machine.device import memory_format
+from common.machine.dist import Env
+from common.machine.seeding import derive, generator
+from common.runs import checkpoint
+from common.runs.log import Means
+from common.training.optimisation import parameter_groups
 
 
 class GanState:

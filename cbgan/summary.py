@@ -6,7 +6,7 @@ from typing import Any
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation
-from common.log import read_metrics
+from common.runs.log import read_metrics
 
 
 def closing_summary(cfg: GanConfig, folder: Path, evaluation: Evaluation) -> str:

@@ -1,5 +1,10 @@
 """Train a DCGAN and measure it: ``python -m cbgan.train``."""
 
+from common.cli.command import start
+
+if __name__ == "__main__":
+    start("cbgan.train")  # before torch is loaded, since it settles how threads wait; does not return
+
 import os
 import sys
 import time
@@ -17,20 +22,17 @@ from cbgan.evaluation import Evaluation, save_grid
 from cbgan.losses import discriminator_loss, generator_loss
 from cbgan.state import GanState, noise
 from cbgan.summary import closing_summary
-from common import dist
-from common.checkpoint import Checkpoints
-from common.cli import Stopped, StopRequest, run_command
-from common.config import parse
+from common.cli.arguments import parse
+from common.cli.command import StopRequest
 from common.data.batches import Batches
 from common.data.image_set import Splits, to_float
-from common.data.registry import load
-from common.device import autocast, memory_format, resolve_device, set_determinism, set_threads
-from common.errors import UsageError
-from common.files import write_text_atomic
-from common.guard import StepGuard
-from common.log import Log
-from common.metrics.fid import Interrupted
-from common.runs import (
+from common.data.sets.registry import load
+from common.errors import Interrupted, Stopped, UsageError
+from common.machine import dist
+from common.machine.atomic import write_text_atomic
+from common.machine.device import autocast, memory_format, resolve_device, set_determinism, set_threads
+from common.runs.checkpoint import Checkpoints
+from common.runs.folder import (
     RunFolder,
     environment,
     environment_json,
@@ -40,6 +42,8 @@ from common.runs import (
     resume_config,
     stored_yaml,
 )
+from common.runs.log import Log
+from common.training.guard import StepGuard
 
 APPLICATION = "cbgan"
 MAY_CHANGE = (
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError, NonFiniteError, Stopped: as `common.cli.run_command` reports them.
+        UsageError, NonFiniteError, Stopped: as `common.cli.command.run_command` reports them.
     """
     cfg = parse(GanConfig, argv, prog="python -m cbgan.train")
     parent = cfg.out / APPLICATION
@@ -295,7 +299,3 @@ def _reopen(cfg: GanConfig, device: torch.device) -> RunFolder:
     note_session(folder.path, environment(device, backend=cfg.norm.backend))
     write_text_atomic(folder.path / "config.yaml", stored_yaml(cfg))
     return folder
-
-
-if __name__ == "__main__":
-    run_command(main)

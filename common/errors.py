@@ -1,4 +1,4 @@
-"""The one kind of error a person at the command line is meant to see."""
+"""What ends a command, each with its own exit status and one line (`common.cli.command.run_command`)."""
 
 
 class UsageError(Exception):
@@ -6,3 +6,19 @@ class UsageError(Exception):
 
     Command-line entry points print it without a traceback and exit with status 2.
     """
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient was NaN or infinite: the message names the step and the term. Exit status 3."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, has saved itself and can be resumed. Exit status 128 + signal."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Interrupted(Exception):
+    """``should_stop`` said yes in the middle of a measurement; nothing was measured."""

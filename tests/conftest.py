@@ -1,7 +1,14 @@
+import os
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Keep caches of tests apart from the user's."""
+def own_surroundings(tmp_path_factory, monkeypatch):
+    """Keep caches of tests apart from the user's, and let their subprocesses find this checkout, installed or not."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    paths = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import seeding
 from common.data.image_set import ImageSet
+from common.machine import seeding
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -38,8 +38,8 @@ class DataConfig:
     """Side in pixels that images are brought to: a multiple of 4 from 8 to 1024."""
     labels: Literal["fine", "coarse"] = "fine"
     """cifar100: 100 classes or 20 superclasses; oxford_pet: 37 breeds, or cat and dog."""
-    groups: Path | None = None
-    """imagefolder: a JSON file that gives each class a group, {"tabby": "cat", "poodle": "dog"}."""
+    superclasses: Path | None = None
+    """imagefolder: a JSON file that gives each class a superclass, {"tabby": "cat", "poodle": "dog"}."""
     blend: str = "sklearn"
     """mnist_m: a folder of photographs to blend the digits with, or sklearn for scikit-learn's two."""
     download: bool = True
@@ -60,7 +60,9 @@ class DataConfig:
             raise ValueError(f"data.test_root: {self.name} has its own test images, expected null")
         if self.labels != "fine" and self.name not in _COARSE:
             raise ValueError(f"data.labels: only {' and '.join(_COARSE)} have coarse labels, {self.name} has not")
-        if self.groups is not None and self.name != "imagefolder":
-            raise ValueError(f"data.groups: expected null, only imagefolder takes a file; got data.name {self.name}")
+        if self.superclasses is not None and self.name != "imagefolder":
+            raise ValueError(
+                f"data.superclasses: expected null, only imagefolder takes a file; got data.name {self.name}"
+            )
         if self.blend != "sklearn" and self.name != "mnist_m":
             raise ValueError(f"data.blend: expected sklearn, only mnist_m takes a folder; got data.name {self.name}")

@@ -22,12 +22,12 @@ class ImageSet:
         classes: class names by label; empty where there are no labels.
         name: the data set.
         split: "train" or "test".
-        groups: int64 (N,) in [0, len(group_names)), what each image belongs to besides its class (a superclass),
-            or None where nothing is known.
-        group_names: their names; empty where there are no groups.
+        superclasses: int64 (N,) in [0, len(superclass_names)), what each image belongs to besides its
+            class, or None where nothing is known.
+        superclass_names: their names; empty where there are no superclasses.
 
     Raises:
-        ValueError: if shapes, types, labels or groups are not as above.
+        ValueError: if shapes, types, labels or superclasses are not as above.
     """
 
     images: Tensor
@@ -35,8 +35,8 @@ class ImageSet:
     classes: tuple[str, ...]
     name: str
     split: str
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] = ()
+    superclasses: Tensor | None = None
+    superclass_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -46,7 +46,7 @@ class ImageSet:
         if not images.numel():
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
         _check_numbers("labels", labels, "classes", self.classes, len(images))
-        _check_numbers("groups", self.groups, "group_names", self.group_names, len(images))
+        _check_numbers("superclasses", self.superclasses, "superclass_names", self.superclass_names, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,21 +58,21 @@ class ImageSet:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the shape, every pixel, label and group: 64 hexadecimal digits."""
+        """SHA-256 over the shape, every pixel, label and superclass: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
         digest.update(_buffer(self.images))
         if self.labels is not None:
             digest.update(_buffer(self.labels))
-        if self.groups is not None:
-            digest.update(b"groups")
-            digest.update(_buffer(self.groups))
+        if self.superclasses is not None:
+            digest.update(b"groups")  # their name when caches were first written
+            digest.update(_buffer(self.superclasses))
         return digest.hexdigest()
 
     def select(self, index: Tensor) -> "ImageSet":
         """Return the images at these positions, int64 (M,) with M >= 1, in this order."""
         labels = None if self.labels is None else self.labels[index]
-        groups = None if self.groups is None else self.groups[index]
-        return replace(self, images=self.images[index], labels=labels, groups=groups)
+        superclasses = None if self.superclasses is None else self.superclasses[index]
+        return replace(self, images=self.images[index], labels=labels, superclasses=superclasses)
 
 
 def _check_numbers(field: str, numbers: Tensor | None, names_field: str, names: tuple[str, ...], count: int) -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import seeding
 from common.data import ImageSet, to_float
 from common.data.image_set import resize
 from common.errors import UsageError
+from common.machine import seeding
+from common.metrics.cache import read_cache, write_cache
 from common.metrics.extractors import weights_hash
-from common.metrics.stored import read_cache, write_cache
 
 SEED = 271828  # the measuring instrument does not change with the run's seed
 STEPS = 400

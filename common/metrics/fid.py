@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 from common.data import ImageSet, Splits
-from common.dist import Env
-from common.errors import UsageError
+from common.errors import Interrupted, UsageError
+from common.machine.dist import Env
+from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
 from common.metrics.extractors import Extractor
 from common.metrics.frechet import Statistics, frechet_distance, statistics
 from common.metrics.inception import Inception
-from common.metrics.stored import read_cache, write_cache
 
 Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]
 
 QUANTISATION = "uint8, rounded to nearest, clamped"
-
-
-class Interrupted(Exception):
-    """`should_stop` said yes between two batches; nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.norms import averages, checks, mixture
-from common.norms.averages import Average, Stored
-from common.norms.mixture import Fit
-from common.norms.reference import Scale
+from common.machine.seeding import generator
+from common.norms import checks
+from common.norms.backends.reference import Scale
+from common.norms.estimation import averages, em
+from common.norms.estimation.averages import Average, Stored
+from common.norms.estimation.em import Fit
 from common.norms.unsupervised import MixtureInit, MixtureLayer
-from common.seeding import generator
 
 
 class MixtureNorm(MixtureLayer):
@@ -119,7 +120,7 @@ class MixtureNorm(MixtureLayer):
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
     def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        fit = mixture.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
+        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
         finite = finite & fit.is_finite()
         self._write_fit(self._stored(fit), where=finite)
         self._write(self._stored(fit), where=finite)
@@ -135,9 +136,9 @@ class MixtureNorm(MixtureLayer):
 
     @torch.no_grad()
     def _refit(self, x: Tensor, step: int) -> None:
-        points = mixture.sample_points(x, self.seed, "fit", step)
+        points = em.sample_points(x, self.seed, "fit", step)
         fit = self._last_fit(points.dtype)
-        fit = mixture.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
+        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
         self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
 
     def _train(self, x: Tensor) -> Tensor:
@@ -170,17 +171,17 @@ class MixtureNorm(MixtureLayer):
             own = self._channels_first(x).to(self.mean.device)
             if not own.isfinite().all():
                 raise ValueError(f"batches: expected finite values, got others in batch {i}")
-            points.append(mixture.sample_points(own, self.seed, "calibrate", i))
+            points.append(em.sample_points(own, self.seed, "calibrate", i))
         pooled = torch.cat(points) if points else torch.empty(0)
         if len(pooled) < 2:
             raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
         if self.is_initialized():
             fit = self._last_fit(pooled.dtype)
         else:
-            some = mixture.sample_points(pooled, self.seed, "calibrate", "seed")
+            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
             rng = generator(self.seed, "kmeans++")
-            fit = mixture.seed_mixture(some, self.num_components, self.groups, rng)
-        fit = mixture.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
+            fit = em.seed_mixture(some, self.num_components, self.groups, rng)
+        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
         self._write(self._stored(fit))
         self._write_fit(self._stored(fit))
         self.initialized.fill_(True)

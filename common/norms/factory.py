@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from common.norms import checks
-from common.norms.modules import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms.em_norm import MixtureNorm
+from common.norms.supervised import SCBNorm, SCBNormBase
+from common.norms.unsupervised import UCBNorm
 
 
 class BatchNorm(_BatchNorm):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms import reference
+from common.norms.backends import reference
 from common.norms.unsupervised import MixtureLayer
 
 LEAST_USAGE = 0.01

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms import checks, ops
+from common.norms import checks, functional
 
 
 class NormLayer(nn.Module):
@@ -15,7 +15,7 @@ class NormLayer(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float, affine: bool, channel_dim: int, backend: str) -> None:
         super().__init__()
-        checks.check_choice("backend", backend, ops.BACKENDS)
+        checks.check_choice("backend", backend, functional.BACKENDS)
         checks.check_size("num_features", num_features)
         checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
@@ -55,7 +55,7 @@ class NormLayer(nn.Module):
     def _finish(self, y: Tensor) -> Tensor:
         """Apply the affine map and put the channels back."""
         if self.weight is not None and self.bias is not None:
-            y = ops.affine(y, self.weight, self.bias)
+            y = functional.affine(y, self.weight, self.bias)
         return y.movedim(1, self.channel_dim)
 
     def _options(self) -> dict[str, Any]:

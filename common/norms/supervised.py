@@ -6,9 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import checks, ops, reference
+from common.norms import checks, functional
+from common.norms.backends import reference
+from common.norms.backends.reference import UnknownPosterior, UnknownScale
 from common.norms.layer import NormLayer
-from common.norms.reference import UnknownPosterior, UnknownScale
 
 SupervisedInit = Literal["identity", "data"]
 
@@ -86,7 +87,7 @@ class _SupervisedNorm(NormLayer):
             checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
         mean, log_var = self.rows()
-        y = ops.cluster_norm(
+        y = functional.cluster_norm(
             x,
             cluster,
             mean,

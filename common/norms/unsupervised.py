@@ -6,12 +6,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import averages, checks, closed_form, compiled, mixture, ops, reference, sync
-from common.norms.averages import Average, Stored
+from common.machine.seeding import generator
+from common.norms import checks, functional
+from common.norms.backends import closed_form, compiled, reference, sync
+from common.norms.backends.reference import Moments, Scale, Statistics
+from common.norms.estimation import averages, em
+from common.norms.estimation.averages import Average, Stored
+from common.norms.estimation.em import Fit
 from common.norms.layer import NormLayer
-from common.norms.mixture import Fit
-from common.norms.reference import Moments, Scale, Statistics
-from common.seeding import generator
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
@@ -125,15 +127,15 @@ class MixtureLayer(NormLayer):
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
         if self.is_initialized():
             return
-        points, finite = mixture.sample_points(x, self.seed, "seed"), x.isfinite().all()
+        points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
         group = sync.active(self.process_group)
         if group is not None:
             points, finite = sync.join_points(points, finite, group)
-            points = mixture.sample_points(points, self.seed, "seed", "joined")
+            points = em.sample_points(points, self.seed, "seed", "joined")
         if len(points) == 0:
             return
         rng = generator(self.seed, "kmeans++")
-        fit = mixture.seed_mixture(points, self.num_components, self.groups, rng)
+        fit = em.seed_mixture(points, self.num_components, self.groups, rng)
         self._store_seed(points, fit, finite)
 
     def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
@@ -167,7 +169,7 @@ class MixtureLayer(NormLayer):
         options |= {"weight": self.weight, "bias": self.bias}
         group = sync.active(self.process_group) if statistics == "batch" else None
         if group is None:
-            return ops.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
+            return functional.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
         # Also for a batch that is empty here: every rank takes part in the exchange.
         with torch.autocast(x.device.type, enabled=False):
             backend = "compiled" if self.backend == "compiled" else "eager"
@@ -368,9 +370,9 @@ class UCBNorm(MixtureLayer):
         dead = (usage < self.reseed) & finite  # (K, G)
         weight, mean, var = self.log_weights().exp(), self.mean, self.log_var.exp()
         new_var = averages.pooled(var, usage * ~dead)
-        drawn = mixture.draw_locations(x, num * CANDIDATES, self.seed, "reseed", self._count_step())
+        drawn = em.draw_locations(x, num * CANDIDATES, self.seed, "reseed", self._count_step())
         candidates = drawn.unflatten(0, (num, -1))
-        new_mean = mixture.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
+        new_mean = em.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
         moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)
         usage = torch.where(dead, 1 / num, usage)
         usage = usage / usage.sum(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.seeding import generator
+from common.machine.seeding import generator
 
 CLASSES = 6
 

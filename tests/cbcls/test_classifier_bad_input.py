@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import cbcls.train
-from common.cli import run_command
+from common.cli.command import run_command
 
 
 def refused(capsys, *argv: str) -> str:

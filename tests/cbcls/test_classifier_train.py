@@ -14,13 +14,12 @@ import cbcls.train
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation
 from cbcls.state import ClassifierState
-from common.checkpoint import Checkpoints, load
-from common.cli import Stopped
-from common.config import parse
-from common.data import registry
+from common.cli.arguments import parse
 from common.data.image_set import to_float
-from common.guard import NonFiniteError
-from common.log import read_metrics
+from common.data.sets import registry
+from common.errors import NonFiniteError, Stopped
+from common.runs.checkpoint import Checkpoints, load
+from common.runs.log import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbcls"
 

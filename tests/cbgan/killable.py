@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import cbgan.evaluation
 import cbgan.train
-import common.checkpoint
-from common.cli import run_command
+import common.runs.checkpoint
+from common.cli.command import run_command
 from common.metrics.extractors import weights_hash
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     elif where == "loss":
         cbgan.train.discriminator_loss = spoiling(cbgan.train.discriminator_loss, int(at))
     elif where == "save":
-        common.checkpoint.write_atomic = dying_in_mid_write(common.checkpoint.write_atomic, int(at))
+        common.runs.checkpoint.write_atomic = dying_in_mid_write(common.runs.checkpoint.write_atomic, int(at))
     elif where == "fid":
         cbgan.evaluation.Evaluation.sample = killing(cbgan.evaluation.Evaluation.sample, int(at))
     run, trained = cbgan.train.Training.run, []

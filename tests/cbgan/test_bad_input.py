@@ -9,7 +9,7 @@ from PIL import Image
 
 import cbgan.evaluate
 import cbgan.train
-from common.cli import run_command
+from common.cli.command import run_command
 
 
 def refused(capsys, main, *argv: str) -> str:

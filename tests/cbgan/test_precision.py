@@ -10,12 +10,12 @@ import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.losses import discriminator_loss, generator_loss
 from cbgan.state import GanState, noise
-from common.checkpoint import load
-from common.data.digits import digits
 from common.data.image_set import to_float
-from common.device import autocast, memory_format
-from common.log import read_metrics
+from common.data.sets.digits import digits
+from common.machine.device import autocast, memory_format
 from common.norms.config import NormConfig
+from common.runs.checkpoint import load
+from common.runs.log import read_metrics
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from run_comparison import assert_same, charted, final_state, logged
 
 import cbgan.train
 from cbgan.evaluation import Evaluation
-from common.cli import Stopped
+from common.errors import Stopped
 
 
 @pytest.mark.parametrize(("workers", "norm"), [("0", "ucb"), ("2", "ucb"), ("0", "mn")])

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cbgan.evaluate
 import cbgan.train
 from cbgan.config import GanConfig
-from common.checkpoint import load
-from common.config import parse
-from common.guard import NonFiniteError
-from common.log import read_metrics
+from common.cli.arguments import parse
+from common.errors import NonFiniteError
+from common.runs.checkpoint import load
+from common.runs.log import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbgan"
 

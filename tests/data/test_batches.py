@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.data import Batches, ImageSet
-from common.seeding import uniform_per_sample
+from common.machine.seeding import uniform_per_sample
 
 
 def image_set(n=23, labelled=True):

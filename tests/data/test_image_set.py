@@ -52,26 +52,28 @@ def test_content_hash_sees_every_byte_every_label_and_the_shape():
         image_set(labels=label),
         image_set(labels=None, classes=()),
         image_set(images=base.images.view(4, 3, 4, 16)),
-        image_set(groups=torch.tensor([0, 1, 1, 0]), group_names=("u", "v")),
-        image_set(groups=torch.tensor([0, 1, 1, 1]), group_names=("u", "v")),
-        image_set(groups=torch.tensor([0, 1, 1, 0]), group_names=("u", "v"), labels=None, classes=()),
+        image_set(superclasses=torch.tensor([0, 1, 1, 0]), superclass_names=("u", "v")),
+        image_set(superclasses=torch.tensor([0, 1, 1, 1]), superclass_names=("u", "v")),
+        image_set(superclasses=torch.tensor([0, 1, 1, 0]), superclass_names=("u", "v"), labels=None, classes=()),
     ]
     assert len({v.content_hash for v in variants}) == len(variants)
     assert base.content_hash == image_set(split="test", name="other").content_hash
     assert base.content_hash == image_set(images=base.images.contiguous(memory_format=torch.channels_last)).content_hash
 
 
-def test_content_hash_of_sets_without_groups_stays_what_it_was():
+def test_content_hash_of_sets_without_superclasses_stays_what_it_was():
     base = image_set()
     assert base.labels is not None
     text = b"(4, 3, 8, 8) True" + base.images.numpy().tobytes() + base.labels.numpy().tobytes()
     assert base.content_hash == hashlib.sha256(text).hexdigest()
 
 
-def test_select_takes_groups_along():
-    chosen = image_set(groups=torch.tensor([0, 1, 2, 0]), group_names=("u", "v", "w")).select(torch.tensor([2, 0, 1]))
-    assert chosen.groups is not None
-    assert (chosen.groups.tolist(), chosen.group_names) == ([2, 0, 1], ("u", "v", "w"))
+def test_select_takes_superclasses_along():
+    chosen = image_set(superclasses=torch.tensor([0, 1, 2, 0]), superclass_names=("u", "v", "w")).select(
+        torch.tensor([2, 0, 1])
+    )
+    assert chosen.superclasses is not None
+    assert (chosen.superclasses.tolist(), chosen.superclass_names) == ([2, 0, 1], ("u", "v", "w"))
 
 
 def test_select_keeps_images_and_labels_together():
@@ -93,10 +95,16 @@ def test_select_keeps_images_and_labels_together():
         ({"labels": torch.tensor([0, 1, 2, 0])}, "expected 0 to 1, got 0 to 2"),
         ({"labels": torch.tensor([0, -1, 1, 0])}, "expected 0 to 1, got -1 to 1"),
         ({"labels": None}, "classes: expected none"),
-        ({"groups": torch.zeros(4, dtype=torch.int64)}, "groups: expected 0 to -1, got 0 to 0"),
-        ({"groups": torch.tensor([0, 1, 2, 0]), "group_names": ("u", "v")}, "groups: expected 0 to 1, got 0 to 2"),
-        ({"groups": torch.zeros(3, dtype=torch.int64), "group_names": ("u",)}, r"groups: expected int64 \(4,\)"),
-        ({"group_names": ("u",)}, "group_names: expected none without groups"),
+        ({"superclasses": torch.zeros(4, dtype=torch.int64)}, "superclasses: expected 0 to -1, got 0 to 0"),
+        (
+            {"superclasses": torch.tensor([0, 1, 2, 0]), "superclass_names": ("u", "v")},
+            "superclasses: expected 0 to 1, got 0 to 2",
+        ),
+        (
+            {"superclasses": torch.zeros(3, dtype=torch.int64), "superclass_names": ("u",)},
+            r"superclasses: expected int64 \(4,\)",
+        ),
+        ({"superclass_names": ("u",)}, "superclass_names: expected none without superclasses"),
     ],
 )
 def test_refuses_what_is_not_an_image_set(changes, message):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from common.data import Splits
-from common.data.image_folder import read_folder
+from common.data.reading.image_folder import read_folder
 from common.errors import UsageError
 from common.metrics import Fid, FidConfig
 from common.metrics import inception as module

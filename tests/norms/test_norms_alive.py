@@ -8,9 +8,10 @@ import torch
 from norm_cases import mixture_case
 from torch import Tensor
 
-from common.norms import MixtureNorm, UCBNorm, health, mixture
+from common.norms import MixtureNorm, UCBNorm, health
 from common.norms.config import NormConfig
-from common.norms.mixture import Fit
+from common.norms.estimation import em
+from common.norms.estimation.em import Fit
 
 CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
 
@@ -107,7 +108,7 @@ def test_the_best_additions_are_chosen_group_by_group():
     candidates = mixture_case((3, 5, 4), num=1)[0]  # (K, B, C), K = 3
     _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=1)
     new_var = var[:1] / 10
-    got = mixture.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=1e-5)
+    got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=1e-5)
 
     def density(at: Tensor, centre: Tensor, s: Tensor) -> Tensor:
         return torch.exp(-0.5 * ((at - centre) ** 2 / s).sum(-1)) / (2 * math.pi * s.prod(-1).sqrt())
@@ -123,7 +124,7 @@ def test_the_best_additions_are_chosen_group_by_group():
 
 def test_drawn_locations_are_those_of_x():
     x = torch.arange(24.0).view(2, 3, 4)  # location (n, l) is (12 n + l, 12 n + l + 4, 12 n + l + 8)
-    a, b, c = (mixture.draw_locations(x, 500, 0, "reseed", step) for step in (1, 1, 2))
+    a, b, c = (em.draw_locations(x, 500, 0, "reseed", step) for step in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert sorted({tuple(row) for row in a.tolist()}) == [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case
 
-from common.norms import ops
+from common.norms import functional
 
 LAYERS = {
     "ucb": ("ucb", {}),
@@ -31,7 +31,7 @@ SHAPE = (6, 4, 20, 40)  # 4,800 locations, more than a fit takes
 def meta_as_a_gpu(monkeypatch):
     """Leave out what exists on a GPU but not on meta, autocast, and what runs on the CPU alone, the check of ids."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(ops, "check_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(functional, "check_cluster", lambda *_, **__: None)
 
 
 def on_meta(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.config import parse
+from common.cli.arguments import parse
 from common.errors import UsageError
 from common.norms import DomainBatchNorm
 from common.norms.config import NormConfig

@@ -10,7 +10,7 @@ from norm_cases import mixture_case
 from torch import nn
 
 from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
-from common.norms.reference import posterior
+from common.norms.backends.reference import posterior
 
 BACKENDS = ["reference", "eager"]
 

@@ -1,0 +1,1 @@
+"""The command line: settings from files and flags, and how a command starts and ends."""

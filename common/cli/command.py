@@ -1,0 +1,86 @@
+"""How a command starts and ends: one line and a status, never a traceback for what a user or the numbers did."""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from common.errors import NonFiniteError, Stopped, UsageError
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM so that the loop can finish its step and save; the second one acts at once.
+
+    Used as a context manager around the loop; the handlers found before are put back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        for each, handler in self._before.items():
+            signal.signal(each, handler)  # pyright: ignore[reportArgumentType]
+        if os.environ.get("RANK", "0") != "0":
+            return
+        print(f"\n{signal.Signals(signum).name}: finishing this step and saving; again to stop at once",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+
+def start(module: str) -> NoReturn:
+    """Run ``main`` of a module as a command; to be called before anything loads torch.
+
+    OpenMP's threads wait for each other by spinning, which costs little on an idle machine and nearly everything on
+    one whose cores others use too: they spin shorter here, unless the user has said how they shall wait. OpenMP reads
+    this once, when torch loads it; where a package has loaded torch before its command could speak, the process
+    starts over.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "100000"
+        if "torch" in sys.modules:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    run_command(lambda: importlib.import_module(module).main())
+
+
+def run_command(main: Callable[[], object]) -> NoReturn:
+    """Run a command's main function and exit: 0 done, 2 usage, 3 non-finite, 128 + n stopped by signal n."""
+    try:
+        main()
+    except UsageError as error:
+        _leave(f"error: {error}", 2)
+    except NonFiniteError as error:
+        _leave(f"error: {error}", 3)
+    except Stopped as stop:
+        _leave(str(stop), 128 + stop.signum)
+    except RuntimeError as error:
+        import torch  # noqa: PLC0415 - a mistyped flag is answered without it
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).split(". ", maxsplit=1)[0]
+        _leave(f"error: device: out of memory ({reason}); reduce batch_size or width, or use --precision bf16", 1)
+    except KeyboardInterrupt:
+        _leave("stopped at once; the last checkpoint stands", 130)
+    sys.exit(0)
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(status)

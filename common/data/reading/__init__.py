@@ -1,0 +1,1 @@
+"""From files to images: verified downloads, image folders, photographs to blend with."""

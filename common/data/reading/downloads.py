@@ -1,0 +1,231 @@
+"""Published files: fetched whole and verified, unpacked whole and inside their folder, or not at all."""
+
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+
+_CHUNK = 2**20
+_TIMEOUT = 60  # seconds without an answer
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file that its authors publish.
+
+    Args:
+        path: where it is kept here.
+        md5: its checksum, 32 hexadecimal digits.
+        urls: where it can be had under the same name; tried in this order.
+    """
+
+    path: Path
+    md5: str
+    urls: tuple[str, ...]
+
+
+def obtain(*files: Published, download: bool) -> None:
+    """Make sure that files are here and intact; those that are not are fetched.
+
+    A fetched file is written beside its place, compared with its checksum and renamed, so that an interrupted
+    download leaves nothing that looks like the file.
+
+    Args:
+        files: published in one place, kept in one folder.
+        download: whether to fetch.
+
+    Raises:
+        UsageError: if one is missing or damaged, and was not to be or could not be fetched.
+    """
+    wanted = [file for file in files if not file.path.is_file() or _md5(file.path) != file.md5]
+    if not download and wanted:
+        states = [f"{'damaged' if file.path.exists() else 'no'} {file.path.name}" for file in wanted]
+        raise UsageError(f"data.root: {', '.join(states)}; {_advice(wanted)}, or set data.download true")
+    for number, file in enumerate(wanted):
+        reasons = []
+        for url in file.urls:
+            try:
+                write_atomic(file.path, lambda target, url=url, md5=file.md5: _fetch(url, md5, target))
+                break
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reasons.append(one_line(error))
+        else:
+            failed = f"{file.path.name} could not be downloaded ({'; '.join(dict.fromkeys(reasons))})"
+            raise UsageError(f"data.root: {failed}; {_advice(wanted[number:])}")
+
+
+def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> None:
+    """Make sure that folders exist, each of which an archive holds at its top.
+
+    A folder that exists is taken as it is; what is wrong with it shows when it is read (see `reading`).
+
+    Raises:
+        UsageError: as `obtain` and `unpack` do.
+    """
+    wanted = {folder: archive for folder, archive in archives.items() if not folder.exists()}
+    obtain(*wanted.values(), download=download)
+    for folder, archive in wanted.items():
+        unpack(archive.path, folder)
+
+
+def obtain_unzipped(files: Mapping[Path, Published], *, download: bool) -> None:
+    """Make sure that files exist which are published compressed by gzip; one that exists is taken as it is.
+
+    Raises:
+        UsageError: as `obtain` does, or if the content is not gzip's.
+    """
+    wanted = {path: compressed for path, compressed in files.items() if not path.exists()}
+    obtain(*wanted.values(), download=download)
+    for path, compressed in wanted.items():
+        with _refusing(compressed.path), gzip.open(compressed.path) as content:
+            write_atomic(path, lambda target, content=content: shutil.copyfileobj(content, target, _CHUNK))
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a .zip or .tar.gz file that holds `folder`'s name at its top, and move that into place when complete.
+
+    Only plain files and folders below the archive's own root are accepted. Modes and owners are not taken over.
+
+    Args:
+        archive: the file.
+        folder: what to create; it must not exist.
+
+    Raises:
+        UsageError: if the archive is damaged, lacks the folder, or holds an absolute name, "..", a link or a device.
+    """
+    with _refusing(archive), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        members = _zip_members if archive.suffix == ".zip" else _tar_members
+        for member, content in members(archive):
+            target = Path(name, _inside(member))
+            if content is None:
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with content() as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+        complete = Path(name, folder.name)
+        if not complete.is_dir():
+            raise ValueError(f"it holds no folder {folder.name}")
+        try:
+            os.rename(complete, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has just finished the same
+                raise
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Turn whatever damaged files make a reader raise into one line that says what to remove.
+
+    Raises:
+        UsageError: naming `place` and the reason.
+    """
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # parsers of half a dozen formats
+        raise UsageError(
+            f"data.root: {place} is incomplete or damaged ({one_line(error)}); remove it, so that it is made anew"
+        ) from error
+
+
+def present(files: list[Path], count: int) -> list[Path]:
+    """Return files that a list names, all of which must exist.
+
+    Raises:
+        ValueError: if they are not as many as were published, because the list was cut off.
+        FileNotFoundError: naming the first that does not exist.
+    """
+    if len(files) != count:
+        raise ValueError(f"it lists {len(files):,} images of {count:,}")
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+    return files
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _advice(files: list[Published]) -> str:
+    names = ", ".join(file.path.name for file in files)
+    return f"put {names} from {files[0].urls[0].rpartition('/')[0]}/ into {files[0].path.parent}"
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _fetch(url: str, md5: str, target: BinaryIO) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    request = urllib.request.Request(url, headers={"User-Agent": "cluster-based-norm"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        length = int(response.headers.get("Content-Length", 0)) or None
+        bar = tqdm(desc=url.rpartition("/")[2], total=length, unit="B", unit_scale=True, disable=None)
+        with bar:
+            while chunk := response.read(_CHUNK):
+                digest.update(chunk)
+                target.write(chunk)
+                bar.update(len(chunk))
+    if digest.hexdigest() != md5:
+        raise ValueError(f"{url} gave other content, or less: MD5 {digest.hexdigest()}, expected {md5}")
+
+
+_Member = tuple[str, Callable[[], BinaryIO] | None]
+"""A name in an archive, and how to open its content; None for a folder."""
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError(f"it holds {info.filename}, which is neither a plain file nor a folder")
+            yield info.filename, None if info.is_dir() else lambda info=info: file.open(info)  # pyright: ignore[reportReturnType]
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as file:
+        for info in file:
+            if not (info.isfile() or info.isdir()):
+                raise ValueError(f"it holds {info.name}, which is neither a plain file nor a folder")
+            yield info.name, None if info.isdir() else lambda info=info: file.extractfile(info)  # pyright: ignore[reportReturnType]
+        while stream.read(_CHUNK):  # the checksum of gzip comes last, after what tar reads
+            pass
+
+
+def _inside(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
+        raise ValueError(f"it holds {name!r}, which points outside the archive")
+    return path
+
+
+@contextmanager
+def _refusing(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, EOFError, OSError, RuntimeError, *_DAMAGED) as error:
+        raise UsageError(f"data.root: {archive} cannot be unpacked ({one_line(error)})") from error

@@ -1,0 +1,1 @@
+"""The data sets by name, each brought to an ImageSet."""

@@ -1,0 +1,66 @@
+"""From a configuration to its images."""
+
+from pathlib import Path
+
+from common.data.config import DataConfig
+from common.data.image_set import Splits
+from common.data.reading.image_folder import read_folder
+from common.data.sets.cifar import cifar
+from common.data.sets.digits import digits, digits_m
+from common.data.sets.mnist import mnist, mnist_m
+from common.data.sets.oxford_pet import oxford_pet
+from common.data.sets.svhn import svhn
+from common.data.sets.tiny_imagenet import tiny_imagenet
+from common.data.superclasses import read_superclasses, with_superclasses
+from common.errors import UsageError
+
+
+def load(config: DataConfig) -> Splits:
+    """Load the data set a configuration names.
+
+    Raises:
+        UsageError: if a folder or file is missing, or cannot be read.
+    """
+    if config.name == "digits":
+        return digits(config.size)
+    if config.name == "digits_m":
+        return digits_m(config.size)
+    if config.name == "imagefolder":
+        return _folders(config)
+    return _published(config, config.root or Path("data"))
+
+
+def _published(config: DataConfig, root: Path) -> Splits:
+    name, size, download = config.name, config.size, config.download
+    if name == "mnist":
+        return mnist(root, size, download=download)
+    if name == "mnist_m":
+        return mnist_m(root, size, config.blend, download=download)
+    if name == "svhn":
+        return svhn(root, size, download=download)
+    if name == "tiny_imagenet":
+        return tiny_imagenet(root, size, download=download)
+    if name == "oxford_pet":
+        return oxford_pet(root, size, config.labels, download=download)
+    assert name in ("cifar10", "cifar100")  # all that is left
+    return cifar(name, root, size, config.labels, download=download)
+
+
+def _folders(config: DataConfig) -> Splits:
+    if config.root is None:
+        raise UsageError("data.root: expected the folder that holds the images, as in --data.root PATH")
+    train, test = read_folder(config.root, config.size), None
+    if config.test_root is not None:
+        if config.test_root.resolve() == config.root.resolve():
+            raise UsageError(f"data.test_root: {config.test_root} is data.root, expected images held apart from it")
+        test = read_folder(
+            config.test_root, config.size, field="data.test_root", split="test", classes=train.classes or None
+        )
+    if config.superclasses is None:
+        return Splits(train, test)
+    if train.labels is None:
+        raise UsageError(f"data.superclasses: the images in {config.root} have no classes, expected null")
+    superclass_of = read_superclasses(config.superclasses, train.classes)
+    return Splits(
+        with_superclasses(train, superclass_of), None if test is None else with_superclasses(test, superclass_of)
+    )

@@ -1,0 +1,1 @@
+"""How the layers compute: the equations, and closed forms in plain torch and through torch.compile."""

@@ -1,0 +1,377 @@
+"""The forward and backward passes in closed form: the ``eager`` and ``compiled`` backends.
+
+The derivatives are those of the equations in ``reference``, exactly; tests compare the two in float64. What
+loops over the activation is in ``eager`` and ``compiled``, see ``passes``; what stands here works on
+parameters.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from common.norms.backends import compiled, eager, reference, sync
+from common.norms.backends.passes import DensitySums, Mixture, Passes
+from common.norms.backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+
+BACKENDS: dict[str, Passes] = {"eager": eager, "compiled": compiled}
+
+
+class _Refuse(Function):
+    """Pass a gradient through; raise when it is differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            'backend: the closed forms have no second derivative; build the layer with backend="reference"'
+        )
+
+
+def _first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Compute a backward pass outside autograd and autocast, and refuse to differentiate its result.
+
+    torch.autograd.function.once_differentiable would give an error that names no remedy, and none at all
+    where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple:
+        second = torch.is_grad_enabled()  # true only under create_graph=True
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            results = backward(ctx, *grads)
+        if not second:
+            return results
+        return tuple(r if r is None else _Refuse.apply(r.detach().requires_grad_()) for r in results)
+
+    return wrapped
+
+
+class _Options(NamedTuple):
+    """What is the same for all batches of a layer."""
+
+    backend: str
+    split: tuple[int, int] = (1, -1)
+    """Groups and channels of a group, one of them -1, so that layers of different widths share a graph."""
+    eps: float = 0.0
+    kappa: float = 1.0
+    """A factor of the output: 1, or 1 / sqrt(K)."""
+    wanted: bool = True
+    """Whether the mixture's gradients are wanted; of a cluster_norm, that of x."""
+
+
+def _run(function: Callable[..., Any], options: _Options, *tensors: Tensor | None) -> Any:
+    """Call a function of passes, options and tensors with the passes of its backend."""
+    if torch.compiler.is_compiling():  # in somebody else's graph, where only functional passes can be traced
+        return function(compiled, options, *tensors)
+    if options.backend == "eager":
+        return function(eager, options, *tensors)
+    return compiled.run(function, options, *tensors)
+
+
+def _cluster_forward(passes: Passes, _: _Options, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor) -> Tensor:
+    centre, rho = (reference.gather_rows(table, cluster)[..., None] for table in (mean, s.rsqrt()))
+    return passes.cluster_transform(x, centre, rho)
+
+
+def _cluster_backward(
+    passes: Passes, options: _Options, g: Tensor, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    rho = s.rsqrt()
+    centre, rho_n = (reference.gather_rows(table, cluster)[..., None] for table in (mean, rho))
+    dx, sums = passes.cluster_gradients(x, g, centre, rho_n, options.wanted)
+    member = (cluster == torch.arange(len(mean), device=x.device)[:, None]).to(mean.dtype)
+    sum_g, sum_gu = member @ sums  # (K, N) @ (N, C): repeatable, no atomics
+    return dx, -rho * sum_g, -0.5 * rho**3 * sum_gu
+
+
+class _ClusterNorm(Function):
+    """Eq. 10; s is the variance plus eps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor, options: _Options) -> Tensor:
+        ctx.save_for_backward(x, cluster, mean, s)
+        ctx.options = options
+        return _run(_cluster_forward, options, x, cluster, mean, s)
+
+    @staticmethod
+    @_first_derivative_only
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        options = ctx.options._replace(wanted=ctx.needs_input_grad[0])
+        dx, dmean, ds = _run(_cluster_backward, options, g, *ctx.saved_tensors)
+        return dx, None, dmean, ds, None
+
+
+def cluster_norm(
+    x: Tensor,
+    cluster: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+    unknown_scale: UnknownScale,
+    unknown_posterior: UnknownPosterior,
+    any_unknown: bool,
+    backend: str = "eager",
+) -> Tensor:
+    """As ``reference.cluster_norm``; ``any_unknown`` says whether ids of -1 have to be expected."""
+    dtype = reference.compute_dtype(x)
+    flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
+
+    def unknown() -> Tensor:
+        equal = mean.new_full((len(mean),), -math.log(len(mean)))
+        scale: Scale = "paper" if unknown_scale == "paper" else "sqrt_k"  # Eq. 12 is Eq. 15 under equal weights
+        whole = unknown_posterior == "sample"
+        # One posterior a sample is one over all its values: each is a channel, at a single location.
+        given = flat.flatten(1).unsqueeze(2) if whole else flat
+        rows = [t.repeat_interleave(flat.shape[2], dim=1) if whole else t for t in (mean, var)]
+        y, _ = mixture_norm(given, equal, *rows, groups=1, eps=eps, scale=scale, statistics="learned", backend=backend)
+        return y.view(flat.shape)
+
+    if cluster is None:
+        return unknown().reshape(x.shape)
+    y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + eps, _Options(backend))  # pyright: ignore[reportAssignmentType]
+    if any_unknown:
+        y = torch.where((cluster == -1)[:, None, None], unknown(), y)
+    return y.reshape(x.shape)
+
+
+class _Work:
+    """A mixture and the affine map after it, in the shapes that passes use."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        options: _Options,
+        log_lambda: Tensor,
+        mean: Tensor,
+        s: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self.options = options
+        self.mix = Mixture(*(passes.store(t) for t in Mixture.of(log_lambda, mean, s, options.split)))
+        shape = (*options.split, 1)
+        self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
+        self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa).view(-1, 1, 1, 1)
+        """lambda^(-1/2), times 1 / sqrt(K) under scale="sqrt_k"."""
+        self.scale = self.lambdas if self.weight is None else self.lambdas * self.weight
+
+    def parts(self, t: Tensor) -> Tensor:
+        """View (N, C, L) as (N, G, D, L)."""
+        return t.unflatten(1, self.options.split)
+
+    def whole(self, t: Tensor) -> Tensor:
+        """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
+        return torch.ops.aten._unsafe_view(t, (t.shape[0], t.shape[1] * t.shape[2], t.shape[3]))
+
+    def gradients(
+        self, dx: Tensor, sums: DensitySums | None, sum_g: Tensor, sum_gu: Tensor, rho: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, log_lambda, mean, s, weight and bias.
+
+        Args:
+            dx: (N, G, D, L).
+            sums: of z, if wanted.
+            sum_g: of tau g; since posteriors sum to one, its sum over the components is that of g.
+            sum_gu: of tau g (x - mean).
+            rho: one over a component's standard deviation.
+        """
+        dweight = dbias = None
+        normalised = rho * sum_gu * self.lambdas
+        if self.weight is not None:
+            dweight, dbias = normalised.sum(0).flatten(), sum_g.sum(0).flatten()
+            normalised = normalised * self.weight
+        if sums is None:
+            return dx.flatten(1, 2), None, None, None, dweight, dbias
+        dlog_lambda = sums.z.sum(1) - 0.5 * normalised.sum((1, 2, 3))
+        ds = 0.5 * (sums.zuu - sums.z[:, :, None, None] * self.mix.precision)
+        return dx.flatten(1, 2), dlog_lambda, sums.zu.flatten(1), ds.flatten(1), dweight, dbias
+
+
+def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Any, ...]:
+    work = _Work(passes, options, *mixture)
+    return passes.moments(work.parts(x), work.mix)
+
+
+def _batch_output(passes: Passes, options: _Options, x: Tensor, *moments_and_mixture: Any) -> Tensor:
+    tau, m, v, *mixture = moments_and_mixture
+    work = _Work(passes, options, *mixture)
+    rstd = passes.store(work.scale * (v + options.eps).rsqrt())
+    return work.whole(passes.transform(work.parts(x), tau, m, rstd, work.bias, work.mix))
+
+
+def _batch_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
+    tau, mass, m, v = _batch_moments(passes, options, x, *mixture)
+    y = _batch_output(passes, options, x, tau, m, v, *mixture)
+    return y, _kept(passes, tau, m), mass, m, v
+
+
+def _kept(passes: Passes, tau: Tensor | None, m: Tensor) -> Tensor | None:
+    """Return the posteriors if they are to be kept for the backward pass."""
+    return tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None
+
+
+def _batch_sums(
+    passes: Passes, options: _Options, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor, *mixture: Any
+) -> tuple[Tensor, Tensor]:
+    work = _Work(passes, options, *mixture)
+    return passes.gradient_sums(work.parts(x), work.parts(g), tau, m, work.mix)
+
+
+def _batch_gradients(
+    passes: Passes,
+    options: _Options,
+    x: Tensor,
+    g: Tensor,
+    tau: Tensor | None,
+    mass: Tensor,
+    m: Tensor,
+    v: Tensor,
+    sum_g: Tensor,
+    sum_gu: Tensor,
+    all_g: Tensor,
+    all_gu: Tensor,
+    *mixture: Any,
+) -> tuple[Tensor | None, ...]:
+    """Take the sums of this rank, and of all ranks together."""
+    work = _Work(passes, options, *mixture)
+    r = (v + options.eps).rsqrt()
+    count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
+    dm = passes.store(-r * work.scale * all_g / count)  # gradients of the moments, a unit of mass each
+    dv = passes.store(-0.5 * r**3 * work.scale * all_gu / count)
+    constant, rstd = passes.store((dv * v).sum(2)), passes.store(work.scale * r)
+    parts = work.parts(x), work.parts(g), tau, m, rstd, dm, dv, constant
+    dx, sums = passes.batch_gradients(*parts, work.mix, options.wanted)
+    return work.gradients(dx, sums, sum_g, sum_gu, r)
+
+
+def _batch_backward(
+    passes: Passes,
+    options: _Options,
+    x: Tensor,
+    g: Tensor,
+    tau: Tensor | None,
+    mass: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *mixture: Any,
+) -> tuple[Tensor | None, ...]:
+    work = _Work(passes, options, *mixture)
+    tau = passes.posterior(work.parts(x), work.mix) if tau is None else tau
+    sums = _batch_sums(passes, options, x, g, tau, m, *mixture)
+    return _batch_gradients(passes, options, x, g, tau, mass, m, v, *sums, *sums, *mixture)
+
+
+class _BatchMixture(Function):
+    """Eqs. 6-9 and an affine map: y, and the moments (mass, mean, var), which carry no gradient.
+
+    The arguments after x are those of ``_Work``; s is the variance plus eps. With a process group every rank
+    takes part in an exchange between the moments and the output, and between the sums and the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *mixture, options, process_group = arguments
+        if process_group is None:
+            y, tau, mass, m, v = _run(_batch_forward, options, x, *mixture)
+        else:
+            tau, mass, m, v = _run(_batch_moments, options, x, *mixture)
+            mass, m, v = sync.combine(mass, m, v, process_group)
+            y = _run(_batch_output, options, x, tau, m, v, *mixture)
+            tau = _kept(BACKENDS[options.backend], tau, m)
+        ctx.save_for_backward(x, tau, mass, m, v, *mixture)
+        ctx.options, ctx.process_group = options, process_group
+        m, v = m.flatten(1), v.flatten(1)
+        ctx.mark_non_differentiable(mass, m, v)
+        return y, mass, m, v
+
+    @staticmethod
+    @_first_derivative_only
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
+        x, tau, mass, m, v, *mixture = ctx.saved_tensors
+        options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:4]))
+        if ctx.process_group is None:
+            gradients = _run(_batch_backward, options, x, g, tau, mass, m, v, *mixture)
+        else:
+            sums = _run(_batch_sums, options, x, g, tau, m, *mixture)
+            all_g, all_gu = sync.total(sums[0], sums[1], ctx.process_group)
+            gradients = _run(_batch_gradients, options, x, g, tau, mass, m, v, *sums, all_g, all_gu, *mixture)
+        return *gradients, None, None
+
+
+def _learned_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> Tensor:
+    work = _Work(passes, options, *mixture)
+    rstd = passes.store(work.scale * work.mix.precision.sqrt())
+    return work.whole(passes.transform(work.parts(x), None, work.mix.mean, rstd, work.bias, work.mix))
+
+
+def _learned_backward(
+    passes: Passes, options: _Options, g: Tensor, x: Tensor, *mixture: Any
+) -> tuple[Tensor | None, ...]:
+    work = _Work(passes, options, *mixture)
+    rho = work.mix.precision.sqrt()
+    rstd = passes.store(work.scale * rho)
+    dx, found = passes.learned_gradients(work.parts(x), work.parts(g), rstd, work.mix, options.wanted)
+    if found is None:
+        return dx.flatten(1, 2), None, None, None, None, None
+    sums, sum_g, sum_gu = found
+    # The parameters that give the posteriors normalise too.
+    zu = sums.zu - rstd * sum_g
+    zuu = sums.zuu - rstd * sum_gu * work.mix.precision
+    return work.gradients(dx, DensitySums(sums.z, zu, zuu), sum_g, sum_gu, rho)
+
+
+class _LearnedMixture(Function):
+    """Eq. 15 and an affine map; the arguments after x are those of ``_Work``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *mixture, options = arguments
+        ctx.save_for_backward(x, *mixture)
+        ctx.options = options
+        return _run(_learned_forward, options, x, *mixture)
+
+    @staticmethod
+    @_first_derivative_only
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:6]))
+        return *_run(_learned_backward, options, g, *ctx.saved_tensors), None
+
+
+def mixture_norm(
+    x: Tensor,
+    log_lambda: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    process_group: Any = None,
+    backend: str = "eager",
+) -> tuple[Tensor, Moments | None]:
+    """As ``reference.mixture_norm``, then the affine map of weight and bias (C,), without a loop of its own.
+
+    With a process group the batch is that of all its ranks together.
+    """
+    dtype = reference.compute_dtype(x)
+    kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
+    options = _Options(backend, (-1, 1) if groups == mean.shape[1] else (groups, -1), eps, kappa)
+    affine = [t if t is None else t.to(dtype) for t in (weight, bias)]
+    inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype) + eps, *affine, options
+    if statistics == "learned":
+        y: Tensor = _LearnedMixture.apply(*inputs)  # pyright: ignore[reportAssignmentType]
+        return y.reshape(x.shape), None
+    outputs: tuple[Tensor, ...] = _BatchMixture.apply(*inputs, process_group)  # pyright: ignore[reportAssignmentType]
+    return outputs[0].reshape(x.shape), Moments(*outputs[1:])

@@ -1,0 +1,183 @@
+"""Fitting a Gaussian mixture with diagonal covariances to points: k-means++, one Lloyd step, EM.
+
+Points are (P, C) in the compute dtype. With G groups each group of C / G channels is clustered on its own and
+only the weights are shared, as in the layers. Nothing here asks the device for an answer, and every draw
+comes from the generator given.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.machine.seeding import generator
+from common.norms.backends import reference
+from common.norms.backends.reference import Moments
+
+MAX_POINTS = 4096
+VARIANCE_FLOOR = 1e-3
+"""Of a component's variance, relative to the variance of all points."""
+
+
+class Fit(NamedTuple):
+    """A mixture's weights (K,), means (K, C) and variances (K, C)."""
+
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def is_finite(self) -> Tensor:
+        """Say, on the device, whether every number is finite: squares of finite points may not be."""
+        return torch.stack([part.isfinite().all() for part in self]).all()
+
+
+def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
+    r"""Draw up to 4,096 locations of x (N, C, \*) without repetition, as points (P, C).
+
+    Which ones follows from the seed and the position alone.
+    """
+    points = reference.flatten(x.detach()).movedim(1, 2).flatten(0, 1)
+    if len(points) > MAX_POINTS:
+        order = torch.randperm(len(points), generator=generator(seed, "points", *position))
+        points = points[order[:MAX_POINTS].to(x.device, non_blocking=True)]
+    return points.to(reference.compute_dtype(x))
+
+
+def draw_locations(x: Tensor, count: int, seed: int, *position: int | str) -> Tensor:
+    r"""Draw locations of x (N, C, \*) with repetition, as points (count, C); x holds at least one.
+
+    Which ones follows from the seed and the position alone.
+    """
+    flat = reference.flatten(x.detach())
+    length = flat.shape[2]
+    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position))
+    index = index.to(x.device, non_blocking=True)
+    return flat[index // length, :, index % length].to(reference.compute_dtype(x))
+
+
+def variance_floor(points: Tensor) -> Tensor:
+    """Return the least variance a component may have, (C,)."""
+    return VARIANCE_FLOOR * points.var(0, correction=0)
+
+
+def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
+    """Choose num of the points as centres, far ones more likely, by greedy k-means++.
+
+    Each centre is the best of 2 + log(num) draws in proportion to the squared distance to the nearest centre so
+    far: the one that leaves the least sum of squared distances. With single draws EM ended with two of three
+    clouds in one component in up to 7 % of the seeds, with several in less than 1 % (measured).
+
+    Args:
+        points: (G, P, D), each of the G sets seeded on its own.
+        num: centres K.
+        rng: a generator on the CPU.
+
+    Returns:
+        (K, G, D).
+
+    Source: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007; the number of draws
+    is scikit-learn's.
+    """
+    sets, count, _ = points.shape
+    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng).to(points, non_blocking=True)
+    rows = torch.arange(sets, device=points.device)
+    centres = [points[rows, (draws[0, :, 0] * count).long().clamp(max=count - 1)]]
+    distance = (points - centres[0][:, None]).square().sum(2)
+    for draw in draws[1:]:
+        total = distance.cumsum(1)
+        # Right of the draw: a point at distance zero, which is a centre already, is never chosen.
+        index = torch.searchsorted(total, draw * total[:, -1:], right=True).clamp(max=count - 1)
+        candidates = points[rows[:, None], index].unbind(1)
+        left = torch.stack([torch.minimum(distance, (points - c[:, None]).square().sum(2)) for c in candidates])
+        best = left.sum(2).argmin(0)  # (G,)
+        distance = left[best, rows]
+        centres.append(points[rows, index[rows, best]])
+    return torch.stack(centres)
+
+
+def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) -> Fit:
+    """Seed by greedy k-means++ and take one Lloyd step.
+
+    Distances are in standard deviations of each channel, so that the result follows when channels are scaled.
+
+    Args:
+        points: (P, C).
+        num: components K.
+        groups: of channels, each seeded on its own.
+        rng: a generator on the CPU.
+    """
+    offset, spread = points.mean(0), points.std(0, correction=0)
+    scaled = (points - offset) / torch.where(spread > 0, spread, 1)
+    sets = scaled.unflatten(1, (groups, -1)).movedim(1, 0)  # (G, P, D)
+    centres = kmeans_plus_plus(sets, num, rng)
+    nearest = torch.stack([(sets - c[:, None]).square().sum(2) for c in centres]).argmin(0)  # (G, P)
+    members = (nearest == torch.arange(num, device=points.device)[:, None, None]).to(points.dtype)
+    tau = members[:, None]  # (K, 1, G, P): all points are one sample
+    mass, mean, var = reference.batch_moments(points.T[None], tau)
+    empty = (mass == 0).repeat_interleave(points.shape[1] // groups, dim=1)
+    own = centres.flatten(1) * spread + offset
+    mean, var = torch.where(empty, own, mean), torch.where(empty, spread.square(), var)
+    return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
+
+
+def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:
+    """Return, for each component, the candidate that one more component there would raise the likelihood most at.
+
+    The likelihood is that of all candidates, and each group of channels has a choice of its own, (K, C).
+
+    Args:
+        candidates: points (K, B, C), B for each component.
+        fit: the mixture.
+        var: of the new component, (1, C); its weight is 1 / K.
+        groups: of channels.
+        eps: added to every variance.
+    """
+    num, points = len(candidates), candidates.flatten(0, 1)  # (P, C), P = K * B
+    x = points.T[None]
+    log_p = reference.log_density(x, fit.mean, fit.var + eps, groups) + fit.weight.log()[:, None, None, None]
+    log_new = reference.log_density(x, points, (var + eps).expand_as(points), groups) - math.log(num)  # (P, 1, G, P)
+    gain = functional.softplus(log_new - log_p.logsumexp(0)).sum((1, 3))  # (P, G)
+    best = gain.unflatten(0, (num, -1)).argmax(1)  # (K, G)
+    component, group = (torch.arange(n, device=points.device) for n in best.shape)
+    return candidates.unflatten(2, (groups, -1))[component[:, None], best, group].flatten(1)
+
+
+def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
+    """Return the moments of points (P, C) under a mixture, part by part: what it takes is K times a part."""
+    parts = []
+    for part in points.split(MAX_POINTS):
+        x = part.T[None]
+        tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
+        parts.append(reference.batch_moments(x, tau))
+    mass, mean, var = (torch.stack(values) for values in zip(*parts, strict=True))
+    total = mass.sum(0)
+    share = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
+    share = share.repeat_interleave(points.shape[1] // groups, dim=2)
+    joined = (share * mean).sum(0)
+    joined = joined + (share * (mean - joined)).sum(0)  # of small differences, whatever the offset
+    return Moments(total, joined, (share * (var + (mean - joined).square())).sum(0))
+
+
+def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
+    """One step of expectation maximisation; a component that holds nothing stays as it is.
+
+    Args:
+        points: (P, C).
+        fit: the mixture before.
+        groups: of channels, each with posteriors of its own.
+        eps: added to every variance in the posteriors.
+    """
+    mass, mean, var = _moments(points, fit, groups, eps)
+    empty = (mass < 1e-6).repeat_interleave(points.shape[1] // groups, dim=1)
+    weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
+    var = torch.maximum(var, variance_floor(points))
+    return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
+
+
+def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:
+    """Take EM steps from fit on points (P, C)."""
+    for _ in range(steps):
+        fit = em_step(points, fit, groups, eps)
+    return fit

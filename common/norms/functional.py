@@ -1,0 +1,200 @@
+"""The two primitives of the family, checked, and sent to a backend."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from common.norms.backends import closed_form, compiled, reference
+from common.norms.backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from common.norms.checks import (
+    check_choice,
+    check_cluster,
+    check_device,
+    check_eps,
+    check_groups,
+    check_input,
+    check_mean,
+    check_parameter,
+)
+from common.norms.kernels import launch, operators
+
+BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
+
+
+def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_channels: int = 1) -> str:
+    """Return the backend that computes x; "auto" is triton where its kernels can run on a GPU, else eager.
+
+    Raises:
+        ValueError: backend is no backend, or one that cannot run here, with the reason.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "compiled" and (reason := compiled.refusal(x.device)):
+        raise ValueError(f"backend: 'compiled' {reason}")
+    if backend not in ("auto", "triton"):
+        return backend
+    if backend == "auto" and not x.is_cuda:
+        return "eager"
+    reason = launch.refusal(x) or launch.mixture_refusal(num_components, group_channels)
+    if backend == "triton" and reason:
+        raise ValueError(f"backend: 'triton' {reason}")
+    return "eager" if reason else "triton"
+
+
+def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    check_mean(mean)
+    check_input(x, mean.shape[1])
+    check_device("mean", mean, x.device, "x")
+    check_parameter("var", var, mean.shape, x)
+
+
+def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
+    """Return x, which holds nothing, in a graph that gives every parameter a gradient of zero."""
+    return x + sum(p.sum() for p in parameters) * 0
+
+
+def cluster_norm(
+    x: Tensor,
+    cluster: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float = 1e-5,
+    unknown_scale: UnknownScale = "match",
+    unknown_posterior: UnknownPosterior = "location",
+    allow_unknown: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Normalise each sample by the mean and variance of its cluster.
+
+    .. math:: y_i = (x_i - \mu_k) / \sqrt{\sigma_k^2 + \epsilon}
+
+    An unknown cluster is replaced by all of them, weighed by the posteriors under equal priors (Eq. 12); one
+    batch may hold known and unknown ids.
+
+    Args:
+        x: activation (N, C, \*), float16, bfloat16, float32 or float64.
+        cluster: ids int64 (N,) from 0 to K - 1, -1 for an unknown one; None if none is known.
+        mean: (K, C).
+        var: (K, C), positive.
+        eps: added to var, in squared units of x.
+        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
+            larger than a known one; "match" drops it.
+        unknown_posterior: take the posterior at each "location", or once for the whole "sample".
+        allow_unknown: whether -1 and None are allowed, as in evaluation.
+        backend: "reference", "eager", "compiled", "triton" or "auto".
+
+    Returns:
+        Like x, computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: x has not C channels or is not floating-point, mean and var are not both (K, C), cluster is not
+            int64 (N,), a tensor is on another device than x, an option is none of those above, or the backend
+            cannot run here.
+        IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
+            check would synchronise.
+
+    Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
+    """
+    _check_tensors(x, mean, var)
+    check_eps(eps)
+    backend = choose_backend(backend, x)
+    check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
+    check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
+    any_unknown = False
+    if cluster is not None:
+        check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
+        if not allow_unknown:
+            cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
+        unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
+        any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
+    elif not allow_unknown:
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")
+    if x.numel() == 0:
+        return _empty(x, mean, var)
+    options = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return reference.cluster_norm(x, cluster, mean, var, **options)
+        if backend == "triton":
+            return operators.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, backend=backend, **options)
+
+
+def mixture_norm(
+    x: Tensor,
+    log_lambda: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    scale: Scale = "paper",
+    statistics: Statistics = "batch",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Moments | None]:
+    r"""Normalise under a Gaussian mixture with diagonal covariances.
+
+    .. math:: y_i = \sum_k \frac{\tau_{ik}}{\sqrt{\lambda_k}} \frac{x_i - m_k}{\sqrt{v_k + \epsilon}}
+
+    where tau are the posteriors under the given mixture, and m and v either the batch's posterior-weighted
+    moments (statistics="batch", Eqs. 6-9) or the given ones (statistics="learned", Eq. 15). The output
+    variance is not 1: it is K for well separated components, (sum_k sqrt(lambda_k))^2 for identical ones.
+
+    Args:
+        x: activation (N, C, \*), float16, bfloat16, float32 or float64.
+        log_lambda: log of the mixture weights, (K,).
+        mean: (K, C).
+        var: (K, C), positive.
+        groups: a divisor of C; each group of channels has a posterior of its own. 1 is the paper's.
+        eps: added to every variance, in squared units of x.
+        scale: "paper", or "sqrt_k" to divide the output by sqrt(K).
+        statistics: "batch" or "learned".
+        weight: scale of each channel of the output, (C,); given together with bias, or not at all.
+        bias: shift of each channel, (C,).
+        backend: "reference", "eager", "compiled", "triton" or "auto".
+
+    Returns:
+        The output, like x, computed in float32 (float64 for float64); and the batch's moments without
+        gradient, or None with statistics="learned".
+
+    Raises:
+        ValueError: x has not C channels or is not floating-point, the mixture's shapes do not agree, a tensor is on
+            another device than x, groups does not divide C, an option is none of those above, or
+            the backend cannot run here.
+
+    Source: arXiv:2403.16798, Eqs. 4-9 and 15; Eq. 8's expectations of weights that sum to one are sums.
+    """
+    _check_tensors(x, mean, var)
+    check_parameter("log_lambda", log_lambda, mean.shape[:1], x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_parameter(name, value, mean.shape[1:], x)
+    if (weight is None) != (bias is None):
+        raise ValueError(f"weight: expected together with bias, got only {'bias' if weight is None else 'weight'}")
+    check_eps(eps)
+    check_choice("scale", scale, get_args(Scale))
+    check_choice("statistics", statistics, get_args(Statistics))
+    check_groups(groups, mean.shape[1])
+    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups)
+    if x.numel() == 0:
+        moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
+        parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
+        return _empty(x, *parameters), moments if statistics == "batch" else None
+    options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
+    with torch.autocast(x.device.type, enabled=False):
+        if backend in closed_form.BACKENDS:
+            return closed_form.mixture_norm(
+                x, log_lambda, mean, var, weight=weight, bias=bias, backend=backend, **options
+            )
+        implementation = reference if backend == "reference" else operators
+        y, moments = implementation.mixture_norm(x, log_lambda, mean, var, **options)
+        return y if weight is None or bias is None else affine(y, weight, bias), moments
+
+
+def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r"""Scale and shift each channel of y (N, C, \*), in its dtype."""
+    shape = [-1] + [1] * (y.ndim - 2)
+    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)

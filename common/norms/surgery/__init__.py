@@ -1,0 +1,1 @@
+"""Layers of this package in models that exist: conversion, cluster ids, state dicts, calibration."""

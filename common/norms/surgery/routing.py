@@ -1,0 +1,79 @@
+"""Cluster ids for the layers of a model whose own code knows nothing of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from common.norms.factory import DomainBatchNorm
+from common.norms.supervised import SCBNorm, SCBNormBase
+
+_ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
+
+
+@contextmanager
+def clusters(ids: Tensor | None) -> Iterator[None]:
+    """Give the samples of every model called inside the block their cluster ids.
+
+    Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
+    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. A block must
+    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
+    ``torch.utils.checkpoint.checkpoint``.
+
+    Args:
+        ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
+
+    Raises:
+        ValueError: ids are not int64 (N,).
+
+    Example:
+        >>> with clusters(labels):
+        ...     logits = model(images)
+    """
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {given}")
+    token = _ids.set(ids)
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
+def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
+    if cluster is None and (ids := _ids.get()) is not None:
+        return ids.to(x.device)
+    return cluster
+
+
+class RoutedSCBNorm(SCBNorm):
+    """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+class RoutedSCBNormBase(SCBNormBase):
+    """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+class RoutedDomainBatchNorm(DomainBatchNorm):
+    """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(cluster, x))
+
+
+ROUTED: dict[str, Callable[..., nn.Module]] = {
+    "scb": RoutedSCBNorm,
+    "scb_base": RoutedSCBNormBase,
+    "dsbn": RoutedDomainBatchNorm,
+}

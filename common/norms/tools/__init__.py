@@ -1,0 +1,1 @@
+"""Checks and measurements of the layers: doctor, benchmark, ahead-of-time compilation."""

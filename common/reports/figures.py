@@ -1,0 +1,333 @@
+"""Figures for reports: curves over seeds and grids of pictures, as PNG and SVG.
+
+Nothing here touches pyplot, the backend or the settings of the program that imports it, and nothing reads the user's
+matplotlibrc: the same input gives the same bytes.
+"""
+
+import io
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+from torch import Tensor
+
+from common.cli.arguments import parse
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+from common.reports.records import LoggedRun, group_by_seed, read_run
+
+Run = tuple[Sequence[float], Sequence[float]]
+"""x and y of one run, equally long."""
+
+_STYLE: dict[str, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.dpi": 144,
+    "font.size": 11,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "savefig.dpi": "figure",
+    "svg.hashsalt": "cluster-based-norm",  # identifiers follow from content, not from a random draw
+    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
+}
+_SIZE = (7.0, 4.0)  # inches: 1008 x 576 pixels, about a README's width
+# Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is too pale for lines on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MOST_MARKERS = 30
+_GRID_WIDTH = 840
+_CAPTION_POINTS = (5, 10)
+
+
+def curves(
+    path: Path,
+    series: Mapping[str, Sequence[Run]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str | None = None,
+    log_y: bool = False,
+    floor: float | None = None,
+    floor_label: str = "floor",
+) -> tuple[Path, Path]:
+    """Draw a line for each label: the run, or the mean of several with a band of one standard deviation.
+
+    The legend says how many runs a line is the mean of. On a logarithmic axis a band that would reach 0 ends at the
+    lowest run.
+
+    Args:
+        path: PATH.png and PATH.svg are written, each whole or not at all; either ending may be given.
+        series: runs over seeds by label; the runs of a label must have the same x.
+        xlabel: what x is, with its unit.
+        ylabel: what y is, with its unit.
+        title: a line above.
+        log_y: draw y on a logarithmic axis.
+        floor: where to draw a horizontal reference line.
+        floor_label: the reference line's name.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: naming the label, if it has no runs, a run is empty or not finite, its x and y differ in length,
+            x differs between runs, or y is not positive on a logarithmic axis.
+    """
+    if not series:
+        raise ValueError("series: expected at least one label")
+    checked = {label: _checked(label, runs, log_y) for label, runs in series.items()}
+    if floor is not None and not (math.isfinite(floor) and (floor > 0 or not log_y)):
+        raise ValueError(f"floor: expected a finite {'positive ' if log_y else ''}number, got {floor}")
+    with _style():
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        handles = [_line(axes, i, x, ys, log_y) for i, (x, ys) in enumerate(checked.values())]
+        names = [f"{label} (n = {len(ys)})" for label, (_, ys) in checked.items()]
+        if floor is not None:
+            handles.append(axes.axhline(floor, color="0.45", linestyle=(0, (1, 1.5)), linewidth=1.4))
+            names.append(f"{floor_label} ({floor:.3g})")
+        if log_y:
+            axes.set_yscale("log")
+            axes.grid(visible=True, which="minor", axis="y")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        if all((x == x.round()).all() for x, _ in checked.values()):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if title is not None:
+            axes.set_title(title, loc="left")
+        means = any(len(ys) > 1 for _, ys in checked.values())
+        # matplotlib leaves out what begins with an underscore
+        names = [f" {name}" if name.startswith("_") else name for name in names]
+        axes.legend(handles, names, title="mean ± standard deviation" if means else None, alignment="left")
+        return _write(figure, path)
+
+
+def grid(
+    path: Path, images: Tensor, *, columns: int | None = None, captions: Sequence[str] | None = None
+) -> tuple[Path, Path]:
+    """Draw pictures side by side, row by row, enlarged by a whole factor without smoothing.
+
+    Args:
+        path: PATH.png and PATH.svg are written, each whole or not at all; either ending may be given.
+        images: uint8 (N, 3, H, W).
+        columns: pictures a row; without it, a near-square grid.
+        captions: a line under each picture.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: if the images are of another type or shape, there are none, or captions are not one each.
+    """
+    if str(images.dtype) != "torch.uint8" or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        raise ValueError(f"images: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    count, _, height, width = images.shape
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    if captions is not None and len(captions) != count:
+        raise ValueError(f"captions: expected one for each of {count} images, got {len(captions)}")
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    scale = max(1, _GRID_WIDTH // (columns * (width + 1) + 1))
+    dpi = _STYLE["figure.dpi"]
+    low, high = _CAPTION_POINTS
+    longest = max((len(caption) for caption in captions or ()), default=0)
+    # A character of the font is about 0.6 of its size wide.
+    points = min(high, max(low, width * scale * 72 / dpi / (0.6 * max(longest, 1))))
+    band = 0 if captions is None else math.ceil(1.6 * points * dpi / 72 / scale)
+    cell = height + band + 1
+    sheet = np.full((rows * cell + 1, columns * (width + 1) + 1, 3), 255, dtype=np.uint8)
+    corners = [(1 + i // columns * cell, 1 + i % columns * (width + 1)) for i in range(count)]
+    for (top, left), image in zip(corners, images.cpu().permute(0, 2, 3, 1).numpy(), strict=True):
+        sheet[top : top + height, left : left + width] = image
+    with _style():
+        figure = Figure(figsize=(sheet.shape[1] * scale / dpi, sheet.shape[0] * scale / dpi))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.imshow(sheet, interpolation="none", aspect="auto")
+        for (top, left), caption in zip(corners, captions or [""] * count, strict=True):
+            axes.text(left + width / 2 - 0.5, top + height - 0.5 + band / 2, caption,
+                      fontsize=points, ha="center", va="center")  # fmt: skip
+        return _write(figure, path)
+
+
+def stems(path: Path) -> tuple[Path, Path]:
+    """Return the PNG and SVG files of a path given with either ending or without."""
+    name = path.name.removesuffix(".png").removesuffix(".svg")
+    return path.with_name(f"{name}.png"), path.with_name(f"{name}.svg")
+
+
+def _checked(label: str, runs: Sequence[Run], log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return x (M,) and y (runs, M) of a label."""
+    if not runs:
+        raise ValueError(f"{label}: expected at least one run")
+    arrays = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in runs]
+    first = arrays[0][0]
+    for x, y in arrays:
+        if x.ndim != 1 or x.shape != y.shape or not x.size:
+            raise ValueError(f"{label}: expected x and y of one length, got {x.shape} and {y.shape}")
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ValueError(f"{label}: expected finite values in every run")
+        if not np.array_equal(x, first):
+            raise ValueError(f"{label}: its runs have different x ({_ends(first)} and {_ends(x)})")
+        if log_y and (y <= 0).any():
+            raise ValueError(f"{label}: expected values above 0 on a logarithmic axis, got {y.min():g}")
+    return first, np.stack([y for _, y in arrays])
+
+
+def _ends(x: np.ndarray) -> str:
+    return f"{len(x)} from {x[0]:g} to {x[-1]:g}"
+
+
+def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -> Any:
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    mean = ys.mean(axis=0)
+    if len(ys) > 1:
+        deviation = ys.std(axis=0, ddof=1)
+        low = mean - deviation
+        if log_y:
+            low = np.where(low > 0, low, ys.min(axis=0))
+        axes.fill_between(x, low, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+    return axes.plot(
+        x,
+        mean,
+        color=colour,
+        linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+        marker=marker if len(x) <= _MOST_MARKERS else "",
+    )[0]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with style.context(["default", _STYLE]):  # puts back what it found; "default" outdoes a matplotlibrc
+        yield
+
+
+def _write(figure: Figure, path: Path) -> tuple[Path, Path]:
+    FigureCanvasAgg(figure)
+    paths = stems(path)
+    contents = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata)
+        contents.append(buffer.getvalue())
+    for target, content in zip(paths, contents, strict=True):
+        write_atomic(target, lambda file, content=content: file.write(content))
+    return paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiguresConfig:
+    """Draw a logged value of several runs; runs that differ by their seed alone become one line with a band."""
+
+    runs: list[Path] = field(default_factory=list)
+    """Folders of runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
+    tag: str = "metric/fid_classifier"
+    """Which value; TAG_floor, where it was logged, becomes a horizontal line."""
+    out: Path | None = None
+    """The figure: OUT.png and OUT.svg."""
+    x: Literal["epoch", "step"] = "epoch"
+    """What to draw it over; values logged more often than once an epoch need step."""
+    title: str | None = None
+    """A line above the figure."""
+    log_y: bool = False
+    """Draw the value on a logarithmic axis."""
+    force: bool = False
+    """Replace figures that exist."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: name at least one run's folder, --runs runs/cbgan/NAME")
+        if self.out is None or not self.out.name.removesuffix(".png").removesuffix(".svg"):
+            given = "none" if self.out is None else repr(str(self.out))
+            raise ValueError(f"out: expected the figure's path without ending, such as --out fid, got {given}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: if a folder is no run, does not have the tag, or the runs cannot share a figure.
+    """
+    cfg = parse(FiguresConfig, argv, prog="python -m common.figures")
+    assert cfg.out is not None  # FiguresConfig refuses otherwise
+    for path in stems(cfg.out):
+        if path.exists() and not cfg.force:
+            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    runs = [read_run(path) for path in cfg.runs]
+    groups = _labelled(group_by_seed(runs))
+    series = {label: [_points(run, cfg.tag, cfg.x) for run in group] for label, group in groups.items()}
+    floors = _floors(runs, f"{cfg.tag}_floor")
+    # Another machine's classifier may differ in the last digits; other images or another extractor differ by far more.
+    agree = bool(floors) and max(floors) - min(floors) <= 0.01 * abs(max(floors))
+    if floors and not agree:
+        print(
+            f"warning: {cfg.tag}_floor is between {min(floors):.4g} and {max(floors):.4g}: these runs were measured "
+            "against different images, so their values do not compare",
+            file=sys.stderr,
+        )
+    try:
+        written = curves(
+            cfg.out,
+            series,
+            xlabel=cfg.x,
+            ylabel=cfg.tag,
+            title=cfg.title,
+            log_y=cfg.log_y,
+            floor=floors[0] if agree else None,
+            floor_label="real test images" if cfg.tag.startswith("metric/fid") else "floor",
+        )
+    except ValueError as error:
+        raise UsageError(f"runs: {error}") from None
+    except OSError as error:
+        raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
+    for label, group in groups.items():
+        print(f"{label}: {', '.join(str(run.path) for run in group)}")
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def _points(run: LoggedRun, tag: str, x: str) -> Run:
+    run.require(tag)
+    points = [(line[x], line[tag]) for line in run.lines if line.get(tag) is not None and line.get(x) is not None]
+    if not points:
+        raise UsageError(f"tag: {tag} is not finite anywhere in {run.path}")
+    xs, ys = [place for place, _ in points], [value for _, value in points]
+    if len(set(xs)) < len(xs):
+        remedy = "use --x step" if x == "epoch" else "expected one"
+        raise UsageError(f"x: {run.path} has several values of {tag} in one {x}; {remedy}")
+    return xs, ys
+
+
+def _floors(runs: Sequence[LoggedRun], tag: str) -> list[float]:
+    """Return the first floor that each run logged, where it did."""
+    found = ([line[tag] for line in run.lines if line.get(tag) is not None] for run in runs)
+    return [floors[0] for floors in found if floors]
+
+
+def _labelled(groups: list[list[LoggedRun]]) -> dict[str, list[LoggedRun]]:
+    labels = [_label(group) for group in groups]
+    if len(set(labels)) < len(labels):
+        labels = [", ".join(str(run.path) for run in group) for group in groups]
+    return dict(zip(labels, groups, strict=True))
+
+
+def _label(group: list[LoggedRun]) -> str:
+    """Return the name that the runs share but for the seed in it, or all their names."""
+    names = [run.path.resolve().name for run in group]
+    short = {re.sub(r"[-_]?seed[-_]?\d+", "", name) or name for name in names}
+    return short.pop() if len(short) == 1 else ", ".join(names)

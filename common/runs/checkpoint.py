@@ -1,0 +1,108 @@
+"""Checkpoints: written whole or not at all, verified when read, plain values only."""
+
+import io
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+
+SCHEMA = 1
+"""Version of the layout; raised whenever an older reader would misread a newer file."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint file is truncated, altered, or not one of ours."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint of state dicts and plain values atomically."""
+    buffer = io.BytesIO()  # serialised first: a state that cannot be saved must not cost the file that stands
+    torch.save({"schema": SCHEMA, **state}, buffer)
+    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, tensors placed on ``device``.
+
+    Every record's CRC-32 is compared first, which finds truncation and single flipped bits; only tensors and
+    plain values are unpickled.
+
+    Raises:
+        DamagedCheckpoint: if the file is not whole or not one of ours.
+        UsageError: if it was written by a newer version of this project.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise DamagedCheckpoint(f"{path}: checksum of {record} is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except Exception as error:  # the unpickler raises its own types for code and unknown globals
+        raise DamagedCheckpoint(f"{path}: holds more than tensors and plain values ({type(error).__name__})") from None
+    if not isinstance(state, dict) or "schema" not in state:
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project")
+    if state["schema"] > SCHEMA:
+        raise UsageError(f"{path}: schema {state['schema']} is newer than this version reads ({SCHEMA}); update it")
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest ``keep`` and the best.
+
+    Files are ``step-00000900.pt`` and ``best.pt`` in ``folder``.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def best(self) -> Path:
+        """Path of the best checkpoint (it may not exist yet)."""
+        return self.folder / "best.pt"
+
+    def paths(self) -> list[Path]:
+        """Return the numbered checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name))
+
+    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
+        """Write the checkpoint of a step, make it the best too if asked, and remove what is no longer kept."""
+        path = self.folder / f"step-{step:08d}.pt"
+        save(path, state)
+        if best:
+            with path.open("rb") as source:
+                write_atomic(self.best, lambda file: shutil.copyfileobj(source, file))
+        newest = self.paths()[-self.keep :]
+        for old in self.paths():
+            if old not in newest:
+                old.unlink()
+        return path
+
+    def load_latest(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
+        """Read the newest checkpoint that is whole.
+
+        Returns:
+            Its state, or None if the run has not saved one yet; and a line for each damaged file passed over.
+
+        Raises:
+            UsageError: if there are checkpoints and every one is damaged.
+        """
+        for leftover in self.folder.glob(".*.tmp"):  # of a process killed in the middle of a write
+            leftover.unlink()
+        reports: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                return load(path, device), reports
+            except DamagedCheckpoint as error:
+                reports.append(f"damaged checkpoint passed over: {error}")
+        if reports:
+            raise UsageError(f"resume: every checkpoint in {self.folder} is damaged; start anew under another --name")
+        return None, reports

@@ -1,0 +1,289 @@
+"""A run's folder: its name, its lock, its resolved configuration, and where it ran."""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from common.cli.arguments import flatten, parse, to_dict, to_yaml
+from common.errors import UsageError
+from common.machine.atomic import umask, write_text_atomic
+from common.machine.device import Precision
+
+T = TypeVar("T")
+
+NOT_STORED = ("name", "out", "resume", "dry_run")
+"""Settings that say how to call a run, not what it computes; config.yaml leaves them out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run is kept and how it is executed; every application's configuration starts with this."""
+
+    name: str | None = None
+    """The run's name under OUT/application; without it a fresh one such as digits-ucb-seed0 is taken."""
+    out: Path = Path("runs")
+    """The folder that holds all runs."""
+    resume: bool = False
+    """Go on with the run NAME from its newest whole checkpoint."""
+    init_from: Path | None = None
+    """A checkpoint file whose weights (not optimizer or position) a new run starts from."""
+    dry_run: bool = False
+    """Print parameters and estimates of memory and time, write nothing, and exit."""
+    seed: int = 0
+    """What every random draw of the run follows from, together with its position."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:n; auto is CUDA where there is one."""
+    precision: Precision = "fp32"
+    """Precision of convolutions and linear maps (autocast); fp16 scales its gradients."""
+    channels_last: bool = False
+    """Keep images as NHWC in memory, which tensor cores prefer."""
+    deterministic: bool = False
+    """On CUDA, use only kernels whose results repeat bit for bit; some are slower."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch. Results repeat bit for bit only with the same number."""
+    log_every: int = 10
+    """Steps between two log lines; on CUDA the host waits for the device only then."""
+    checkpoint_every: int = 1
+    """Epochs between two checkpoints."""
+    cache: Path = Path("~/.cache/cluster-based-norm")
+    """Folder for what several runs share: statistics of real images, feature extractors, downloads."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or self.name.startswith(".") or "/" in self.name):
+            raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
+        if self.resume and self.name is None:
+            raise ValueError("resume: which run? Give its --name")
+        for field in ("log_every", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
+        for field in ("seed", "threads"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}: expected 0 or more, got {getattr(self, field)}")
+
+
+def resume_config(cls: type[T], argv: Sequence[str] | None, path: Path, may_change: Sequence[str]) -> T:
+    """Read the configuration of a run that goes on: its own config.yaml, then the command line.
+
+    Args:
+        cls: the configuration's class.
+        argv: the command line, which holds ``--resume``.
+        path: the run's folder.
+        may_change: dotted names of settings that do not alter what is computed, or only for how long.
+
+    Raises:
+        UsageError: if the command line changes anything else.
+    """
+    stored_file = ["--config", str(path / "config.yaml")]
+    stored = dict(flatten(to_dict(parse(cls, stored_file))))
+    config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
+    for field, now in flatten(to_dict(config)):
+        if field not in (*NOT_STORED, *may_change, "init_from") and now != stored[field]:
+            raise UsageError(
+                f"{field}: the run has {stored[field]}, got {now}; a resumed run keeps its settings "
+                f"(free to change: {', '.join(may_change)})"
+            )
+    return config
+
+
+def stored_yaml(config: RunConfig) -> str:
+    """Return the text of config.yaml: what the run computes, without how it was called."""
+    return to_yaml({name: value for name, value in to_dict(config).items() if name not in NOT_STORED})
+
+
+class RunFolder:
+    """An open run folder, locked against other processes until `close` or the end of this process.
+
+    Holds ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
+    ``checkpoints/``.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, parent: Path, name: str | None, default: str, files: Mapping[str, str]) -> "RunFolder":
+        """Make a new run folder that appears under its name complete with its first files.
+
+        Args:
+            parent: OUT/application.
+            name: the run's name, or None to take ``default``, ``default-2``, ... whichever is free.
+            default: the name to derive a fresh one from.
+            files: text files by name.
+
+        Raises:
+            UsageError: if the name is taken, or the folder cannot be written.
+        """
+        if name is not None:
+            refuse_existing(parent, name)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+        except OSError as error:
+            raise UsageError(f"out: cannot write to {parent} ({error.strerror})") from None
+        try:
+            os.chmod(temporary, 0o777 & ~umask())
+            lock = _lock(temporary)
+            for file, text in files.items():
+                write_text_atomic(temporary / file, text)
+            for number in range(1, sys.maxsize):
+                path = parent / (name or (default if number == 1 else f"{default}-{number}"))
+                try:
+                    if not path.exists():  # renaming onto an empty folder would succeed
+                        temporary.rename(path)
+                        return cls(path, lock)
+                except OSError:
+                    if not path.exists():
+                        raise
+                if name is not None:
+                    refuse_existing(parent, name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        raise AssertionError("unreachable: there is always a free number")
+
+    @classmethod
+    def reopen(cls, path: Path) -> "RunFolder":
+        """Open an existing run folder.
+
+        Raises:
+            UsageError: if another process has it open.
+        """
+        return cls(path, _lock(path))
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+
+def refuse_existing(parent: Path, name: str) -> None:
+    """Raise UsageError if a run of this name exists."""
+    if (parent / name).exists() or (parent / name).is_symlink():
+        raise UsageError(f"name: {parent / name} exists; add --resume to go on with it, or take another --name")
+
+
+def find_run(parent: Path, name: str) -> Path:
+    """Return the folder of a run to go on with, or raise UsageError if there is none."""
+    path = parent / name
+    if not (path / "config.yaml").is_file():
+        runs = sorted(p.parent.name for p in parent.glob("*/config.yaml"))
+        known = f"runs there: {', '.join(runs)}" if runs else "there are no runs there"
+        raise UsageError(f"name: {path} is not a run that can be resumed; {known}")
+    return path
+
+
+def environment(device: torch.device, **more: Any) -> dict[str, Any]:
+    """Describe where a run executes: versions, commit, hardware, threads, time and command.
+
+    Args:
+        device: the run's device.
+        more: further plain values, such as the backend of the layers.
+    """
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        **more,
+    }
+
+
+def note_session(path: Path, session: Mapping[str, Any]) -> None:
+    """Append a session to a run's environment.json, after checking that it can go on bit for bit.
+
+    Raises:
+        UsageError: if device type, number of processes, thread count or layer backend differ from the run's first
+            session.
+    """
+    file = path / "environment.json"
+    sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+    remedies = {
+        "world": "start it with torchrun --nproc-per-node",
+        "threads": "add --threads",
+        "device": "add --device",
+        "backend": "add --norm.backend",
+    }
+    for field, remedy in remedies.items():
+        before, now = sessions[0].get(field), session.get(field)
+        if before != now:
+            raise UsageError(f"{field}: the run used {before}, this process has {now}; {remedy} {before}")
+    write_text_atomic(file, environment_json([*sessions, dict(session)]))
+
+
+def environment_json(sessions: list[dict[str, Any]]) -> str:
+    """Return the text of environment.json."""
+    return json.dumps({"sessions": sessions}, indent=2) + "\n"
+
+
+_PACKAGES = (
+    "cluster-based-norm",
+    "torch",
+    "torchvision",
+    "torch-fidelity",
+    "numpy",
+    "scikit-learn",
+    "triton",
+)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder. POSIX locks end with their process and, unlike flock's, do not pass to forked loader workers."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(f"name: {folder} is in use by another process; wait for it or take another --name") from None
+    return descriptor
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree, marked if it has changes, or None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,170 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+from common.data import DataConfig, load
+from common.data.reading.image_folder import read_folder
+from common.errors import UsageError
+
+
+def pixels(height, width, channels=3, seed=0):
+    shape = (height, width, channels) if channels else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for i, name in enumerate(["b/2.png", "b/10.JPG", "b/deep/1.jpeg", "a/x.PNG"]):
+        write(tmp_path / name, pixels(20 + i, 33 - 5 * i, seed=i))
+    (tmp_path / "notes.txt").write_text("not an image")
+    write(tmp_path / "beside.png", pixels(8, 8))
+    return tmp_path
+
+
+def test_classes_images_and_order_agree_with_torchvision(classes):
+    steps = [Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()]
+    oracle = ImageFolder(str(classes), Compose(steps))
+    got = load(DataConfig(name="imagefolder", root=classes, size=16))
+    assert got.test is None
+    assert got.train.classes == tuple(oracle.classes) == ("a", "b")
+    assert got.train.labels is not None
+    assert got.train.labels.tolist() == [y for _, y in oracle]
+    assert torch.equal(got.train.images, torch.stack([x for x, _ in oracle]))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (41, 16), (9, 5), (100, 37), (17, 16)], ids=str)
+def test_resize_and_crop_agree_with_torchvision(tmp_path, shape):
+    write(tmp_path / "i.png", pixels(*shape))
+    steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
+    want: Any = steps(Image.fromarray(pixels(*shape)))
+    assert torch.equal(read_folder(tmp_path, 16).images[0], want)
+
+
+def test_a_flat_folder_has_no_labels_and_keeps_pixels(tmp_path):
+    for i, name in enumerate(["b.png", "c.png", "a.png"]):
+        write(tmp_path / name, pixels(16, 16, seed=i))
+    got = read_folder(tmp_path, 16)
+    assert got.labels is None
+    want = np.stack([pixels(16, 16, seed=i) for i in (2, 0, 1)])
+    assert np.array_equal(got.images.permute(0, 2, 3, 1).numpy(), want)
+
+
+def modes():
+    grey, rgba = Image.fromarray(pixels(16, 16, 0)), Image.fromarray(pixels(16, 16, 4))
+    rgb = Image.fromarray(pixels(16, 16))
+    palette = rgb.quantize(16)
+    clear = rgb.quantize(16)
+    clear.info["transparency"] = bytes(range(16))
+    return {
+        "grey": (grey, "png", np.repeat(np.asarray(grey)[..., None], 3, 2)),
+        "alpha": (rgba, "png", np.asarray(rgba)[..., :3]),
+        "palette": (palette, "png", np.asarray(palette.convert("RGB"))),
+        "clear-palette": (clear, "png", np.asarray(palette.convert("RGB"))),
+        "two-level": (grey.convert("1"), "png", np.asarray(grey.convert("1").convert("RGB"))),
+        "grey-alpha": (grey.convert("LA"), "png", np.repeat(np.asarray(grey)[..., None], 3, 2)),
+        "cmyk": (rgb.convert("CMYK"), "jpg", None),
+    }
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image, extension, want = modes()[mode]
+    path = tmp_path / f"i.{extension}"
+    image.save(path)
+    if want is None:  # lossy: Pillow's own reading is the oracle
+        with Image.open(path) as read:
+            assert read.mode == "CMYK"
+            want = np.asarray(read.convert("RGB"))
+    assert np.array_equal(read_folder(tmp_path, 16).images[0].permute(1, 2, 0).numpy(), want)
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(deep).save(tmp_path / "i.png")
+    got = read_folder(tmp_path, 16).images[0]
+    assert np.array_equal(got.numpy(), np.broadcast_to((deep // 256).astype(np.uint8), (3, 16, 16)))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+@pytest.mark.parametrize("keep", [0, 20, 0.5, 0.9])
+def test_a_truncated_file_is_named(tmp_path, extension, keep):
+    path = tmp_path / f"whole.{extension}"
+    write(path, pixels(64, 64))
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if keep > 1 else int(keep * len(content))])
+    with pytest.raises(UsageError, match=rf"whole\.{extension}: cannot be read as an image \(.+\)") as caught:
+        read_folder(tmp_path, 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UsageError, match=r"text\.png: cannot be read as an image"):
+        read_folder(tmp_path, 16)
+
+
+def bad_folder(tmp_path, kind):
+    root = tmp_path / "images"
+    if kind == "file":
+        root.write_text("")
+    elif kind != "missing":
+        root.mkdir()
+    if kind == "class without images":
+        write(root / "a" / "1.png", pixels(8, 8))
+        (root / "b").mkdir()
+    if kind == "splits":
+        write(root / "train" / "a" / "1.png", pixels(8, 8))
+        write(root / "test" / "a" / "1.png", pixels(8, 8))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"data\.root: no folder .*images"),
+        ("file", r"data\.root: .*images is a file"),
+        ("empty", r"data\.root: no PNG or JPEG files in .*images"),
+        ("class without images", r"data\.root: class folder .*b has no PNG or JPEG files"),
+        ("splits", r"data\.root: .*images holds splits \(test, train\)"),
+    ],
+)
+def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path, kind, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        load(DataConfig(name="imagefolder", root=bad_folder(tmp_path, kind)))
+    assert "\n" not in str(caught.value)
+
+
+def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "held/b/1.png"):
+        write(tmp_path / name, pixels(8, 8))
+    config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / "held", size=8)
+    test = load(config).test
+    assert test is not None
+    assert test.labels is not None
+    assert (test.labels.tolist(), test.classes, test.split) == ([1], ("a", "b"), "test")
+
+
+@pytest.mark.parametrize(
+    ("test_root", "message"),
+    [
+        ("held", r"data\.test_root: class folder .*c is not among the training classes"),
+        ("train", r"data\.test_root: .* is data\.root"),
+        ("none", r"data\.test_root: no folder"),
+    ],
+)
+def test_test_folders_that_cannot_serve_are_refused(tmp_path, test_root, message):
+    for name in ("train/a/1.png", "train/b/1.png", "held/c/1.png"):
+        write(tmp_path / name, pixels(8, 8))
+    config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
+    with pytest.raises(UsageError, match=message):
+        load(config)

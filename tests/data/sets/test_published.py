@@ -1,0 +1,297 @@
+"""Each loader reads a miniature in the official format of its data set, which the test writes."""
+
+import gzip
+import hashlib
+import io
+import shutil
+import struct
+import tarfile
+import zipfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import MNIST, SVHN, OxfordIIITPet
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from common.data import DataConfig, load
+from common.data.reading import downloads
+from common.data.sets import oxford_pet, tiny_imagenet
+from common.errors import UsageError
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_mnist(root, monkeypatch):
+    """Write 6 training and 4 test digits as gzipped IDX; return the training images and labels."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    resources, images, labels = [], {}, {}
+    for part, count in (("train", 6), ("t10k", 4)):
+        images[part], labels[part] = noise(count, count, 28, 28), np.arange(count, dtype=np.uint8)
+        for kind, values in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
+            path = raw / f"{part}-{kind}-ubyte.gz"
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            path.write_bytes(gzip.compress(header + values.tobytes()))
+            resources.append((path.name, md5(path)))
+    monkeypatch.setattr(MNIST, "resources", resources)
+    return images["train"], labels["train"]
+
+
+def write_svhn(root, monkeypatch):
+    """Write 5 training and 3 test digits as MATLAB files; return the training images (5, 32, 32, 3) and labels."""
+    lists, written = {}, {}
+    for part, count in (("train", 5), ("test", 3)):
+        images, labels = noise(count, 32, 32, 3, count), np.array([1, 10, 9, 10, 2][:count], dtype=np.uint8)[:, None]
+        path = root / f"{part}_32x32.mat"
+        savemat(path, {"X": images, "y": labels}, do_compression=True)
+        lists[part] = [SVHN.split_list[part][0], path.name, md5(path)]
+        written[part] = images.transpose(3, 0, 1, 2), labels[:, 0]
+    monkeypatch.setattr(SVHN, "split_list", lists)
+    return written["train"]
+
+
+WORDS = {"n01": "goldfish, Carassius auratus", "n02": "crane", "n03": "crane, hoist", "n99": "not in the set"}
+
+
+def write_tiny_imagenet(root, monkeypatch):
+    """Write 3 classes with 2 training images each and 3 validation images; return all pixels by file name."""
+    top, pixels, files = "tiny-imagenet-200", {}, {}
+    for seed, name in enumerate([f"{wnid}_{i}.JPEG" for wnid in ("n03", "n01", "n02") for i in (0, 1)]):
+        wnid = name.split("_")[0]
+        pixels[name] = noise(seed, 64, 64) if name == "n01_1.JPEG" else noise(seed, 64, 64, 3)
+        files[f"train/{wnid}/images/{name}"] = png(pixels[name])
+        files.setdefault(f"train/{wnid}/{wnid}_boxes.txt", b"")
+        files[f"train/{wnid}/{wnid}_boxes.txt"] += f"{name}\t0\t0\t63\t63\n".encode()
+    for i, wnid in enumerate(("n02", "n03", "n01")):
+        pixels[f"val_{i}.JPEG"] = noise(100 + i, 64, 64, 3)
+        files[f"val/images/val_{i}.JPEG"] = png(pixels[f"val_{i}.JPEG"])
+        files.setdefault("val/val_annotations.txt", b"")
+        files["val/val_annotations.txt"] += f"val_{i}.JPEG\t{wnid}\t0\t0\t61\t61\n".encode()
+    files["test/images/test_0.JPEG"] = png(noise(7, 64, 64, 3))
+    files["wnids.txt"] = b"n03\nn01\nn02"
+    files["words.txt"] = "".join(f"{wnid}\t{text}\n" for wnid, text in WORDS.items()).encode()
+    with zipfile.ZipFile(root / f"{top}.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"{top}/{name}", content)
+    monkeypatch.setattr(tiny_imagenet, "MD5", md5(root / f"{top}.zip"))
+    monkeypatch.setattr(tiny_imagenet, "COUNTS", {"train": 6, "test": 3})
+    return pixels
+
+
+PETS = {  # as the official lists give them: class, species (1 cat, 2 dog), breed within the species
+    "trainval": {"Abyssinian_1": "1 1 1", "beagle_7": "2 2 1", "Maine_Coon_2": "3 1 2", "american_bulldog_3": "4 2 2"},
+    "test": {"Maine_Coon_9": "3 1 2", "american_bulldog_1": "4 2 2", "Abyssinian_22": "1 1 1", "beagle_3": "2 2 1"},
+}
+
+
+def write_oxford_pet(root, monkeypatch):
+    """Write 4 + 4 photographs of different shapes, one an RGBA PNG and one a BMP under the name of a JPEG."""
+    folder = root / "oxford-iiit-pet"
+    folder.mkdir()
+    contents = {"images": {}, "annotations": {"README": b"text"}}
+    for seed, name in enumerate([*PETS["trainval"], *PETS["test"]]):
+        buffer = io.BytesIO()
+        pixels = noise(seed, 48 + seed, 60 - seed, 4 if name == "Abyssinian_1" else 3)
+        image, kind = Image.fromarray(pixels), "PNG" if name != "beagle_3" else "BMP"
+        image.save(buffer, kind)
+        contents["images"][f"{name}.jpg"] = buffer.getvalue()
+    for split, rows in PETS.items():
+        contents["annotations"][f"{split}.txt"] = "".join(f"{name} {row}\n" for name, row in rows.items()).encode()
+    for top, files in contents.items():
+        with tarfile.open(folder / f"{top}.tar.gz", "w:gz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"{top}/{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    monkeypatch.setattr(oxford_pet, "MD5", {top: md5(folder / f"{top}.tar.gz") for top in contents})
+    monkeypatch.setattr(oxford_pet, "COUNTS", {"trainval": 4, "test": 4})
+
+
+WRITERS = {
+    "mnist": write_mnist,
+    "mnist_m": write_mnist,
+    "svhn": write_svhn,
+    "tiny_imagenet": write_tiny_imagenet,
+    "oxford_pet": write_oxford_pet,
+}
+FIRST_FILE = {  # what is put where by hand, and a file of it that can be damaged once it is unpacked
+    "mnist": ("MNIST/raw/train-images-idx3-ubyte.gz", "MNIST/raw/train-images-idx3-ubyte"),
+    "mnist_m": ("MNIST/raw/t10k-labels-idx1-ubyte.gz", "MNIST/raw/t10k-labels-idx1-ubyte"),
+    "svhn": ("train_32x32.mat", "train_32x32.mat"),
+    "tiny_imagenet": ("tiny-imagenet-200.zip", "tiny-imagenet-200/val/val_annotations.txt"),
+    "oxford_pet": ("oxford-iiit-pet/annotations.tar.gz", "oxford-iiit-pet/annotations/test.txt"),
+}
+
+
+def test_mnist_is_padded_with_black_to_32(tmp_path, monkeypatch):
+    images, labels = write_mnist(tmp_path, monkeypatch)
+    splits = load(DataConfig(name="mnist", root=tmp_path, download=False))
+    assert splits.test is not None
+    assert splits.train.labels is not None
+    assert (len(splits.test), splits.test.split, splits.train.classes) == (4, "test", tuple("0123456789"))
+    assert splits.train.labels.tolist() == labels.tolist()
+    want = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    for channel in range(3):
+        assert np.array_equal(splits.train.images[:, channel].numpy(), want)
+
+
+def test_mnist_keeps_its_pixels_at_28_and_resizes_the_padded_image_else(tmp_path, monkeypatch):
+    images, _ = write_mnist(tmp_path, monkeypatch)
+    at = {size: load(DataConfig(name="mnist", root=tmp_path, size=size)).train.images for size in (28, 64)}
+    assert np.array_equal(at[28][:, 1].numpy(), images)
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (2, 2), (2, 2))))[:, None]
+    want = resize(padded.float(), [64, 64], InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(at[64][:, :1], want.round().clamp(0, 255).to(torch.uint8))
+
+
+def test_svhn_has_label_0_for_the_digit_0(tmp_path, monkeypatch):
+    images, labels = write_svhn(tmp_path, monkeypatch)
+    splits = load(DataConfig(name="svhn", root=tmp_path, download=False))
+    assert splits.test is not None
+    assert splits.train.labels is not None
+    assert np.array_equal(splits.train.images.permute(0, 2, 3, 1).numpy(), images)
+    assert splits.train.labels.tolist() == [y % 10 for y in labels.tolist()]
+    assert len(splits.test) == 3
+
+
+def test_tiny_imagenet_reads_the_official_archive(tmp_path, monkeypatch):
+    pixels = write_tiny_imagenet(tmp_path, monkeypatch)
+    splits = load(DataConfig(name="tiny_imagenet", root=tmp_path, size=64, download=False))
+    assert splits.test is not None
+    assert splits.train.classes == ("goldfish", "crane (n02)", "crane (n03)")
+    for part, files, labels in (
+        (splits.train, [f"n0{k}_{i}.JPEG" for k in (1, 2, 3) for i in (0, 1)], [0, 0, 1, 1, 2, 2]),
+        (splits.test, [f"val_{i}.JPEG" for i in range(3)], [1, 2, 0]),
+    ):
+        assert part.labels is not None
+        assert part.labels.tolist() == labels
+        for file, got in zip(files, part.images.permute(0, 2, 3, 1).numpy(), strict=True):
+            want = pixels[file] if pixels[file].ndim == 3 else pixels[file][..., None]  # grey becomes three channels
+            assert np.array_equal(got, np.broadcast_to(want, (64, 64, 3)))
+
+
+@pytest.mark.parametrize("labels", ["fine", "coarse"])
+def test_oxford_pet_reads_the_official_archives_as_torchvision_does(tmp_path, monkeypatch, labels):
+    write_oxford_pet(tmp_path, monkeypatch)
+    splits = load(DataConfig(name="oxford_pet", root=tmp_path, labels=labels, download=False))
+    for official, part in (("trainval", splits.train), ("test", splits.test)):
+        reference = OxfordIIITPet(tmp_path, official, ("category", "binary-category"))
+        targets = [reference[i][1] for i in range(len(reference))]
+        assert part is not None
+        assert part.labels is not None
+        assert part.superclasses is not None
+        assert part.labels.tolist() == [target[labels == "coarse"] for target in targets]
+        assert part.superclasses.tolist() == [target[1] for target in targets]  # the lists' own column of species
+        assert part.superclass_names == ("cat", "dog")
+        names = ("cat", "dog") if labels == "coarse" else ("Abyssinian", "beagle", "Maine_Coon", "american_bulldog")
+        assert part.classes == names
+        for i, image in enumerate(part.images):
+            want = center_crop(resize(reference[i][0], [32], InterpolationMode.BICUBIC), [32])
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(want))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_without_files_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    path = tmp_path / FIRST_FILE[name][0]
+    path.unlink()
+    line = rf"data\.root: no {path.name}; put {path.name} from http\S+/ into {path.parent}, or set data\.download true"
+    with pytest.raises(UsageError, match=f"^{line}$"):
+        load(DataConfig(name=name, root=tmp_path, download=False))
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "cifar10", "cifar100"])
+def test_without_network_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", fail)
+    with pytest.raises(
+        UsageError, match=r"^data\.root: \S+ could not be downloaded \(.*no route.*\); put \S+.* from "
+    ) as e:
+        load(DataConfig(name=name, root=tmp_path))
+    assert str(tmp_path) in str(e.value)
+    assert "\n" not in str(e.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_damaged_archive_is_refused_in_one_line(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    path = tmp_path / FIRST_FILE[name][0]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=rf"^data\.root: damaged {path.name}; put .*$"):
+        load(DataConfig(name=name, root=tmp_path, download=False))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "svhn"])  # whose files are not unpacked
+def test_an_unpacked_file_that_is_cut_off_is_refused_in_one_line(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    config = DataConfig(name=name, root=tmp_path, download=False)
+    load(config)
+    path = tmp_path / FIRST_FILE[name][1]
+    path.write_bytes(path.read_bytes()[:-20])  # of a list, the last line: what is left of it reads well
+    with pytest.raises(UsageError, match=r"^data\.root: .* is incomplete or damaged \(.*\); remove it, .*$"):
+        load(config)
+
+
+def test_an_unzipped_file_that_is_gone_is_made_again(tmp_path, monkeypatch):
+    write_mnist(tmp_path, monkeypatch)
+    config = DataConfig(name="mnist", root=tmp_path, download=False)
+    before = load(config).train.content_hash
+    (tmp_path / FIRST_FILE["mnist"][1]).unlink()
+    assert load(config).train.content_hash == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("tiny_imagenet", "tiny-imagenet-200/train/n02/images/n02_1.JPEG"),
+        ("oxford_pet", "oxford-iiit-pet/images/beagle_3.jpg"),
+    ],
+)
+def test_an_unpacked_folder_that_lacks_an_image_is_noticed(tmp_path, monkeypatch, name, file):
+    WRITERS[name](tmp_path, monkeypatch)
+    config = DataConfig(name=name, root=tmp_path, download=False)
+    load(config)
+    (tmp_path / file).unlink()
+    with pytest.raises(UsageError, match=rf"is incomplete or damaged \(no file .*{file}\); remove it"):
+        load(config)
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "oxford_pet"])
+def test_an_unpacked_folder_needs_no_archive(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    config = DataConfig(name=name, root=tmp_path, download=False)
+    before = load(config)
+    for archive in [*tmp_path.rglob("*.zip"), *tmp_path.rglob("*.gz")]:
+        archive.unlink()
+    assert load(config).train.content_hash == before.train.content_hash
+
+
+def test_a_torchvision_folder_without_archives_is_read(tmp_path, monkeypatch):
+    images, _ = write_mnist(tmp_path, monkeypatch)
+    raw = tmp_path / "MNIST" / "raw"
+    for path in list(raw.iterdir()):
+        with gzip.open(path) as source, open(path.with_suffix(""), "wb") as target:
+            shutil.copyfileobj(source, target)
+        path.unlink()
+    got = load(DataConfig(name="mnist", root=tmp_path, size=28, download=False)).train.images
+    assert np.array_equal(got[:, 0].numpy(), images)

@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.data import DataConfig, load
+from common.errors import UsageError
+
+SPECIES = {"beagle": "dog", "Abyssinian": "cat", "pug": "dog"}
+
+
+def write_images(root, classes, count=2):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(root / name / f"{i}.png")
+
+
+def config(tmp_path, content, **changes):
+    file = tmp_path / "superclasses.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=file, size=8, **changes)
+
+
+def test_each_image_gets_the_superclass_of_its_class(tmp_path):
+    write_images(tmp_path / "train", SPECIES)
+    write_images(tmp_path / "test", ["pug", "Abyssinian"], count=1)
+    splits = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "test"))
+    assert splits.train.classes == ("Abyssinian", "beagle", "pug")
+    for part, superclasses in ((splits.train, "cat cat dog dog dog dog"), (splits.test, "cat dog")):
+        assert part is not None
+        assert part.superclasses is not None
+        assert part.labels is not None
+        assert " ".join(part.superclass_names[i] for i in part.superclasses) == superclasses
+        assert [SPECIES[part.classes[i]] for i in part.labels] == superclasses.split()
+
+
+def test_test_images_without_labels_stay_without_superclasses(tmp_path):
+    write_images(tmp_path / "train", SPECIES)
+    write_images(tmp_path / "other", ["flat"])
+    splits = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "other" / "flat"))
+    assert splits.train.superclasses is not None
+    assert splits.test is not None
+    assert splits.test.superclasses is None
+
+
+def test_without_a_file_there_are_no_superclasses(tmp_path):
+    write_images(tmp_path / "train", SPECIES)
+    train = load(DataConfig(name="imagefolder", root=tmp_path / "train", size=8)).train
+    assert (train.superclasses, train.superclass_names) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps({"beagle": "dog", "pug": "dog"}), "gives class Abyssinian no superclass"),
+        (json.dumps(SPECIES | {"tabby": "cat"}), "names class tabby, which the images have not"),
+        (json.dumps(SPECIES | {"pug": 3}), "gives class pug no text, expected the name of its superclass"),
+        (json.dumps(SPECIES | {"pug": {"a": "b"}}), "gives class pug no text"),
+        (json.dumps(SPECIES | {"pug": ""}), "gives class pug no text"),
+        (
+            '{"pug": "dog", "beagle": "dog", "Abyssinian": "cat", "pug": "cat"}',
+            "gives class pug two superclasses, dog and cat",
+        ),
+        (json.dumps(list(SPECIES)), "holds no object, expected {"),
+        ("{}", "gives class Abyssinian no superclass"),
+        ("{'pug': 'dog'}", "is not JSON"),
+        ("", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path, content, message):
+    write_images(tmp_path / "train", SPECIES)
+    with pytest.raises(UsageError, match=rf"^data\.superclasses: .*superclasses\.json {message}") as e:
+        load(config(tmp_path, content))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("place", ["missing.json", "."])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, place):
+    write_images(tmp_path / "train", SPECIES)
+    with pytest.raises(UsageError, match=r"^data\.superclasses: .* cannot be read \(.+\)$"):
+        load(DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=tmp_path / place, size=8))
+
+
+def test_images_without_classes_take_no_superclasses(tmp_path):
+    write_images(tmp_path, ["train"])
+    with pytest.raises(UsageError, match=r"data\.superclasses: the images in .*train have no classes"):
+        load(config(tmp_path, "{}"))

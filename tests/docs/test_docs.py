@@ -1,0 +1,68 @@
+"""The commands that the documentation shows are commands that exist, with options that exist."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cbcls.config import ClassifierConfig
+from cbgan.config import GanConfig
+from cbgan.evaluate import EvaluateConfig
+from common.cli.arguments import parse
+from common.norms.tools.bench import BenchConfig
+from common.norms.tools.doctor import DoctorConfig
+from common.reports.figures import FiguresConfig
+from common.reports.tables import TablesConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGURATIONS = {
+    "cbcls.train": ClassifierConfig,
+    "cbgan.train": GanConfig,
+    "cbgan.evaluate": EvaluateConfig,
+    "common.figures": FiguresConfig,
+    "common.norms.bench": BenchConfig,
+    "common.norms.doctor": DoctorConfig,
+    "common.tables": TablesConfig,
+}
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("python -m ")]
+
+
+COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
+
+
+def check(line: str) -> None:
+    """Read a command's settings as the command would."""
+    _, _, module, *flags = shlex.split(line, comments=True)
+    assert importlib.util.find_spec(module), f"there is no module {module}"
+    if module not in CONFIGURATIONS:
+        return
+    own = [str(i) for i, flag in enumerate(flags) if flag.startswith("runs/")]  # a file of the reader's own run
+    if "--config" in flags and str(flags.index("--config") + 1) in own:
+        del flags[flags.index("--config") : flags.index("--config") + 2]
+    if {"--help", "--print_config"} & set(flags):
+        with pytest.raises(SystemExit, match="0"):
+            parse(CONFIGURATIONS[module], flags)
+    else:
+        parse(CONFIGURATIONS[module], flags)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_command_shown_parses(page, line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    check(line)
+
+
+def test_there_are_commands_to_check_and_wrong_ones_are_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert {"README.md", "getting-started.md", "configuration.md", "results.md"} <= {page for page, _ in COMMANDS}
+    for wrong in ("cbgan.trian", "cbgan.train --epohcs 3", "common.figures --config nowhere.yaml"):
+        with pytest.raises(Exception, match=r"cbgan\.trian|--epochs|nowhere"):
+            check(f"python -m {wrong}  # a remark")

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from common.metrics.cache import cache_path, load_tensors, read_cache, write_cache
+
+
+def test_a_value_comes_back_under_its_key_only(tmp_path):
+    write_cache(tmp_path, "a", {"x": torch.arange(5.0), "n": 3})
+    got = read_cache(tmp_path, "a")
+    assert got is not None
+    assert (got["x"].tolist(), got["n"]) == ([0, 1, 2, 3, 4], 3)
+    assert read_cache(tmp_path, "b") is None
+    cache_path(tmp_path, "a").rename(cache_path(tmp_path, "b"))
+    assert read_cache(tmp_path, "b") is None
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    write_cache(tmp_path, "a", {"x": torch.arange(50.0)})
+    path = cache_path(tmp_path, "a")
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        assert read_cache(tmp_path, "a") is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_content_that_is_no_saved_tensor_raises_only_value_errors(seed):
+    generator = torch.Generator().manual_seed(seed)
+    junk = bytes(torch.randint(0, 256, (40,), generator=generator, dtype=torch.uint8).tolist())
+    with pytest.raises(ValueError, match=r".+"):
+        load_tensors(b"\x80\x02" + junk)

@@ -1,0 +1,157 @@
+"""The compiled backend: its passes against the reference, what it compiles, and how often."""
+
+import shutil
+
+import pytest
+import torch
+from norm_cases import any_norm, assert_within_budget, cluster_run, mixture_case, mixture_run
+from torch._dynamo.utils import counters
+
+from common.norms import SCBNorm, UCBNorm, mixture_norm
+from common.norms.backends import closed_form, compiled, sync
+
+needs_compiler = pytest.mark.skipif(
+    compiled.refusal(torch.device("cpu")) is not None, reason="needs a C++ compiler on the PATH"
+)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Run the passes as they are, without torch.compile: what they compute, cheap enough for many cases."""
+    monkeypatch.setattr(compiled, "run", lambda function, options, *tensors: function(compiled, options, *tensors))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_passes_have_the_gradients_of_finite_differences(groups, num, statistics):
+    x, log_lambda, mean, var, _ = mixture_case((3, 4, 2), num=num)
+    weight, bias = mixture_case((2, 4), num=1)[0]
+    inputs = [t.requires_grad_() for t in (x, log_lambda, mean, var, weight, bias)]
+
+    def run(x, log_lambda, mean, var, weight, bias):
+        affine = {"weight": weight, "bias": bias}
+        options = {"groups": groups, "statistics": statistics, "scale": "sqrt_k"}
+        return mixture_norm(x, log_lambda, mean, var, backend="compiled", **options, **affine)[0]
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_group_of_one_rank_changes_nothing(monkeypatch, groups):
+    """Between its two halves each pass exchanges sums, here with nobody."""
+    monkeypatch.setattr(sync, "combine", lambda mass, mean, var, group: (mass, mean, var))
+    monkeypatch.setattr(sync, "total", lambda first, second, group: (first, second))
+    x, log_lambda, mean, var, g = mixture_case((3, 4, 5), num=3)
+    options = {"groups": groups, "eps": 1e-5, "scale": "paper", "statistics": "batch", "backend": "compiled"}
+    found = []
+    for process_group in (None, "some"):
+        inputs = [t.clone().requires_grad_() for t in (x, log_lambda, mean, var)]
+        y, _ = closed_form.mixture_norm(*inputs, process_group=process_group, **options)
+        found.append((y, *torch.autograd.grad(y, inputs, g)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("shape", [(3, 1, 1), (9, 4), (3, 6, 5), (5, 4, 3, 7), (17, 12, 1, 1)], ids=str)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_passes_err_at_most_twice_as_much_as_the_reference(shape, statistics):
+    case = mixture_case(shape, num=3, dtype=torch.float32)
+    for groups in {1, shape[1]}:
+        options = {"groups": groups, "statistics": statistics}
+        exact, _ = mixture_run(case, torch.float64, "reference", **options)
+        plain, _ = mixture_run(case, torch.float32, "reference", **options)
+        ours, _ = mixture_run(case, torch.float32, "compiled", **options)
+        assert_within_budget(exact, ours, plain)
+
+
+def test_powers_of_two_are_exact_to_rounding():
+    t = -torch.linspace(0, 99, 100_001)
+    exact = t.double().exp2()
+    error = (compiled._power_of_two(t).double() - exact) / exact
+    assert float(error.abs().max()) <= 2 * torch.finfo(torch.float32).eps
+    assert compiled._power_of_two(torch.tensor([-0.0, -1.0, -99.0])).tolist() == [1.0, 0.5, 2.0**-99]
+    assert compiled._power_of_two(torch.tensor([-101.0, -1e30, -torch.inf])).tolist() == [0.0, 0.0, 0.0]
+    assert compiled._power_of_two(torch.tensor([torch.nan])).isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("groups", "statistics"), [(1, "batch"), (6, "batch"), (6, "learned")])
+def test_compiled_code_errs_at_most_twice_as_much_as_the_reference(groups, statistics):
+    case = mixture_case((5, 6, 4, 3), num=3, dtype=torch.float32)
+    options = {"groups": groups, "statistics": statistics}
+    exact, _ = mixture_run(case, torch.float64, "reference", **options)
+    plain, _ = mixture_run(case, torch.float32, "reference", **options)
+    ours, _ = mixture_run(case, torch.float32, "compiled", **options)
+    assert_within_budget(exact, ours, plain)
+
+
+@needs_compiler
+def test_compiled_cluster_norm_errs_at_most_twice_as_much_as_the_reference():
+    case = mixture_case((5, 6, 4), num=3, dtype=torch.float32)
+    cluster = torch.tensor([0, 1, 1, 0, 1])  # cluster 2 is absent
+    exact = cluster_run(case, cluster, torch.float64, "reference")
+    plain, ours = (cluster_run(case, cluster, torch.float32, backend) for backend in ("reference", "compiled"))
+    assert_within_budget(exact, ours, plain)
+    assert not ours["dmean"][2].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["ucb", "scb"])
+def test_one_compilation_serves_all_batch_sizes_and_widths(kind):
+    """Sizes of 1 and layouts apart; the first batch has as many samples as channels and positions."""
+
+    def step(n: int, channels: int, length: int) -> None:
+        x, g = (t.float() for t in mixture_case((n, channels, length), num=1, seed=n)[::4])
+        cluster = (torch.arange(n) % 2,) if kind == "scb" else ()
+        gradients, state = [], []
+        for backend in ("compiled", "eager"):
+            layer = any_norm(kind, channels, 2, backend=backend)
+            own = x.clone().requires_grad_()
+            layer(own, *cluster).backward(g)
+            gradients.append(own.grad)
+            state.append(layer.state_dict())
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*state)
+
+    step(4, 4, 4)
+    before = counters["stats"]["unique_graphs"]
+    for size in ((7, 4, 4), (4, 4, 9), (32, 6, 5), (2, 3, 30)):
+        step(*size)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_it_keeps_what_batch_norm_keeps_and_the_posteriors_of_groups():
+    x = torch.randn(6, 8, 5, 5, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    for groups, posteriors in ((1, 3 / 8), (None, 0)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            UCBNorm(8, 3, groups=groups, backend="compiled")(x)
+        parameters = 4 * (10 * 3 * 8 + 2 * 8)  # a few tables (K, C), weight and bias
+        assert x.nbytes * (1 + posteriors) <= sum(kept.values()) <= x.nbytes * (1 + posteriors) + parameters
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert shutil.which("no-such-compiler") is None
+    with pytest.raises(ValueError, match="backend: 'compiled' needs a C\\+\\+ compiler, but 'no-such-compiler'"):
+        UCBNorm(4, 2, backend="compiled")(torch.randn(3, 4, 2))
+
+
+@pytest.mark.parametrize("layer", [UCBNorm(4, 2), UCBNorm(4, 2, groups=1), SCBNorm(4, 2)], ids=repr)
+def test_layers_can_be_traced_with_gradients(layer):
+    """Within somebody else's graph the functional passes run whatever the backend."""
+    cluster = (torch.tensor([0, 1, 0]),) if isinstance(layer, SCBNorm) else ()
+    x = torch.randn(3, 4, 2)
+    layer.eval()
+    exported = torch.export.export(layer, (x, *cluster))
+    torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))

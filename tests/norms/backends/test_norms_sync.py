@@ -1,0 +1,277 @@
+"""Statistics over ranks: two gloo processes against one process with the joined batch."""
+
+import math
+import multiprocessing
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from norm_cases import assert_within_budget, mixture_case
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.norms import UCBNorm, convert_norms
+from common.norms.backends import sync
+
+TIMEOUT = 60
+COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "all_gather_object", "barrier")
+STEPS = 2
+
+# Options of the layer; samples of the two ranks; shape of a sample; what is done to x.
+CASES: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...], str]] = {
+    "channel by channel": ({}, (3, 3), (4, 5), ""),
+    "joint": ({"groups": 1}, (3, 3), (4, 2, 3), ""),
+    "groups, sqrt_k, plain average": ({"groups": 2, "scale": "sqrt_k", "average": "paper"}, (3, 3), (4, 5), ""),
+    "learned": ({"update": "weight", "groups": 2}, (3, 3), (4, 5), ""),
+    "learned joint": ({"update": "weight", "groups": 1}, (2, 4), (4, 5), ""),
+    "uneven": ({"groups": 1}, (1, 5), (4, 5), ""),
+    "one location here": ({}, (1, 7), (4,), ""),
+    "nothing here": ({"update": "weight"}, (0, 6), (4, 5), ""),
+    "nothing there": ({}, (6, 0), (4, 5), ""),
+    "a component empty here": ({"groups": 1}, (3, 4), (4, 5), "apart"),
+    "offset": ({"groups": 1}, (3, 4), (4, 5), "offset"),
+    "channels last": ({"channel_dim": -1}, (3, 4), (5, 4), ""),
+    "kmeans++": ({"init": "kmeans++"}, (2, 4), (4, 5), ""),
+    "kmeans++, nothing here": ({"init": "kmeans++", "update": "weight"}, (0, 4), (4, 5), ""),
+    "one component": ({"num_components": 1}, (2, 4), (4, 5), ""),
+    "a group": ({"process_group": "a group"}, (2, 4), (4, 5), ""),
+}
+DTYPES = (torch.float64, torch.float32)
+
+
+def layer_of(case: str, dtype: torch.dtype, **process_group: Any) -> UCBNorm:
+    options, _, _, change = CASES[case]
+    full: dict[str, Any] = {"num_components": 3} | options | process_group
+    layer = UCBNorm(4, **full)
+    if change == "apart":
+        layer.mean.copy_(torch.tensor([-50.0, 0.0, 50.0])[:, None].expand(3, 4))
+    if change == "offset":
+        layer.mean.add_(1000)
+    return layer.to(dtype)
+
+
+def batch(case: str, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the joined batch of a step, and the gradient of its output."""
+    _, counts, shape, change = CASES[case]
+    x, *_, g = mixture_case((sum(counts), *shape), num=1, dtype=torch.float32, seed=step)
+    if change == "apart":  # rank 0 sees the first component alone, no rank the last
+        x[: counts[0]] -= 50
+    if change == "offset":  # each rank's own on top of one that takes four digits
+        x += 1000
+        x[counts[0] :] += 3
+    return x.to(dtype), g.to(dtype)
+
+
+def train(layer: UCBNorm, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Take some steps; return outputs and gradients, stacked, and the state."""
+    found: dict[str, list[Tensor]] = {"y": [], "dx": []}
+    for x, g in batches:
+        x.requires_grad_()
+        y = layer(x)
+        parameters = dict(layer.named_parameters())
+        dx, *gradients = torch.autograd.grad(y, [x, *parameters.values()], g)
+        for name, value in zip(("y", "dx", *parameters), (y, dx, *gradients), strict=True):
+            found.setdefault(name, []).append(value.detach())
+    stacked = {name: torch.stack(values, 1) if name in ("y", "dx") else sum(values) for name, values in found.items()}
+    state = {f"state {name}": value.clone() for name, value in layer.state_dict().items()}
+    return stacked | state  # pyright: ignore[reportReturnType]
+
+
+def network(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(3, 4, 2), UCBNorm(4, 3, **options), nn.ReLU(), nn.Conv1d(4, 2, 2)).double()
+
+
+def two_forwards(model: nn.Module, rank: int | None) -> dict[str, Tensor]:
+    x = mixture_case((8, 2, 3, 6), num=1)[0]
+    first, second = (x[:, i] if rank is None else x[4 * rank : 4 * rank + 4, i] for i in (0, 1))
+    (model(first).square().mean() + model(second).pow(3).mean()).backward()
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return gradients | {f"state {name}": value.clone() for name, value in module.state_dict().items()}
+
+
+def numerics(rank: int, group: Any, calls: Counter) -> dict[Any, Any]:
+    """Run every case on this rank's share."""
+    results: dict[Any, Any] = {}
+    for case, (options, counts, _, _) in CASES.items():
+        for dtype in DTYPES:
+            share = slice(0, counts[0]) if rank == 0 else slice(counts[0], None)
+            process_group = group if "process_group" in options else "world"
+            batches = [(x[share].clone(), g[share]) for x, g in (batch(case, step, dtype) for step in range(STEPS))]
+            calls.clear()
+            results[case, dtype] = train(layer_of(case, dtype, process_group=process_group), batches)
+            results[case, dtype, "calls"] = dict(calls)
+    return results
+
+
+def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
+    """Run what concerns evaluation, batches without numbers, and wrapped models."""
+    results: dict[Any, Any] = {}
+    x = mixture_case((4, 4, 5), num=1, dtype=torch.float32, seed=rank)[0]
+    for name in ("not finite", "nothing anywhere"):
+        layer = UCBNorm(4, 3, process_group="world")
+        layer(x)
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        layer(x[:0] if name == "nothing anywhere" else torch.where(torch.tensor(rank == 0), math.nan, x))
+        results[name] = before, layer.state_dict()
+    layer = UCBNorm(4, 3, process_group="world")
+    calls.clear()
+    if rank == 0:  # alone: a collective would wait for the other rank
+        layer.eval()(x)
+        learned = UCBNorm(4, 3, process_group="world", update="weight", statistics="learned")
+        learned(x).sum().backward()
+    results["evaluation calls"] = dict(calls)
+    alone = [dist.new_group([member]) for member in range(2)][rank]
+    calls.clear()
+    y = UCBNorm(4, 3, process_group=alone)(x)
+    results["group of one"] = dict(calls), y, UCBNorm(4, 3)(x)
+    for update in ("moving_average", "weight"):
+        model = DistributedDataParallel(network(process_group="world", update=update))
+        results["two forwards", update] = two_forwards(model, rank)
+    convolution = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4))
+    convert_norms(convolution, "ucb", process_group="world")
+    calls.clear()
+    convolution(mixture_case((4, 3, 5), num=1, dtype=torch.float32, seed=rank)[0])
+    results["converted calls"] = dict(calls)
+    return results
+
+
+def counting(name: str, call: Any, calls: Counter) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return call(*args, **kwargs)
+
+    return counted
+
+
+def work(rank: int, folder: str) -> None:
+    """Be one of two ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
+    )
+    calls: Counter = Counter()
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name, getattr(dist, name), calls))
+    group = dist.new_group([0, 1])
+    results = numerics(rank, group, calls) | behaviour(rank, calls)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[Any, Any]]:
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+    ended = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    assert ended == [0, 0], "a rank failed, or did not end in time"
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the ranks' results together as one process would have them."""
+    together = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        if name in ("y", "dx"):
+            together[name] = torch.cat(values)
+        elif name.startswith("state "):
+            assert torch.equal(*values), f"{name} differs between ranks"
+            together[name] = values[0]
+        else:
+            together[name] = values[0] + values[1]
+    return together
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_with_the_joined_batch(ranks, case):
+    runs = [
+        train(layer_of(case, dtype, process_group=None), [batch(case, step, dtype) for step in range(STEPS)])
+        for dtype in DTYPES
+    ]
+    ours = [joined([rank[case, dtype] for rank in ranks]) for dtype in DTYPES]
+    assert list(ours[0]) == list(runs[0])
+    for name, want in runs[0].items():
+        # Sums of 100 terms of up to 50, or differences of a thousand, in another order.
+        scale = float(want.double().abs().max())
+        torch.testing.assert_close(ours[0][name], want, rtol=0, atol=1e-11 * max(scale, 1), msg=lambda m, n=name: n + m)
+    three = (runs[0], ours[1], runs[1])
+    exact, found, plain = ({n: t for n, t in run.items() if t.is_floating_point()} for run in three)
+    assert_within_budget(exact, found, plain)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_exchange_forward_and_one_backward(ranks, case):
+    seeding = 2 if "kmeans++" in case else 0  # once: the sizes, and the points
+    for rank in ranks:
+        for dtype in DTYPES:
+            assert rank[case, dtype, "calls"] == {"all_gather_into_tensor": 2 * STEPS + seeding}
+
+
+def test_evaluation_exchanges_nothing(ranks):
+    assert [rank["evaluation calls"] for rank in ranks] == [{}, {}]
+
+
+def test_a_converted_model_exchanges(ranks):
+    assert [rank["converted calls"] for rank in ranks] == [{"all_gather_into_tensor": 1}] * 2
+
+
+def test_a_group_of_one_exchanges_nothing(ranks):
+    for rank in ranks:
+        calls, y, want = rank["group of one"]
+        assert calls == {}
+        assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", ["not finite", "nothing anywhere"])
+def test_buffers_stay_on_every_rank(ranks, name):
+    for rank in ranks:
+        before, after = rank[name]
+        for key, value in before.items():
+            assert torch.equal(after[key], value), key
+
+
+@pytest.mark.parametrize("update", ["moving_average", "weight"])
+def test_two_forwards_before_one_backward_under_ddp(ranks, update):
+    want = two_forwards(network(update=update), None)
+    for rank in ranks:
+        found = rank["two forwards", update]
+        assert list(found) == list(want)
+        for name, value in want.items():  # DDP averages the gradients of means over half the batch: the joined mean's
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_rank_on_its_own_needs_no_group():
+    assert not dist.is_initialized()
+    x = mixture_case((4, 4, 5), num=1, dtype=torch.float32)[0]
+    assert torch.equal(UCBNorm(4, 3, process_group="world")(x), UCBNorm(4, 3)(x))
+    with pytest.raises(ValueError, match="x: expected more than one value per channel in training"):
+        UCBNorm(4, 3, process_group="world")(x[:1, :, :1])
+    assert sync.active("world") is None
+
+
+@pytest.mark.parametrize("wrong", ["all", 3, dist.GroupMember.NON_GROUP_MEMBER], ids=repr)
+def test_what_is_no_group_is_refused(wrong):
+    with pytest.raises(ValueError, match="process_group: expected None, 'world' or a group"):
+        UCBNorm(4, 3, process_group=wrong)
+
+
+def test_the_reference_backend_is_refused():
+    with pytest.raises(ValueError, match="process_group: expected None with backend='reference', got 'world'"):
+        UCBNorm(4, 3, process_group="world", backend="reference")
+    assert repr(UCBNorm(4, 3, process_group="world")) == "UCBNorm(4, 3, process_group='world')"

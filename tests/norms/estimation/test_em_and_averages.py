@@ -1,0 +1,346 @@
+"""Seeding, EM and the moving averages, against scikit-learn and sums written out."""
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from norm_cases import mixture_case
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+
+from common.machine.seeding import generator
+from common.norms import MixtureNorm, Moments, UCBNorm
+from common.norms.backends.reference import posterior
+from common.norms.estimation import averages, em
+from common.norms.estimation.averages import Stored
+
+
+def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:
+    """Points (P, 3) of three clouds of unequal size, which overlap unless they are moved apart."""
+    rng = torch.Generator().manual_seed(seed)
+    centres = apart * torch.tensor([[0.0, 0, 0], [3, 1, 0], [-2, 3, 5]], dtype=torch.float64)
+    member = torch.randint(0, 6, (count,), generator=rng).clamp(max=2)
+    return centres[member] + torch.randn(count, 3, generator=rng, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def sklearn_fit():
+    """Points, a start, and scikit-learn's mixture after 12 steps of EM from it."""
+    points = clouds()
+    start = em.Fit(
+        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        points[[1, 7, 30]].clone(),
+        torch.tensor([[1.0, 2, 3], [2, 1, 1], [0.5, 1, 2]], dtype=torch.float64),
+    )
+    model = GaussianMixture(
+        3,
+        covariance_type="diag",
+        tol=0,
+        reg_covar=1e-5,
+        max_iter=12,
+        weights_init=start.weight.numpy(),
+        means_init=start.mean.numpy(),
+        precisions_init=1 / (start.var.numpy() + 1e-5),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(points.numpy())
+    return points, start, model
+
+
+def test_em_agrees_with_scikit_learn(sklearn_fit):
+    points, start, model = sklearn_fit
+    fit = em.expectation_maximisation(points, start, groups=1, eps=1e-5, steps=model.n_iter_)
+    assert fit.weight.tolist() == pytest.approx(model.weights_.tolist(), rel=1e-9)
+    torch.testing.assert_close(fit.mean, torch.from_numpy(model.means_), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fit.var + 1e-5, torch.from_numpy(model.covariances_), rtol=1e-8, atol=1e-8)
+
+
+def test_posteriors_agree_with_scikit_learn(sklearn_fit):
+    points, _, model = sklearn_fit
+    weight, mean, s = (torch.from_numpy(a) for a in (model.weights_, model.means_, model.covariances_))
+    tau = posterior(points.T[None], weight.log(), mean, s, groups=1)
+    torch.testing.assert_close(tau[:, 0, 0].T, torch.from_numpy(model.predict_proba(points.numpy())))
+
+
+def test_em_of_grouped_channels_shares_only_the_weights():
+    points = clouds()
+    start = em.seed_mixture(points, 2, 3, generator(0))
+    step = em.em_step(points, start, groups=3, eps=1e-5)
+    shares = []
+    for c in range(3):
+        alone = em.Fit(start.weight, start.mean[:, c : c + 1], start.var[:, c : c + 1])
+        own = em.em_step(points[:, c : c + 1], alone, groups=1, eps=1e-5)
+        torch.testing.assert_close(step.mean[:, c : c + 1], own.mean)
+        torch.testing.assert_close(step.var[:, c : c + 1], own.var)
+        shares.append(own.weight)
+    torch.testing.assert_close(step.weight, torch.stack(shares).mean(0))
+
+
+def test_kmeans_plus_plus_takes_the_better_of_two_draws_by_squared_distance():
+    """Points at 0, 1, 3. From 0 or 1, only two draws of the near point lose to 3 or 0; from 3 both do as well."""
+    points = torch.tensor([0.0, 1.0, 3.0]).repeat(1, 1)[..., None]
+    counts = dict.fromkeys(itertools.permutations([0.0, 1.0, 3.0], 2), 0)
+    for seed in range(3000):
+        first, second = em.kmeans_plus_plus(points, 2, generator(seed)).flatten().tolist()
+        counts[first, second] += 1
+    near_from_0, near_from_1 = (1 / 10) ** 2, (1 / 5) ** 2
+    want = {
+        (0, 1): near_from_0,
+        (0, 3): 1 - near_from_0,
+        (1, 0): near_from_1,
+        (1, 3): 1 - near_from_1,
+        (3, 0): 9 / 13,
+        (3, 1): 4 / 13,
+    }
+    for pair, share in want.items():
+        # A centre comes first with probability 1/3; five standard deviations of a binomial share.
+        deviation = math.sqrt(share / 3 * (1 - share / 3) / 3000)
+        assert counts[pair] / 3000 == pytest.approx(share / 3, abs=5 * deviation), pair
+
+
+def test_kmeans_plus_plus_never_repeats_a_point():
+    for seed in range(50):
+        points = torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(seed))
+        centres = em.kmeans_plus_plus(points, 6, generator(seed))
+        for group in range(4):
+            assert len(centres[:, group].unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_seeding_finds_separate_clouds(groups):
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0, 0], [12, 12, 12], [-12, -12, -12]], dtype=torch.float64)
+    points = centres[torch.arange(300) % 3] + torch.randn(300, 3, generator=rng, dtype=torch.float64)
+    fit = em.seed_mixture(points, 3, groups, generator(1))
+    torch.testing.assert_close(fit.mean.sort(0).values, centres.sort(0).values, atol=0.5, rtol=0)
+    torch.testing.assert_close(fit.weight, torch.full((3,), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(fit.var, torch.ones_like(fit.var), atol=0.4, rtol=0)
+
+
+def test_seeding_follows_when_channels_are_scaled():
+    points, stretch = clouds(), torch.tensor([1.0, 1e3, 1e-3], dtype=torch.float64)
+    fit = em.seed_mixture(points, 3, 1, generator(1))
+    stretched = em.seed_mixture(points * stretch, 3, 1, generator(1))
+    torch.testing.assert_close(stretched.mean, fit.mean * stretch)
+    torch.testing.assert_close(stretched.var, fit.var * stretch**2)
+
+
+def test_em_leaves_an_empty_component_as_it_is():
+    points = clouds()
+    start = em.seed_mixture(points, 2, 1, generator(0))
+    start.mean[1], start.var[1] = 1e4, 2.0
+    fit = em.em_step(points, start, groups=1, eps=1e-5)
+    assert torch.equal(fit.mean[1], start.mean[1])
+    assert torch.equal(fit.var[1], start.var[1])
+    torch.testing.assert_close(fit.mean[0], points.mean(0))
+
+
+def test_component_variances_have_a_floor():
+    spread = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    points = torch.cat([torch.zeros(50, 1), spread + 99])
+    fit = em.seed_mixture(points, 2, 1, generator(0))
+    assert float(fit.var.min()) == pytest.approx(1e-3 * float(points.var(correction=0)))
+    fit = em.expectation_maximisation(points, fit, 1, 1e-5, 5)
+    assert float(fit.var.min()) == pytest.approx(1e-3 * float(points.var(correction=0)))
+
+
+def test_sampled_points_follow_from_seed_and_position():
+    x = torch.arange(5000.0).view(50, 1, 100).expand(-1, 2, -1)
+    a, b, c = (em.sample_points(x, 0, "fit", step) for step in (1, 1, 2))
+    assert a.shape == (4096, 2)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert len(a[:, 0].unique()) == 4096
+    assert torch.equal(a[:, 0], a[:, 1])
+    few = em.sample_points(x[:3], 0)
+    assert torch.equal(few[:, 0], x[:3, 0].flatten())
+
+
+def test_stepwise_em_keeps_pooled_moments():
+    """Each component's mean and variance are those of all its mass so far, older mass discounted by 0.9."""
+    rng = torch.Generator().manual_seed(0)
+    old = Stored(torch.zeros(3), torch.randn(3, 4, generator=rng), torch.randn(3, 4, generator=rng))
+    old = Stored(*(t.double() for t in old))
+    s0 = np.full((3, 1), 1 / 3)
+    s1 = s0 * old.mean.numpy()
+    s2 = s0 * (old.log_var.exp().numpy() + old.mean.numpy() ** 2)
+    for step in range(6):
+        _, log_lambda, mean, var, _ = mixture_case((20, 4, 3), num=3, seed=step)
+        share = log_lambda.exp()
+        moments = Moments(60 * share[:, None], mean, var)
+        old = averages.moved(old, moments, averages.Rule(0.1, "em", 1e-6))
+        corrected = (var * (60 * share / (60 * share - 1))[:, None]).numpy()
+        t = 0.1 * share.numpy()[:, None]
+        s0 = 0.9 * s0 + t
+        s1 = 0.9 * s1 + t * mean.numpy()
+        s2 = 0.9 * s2 + t * (corrected + mean.numpy() ** 2)
+    np.testing.assert_allclose(old.logits.softmax(0), s0[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(old.mean, s1 / s0, rtol=1e-10)
+    np.testing.assert_allclose(old.log_var.exp(), s2 / s0 - (s1 / s0) ** 2, rtol=1e-10)
+
+
+def test_a_step_goes_at_most_all_the_way():
+    """Component 1 weighs 1 % but holds all of the first of two channels: a step of 0.1 / 0.059 would overshoot."""
+    old = Stored(torch.tensor([0.99, 0.01]).log(), torch.zeros(2, 2), torch.zeros(2, 2))
+    moments = Moments(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.full((2, 2), 3.0), torch.full((2, 2), 2.0))
+    new = averages.moved(old, moments, averages.Rule(0.1, "em", 1e-3))
+    torch.testing.assert_close(new.mean[:, 0], torch.tensor([0.0, 3.0]))
+    torch.testing.assert_close(new.log_var[:, 0].exp(), torch.tensor([1.0, 200 / 99]))
+
+
+@pytest.mark.parametrize("average", ["em", "paper"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_layers_averages_are_the_sums_written_out(average, groups):
+    layer = UCBNorm(4, 3, groups=groups, average=average).double()
+    lam = np.full(3, 1 / 3)
+    mu, var = layer.mean.numpy().copy(), np.ones((3, 4))
+    for step in range(4):
+        x = mixture_case((5, 4, 6), num=1, seed=step)[0]
+        layer(x)
+        points = x.movedim(1, 2).flatten(0, 1).numpy()  # (M, C)
+        log_p = -0.5 * ((points - mu[:, None]) ** 2 / (var[:, None] + 1e-5) + np.log(var[:, None] + 1e-5))
+        log_p = log_p.reshape(3, len(points), groups, -1).sum(3) + np.log(lam)[:, None, None]
+        tau = np.exp(log_p) / np.exp(log_p).sum(0)  # (K, M, G)
+        mass = tau.sum(1)
+        tau = tau.repeat(4 // groups, axis=2)
+        m = (tau * points).sum(1) / tau.sum(1)
+        v = (tau * (points - m[:, None]) ** 2).sum(1) / tau.sum(1)
+        big = mass.repeat(4 // groups, axis=1)
+        v = v * big / np.maximum(big - 1, big / 2)
+        lam = lam + 0.1 * (mass.mean(1) / len(points) - lam)
+        if average == "paper":
+            rho, spread = 0.1, 0.0
+        else:
+            rho = np.minimum(0.1 * big / len(points) / lam[:, None], 1)
+            spread = rho * (1 - rho) * (m - mu) ** 2
+        mu, var = mu + rho * (m - mu), (1 - rho) * var + rho * v + spread
+    np.testing.assert_allclose(layer.logits.softmax(0), lam, rtol=1e-9)
+    np.testing.assert_allclose(layer.mean, mu, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(layer.log_var.exp(), var, rtol=1e-9)
+
+
+def test_momentum_has_pytorchs_orientation():
+    x = mixture_case((6, 4, 5), num=1)[0].float()
+    still = UCBNorm(4, 3, momentum=0.0)
+    before = still.mean.clone()
+    still(x)
+    assert torch.equal(still.mean, before)
+    moved = UCBNorm(4, 1, momentum=1.0)
+    moved(x)
+    torch.testing.assert_close(moved.mean[0], x.mean((0, 2)))
+    torch.testing.assert_close(moved.log_var[0].exp(), x.transpose(0, 1).flatten(1).var(1))
+
+
+@pytest.mark.parametrize("update", ["moving_average", "weight"])
+@pytest.mark.parametrize("groups", [1, None])
+def test_kmeans_init_finds_separate_clouds(update, groups):
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.tensor([-40.0, 0.0, 40.0])
+    x = centres[torch.arange(90) % 3][:, None] + torch.randn(90, 2, generator=rng)
+    layer = UCBNorm(2, 3, init="kmeans++", update=update, groups=groups, momentum=0.0)
+    assert not layer.is_initialized()
+    layer.eval()(x)
+    assert not layer.is_initialized()
+    layer.train()(x)
+    assert layer.is_initialized()
+    found = layer.mean.detach().sort(0).values
+    torch.testing.assert_close(found, centres[:, None].expand(-1, 2), atol=1, rtol=0)
+    torch.testing.assert_close(layer.log_weights().detach(), torch.full((3,), -math.log(3)))
+    layer(x + 100)
+    assert torch.equal(layer.mean.detach().sort(0).values, found)
+
+
+def test_mixture_norm_fits_the_batch_it_normalises():
+    rng = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[-9.0, 5.0], [9.0, 9.0]])
+    member = torch.tensor([0, 1, 1, 1]).repeat(100)
+    x = centres[member] + torch.randn(400, 2, generator=rng)
+    layer = MixtureNorm(2, 2, affine=False)
+    y = layer(x)
+    order = layer.fit_mean[:, 0].argsort()
+    for k, row in enumerate(order.tolist()):
+        own = x[member == k]
+        torch.testing.assert_close(layer.fit_mean[row], own.mean(0))
+        torch.testing.assert_close(layer.fit_log_var[row].exp(), own.var(0, correction=0))
+        share = len(own) / 400
+        assert float(layer.fit_logits.softmax(0)[row]) == pytest.approx(share, rel=1e-5)
+        want = (own - own.mean(0)) / (own.var(0, correction=0) + 1e-5).sqrt() / math.sqrt(share)
+        torch.testing.assert_close(y[member == k], want, rtol=1e-4, atol=1e-4)
+
+
+def test_mixture_norm_refits_every_so_many_batches():
+    layer = MixtureNorm(2, 2, refit_every=2)
+    fits = []
+    for step in range(5):
+        layer(mixture_case((20, 2, 3), num=1, seed=step)[0].float())
+        fits.append(layer.fit_mean.clone())
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(fits)]
+    assert changed == [False, True, False, True]
+    assert int(layer.step) == 5
+
+
+@pytest.mark.parametrize(("count", "same"), [(4096, True), (5000, False)])
+def test_each_fit_samples_locations_of_its_own(count, same):
+    x = mixture_case((count, 2), num=1)[0].float()
+    layer, later = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    layer(x[:100])
+    later.load_state_dict(layer.state_dict())
+    later.step.fill_(7)
+    layer(x)
+    later(x)
+    assert torch.equal(layer.fit_mean, later.fit_mean) is same
+
+
+def test_a_loaded_mixture_norm_samples_as_the_one_that_was_saved():
+    layer, loaded = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    x = mixture_case((5000, 2), num=1)[0].float()
+    for _ in range(2):
+        layer(x)
+    for _ in range(3):  # another life before
+        loaded(x + 1)
+    loaded.load_state_dict(layer.state_dict())
+    for _ in range(2):
+        assert torch.equal(loaded(x), layer(x))
+    assert torch.equal(loaded.fit_mean, layer.fit_mean)
+
+
+def test_mixture_norm_starts_its_averages_at_the_first_fit():
+    layer = MixtureNorm(2, 2, momentum=0.0)
+    layer(mixture_case((40, 2, 3), num=1)[0].float())
+    assert torch.equal(layer.mean, layer.fit_mean)
+
+
+def test_calibration_fits_the_pooled_batches():
+    points = clouds(600, apart=2).float()  # overlapping ones have several optima
+    layer = MixtureNorm(3, 3, em_steps=40)
+    before = layer.eval()(points)
+    layer.calibrate(points.split(100))
+    model = GaussianMixture(
+        3,
+        covariance_type="diag",
+        tol=1e-9,
+        reg_covar=1e-5,
+        max_iter=500,
+        means_init=[[0.0, 0, 0], [6, 2, 0], [-4, 6, 10]],
+    )
+    model.fit(points.numpy())
+    rows = layer.mean[:, 2].argsort(), torch.from_numpy(model.means_)[:, 2].argsort()
+    weights = torch.as_tensor(model.weights_)[rows[1]].tolist()
+    assert layer.logits.softmax(0)[rows[0]].tolist() == pytest.approx(weights, abs=0.02)
+    want = torch.as_tensor(model.means_, dtype=torch.float32)[rows[1]]
+    torch.testing.assert_close(layer.mean[rows[0]], want, atol=0.1, rtol=0)
+    assert not torch.equal(layer(points), before)
+
+
+def test_calibration_names_what_is_wrong():
+    layer = MixtureNorm(3, 2)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    for wrong in ([], [torch.full((5, 3), math.nan)], [torch.randn(5, 4)]):
+        with pytest.raises(ValueError, match=r"(batches|x): expected"):
+            layer.calibrate(wrong)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

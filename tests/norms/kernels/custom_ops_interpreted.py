@@ -1,0 +1,104 @@
+"""The custom operators under Triton's interpreter; run by test_kernels.py in a process of its own."""
+
+import pytest
+import torch
+from norm_cases import mixture_case
+
+from common.norms import cluster_norm, make_norm, mixture_norm
+from common.norms.kernels import operators
+
+
+def scb_arguments(requires_grad=True):
+    x, _, mean, var, g = mixture_case((4, 3, 5), 3, dtype=torch.float32)
+    tensors = [t.requires_grad_(requires_grad) for t in (x, mean, var)]
+    return tensors[0], torch.tensor([0, 2, 1, 0]), *tensors[1:], g
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+def test_scb_operators_are_sound():
+    """Opcheck compares schema, fakes, gradients and tracing with what the operator does."""
+    x, cluster, mean, var, g = scb_arguments()
+    torch.library.opcheck(operators.scb_forward, (x, cluster, mean, var, 1e-5))
+    x, cluster, mean, var, g = scb_arguments(requires_grad=False)
+    torch.library.opcheck(operators.scb_backward, (x, g, cluster, mean, var, 1e-5))
+
+
+def mixture_arguments(requires_grad=True):
+    *tensors, g = mixture_case((4, 4, 3), 2, dtype=torch.float32)
+    return [t.requires_grad_(requires_grad) for t in tensors], g
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("groups", [1, 4])
+def test_mixture_operators_are_sound(groups):
+    inputs, _ = mixture_arguments()
+    torch.library.opcheck(operators.learned_forward, (*inputs, groups, 1e-5, 1.0))
+    # Moments carry no gradient, which the default check of all outputs cannot know.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operators.mixture_forward, (*inputs, groups, 1e-5, 1.0), test_utils=checks)
+    inputs, g = mixture_arguments(requires_grad=False)
+    x, *mixture = inputs
+    moments = operators.mixture_forward(*inputs, groups, 1e-5, 1.0)[1:]
+    for parameters in (True, False):
+        last = (groups, 1e-5, 1.0, parameters)
+        torch.library.opcheck(operators.learned_backward, (x, g, *mixture, *last))
+        torch.library.opcheck(operators.mixture_backward, (x, g, *mixture, *moments, *last))
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_mixture_compiles_whole_with_its_gradients(statistics):
+    inputs, g = mixture_arguments()
+
+    def run(*inputs):
+        return 2 * mixture_norm(*inputs, statistics=statistics, backend="triton")[0]
+
+    want, got = run(*inputs), torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, g) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scb_compiles_whole_with_its_gradients():
+    x, cluster, mean, var, g = scb_arguments()
+
+    def run(x, mean, var):
+        return 2 * cluster_norm(x, cluster, mean, var, backend="triton")
+
+    want = run(x, mean, var)
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(x, mean, var)
+    assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(y, (x, mean, var), g) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["scb", "ucb", "mn"])
+def test_layers_export_in_evaluation_mode(kind):
+    layer = make_norm(kind, 3, 2, backend="triton").eval()
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    exported = torch.export.export(layer, (x, *cluster))
+    assert "cbnorm." in exported.graph_module.print_readable(print_output=False)
+    torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))
+
+
+@pytest.mark.parametrize(("kind", "training"), [("scb", True), ("scb", False), ("ucb", True), ("ucb", False)])
+def test_a_second_derivative_names_the_backend_that_has_one(kind, training):
+    layer = make_norm(kind, 3, 2, backend="triton").train(training)
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0].requires_grad_()
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    (grad,) = torch.autograd.grad(layer(x, *cluster).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["scb", "ucb"])
+def test_autocast_changes_nothing(kind):
+    layer = make_norm(kind, 3, 2, backend="triton").eval()  # training moves averages
+    x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
+    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    want = layer(x, *cluster)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x, *cluster)
+        assert layer(x.bfloat16(), *cluster).dtype == torch.bfloat16
+    assert torch.equal(got, want)

@@ -1,0 +1,255 @@
+"""The kernels under Triton's interpreter; run by test_kernels.py in a process of its own."""
+
+import math
+import os
+
+import pytest
+import torch
+from norm_cases import GRADIENTS, assert_within_budget, mixture_case
+
+from common.norms import cluster_norm, mixture_norm
+from common.norms.kernels import launch
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+NAMES = ("y", "dx", "dmean", "dvar")
+BACKENDS = ("eager", "reference", "triton")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    """Fill fresh memory with NaN, so that an element which no kernel writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, params=["small tiles"])
+def tiles(request, monkeypatch):
+    """Cut tiles down, so that small inputs have many, unless a test asks for the real ones."""
+    if request.param == "small tiles":
+        for name in ("SCB_FORWARD", "SCB_BACKWARD", "SUMS"):
+            monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
+        mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
+        monkeypatch.setattr(launch, "MIXTURE", mixture)
+        monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
+        monkeypatch.setattr(launch, "LOCATIONS_PER_SUM", 12)  # several tiles a program
+
+
+def layout(t, memory):
+    if memory == "channels_last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if memory == "strided":  # every second position, of every second channel
+        out = t.new_zeros(t.shape[0], 2 * t.shape[1], *t.shape[2:-1], 2 * t.shape[-1])[:, ::2, ..., ::2]
+        return out.copy_(t)
+    return t
+
+
+def laid_out(*shapes):
+    """Pair the shapes with every layout that differs for them."""
+    return [
+        (shape, memory)
+        for shape in shapes
+        for memory in (["contiguous", "channels_last", "strided"] if math.prod(shape[2:]) > 1 else ["contiguous"])
+    ]
+
+
+def case(shape, num, dtype, memory="contiguous", offset=0.0):
+    """As mixture_case, x and g rounded to dtype and laid out; parameters in float32."""
+    x, log_lambda, mean, var, g = mixture_case(shape, num, dtype=torch.float32)
+    x, g = (layout(t.to(dtype), memory) for t in (x + offset, g))
+    return x, log_lambda, mean + offset, var, g
+
+
+def cluster_gradients(values, cluster, dtype, backend, **options):
+    """Output and gradients of cluster_norm; dtype None keeps each input's."""
+    x, _, mean, var, g = (t if dtype is None else t.to(dtype) for t in values)
+    inputs = [t.detach().requires_grad_() for t in (x, mean, var)]
+    y = cluster_norm(inputs[0], cluster, *inputs[1:], backend=backend, **options)
+    return dict(zip(list[str](NAMES), (y, *torch.autograd.grad(y, inputs, g)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "memory"), laid_out((3, 1, 1), (9, 4), (3, 19, 5), (2, 3, 13, 11)), ids=str)
+def test_scb_errs_at_most_twice_as_much_as_eager(shape, dtype, memory):
+    """The last shape has several blocks of positions, the third several of channels."""
+    values = case(shape, 3, dtype, memory)
+    cluster = torch.arange(shape[0]) % 2  # cluster 2 is absent
+    exact = cluster_gradients(values, cluster, torch.float64, "reference")
+    eager, kernel = (cluster_gradients(values, cluster, None, backend) for backend in ("eager", "triton"))
+    assert_within_budget(exact, kernel, eager)
+    assert not kernel["dmean"][2].any()
+    assert not kernel["dvar"][2].any()
+    assert kernel["y"].stride() == values[0].stride() or memory == "strided"
+    for name, value in eager.items():
+        assert (kernel[name].dtype, kernel[name].shape) == (value.dtype, value.shape)
+
+
+@pytest.mark.parametrize("num", [1, 9])
+def test_scb_takes_any_number_of_clusters(num):
+    values = case((12, 5, 6), num, torch.float32)
+    cluster = torch.arange(12).flip(0) % num
+    exact = cluster_gradients(values, cluster, torch.float64, "reference")
+    eager, kernel = (cluster_gradients(values, cluster, None, backend) for backend in ("eager", "triton"))
+    assert_within_budget(exact, kernel, eager)
+
+
+def test_scb_survives_an_offset():
+    values = case((6, 4, 8), 3, torch.float32, offset=1e3)
+    cluster = torch.arange(6) % 3
+    exact = cluster_gradients(values, cluster, torch.float64, "reference")
+    kernel = cluster_gradients(values, cluster, None, "triton")
+    assert float((kernel["y"] - exact["y"]).detach().abs().max()) < 1e-5  # x - mean is exact near 1e3
+
+
+def test_scb_uses_eps():
+    values = case((6, 4, 8), 3, torch.float32)
+    cluster = torch.arange(6) % 3
+    exact, eager, kernel = (
+        cluster_gradients(values, cluster, dtype, backend, eps=0.5)
+        for dtype, backend in ((torch.float64, "reference"), (None, "eager"), (None, "triton"))
+    )
+    assert_within_budget(exact, kernel, eager)
+
+
+def test_scb_sums_over_an_expanded_gradient():
+    """The gradient of a sum has strides of zero."""
+    x, _, mean, var, _ = case((6, 4, 8), 3, torch.float32)
+    mean.requires_grad_()
+    cluster_norm(x, torch.arange(6) % 3, mean, var, backend="triton").sum().backward()
+    want = -2 * 8 * (var + 1e-5).rsqrt()  # two samples a cluster, eight positions
+    torch.testing.assert_close(mean.grad, want)
+
+
+def mixture_gradients(values, dtype, backend, **options):
+    """Output, gradients and moments of mixture_norm; dtype None keeps each input's."""
+    *inputs, g = (t if dtype is None else t.to(dtype) for t in values)
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y, moments = mixture_norm(*inputs, backend=backend, **options)
+    results = dict(zip(list[str](GRADIENTS), (y, *torch.autograd.grad(y, inputs, g)), strict=True))
+    return results | ({} if moments is None else moments._asdict())
+
+
+def assert_mixture_within_budget(values, **options):
+    exact = mixture_gradients(values, torch.float64, "reference", **options)
+    # Eager may be lucky in one sum; the reference in the same precision is as fair a measure.
+    eager, plain, kernel = (mixture_gradients(values, None, backend, **options) for backend in BACKENDS)
+    for name, want in exact.items():
+        errors = [float((run[name].detach().double() - want.detach()).abs().max()) for run in (eager, plain)]
+        worse = (eager if errors[0] > errors[1] else plain)[name]
+        assert_within_budget({name: want}, {name: kernel[name]}, {name: worse})
+        assert (kernel[name].dtype, kernel[name].shape) == (eager[name].dtype, eager[name].shape), name
+    return kernel
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize(("shape", "memory"), laid_out((3, 1, 1), (9, 4), (3, 6, 5), (2, 4, 3, 7)), ids=str)
+def test_mixture_errs_at_most_twice_as_much_as_eager(shape, statistics, memory):
+    for groups in sorted({1, 2 - shape[1] % 2, shape[1]}):
+        assert_mixture_within_budget(case(shape, 3, torch.float32, memory), groups=groups, statistics=statistics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_mixture_takes_half_precision(dtype, statistics):
+    for groups, memory in ((2, "channels_last"), (6, "contiguous")):
+        assert_mixture_within_budget(case((3, 6, 2, 5), 3, dtype, memory), groups=groups, statistics=statistics)
+
+
+@pytest.mark.parametrize("scale", ["paper", "sqrt_k"])
+@pytest.mark.parametrize("num", [1, 2, 8])
+def test_mixture_takes_any_number_of_components_and_eps(num, scale):
+    for groups, statistics in ((1, "batch"), (2, "learned"), (4, "batch")):
+        values = case((3, 4, 5), num, torch.float32)
+        assert_mixture_within_budget(values, groups=groups, statistics=statistics, scale=scale, eps=0.3)
+
+
+@pytest.mark.parametrize("tiles", ["real tiles"], indirect=True)
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+def test_mixture_at_the_sizes_of_a_launch(memory, tiles):
+    values = case((2, 70, 5, 7), 3, torch.float32, memory)
+    assert_mixture_within_budget(values, groups=2)
+    assert_mixture_within_budget(values, groups=70, statistics="learned")
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_moments_survive_offsets_and_outliers(groups):
+    """As for eager: half an ulp of 1e6 for the mean, two passes' accuracy for the variance.
+
+    An outlier of 1e4 in the first place is where squares about the first element fail, by 1e8 * 6e-8 = 6; means
+    relative to it round to 5e-4, and distances of tiles, about 1, enter squared.
+    """
+    x, log_lambda, mean, var, g = case((4, 4, 32), 3, torch.float32, offset=1e6)
+    want = mixture_gradients((x, log_lambda, mean, var, g), torch.float64, "reference", groups=groups)
+    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", groups=groups)
+    assert float((got["mean"] - want["mean"]).abs().max()) <= 0.0313
+    torch.testing.assert_close(got["var"].double(), want["var"], rtol=1e-3, atol=0)
+    x, log_lambda, mean, var, g = case((4, 4, 32), 3, torch.float32)
+    x[0, :, 0] = 1e4
+    mean, var = mean + torch.tensor([[1e4], [0], [0]]), var.clone()  # one component takes the outlier
+    want = mixture_gradients((x, log_lambda, mean, var, g), torch.float64, "reference", groups=groups)
+    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", groups=groups)
+    torch.testing.assert_close(got["var"][1:].double(), want["var"][1:], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_offset_costs_what_it_costs_eager(groups, statistics):
+    assert_mixture_within_budget(case((8, 4, 9), 3, torch.float32, offset=1e3), groups=groups, statistics=statistics)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_empty_component_adds_nothing(groups):
+    x, log_lambda, mean, var, g = case((8, 4, 6), 3, torch.float32)
+    mean[2] = 1e4
+    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", groups=groups)
+    assert all(value.isfinite().all() for value in got.values())
+    two = mixture_gradients((x, log_lambda[:2], mean[:2], var[:2], g), None, "triton", groups=groups)
+    for name in ("y", "dx"):
+        torch.testing.assert_close(got[name], two[name])
+    for name in set(got) - {"y", "dx"}:
+        torch.testing.assert_close(got[name][:2], two[name])
+        assert not got[name][2].any(), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_value_that_is_not_finite_shows_in_the_moments(groups, value):
+    """Moving averages are kept from such a batch by what they see in its moments."""
+    x, log_lambda, mean, var, _ = case((8, 4, 6), 3, torch.float32)
+    x[3, 2, 1] = value
+    _, moments = mixture_norm(x, log_lambda, mean, var, groups=groups, backend="triton")
+    assert moments is not None
+    assert not all(part.isfinite().all() for part in moments)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_results_repeat_bit_for_bit(groups):
+    values = case((8, 4, 6), 3, torch.float32)
+    first, second = (mixture_gradients(values, None, "triton", groups=groups) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_dx_does_not_depend_on_whether_parameters_want_gradients(statistics):
+    x, *mixture, g = case((8, 4, 6), 3, torch.float32)
+    want = mixture_gradients((x, *mixture, g), None, "triton", statistics=statistics)["dx"]
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(mixture_norm(x, *mixture, statistics=statistics, backend="triton")[0], x, g)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("scale", ["match", "paper"])
+@pytest.mark.parametrize("over", ["location", "sample"])
+@pytest.mark.parametrize("ids", [None, [0, -1, 2, -1]], ids=str)
+def test_unknown_clusters_err_at_most_twice_as_much_as_eager(ids, over, scale):
+    values = case((4, 6, 5), 3, torch.float32)
+    cluster = None if ids is None else torch.tensor(ids)
+    options = {"unknown_scale": scale, "unknown_posterior": over}
+    exact = cluster_gradients(values, cluster, torch.float64, "reference", **options)
+    eager, kernel = (cluster_gradients(values, cluster, None, backend, **options) for backend in ("eager", "triton"))
+    assert_within_budget(exact, kernel, eager)

@@ -1,0 +1,104 @@
+"""The Triton backend on a machine without a GPU: each process has the environment that it needs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from norm_cases import mixture_case
+
+from common.norms import cluster_norm, functional
+from common.norms.kernels import launch
+
+FOLDER = Path(__file__).parent
+needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root, without TRITON_INTERPRET unless it is given."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = FOLDER.parents[2]
+    path = os.pathsep.join([str(root), inherited.pop("PYTHONPATH", "")])
+    environment = {"OMP_NUM_THREADS": "1", **inherited, "PYTHONPATH": path, **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*_interpreted.py")), ids=lambda file: file.stem)
+def test_under_the_interpreter(file):
+    done = python("-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu_without_spills(tmp_path):
+    """Every entry at its hardest for one architecture; the command without options takes all of them."""
+    done = python("-m", "common.norms.aot", "--archs", "[90]", "--quick", "true", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "0 spill" in done.stdout
+
+
+def test_the_package_works_where_triton_is_not_installed():
+    script = """
+import sys
+sys.modules["triton"] = None  # what import and find_spec see where it is absent
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch
+from common.norms import UCBNorm
+UCBNorm(4, 2)(torch.randn(8, 4, 3)).sum()
+try:
+    UCBNorm(4, 2, backend="triton")(torch.randn(8, 4, 3))
+except ValueError as error:
+    print(error)
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "backend: 'triton' needs the package triton, which is not installed" in done.stdout
+
+
+@needs_triton
+def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, _, mean, var, _ = mixture_case((2, 4, 3), num=3)
+    cluster = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"'triton' computes float32, bfloat16 and float16, got torch\.float64"):
+        cluster_norm(x, cluster, mean, var, backend="triton")
+    with pytest.raises(ValueError, match="backend: 'triton' needs a CUDA tensor, or TRITON_INTERPRET=1"):
+        cluster_norm(x.float(), cluster, mean, var, backend="triton")
+
+
+class OnGpu:
+    """What the choice of a backend asks of a tensor."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num", "width", "installed", "want"),
+    [
+        (torch.float32, 3, 256, True, "triton"),
+        (torch.bfloat16, 8, 256, True, "triton"),
+        (torch.float16, 1, 1, True, "triton"),
+        (torch.float64, 3, 256, True, "eager"),
+        (torch.float32, 9, 256, True, "eager"),
+        (torch.float32, 3, 1024, True, "eager"),
+        (torch.float32, 3, 256, False, "eager"),
+    ],
+)
+def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, installed, want):
+    monkeypatch.setattr(launch, "INSTALLED", installed)
+    assert functional.choose_backend("auto", OnGpu(dtype), num, width) == want  # pyright: ignore[reportArgumentType]
+
+
+def test_the_automatic_choice_is_eager_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert functional.choose_backend("auto", torch.randn(2, 2)) == "eager"

@@ -1,0 +1,62 @@
+"""The benchmark prints a table of every layer."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.errors import UsageError
+from common.norms.tools import bench
+
+
+def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", ((4, 6, 2, 2),))
+    bench.main(["--backends", "eager", "--rounds", "3", "--device", "cpu"])
+    times, memory = capsys.readouterr().out.strip().split("\n\n")[1:]
+    header, rule, *rows = times.splitlines()
+    assert header.count("|") == rule.count("|") == 8
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[1:3] for row in cells] == [
+        ["NCHW", "forward"], ["NCHW", "both"], ["NHWC", "forward"], ["NHWC", "both"]
+    ]  # fmt: skip
+    for row in cells:
+        for cell in row[3:]:  # a tiny layer beside a delayed BatchNorm may come to 0.00
+            median, low, high = (float(part) for part in re.split(r" \(|-|\)", cell)[:3])
+            assert 0 <= low <= median <= high
+    header, rule, row = memory.splitlines()
+    assert header.count("|") == rule.count("|") == row.count("|") == 6
+
+
+def test_memory_is_what_autograd_keeps_and_what_is_held_at_once():
+    x, g = bench.case((16, 8, 32, 32), "NCHW", torch.device("cpu"))
+    run = bench.step(torch.nn.BatchNorm2d(8), x, g, backward=True)
+    assert x.nbytes <= bench.saved_bytes(run) <= x.nbytes + 8 * 8 * 4
+    # The output and the gradient of x at least; an intermediate of the same size at most.
+    assert 2 * x.nbytes <= bench.peak_bytes(run, x.device) <= 3.1 * x.nbytes
+
+
+def test_quantiles_are_those_of_the_sorted_values():
+    assert bench.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((2.0, 3.0, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--backends", "fast"], "backends: expected one of 'auto', 'reference', 'eager', 'compiled', 'triton'"),
+        (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:n, got tpu"),
+        (["--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["--threads", "-1"], "threads: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_input_is_named(argv, line):
+    with pytest.raises(UsageError, match=line):
+        bench.main(argv)
+
+
+def test_the_command_line_explains_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "common.norms.bench", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--backends" in done.stdout

@@ -1,0 +1,117 @@
+"""The doctor agrees with sound backends, finds a sick one, and says in one line what it cannot examine."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.errors import UsageError
+from common.norms import functional
+from common.norms.backends import closed_form
+from common.norms.tools import doctor
+
+NAMES = [check.name for check in doctor.checks()]
+
+
+@pytest.fixture(autouse=True)
+def few_inputs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(functional, "BACKENDS", ("auto", "reference", "eager", "triton"))
+    monkeypatch.setattr(doctor, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(doctor, "SHAPES", {(3, 6, 2, 7): ("contiguous", "channels_last")})
+    monkeypatch.setattr(doctor, "TIMED_SHAPES", {"cpu": (4, 6, 2, 3)})
+
+
+def run(capsys, *argv: str) -> tuple[int, list[str]]:
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--device", "cpu", *argv])
+    assert isinstance(end.value.code, int)
+    return end.value.code, capsys.readouterr().out.splitlines()
+
+
+def verdicts(lines: list[str]) -> dict[tuple[str, str], str]:
+    """Return the last word of the line of each check and backend."""
+    return {
+        (name, backend): line.split()[-1]
+        for name in NAMES
+        for backend in functional.BACKENDS
+        for line in lines
+        if line.startswith(name + " ") and line[len(name) :].split()[0] == backend
+    }
+
+
+def backends_here(lines: list[str]) -> list[str]:
+    return [backend for backend in functional.BACKENDS if f"{backend}: can run" in lines]
+
+
+def test_sound_backends_agree(capsys):
+    code, lines = run(capsys)
+    here = backends_here(lines)
+    assert {"auto", "reference", "eager"} <= set(here)
+    assert verdicts(lines) == {(name, backend): "ok" for name in NAMES for backend in here}
+    assert lines[-1] == f"{len(NAMES) * len(here)} checks: all agree with the reference"
+    assert code == 0
+    for name in doctor.ACCESSES:  # timed
+        rows = [line.removeprefix(name).split() for line in lines if line.startswith(name + " ")]
+        assert [row[0] for row in rows] == [backend for backend in here if backend != "auto"]
+        assert all(float(cell.rstrip("%")) >= 0 for row in rows for cell in row[1:])
+        assert {len(row) for row in rows} == {4}
+
+
+def test_a_backend_that_cannot_run_is_no_failure(capsys):
+    code, lines = run(capsys, "--bandwidth", "false")
+    assert [line for line in lines if line.startswith("triton: cannot run here: 'triton' needs")]
+    assert not [key for key in verdicts(lines) if key[1] == "triton"]
+    assert code == 0
+
+
+def test_a_gradient_that_is_wrong_by_a_thousandth_is_named(capsys, monkeypatch):
+    right = closed_form.mixture_norm
+
+    def wrong(x, *arguments, **options):
+        return right(1.001 * x - 0.001 * x.detach(), *arguments, **options)
+
+    monkeypatch.setattr(closed_form, "mixture_norm", wrong)
+    monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
+    code, lines = run(capsys)
+    found = verdicts(lines)
+    assert code == 1
+    assert not any("bandwidth" in line for line in lines)  # a wrong result has no speed
+    for name in NAMES:
+        assert found[name, "reference"] == "ok"
+        sick = name.startswith("mixture") or "mixed" in name or "unknown" in name  # Eq. 12 is Eq. 15
+        assert found[name, "eager"] == ("DISAGREES" if sick else "ok"), name
+    report = [line for line in lines if line.startswith("eager: mixture, joint, batch: dx errs by ")]
+    assert len(report) == 1
+    assert "disagreements" in lines[-1]
+
+
+@pytest.mark.parametrize("broken", ["raises", "nan"])
+def test_a_backend_that_breaks_down_is_named(capsys, monkeypatch, broken):
+    def mixture_norm(x, log_lambda, mean, var, **options):
+        if broken == "raises":
+            raise RuntimeError("no kernel image\nand a long story")
+        return (x + log_lambda.sum() + mean.sum() + var.sum()) * torch.nan, None
+
+    monkeypatch.setattr(closed_form, "mixture_norm", mixture_norm)
+    code, lines = run(capsys, "--bandwidth", "false")
+    assert code == 1
+    (report,) = [line for line in lines if line.startswith("eager: mixture, joint, learned: ") and "float32" in line]
+    assert ("RuntimeError at K=" in report and report.endswith("no kernel image")) == (broken == "raises")
+    assert verdicts(lines)["SCB, known ids", "eager"] == "ok"
+
+
+def test_a_device_that_is_none_is_refused_before_anything_is_printed(capsys):
+    with pytest.raises(UsageError, match=r"^device: expected auto, cpu, cuda or cuda:n, got tpu$"):
+        doctor.main(["--device", "tpu"])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_ends_with_status_2_and_one_line():
+    command = [sys.executable, "-m", "common.norms.doctor", "--device", "cuda:9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: device: cuda:9 asked for")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,135 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import DataConfig, ImageSet, load
+from common.errors import UsageError
+from common.reports.data_set import contact_sheet, main, moments
+
+
+def table(text):
+    return {line[:15].strip(): line[15:] for line in text.splitlines()}
+
+
+def run(tmp_path, *flags):
+    command = [sys.executable, "-W", "error", "-m", "common.data", "--out", str(tmp_path), *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_prints_what_the_set_holds(tmp_path, capsys):
+    main(["--name", "digits", "--size", "16", "--out", str(tmp_path / "new")])
+    got = table(capsys.readouterr().out)
+    splits = load(DataConfig(size=16))
+    assert splits.test is not None
+    assert got["digits"] == "16 x 16 pixels"
+    assert got["train"] == f"1,000 images, content {splits.train.content_hash}"
+    assert got["test"] == f"200 images, content {splits.test.content_hash}"
+    assert (got["classes"], got["superclasses"]) == ("10: 0, 1, 2, 3, 4, ...", "none")
+    pixels = splits.train.images.numpy()[:, 0] / 255
+    assert got["mean"].split()[:3] == [f"{pixels.mean():.5f}"] * 3
+    assert got["std"].split() == [f"{pixels.std():.5f}"] * 3
+    sheet = tmp_path / "new" / "contact-digits.png"
+    assert got["contact sheet"] == str(sheet)
+    with Image.open(sheet) as image:
+        assert image.size == (8 * (64 + 2) + 2,) * 2
+
+
+def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / "1.png")
+    (tmp_path / "superclasses.json").write_text('{"a": "x", "b": "y"}')
+    flags = [
+        "--root",
+        str(tmp_path / "images"),
+        "--superclasses",
+        str(tmp_path / "superclasses.json"),
+        "--out",
+        str(tmp_path),
+    ]
+    main(["--name", "imagefolder", "--size", "8", *flags])
+    got = table(capsys.readouterr().out)
+    assert (got["test"], got["classes"], got["superclasses"]) == ("none", "2: a, b", "2: x, y")
+
+
+def test_moments_are_those_of_numpy_in_each_channel(monkeypatch):
+    monkeypatch.setattr("common.reports.data_set._CHUNK", 3)
+    images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] //= 3
+    mean, deviation = moments(images)
+    pixels = images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(deviation, pixels.std((0, 2, 3)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, 64), (64, 64), (48, 48), (256, 128)])
+def test_contact_sheet_shows_every_class_in_order(size, shown):
+    labels = torch.arange(128).flip(0) % 4
+    images = (labels * 60).to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()
+    sheet = contact_sheet(ImageSet(images, labels, tuple("abcd"), "toy", "train"))
+    assert sheet.dtype == torch.uint8
+    assert sheet.shape == (3, 8 * (shown + 2) + 2, 8 * (shown + 2) + 2)
+    middles = sheet[0, 2 + shown // 2 :: shown + 2, 2 + shown // 2 :: shown + 2]
+    assert torch.equal(middles, (torch.arange(8)[:, None] // 2 * 60).expand(8, 8).to(torch.uint8))
+
+
+def test_contact_sheet_of_few_images_holds_each_once():
+    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64).contiguous()
+    sheet = contact_sheet(ImageSet(images, None, (), "toy", "train"))
+    assert sheet[0, 34, 34::66].tolist() == [0, 1, 2]
+
+
+def test_a_sheet_that_is_there_is_kept_without_force(tmp_path):
+    sheet = tmp_path / "contact-digits.png"
+    sheet.write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"^out: .*contact-digits\.png exists; .*--force"):
+        main(["--size", "8", "--out", str(tmp_path)])
+    assert sheet.read_bytes() == b"mine"
+    main(["--size", "8", "--out", str(tmp_path), "--force"])
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--size", "7"], "size: expected a multiple of 4 from 8 to 1024, got 7"),
+        (["--name", "imagefolder"], "root: expected the folder that holds the images, as in --root PATH"),
+        (["--name", "cats"], "name: expected one of digits, "),
+        (["--sise", "8"], "--sise: no such option; did you mean --size?"),
+        (
+            ["--name", "svhn", "--root", "data.size", "--download", "false"],
+            "root: no train_32x32.mat, .* into data.size, or set download true$",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(tmp_path, flags, line):
+    with pytest.raises(UsageError, match=f"^{line}") as e:
+        main(["--out", str(tmp_path), *flags])
+    assert "\n" not in str(e.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_mistake_ends_the_command_with_status_2(tmp_path):
+    done = run(tmp_path, "--name", "svhn", "--download", "false", "--root", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: root: no train_32x32.mat")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_command_ends_with_status_0(tmp_path):
+    done = run(tmp_path, "--name", "digits_m", "--size", "8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(tmp_path) == ["contact-digits_m.png"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"^out: .*file is a file, expected a folder"):
+        main(["--size", "8", "--out", str(tmp_path / "file")])

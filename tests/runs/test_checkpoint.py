@@ -1,0 +1,129 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+from common.runs import checkpoint
+from common.runs.checkpoint import Checkpoints, DamagedCheckpoint
+
+
+def state(step: int) -> dict:
+    return {"at": {"step": step}, "weights": torch.arange(1000.0) + step}
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", state(3))
+    loaded = checkpoint.load(tmp_path / "a.pt")
+    assert loaded["schema"] == checkpoint.SCHEMA
+    assert loaded["at"] == {"step": 3}
+    assert torch.equal(loaded["weights"], state(3)["weights"])
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(step, state(step), best=step == 20)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["best.pt", "step-00000030.pt", "step-00000040.pt"]
+    assert checkpoint.load(checkpoints.best)["at"] == {"step": 20}
+
+
+def damage_cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def damage_bit(data: bytes) -> bytes:
+    middle = len(data) // 2  # inside the tensor's record
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def damage_all(_: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_all])
+def test_a_damaged_newest_one_is_reported_and_the_one_before_used(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10))
+    newest = checkpoints.save(20, state(20))
+    newest.write_bytes(damage(newest.read_bytes()))
+    loaded, reports = checkpoints.load_latest()
+    assert loaded is not None
+    assert loaded["at"] == {"step": 10}
+    assert len(reports) == 1
+    assert newest.name in reports[0]
+
+
+def test_no_flipped_bit_passes_for_the_truth(tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, state(3))
+    sound, found = path.read_bytes(), 0
+    for position in range(0, len(sound), 37):
+        path.write_bytes(sound[:position] + bytes([sound[position] ^ 4]) + sound[position + 1 :])
+        try:
+            loaded = checkpoint.load(path)
+        except (DamagedCheckpoint, UsageError):
+            found += 1
+            continue
+        assert loaded["at"] == {"step": 3}  # padding and time stamps may change, content may not
+        assert torch.equal(loaded["weights"], state(3)["weights"])
+    assert found > 100
+
+
+def test_nothing_saved_yet_is_not_an_error_but_all_damaged_is(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load_latest() == (None, [])
+    checkpoints.save(10, state(10)).write_bytes(b"PK")
+    with pytest.raises(UsageError, match="every checkpoint"):
+        checkpoints.load_latest()
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"schema": 1, "x": Command(str(tmp_path / "made"))}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Command(str(tmp_path / "made"))))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(DamagedCheckpoint):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_foreign_or_newer_file_is_refused(tmp_path):
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    with pytest.raises(DamagedCheckpoint, match="not a checkpoint of this project"):
+        checkpoint.load(tmp_path / "foreign.pt")
+    torch.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "newer.pt")
+    with pytest.raises(UsageError, match="newer"):
+        checkpoint.load(tmp_path / "newer.pt")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_that_cannot_be_serialised_leaves_the_old_file(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", state(1))
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.save(tmp_path / "a.pt", {"function": lambda: None})
+    assert checkpoint.load(tmp_path / "a.pt")["at"] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
