@@ -1,98 +1,99 @@
-"""What is measured of a classifier while it trains: loss and scores on the test images, health of the mixture."""
+"""What is measured of a classifier: loss and scores on images it was not trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from common.data.image_set import Splits, to_float
+from common.data.image_set import ImageSet, to_float
 from common.errors import NonFiniteError, UsageError
 from common.machine.device import autocast, memory_format
+from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.scores import classification_scores
-from common.norms import collect_health, log_scalars, mixture_layers
 
 
 class Evaluation:
-    """Measures a classifier on the test images.
+    """Measures a classifier.
 
     Args:
         cfg: the run's configuration.
-        splits: the run's images, as `check_labels` wants them.
+        images: the run's images by split, as `check_labels` wants them.
         device: where the classifier is.
+        env: this process among those of the run; they share each measurement.
+
+    Attributes:
+        health_images: a batch of training images, the same all through a run, uint8 (B, 3, S, S).
     """
 
-    def __init__(self, cfg: ClassifierConfig, splits: Splits, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
-        assert splits.test is not None
-        assert splits.test.labels is not None
-        self.test, self.labels = splits.test, splits.test.labels
-        order = permutation(len(splits.train), cfg.seed, "health")
-        self.health_images = splits.train.images[order[: cfg.batch_size]]
-        self.warnings: list[str] = []
-        self._told: set[str] = set()
+    def __init__(
+        self, cfg: ClassifierConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None
+    ) -> None:
+        self.cfg, self.images, self.device, self.env = cfg, images, device, env or Env()
+        order = permutation(len(images["train"]), cfg.seed, "health")
+        self.health_images = images["train"].images[order[: cfg.batch_size]]
 
-    def scores(self, network: nn.Module, should_stop: Callable[[], object]) -> dict[str, float] | None:
-        """Return loss and scores on the test images in evaluation mode, by tag; None if ``should_stop`` says so.
+    def scores(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
+        """Return loss and scores in evaluation mode, by tag: loss/test and metric/accuracy, loss/validation and so on.
 
         Raises:
+            Interrupted: if ``go_on``, called between two batches, raises it.
             NonFiniteError: if a logit is not finite.
         """
-        network.eval()
-        try:
-            outputs = []
-            for images in self.test.images.split(self.cfg.batch_size):
-                if should_stop():
-                    return None
-                outputs.append(self._logits(network, images))
-        finally:
-            network.train()
-        logits = torch.cat(outputs).double().cpu()
+        values: dict[str, float] = {}
+        for split in ("test", "validation"):
+            if split in self.images:
+                values |= self._scores(network, split, go_on)
+        return values
+
+    def _scores(self, network: nn.Module, split: str, go_on: Callable[[], None]) -> dict[str, float]:
+        images = self.images[split]
+        assert images.labels is not None
+        logits = self._logits(network, images.images, images.num_classes, go_on)
         if not logits.isfinite().all():
-            raise NonFiniteError("logits of the test images are not finite; the checkpoint before them stands")
-        found = classification_scores(self.labels, logits, self.test.num_classes)
+            raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
+        found = classification_scores(images.labels, logits, images.num_classes)
+        prefix = "" if split == "test" else f"{split}_"
         values = {
-            "loss/test": float(F.cross_entropy(logits, self.labels)),
-            "metric/accuracy": found.accuracy,
-            "metric/macro_precision": found.macro.precision,
-            "metric/macro_recall": found.macro.recall,
-            "metric/macro_f1": found.macro.f1,
+            f"loss/{split}": float(F.cross_entropy(logits, images.labels)),
+            f"metric/{prefix}accuracy": found.accuracy,
+            f"metric/{prefix}macro_precision": found.macro.precision,
+            f"metric/{prefix}macro_recall": found.macro.recall,
+            f"metric/{prefix}macro_f1": found.macro.f1,
         }
-        return values if found.top5 is None else values | {"metric/top5": found.top5}
-
-    def health(self, network: nn.Module) -> dict[str, float]:
-        """Measure the mixture layer in training mode on one batch of training images, the same all through a run."""
-        if not mixture_layers(network):
-            return {}
-        with collect_health(network) as found:
-            self._logits(network, self.health_images)
-        self.warnings = [f"{name}: {line}" for name, state in found.items() for line in state.warnings()]
-        return log_scalars(found)
-
-    def new_warnings(self) -> list[str]:
-        """Return what is wrong with a layer that had no warning so far: once a layer, not once an epoch."""
-        new = [line for line in self.warnings if line.split(":")[0] not in self._told]
-        self._told.update(line.split(":")[0] for line in new)
-        return new
+        return values if found.top5 is None else values | {f"metric/{prefix}top5": found.top5}
 
     @torch.no_grad()
-    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        x = to_input(images, self.device, self.cfg)
-        with autocast(self.device, self.cfg.precision):
-            return network(x)
+    def _logits(self, network: nn.Module, images: Tensor, classes: int, go_on: Callable[[], None]) -> Tensor:
+        """Return logits (N, classes) in float64; each process takes every world-th batch, and gets all."""
+        size, world = self.cfg.batch_size, self.env.world
+        logits = torch.zeros(len(images), classes, dtype=torch.float64)
+        training = network.training
+        network.eval()
+        try:
+            with self.env.buffers_of_first(network):  # running averages differ between ranks
+                for first in range(0, len(images), size * world):
+                    go_on()
+                    mine = torch.zeros(size, classes, dtype=torch.float64)
+                    batch = images[first + size * self.env.rank :][:size]
+                    if len(batch):
+                        x = to_float(batch.to(self.device, non_blocking=True))
+                        x = x.contiguous(memory_format=memory_format(self.cfg.channels_last))
+                        with autocast(self.device, self.cfg.precision):
+                            mine[: len(batch)] = network(x).double().cpu()
+                    for rank, rows in enumerate(self.env.stacked(mine)):
+                        start = first + size * rank
+                        logits[start : start + size] = rows[: max(0, len(images) - start)]
+        finally:
+            network.train(training)
+        return logits
 
 
-def to_input(images: Tensor, device: torch.device, cfg: ClassifierConfig) -> Tensor:
-    """Bring uint8 images (N, 3, S, S) to the device, in [-1, 1] and in the run's memory layout."""
-    x = to_float(images.to(device, non_blocking=True))
-    return x.contiguous(memory_format=memory_format(cfg.channels_last))
-
-
-def check_labels(splits: Splits) -> None:
+def check_labels(images: Mapping[str, ImageSet]) -> None:
     """Raise UsageError if labels, a second class or images to test on are missing."""
-    train, test = splits.train, splits.test
+    train, test = images["train"], images.get("test")
     if train.labels is None:
         raise UsageError(f"data.root: {train.name} has no labels; a classifier needs one sub-folder a class")
     if train.num_classes < 2:

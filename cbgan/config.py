@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
-from common.norms.config import NormConfig
-from common.runs.folder import RunConfig
+from common.training.config import BestConfig, RunConfig
 
 _KINDS = ("bn", "in", "mn", "ucb")
 
@@ -14,47 +14,37 @@ _KINDS = ("bn", "in", "mn", "ucb")
 class GanConfig(RunConfig):
     """Train a DCGAN whose generator normalises with the layer under test, and measure its FID.
 
-    Without arguments: UCB-Norm on scikit-learn's handwritten digits, a few minutes on two CPU cores.
+    Without arguments: UCB-Norm on scikit-learn's handwritten digits, a few minutes on two CPU cores. lr, weight_decay
+    and what else is told an optimizer concern Adam, of both networks.
     """
 
-    epochs: int = 60
+    epochs: int = field(default=60, metadata=MAY_CHANGE)
     """Passes over the training images."""
-    batch_size: int = 64
-    """Images a step; the last, smaller batch of an epoch is left out."""
+    lr: float = 2e-4
+    """Learning rate of both networks."""
     width: int = 64
     """Widest layer's channels in generator and discriminator, a multiple of 8; the paper's network has 512."""
     latent_dim: int = 128
     """Length of the generator's input, drawn from N(0, 1)."""
     base_size: int = 0
     """Side of the generator's first feature map: data.size / 8, or / 16 for one more deconvolution; 0 is / 8."""
-    lr: float = 2e-4
-    """Adam's learning rate, both networks."""
     beta1: float = 0.0
     """Adam's first decay rate."""
     beta2: float = 0.9
     """Adam's second decay rate."""
-    weight_decay: float = 0.0
-    """Adam's L2 term; biases and what normalization layers learn are left out of it."""
-    norm: NormConfig = field(default_factory=NormConfig)
+    best: BestConfig = field(default_factory=lambda: BestConfig(keep=True))
     data: DataConfig = field(default_factory=DataConfig)
     fid: FidConfig = field(default_factory=FidConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size", "latent_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size: expected at least 2 for batch statistics, got {self.batch_size}")
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width: expected a multiple of 8, got {self.width}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected more than 0, got {self.lr}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 up to, not including, 1, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
         if self.norm.kind not in _KINDS:
             raise ValueError(
                 f"norm.kind: {self.norm.kind} needs a cluster id per image, which a GAN has not; use "
@@ -62,6 +52,11 @@ class GanConfig(RunConfig):
             )
         for channels in (self.width // 2, self.width // 4):
             self.norm.check_features(channels)
+        if self.data.validation:
+            raise ValueError(
+                f"data.validation: expected 0 or null, a GAN holds nothing out, got {self.data.validation}; the best "
+                "epoch is chosen by the FID against fid.reference and reported against the other images"
+            )
         if self.data.size % 8:
             raise ValueError(f"data.size: expected a multiple of 8 for the GAN's networks, got {self.data.size}")
         allowed = [self.data.size // 8] + ([self.data.size // 16] if self.data.size % 16 == 0 else [])

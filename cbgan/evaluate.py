@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, fixed_noise, save_grid
-from cbgan.state import GanState
-from cbgan.summary import fid_series
+from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
+from cbgan.models import Generator
+from cbgan.noise import fixed_noise
+from cbgan.train import Gan
 from common.cli.arguments import parse
-from common.data.sets import registry
 from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.runs.log import read_metrics
+from common.training.parts import upgraded
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
@@ -67,13 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("run: its fid.every is 0, so there is no FID to compare with")
     set_threads(cfg.threads)
     device = resolve_device(options.device)
-    state = GanState(cfg, device)
-    state.load_state_dict(_load(folder, options.checkpoint))
-    evaluation = Evaluation(cfg, registry.load(cfg.data), device)
-    count = options.samples or evaluation.count(state.at["epoch"])
-    result = evaluation.measure(state.g, count)
+    state = upgraded(_load(folder, options.checkpoint))
+    images = Gan.load(cfg)
+    g = Gan(cfg, images, device).build()["g"].to(device)
+    assert isinstance(g, Generator)
+    g.load_state_dict(state["averages"].get("g", state["networks"]["g"]))
+    evaluation, epoch = Evaluation(cfg, images, device), state["at"]["epoch"]
+    result = evaluation.measure(g, options.samples or evaluation.count(epoch))
     series = fid_series(read_metrics(folder), evaluation.fid.tag) if evaluation.fid else []
-    print(f"epoch {state.at['epoch']}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
+    print(f"epoch {epoch}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
     if evaluation.fid is not None and evaluation.fid.floor is not None:
         print(f"real test images: {evaluation.fid.floor:.4g}")
     if series:
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = sum(n > 0 for n in result.classes)
         print(f"classes: {found} of {len(result.classes)} found; counts {', '.join(map(str, result.classes))}")
     if options.grid is not None:
-        save_grid(evaluation.sample(state.g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
+        save_grid(evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)
         learnt = result.fid < first / _FALL

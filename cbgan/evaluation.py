@@ -1,9 +1,9 @@
-"""What is measured of a generator while it trains: FID, classes found, pictures, health of the layers."""
+"""What is measured of a generator: FID against real images, classes found, pictures."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,30 +11,29 @@ from torchvision.utils import make_grid, save_image
 
 from cbgan.config import GanConfig
 from cbgan.models import Generator
-from cbgan.state import noise
-from common.data.image_set import Splits, to_uint8
+from cbgan.noise import fixed_noise
+from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.device import autocast
 from common.machine.dist import Env
-from common.machine.seeding import generator
-from common.metrics.fid import Fid, FidResult
-from common.norms import collect_health, log_scalars, mixture_layers
-from common.runs.log import Log
+from common.metrics.fid import Fid, FidResult, other_split
+from common.training.method import Moment
 
 GRID = 64
 """Images in a grid, eight a row."""
-SEED = 314159
-"""The noise that generators are measured on is the same for every run, whatever its seed."""
 
 
 class Evaluation:
-    """Measures a generator every ``fid.every`` epochs, before training and at the end.
+    """Measures generators.
 
     Args:
-        cfg: the run's configuration; with ``fid.every`` 0 nothing but pictures and health is made.
-        splits: the run's real images.
+        cfg: the run's configuration; with ``fid.every`` 0 nothing but pictures is made.
+        images: the run's real images by split.
         device: where the generator is.
         should_stop: asked between batches; it answers alike on all ranks.
         env: this process among those of the run; they share each measurement.
+
+    Attributes:
+        warnings: why what is measured should not be trusted, to be told with the first measurement.
 
     Raises:
         UsageError: if the feature extractor cannot be had.
@@ -44,24 +43,17 @@ class Evaluation:
     def __init__(
         self,
         cfg: GanConfig,
-        splits: Splits,
+        images: Mapping[str, ImageSet],
         device: torch.device,
         should_stop: Callable[[], bool] | None = None,
         env: Env | None = None,
     ) -> None:
-        self.cfg, self.device = cfg, device
+        self.cfg, self.images, self.device = cfg, images, device
         self.should_stop, self.env = should_stop, env or Env()
+        splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
+        self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
         self.latest: FidResult | None = None
-        if self.env.first and self.fid is not None and self.fid.warning is not None:
-            print(f"warning: {self.fid.warning}", file=sys.stderr)
-        self.warnings: list[str] = []
-        self._told: set[str] = set()
-
-    def due(self, epoch: int) -> bool:
-        """Say whether the generator is measured after this many epochs."""
-        every = self.cfg.fid.every
-        return bool(every) and (epoch % every == 0 or epoch == self.cfg.epochs)
 
     def count(self, epoch: int) -> int:
         """Return how many images the measurement after this many epochs generates."""
@@ -72,11 +64,13 @@ class Evaluation:
         """Return what a FID of this run is comparable by."""
         return {} if self.fid is None else self.fid.passport()
 
-    def chart(self, log: Log) -> None:
-        """Put the FID and its floor into one chart (TensorBoard's Custom Scalars page)."""
-        if self.fid is not None:
-            tags = [self.fid.tag] if self.fid.floor is None else [self.fid.tag, self.fid.floor_tag]
-            log.chart("FID", tags)
+    def note_extractor(self, before: object) -> None:
+        """Compare the extractor with the one that measured the run before."""
+        if self.fid is not None and before not in (None, self.fid.extractor.id):
+            self.warnings.append(
+                "fid: the classifier was trained anew and its weights differ from those that measured this run "
+                "before; values before and after differ in their last digits"
+            )
 
     def measure(self, g: Generator, count: int) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
@@ -101,53 +95,69 @@ class Evaluation:
             images = g(z)
         return to_uint8(images)
 
-    def run(self, g: Generator, epoch: int, step: int, log: Log, folder: Path) -> float:
-        """Measure, log and draw; return the FID.
+    def run(self, g: Generator, moment: Moment) -> dict[str, float]:
+        """Measure and draw; return what is to be logged.
 
         Raises:
-            Interrupted: if ``should_stop`` says so on the way; nothing is logged then.
+            Interrupted: if ``should_stop`` says so on the way; nothing is drawn then.
         """
-        assert self.fid is not None
-        count = self.count(epoch)
-        self.latest = result = self.measure(g, count)
-        values = {self.fid.tag: result.fid}
-        if self.fid.floor is not None:
-            values[self.fid.floor_tag] = self.fid.floor
-        if result.classes is not None:
-            values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
-        log.scalars(step, epoch, values)
+        values: dict[str, float] = {}
+        while self.warnings:
+            moment.report(self.warnings.pop(0))
+        if self.fid is not None:
+            self.latest = result = self.measure(g, self.count(moment.epoch))
+            values[self.fid.tag] = result.fid
+            if result.other is not None and self.fid.floor is not None:
+                values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
+            if result.classes is not None:
+                values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
+            if moment.epoch == 0:
+                moment.log.chart("FID", [tag for tag in values if "fid" in tag])
         if self.env.first:
-            self.draw(g, epoch, step, log, folder)
-        return result.fid
+            self._draw(g, moment)
+        return values
 
-    def draw(self, g: Generator, epoch: int, step: int, log: Log, folder: Path) -> None:
+    def _draw(self, g: Generator, moment: Moment) -> None:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard."""
+        samples = moment.folder / "samples"
+        if not (samples / "real.png").exists():
+            save_grid(self.images["train"].images[:GRID], samples / "real.png")
         training = g.training
         images = self.sample(g, fixed_noise(GRID, g.latent_dim, self.device))
         g.train(training)
-        log.image(step, "samples/generated", save_grid(images, folder / f"epoch-{epoch:04d}.png"))
+        grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
+        moment.log.image(moment.step, "samples/generated", grid)
 
-    def health(self, g: Generator, epoch: int, step: int, log: Log) -> dict[str, float]:
-        """Measure and log the health of the generator's mixture layers on a fresh training-mode batch."""
-        if not mixture_layers(g):
-            return {}
-        with collect_health(g) as found, torch.no_grad(), autocast(self.device, self.cfg.precision):
-            g(noise(self.cfg, step, self.cfg.batch_size, self.device, self.env.rank))
-        values = log_scalars(found)
-        log.scalars(step, epoch, values)
-        self.warnings = [f"{name}: {line}" for name, state in found.items() for line in state.warnings()]
-        return values
+    def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
+        """Return what a finished run tells its user."""
+        rows = [("FID", "not measured (fid.every is 0)")]
+        if self.fid is not None:
+            series = fid_series(lines, self.fid.tag)
+            (first_epoch, first), (last_epoch, last) = series[0], series[-1]
+            best_epoch, best = min(series, key=lambda pair: pair[1])
+            text = f"first {first:.4g} (epoch {first_epoch}), best {best:.4g} ({best_epoch}), "
+            text += f"last {last:.4g} ({last_epoch})"
+            others = dict(fid_series(lines, self.fid.other_tag))
+            if best_epoch in others:
+                text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
+            if self.fid.floor is not None:
+                text += f"; real test images {self.fid.floor:.4g}"
+            rows = [(f"FID ({self.fid.extractor.name})", text)]
+        if self.latest is not None and self.latest.classes is not None:
+            classes = self.latest.classes
+            found = sum(n > 0 for n in classes)
+            rows.append(("classes", f"{found} of {len(classes)} found among {sum(classes):,} samples"))
+        return [
+            *rows,
+            ("pictures", str(folder / "samples")),
+            ("evaluate", f"python -m cbgan.evaluate --run {folder}"),
+            ("paper's run", "python -m cbgan.train --config configs/cbgan/paper_ucb.yaml --device cuda"),
+        ]
 
-    def new_warnings(self) -> list[str]:
-        """Return what is wrong with a layer that had no warning so far: once a layer, not once an epoch."""
-        new = [line for line in self.warnings if line.split(":")[0] not in self._told]
-        self._told.update(line.split(":")[0] for line in new)
-        return new
 
-
-def fixed_noise(count: int, latent_dim: int, device: torch.device) -> Tensor:
-    """Return the noise that generators are measured on, N(0, 1), (count, latent_dim): the same on every device."""
-    return torch.randn(count, latent_dim, generator=generator(SEED, "evaluation")).to(device)
+def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]:
+    """Return (epoch, FID) pairs in the order measured."""
+    return [(line["epoch"], line[tag]) for line in lines if line.get(tag) is not None]
 
 
 def save_grid(images: Tensor, path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The DCGAN of the paper's section IV-D, at any width (experiments.md, section 2)."""
+"""The DCGAN of the paper's section IV-D, at any width (docs/paper.md has the recipe)."""
 
 import torch
 from torch import Tensor, nn

@@ -121,7 +121,7 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
     parser.add_class_arguments(cls)
     for action in parser._actions:
         hint = getattr(action, "_typehint", None)
-        if hint is bool:  # so that --resume means --resume true
+        if hint is bool or bool in typing.get_args(hint):  # so that --resume means --resume true
             action.nargs, action.const = "?", True  # pyright: ignore[reportAttributeAccessIssue]
         elif typing.get_origin(hint) is list:  # so that --runs A B means --runs '[A, B]'
             (action._typehint,) = typing.get_args(hint)  # pyright: ignore[reportAttributeAccessIssue]

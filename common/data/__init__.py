@@ -1,8 +1,23 @@
 """Image sets: real digits, image folders, CIFAR, and the batches drawn from them."""
 
-from common.data.batches import Batches
 from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits, to_float, to_uint8
 from common.data.sets.registry import load
+from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
+from common.data.validation import hold_out
 
-__all__ = ["Batches", "DataConfig", "ImageSet", "Splits", "load", "to_float", "to_uint8"]
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "Feed",
+    "ImageSet",
+    "PerImage",
+    "Splits",
+    "Stream",
+    "hold_out",
+    "load",
+    "mirrored",
+    "plain",
+    "to_float",
+    "to_uint8",
+]

@@ -1,8 +1,10 @@
 """Which images a run uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from common.cli.fields import MAY_CHANGE
 
 _COARSE = ("cifar100", "oxford_pet")
 
@@ -30,9 +32,9 @@ class DataConfig:
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
     photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
     blended with photographs; the others as published (docs/data.md)."""
-    root: Path | None = None
+    root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""
-    test_root: Path | None = None
+    test_root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """imagefolder: images held apart from training, for the FID floor and the classifier's accuracy."""
     size: int = 32
     """Side in pixels that images are brought to: a multiple of 4 from 8 to 1024."""
@@ -42,14 +44,20 @@ class DataConfig:
     """imagefolder: a JSON file that gives each class a superclass, {"tabby": "cat", "poodle": "dog"}."""
     blend: str = "sklearn"
     """mnist_m: a folder of photographs to blend the digits with, or sklearn for scikit-learn's two."""
-    download: bool = True
+    download: bool = field(default=True, metadata=MAY_CHANGE)
     """Download a published data set where it is missing."""
     flip: bool = False
     """Mirror each training image left to right with probability 1/2."""
-    workers: int = 0
+    workers: int = field(default=0, metadata=MAY_CHANGE)
     """Loader processes; 0 gathers batches in the training process."""
 
+    validation: float | None = None
+    """Share of each class of the training images held out of training, for early stopping and the best checkpoint;
+    null is 0.1 where one of them reads it, else 0."""
+
     def __post_init__(self) -> None:
+        if self.validation is not None and not 0 <= self.validation < 1:
+            raise ValueError(f"data.validation: expected 0 up to, not including, 1, or null, got {self.validation}")
         if self.size % 4 or not 8 <= self.size <= 1024:
             raise ValueError(f"data.size: expected a multiple of 4 from 8 to 1024, got {self.size}")
         if self.workers < 0:

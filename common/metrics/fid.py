@@ -74,12 +74,19 @@ class FidResult:
     Attributes:
         fid: Fréchet distance to the real images.
         count: generated images it was measured on.
+        other: the same images' distance to the other split of the real ones; None where there is none.
         classes: how many of them the classifier puts in each class; None with another extractor.
     """
 
     fid: float
     count: int
     classes: tuple[int, ...] | None
+    other: float | None = None
+
+
+def other_split(reference: str) -> str:
+    """Return the split that is not the reference."""
+    return "train" if reference == "test" else "test"
 
 
 class Fid:
@@ -101,7 +108,8 @@ class Fid:
         extractor: the network that gives the features.
         floor: the distance of the training images to the test images, which no generator should beat by
             much; None without test images.
-        tag: the name of the distance in charts; `floor_tag` is the floor's.
+        tag: the name of the distance in charts; `floor_tag` is the floor's, `other_tag` that of the distance to the
+            other split.
         warning: why the extractor should not be trusted, or None.
 
     Raises:
@@ -127,12 +135,14 @@ class Fid:
         self._cache = cache / "fid"
         self.tag = f"metric/fid_{self.extractor.name}"
         self.floor_tag = f"{self.tag}_floor"
+        self.other_tag = f"{self.tag}_{other_split(config.reference)}"
         self._real = splits.test if config.reference == "test" and splits.test else splits.train
         self._statistics = self._of(self._real, should_stop)
         self.floor: float | None = None
+        self._others: Statistics | None = None
         if splits.test is not None:
-            other = splits.train if self._real is splits.test else splits.test
-            self.floor = frechet_distance(self._statistics, self._of(other, should_stop))
+            self._others = self._of(splits.train if self._real is splits.test else splits.test, should_stop)
+            self.floor = frechet_distance(self._statistics, self._others)
 
     def passport(self) -> dict[str, str | int]:
         """Return what two distances must share to be compared, the number of generated images aside."""
@@ -168,7 +178,9 @@ class Fid:
         if isinstance(self.extractor, Classifier):
             found = self.extractor.classify(features).cpu()
             classes = tuple(torch.bincount(found, minlength=self.extractor.num_classes).tolist())
-        return FidResult(frechet_distance(statistics(features), self._statistics), count, classes)
+        ours = statistics(features)
+        other = None if self._others is None else frechet_distance(ours, self._others)
+        return FidResult(frechet_distance(ours, self._statistics), count, classes, other)
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""

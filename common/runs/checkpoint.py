@@ -13,7 +13,7 @@ import torch
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the layout; raised whenever an older reader would misread a newer file."""
 
 
@@ -57,7 +57,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run: the newest ``keep`` and the best.
 
-    Files are ``step-00000900.pt`` and ``best.pt`` in ``folder``.
+    Files are ``step-00000900.pt``, ``best.pt`` and, for epochs that are kept, ``epoch-0025.pt`` in ``folder``.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -73,21 +73,43 @@ class Checkpoints:
         """Return the numbered checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name))
 
-    def save(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of a step, make it the best too if asked, and remove what is no longer kept."""
-        path = self.folder / f"step-{step:08d}.pt"
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        best: bool = False,
+        good: int | None = None,
+        epoch: int | None = None,
+    ) -> Path:
+        """Write the checkpoint of a step, and remove what is no longer kept.
+
+        Args:
+            step: the step.
+            state: what it holds.
+            best: keep it as the best one too.
+            good: a step whose checkpoint stays, however old.
+            epoch: keep it for good as that of this epoch too.
+        """
+        path = self.path(step)
         save(path, state)
-        if best:
+        for copy in ([self.best] if best else []) + ([] if epoch is None else [self.folder / f"epoch-{epoch:04d}.pt"]):
             with path.open("rb") as source:
-                write_atomic(self.best, lambda file: shutil.copyfileobj(source, file))
-        newest = self.paths()[-self.keep :]
+                write_atomic(copy, lambda file, source=source: shutil.copyfileobj(source, file))
+        kept = {*self.paths()[-self.keep :], *([] if good is None else [self.path(good)])}
         for old in self.paths():
-            if old not in newest:
+            if old not in kept:
                 old.unlink()
         return path
 
-    def load_latest(self, device: torch.device | str = "cpu") -> tuple[dict[str, Any] | None, list[str]]:
-        """Read the newest checkpoint that is whole.
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of a step is."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def load_latest(
+        self, step: int | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """Read the newest checkpoint that is whole, of those up to a step if one is given.
 
         Returns:
             Its state, or None if the run has not saved one yet; and a line for each damaged file passed over.
@@ -99,6 +121,8 @@ class Checkpoints:
             leftover.unlink()
         reports: list[str] = []
         for path in reversed(self.paths()):
+            if step is not None and path > self.path(step):
+                continue
             try:
                 return load(path, device), reports
             except DamagedCheckpoint as error:

@@ -1,5 +1,6 @@
-"""A run's folder: its name, its lock, its resolved configuration, and where it ran."""
+"""A run's folder: its name, its lock, and where it ran."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,90 +19,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.cli.arguments import flatten, parse, to_dict, to_yaml
+from common.cli.arguments import flatten
 from common.errors import UsageError
 from common.machine.atomic import umask, write_text_atomic
-from common.machine.device import Precision
 
 T = TypeVar("T")
-
-NOT_STORED = ("name", "out", "resume", "dry_run")
-"""Settings that say how to call a run, not what it computes; config.yaml leaves them out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Where a run is kept and how it is executed; every application's configuration starts with this."""
-
-    name: str | None = None
-    """The run's name under OUT/application; without it a fresh one such as digits-ucb-seed0 is taken."""
-    out: Path = Path("runs")
-    """The folder that holds all runs."""
-    resume: bool = False
-    """Go on with the run NAME from its newest whole checkpoint."""
-    init_from: Path | None = None
-    """A checkpoint file whose weights (not optimizer or position) a new run starts from."""
-    dry_run: bool = False
-    """Print parameters and estimates of memory and time, write nothing, and exit."""
-    seed: int = 0
-    """What every random draw of the run follows from, together with its position."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:n; auto is CUDA where there is one."""
-    precision: Precision = "fp32"
-    """Precision of convolutions and linear maps (autocast); fp16 scales its gradients."""
-    channels_last: bool = False
-    """Keep images as NHWC in memory, which tensor cores prefer."""
-    deterministic: bool = False
-    """On CUDA, use only kernels whose results repeat bit for bit; some are slower."""
-    threads: int = 0
-    """CPU threads; 0 leaves the choice to torch. Results repeat bit for bit only with the same number."""
-    log_every: int = 10
-    """Steps between two log lines; on CUDA the host waits for the device only then."""
-    checkpoint_every: int = 1
-    """Epochs between two checkpoints."""
-    cache: Path = Path("~/.cache/cluster-based-norm")
-    """Folder for what several runs share: statistics of real images, feature extractors, downloads."""
-
-    def __post_init__(self) -> None:
-        if self.name is not None and (not self.name or self.name.startswith(".") or "/" in self.name):
-            raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
-        if self.resume and self.name is None:
-            raise ValueError("resume: which run? Give its --name")
-        for field in ("log_every", "checkpoint_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        for field in ("seed", "threads"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}: expected 0 or more, got {getattr(self, field)}")
-
-
-def resume_config(cls: type[T], argv: Sequence[str] | None, path: Path, may_change: Sequence[str]) -> T:
-    """Read the configuration of a run that goes on: its own config.yaml, then the command line.
-
-    Args:
-        cls: the configuration's class.
-        argv: the command line, which holds ``--resume``.
-        path: the run's folder.
-        may_change: dotted names of settings that do not alter what is computed, or only for how long.
-
-    Raises:
-        UsageError: if the command line changes anything else.
-    """
-    stored_file = ["--config", str(path / "config.yaml")]
-    stored = dict(flatten(to_dict(parse(cls, stored_file))))
-    config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
-    for field, now in flatten(to_dict(config)):
-        if field not in (*NOT_STORED, *may_change, "init_from") and now != stored[field]:
-            raise UsageError(
-                f"{field}: the run has {stored[field]}, got {now}; a resumed run keeps its settings "
-                f"(free to change: {', '.join(may_change)})"
-            )
-    return config
-
-
-def stored_yaml(config: RunConfig) -> str:
-    """Return the text of config.yaml: what the run computes, without how it was called."""
-    return to_yaml({name: value for name, value in to_dict(config).items() if name not in NOT_STORED})
 
 
 class RunFolder:
@@ -161,7 +83,7 @@ class RunFolder:
         """Open an existing run folder.
 
         Raises:
-            UsageError: if another process has it open.
+            UsageError: if another process has it open, or it cannot be written to.
         """
         return cls(path, _lock(path))
 
@@ -212,31 +134,88 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
     }
 
 
-def note_session(path: Path, session: Mapping[str, Any]) -> None:
-    """Append a session to a run's environment.json, after checking that it can go on bit for bit.
+def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
+    """Append a session, as `environment` describes it, to a run's environment.json.
+
+    Returns:
+        A line for each thing that is not as in the session before, and that results may depend on in their last
+        bits: device, processor, threads, backend, versions.
 
     Raises:
-        UsageError: if device type, number of processes, thread count or layer backend differ from the run's first
-            session.
+        UsageError: if the number of processes is not the run's (they share its images and noise), if the file is
+            not as `environment_json` writes it, or if it cannot be written.
     """
-    file = path / "environment.json"
-    sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
-    remedies = {
-        "world": "start it with torchrun --nproc-per-node",
-        "threads": "add --threads",
-        "device": "add --device",
-        "backend": "add --norm.backend",
-    }
-    for field, remedy in remedies.items():
-        before, now = sessions[0].get(field), session.get(field)
-        if before != now:
-            raise UsageError(f"{field}: the run used {before}, this process has {now}; {remedy} {before}")
-    write_text_atomic(file, environment_json([*sessions, dict(session)]))
+    sessions = _sessions(path)
+    before, now = dict(flatten(sessions[-1])), dict(flatten(session))
+    if before.get("world") != now.get("world"):
+        raise UsageError(
+            f"world: the run used {before.get('world')}, this process has {now.get('world')}; start it with "
+            f"torchrun --nproc-per-node {before.get('world')}"
+        )
+    text = environment_json([*sessions, dict(session)])
+    with _writable(path):
+        write_text_atomic(path / "environment.json", text)
+    names = dict.fromkeys(name for name in (*before, *now) if name.startswith(_TOUCHES_LAST_BITS))
+    return [
+        f"{name}: the run used {before.get(name)}, this process has {now.get(name)}; results may differ in their last "
+        "bits from those of an uninterrupted run"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def recorded_threads(path: Path) -> int | None:
+    """Return the number of CPU threads of a run's last session, which a resumed run keeps; None where none is noted.
+
+    Raises:
+        UsageError: if environment.json is not as `environment_json` writes it.
+    """
+    return _sessions(path)[-1].get("threads")
 
 
 def environment_json(sessions: list[dict[str, Any]]) -> str:
     """Return the text of environment.json."""
     return json.dumps({"sessions": sessions}, indent=2) + "\n"
+
+
+_TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "backend", "python", "versions.")
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    file = path / "environment.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"name: {file} cannot be read ({error.strerror}); {_SESSIONS_EXPECTED}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UsageError(f"name: {file} is not JSON ({error}); {_SESSIONS_EXPECTED}") from None
+    sessions = content.get("sessions") if isinstance(content, dict) else None
+    if not (isinstance(sessions, list) and sessions and all(_is_session(each) for each in sessions)):
+        raise UsageError(f"name: {file} lists no sessions; {_SESSIONS_EXPECTED}")
+    return sessions
+
+
+_SESSIONS_EXPECTED = 'expected {"sessions": [{"world": 1, "threads": 2, ...}]}, as the run wrote it; restore it'
+
+
+def _is_session(value: object) -> bool:
+    """Say whether a value has the form of a session; a bool, which Python counts among the integers, is no number."""
+    return isinstance(value, dict) and all(
+        type(value.get(name, 1)) is int and value.get(name, 1) >= 1 for name in ("world", "threads")
+    )
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn the refusal of a run folder that may only be read into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UsageError(
+            f"name: cannot write to {folder} ({error.strerror}); make it writable, or copy it and give its --out"
+        ) from None
 
 
 _PACKAGES = (
@@ -252,11 +231,14 @@ _PACKAGES = (
 
 def _lock(folder: Path) -> int:
     """Lock a folder. POSIX locks end with their process and, unlike flock's, do not pass to forked loader workers."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with _writable(folder):
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as ENOLCK: a file system without locks
+            raise UsageError(f"name: {folder} cannot be locked ({error.strerror}); move it to another disk") from None
         raise UsageError(f"name: {folder} is in use by another process; wait for it or take another --name") from None
     return descriptor
 

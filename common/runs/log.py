@@ -1,17 +1,35 @@
-"""Scalars and images of a run: the same names in metrics.jsonl and in TensorBoard."""
+"""Scalars and images of a run, in metrics.jsonl and in TensorBoard."""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 METRICS = "metrics.jsonl"
+GROUPS = {
+    "metric": "1_result",
+    "loss": "2_loss",
+    "samples": "3_samples",
+    "step": "4_step",
+    "gradient": "5_gradient",
+    "schedule": "6_schedule",
+    "time": "7_time",
+    "health": "9_health",
+}
+"""TensorBoard sorts its groups by name and shows the first ones first; metrics.jsonl keeps the names as they are."""
+
+
+def chart_name(tag: str) -> str:
+    """Return what TensorBoard calls a tag: ``metric/accuracy`` is ``1_result/accuracy``."""
+    group, _, rest = tag.partition("/")
+    return f"{GROUPS.get(group, group)}/{rest}" if rest else tag
 
 
 class Log:
@@ -22,10 +40,21 @@ class Log:
         step: the step the run goes on from; TensorBoard drops what older event files say about later steps.
         position: length of metrics.jsonl, in bytes, when the checkpoint of that step was written; what follows
             is cut away, since those steps will be run and logged again.
+        settings: the run's settings by dotted name, for TensorBoard's pages of text and hyperparameters.
+        results: tags that those hyperparameters are shown with.
         active: False for a rank that writes nothing; its log takes everything and keeps none of it.
     """
 
-    def __init__(self, folder: Path, step: int = 0, position: int = 0, *, active: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        position: int = 0,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        results: Sequence[str] = (),
+        active: bool = True,
+    ) -> None:
         self._active = active
         if not active:
             return
@@ -34,7 +63,21 @@ class Log:
         if resumed:
             os.truncate(path, min(position, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if resumed else None)
+        older = folder / "tensorboard"  # where runs had their events when TensorBoard called them by that folder too
+        place = older if older.is_dir() else folder
+        self._events = SummaryWriter(str(place), purge_step=step + 1 if resumed else None)
+        if settings is not None:
+            self._show(settings, results)
+
+    def _show(self, settings: Mapping[str, Any], results: Sequence[str]) -> None:
+        """Put settings on the pages of text and hyperparameters; add_hparams would make a run of its own for them."""
+        self._events.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        for summary in hparams(plain, {chart_name(tag): None for tag in results}):
+            self._events._get_file_writer().add_summary(summary)
 
     def scalars(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log named numbers at a step; those not finite become null in JSON, which has no word for them."""
@@ -44,17 +87,17 @@ class Log:
         self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._events.add_scalar(chart_name(name), value, step)
 
     def chart(self, title: str, tags: list[str]) -> None:
         """Show several scalars in one chart (TensorBoard's custom scalars page)."""
         if self._active:
-            self._events.add_custom_scalars({title: {title: ["Multiline", tags]}})
+            self._events.add_custom_scalars({title: {title: ["Multiline", [chart_name(tag) for tag in tags]]}})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""
         if self._active:
-            self._events.add_image(tag, image, step)
+            self._events.add_image(chart_name(tag), image, step)
 
     def sync(self) -> int:
         """Put everything logged so far on the disk, so that no checkpoint outlives its log.
@@ -87,6 +130,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def listed(values: dict[str, float | None]) -> str:
+    """Return "accuracy 0.93, macro f1 0.92" of values by tag, those that were not finite left out."""
+    shown = ((name.split("/")[-1].replace("_", " "), value) for name, value in values.items())
+    return ", ".join(f"{name} {value:.3g}" for name, value in shown if value is not None)
+
+
 class Means:
     """Running means of named scalars, added up on the device and read when they are logged.
 
@@ -95,28 +144,30 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's values, detached scalars on any device; no waiting."""
+        """Add one step's values, detached scalars on any device; no waiting. A name that is missing is not counted."""
         for name, value in values.items():
             now = value.detach().float()
             self._sums[name] = self._sums[name].to(now.device) + now if name in self._sums else now
-        self._count += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float]:
         """Return the means since the last call and start anew (waits for the device)."""
-        if not self._count:
+        if not self._counts:
             return {}
         sums = torch.stack(list(self._sums.values())).tolist()  # one transfer for all
-        means = {name: value / self._count for name, value in zip(self._sums, sums, strict=True)}
-        self._sums, self._count = {}, 0
+        means = {name: value / self._counts[name] for name, value in zip(self._sums, sums, strict=True)}
+        self._sums, self._counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Return sums and count."""
-        return {"sums": dict(self._sums), "count": self._count}
+        """Return sums and counts."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over sums and count; sums read from a file join the device of the next value."""
-        self._sums, self._count = dict(state["sums"]), state["count"]
+        """Take over sums and counts; sums read from a file join the device of the next value."""
+        self._sums = dict(state["sums"])
+        counts: Mapping[str, int] = state.get("counts", {})  # checkpoints of schema 1 have one count for all
+        self._counts = {name: int(counts.get(name, state.get("count", 0))) for name in self._sums}

@@ -1,11 +1,13 @@
-"""Parameter groups for optimizers."""
+"""What optimizers are told: which parameters decay, and learning rates by position."""
 
+import math
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from common.norms.layer import NormLayer
+from common.training.config import ScheduleConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,3 +28,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     decaying = [p for name, p in parameters if id(p) not in spared and not name.endswith("bias")]
     kept = [p for name, p in parameters if id(p) in spared or name.endswith("bias")]
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def schedule_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Return what learning rates are multiplied by in a step, counted from 0 through the run.
+
+    "step" changes after whole epochs; "cosine" goes from 1 at step 0 towards ``floor`` at the run's end,
+    ``floor + (1 - floor) (1 + cos(pi step / steps)) / 2``.
+    """
+    if schedule.kind == "step":
+        return schedule.factor ** sum(step >= epoch * steps_per_epoch for epoch in schedule.milestones)
+    if schedule.kind == "cosine":
+        share = step / (steps_per_epoch * epochs)
+        return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * share)) / 2
+    return 1.0

@@ -76,22 +76,3 @@ def test_images_that_no_classifier_can_learn_from(tiny, tmp_path, capsys, dry):
     assert "no labels" in refused(capsys, *flags, "--data.root", two, "--data.test_root", bare)
     assert "at least 2 classes" in refused(capsys, *flags, "--data.root", one, "--data.test_root", more)
     assert not (tmp_path / "cbcls").exists()
-
-
-def test_several_processes_are_refused(tiny, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "expected 1, got 2" in refused(capsys, *tiny)
-
-
-def test_what_a_finished_run_refuses(tiny, tmp_path, capsys):
-    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run"])
-    capsys.readouterr()
-    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    resume = ["--out", str(tmp_path), "--name", "run", "--resume"]
-    assert "exists; add --resume" in refused(capsys, *tiny, "--name", "run")
-    assert "lr: the run has 0.001, got 0.1" in refused(capsys, *resume, "--lr", "0.1")
-    assert "init_from" in refused(capsys, *resume, "--init_from", "somewhere.pt")
-    source = tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt"
-    line = refused(capsys, *tiny, "--name", "other", "--norm.kind", "bn", "--init_from", str(source))
-    assert "does not fit" in line
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before

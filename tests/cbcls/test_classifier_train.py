@@ -1,7 +1,5 @@
 import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cbcls.train
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation
-from cbcls.state import ClassifierState
+from cbcls.shallow_cnn import ShallowCNN
+from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.data.image_set import to_float
 from common.data.sets import registry
-from common.errors import NonFiniteError, Stopped
 from common.runs.checkpoint import Checkpoints, load
-from common.runs.log import read_metrics
+from common.runs.log import chart_name, read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbcls"
 
@@ -58,8 +56,8 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     assert [line["epoch"] for line in lines if "metric/accuracy" in line] == [1, 2]
     assert [line["epoch"] for line in lines if "health/norm3/information" in line] == [1, 2]
     assert [line["step"] for line in lines if "loss/train" in line] == [3, 6]
-    events = EventAccumulator(str(finished / "tensorboard")).Reload()
-    assert names - {"step", "epoch"} == set(events.Tags()["scalars"])
+    events = EventAccumulator(str(finished)).Reload()
+    assert {chart_name(name) for name in names - {"step", "epoch"}} == set(events.Tags()["scalars"])
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-00000004.pt", "step-00000008.pt"}
     summary = capsys.readouterr().out
     for part in (str(finished), "accuracy", "images/s on cpu", "information", "tensorboard --logdir"):
@@ -69,13 +67,13 @@ def test_a_run_leaves_everything_behind(finished, capsys):
 def test_the_scores_of_a_run_are_those_of_its_weights(finished):
     """Score the last checkpoint with scikit-learn alone, all images in one batch."""
     cfg = parse(ClassifierConfig, ["--config", str(finished / "config.yaml")])
-    state = ClassifierState(cfg, 6, torch.device("cpu"))
-    state.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt"))
+    network = ShallowCNN(6, cfg.norm)
+    network.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt")["networks"]["network"])
     test = registry.load(cfg.data).test
     assert test is not None
     assert test.labels is not None
     with torch.no_grad():
-        logits = state.network.eval()(to_float(test.images))
+        logits = network.eval()(to_float(test.images))
     true, found = test.labels.numpy(), logits.argmax(1).numpy()
     precision, recall, f1, _ = precision_recall_fscore_support(true, found, average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
     want = {
@@ -103,8 +101,7 @@ def test_a_known_classifier_gets_the_scores_counted_by_hand():
             return torch.tensor([math.log(9)] + 9 * [0.0]).expand(len(x), 10)
 
     zeros, n = int((splits.test.labels == 0).sum()), len(splits.test)
-    found = Evaluation(cfg, splits, torch.device("cpu")).scores(Zero(), lambda: False)
-    assert found is not None
+    found = Evaluation(cfg, Classification.load(cfg), torch.device("cpu")).scores(Zero(), lambda: None)
     share = zeros / n
     assert found["metric/accuracy"] == pytest.approx(share)
     assert found["metric/macro_precision"] == pytest.approx(share / 10)
@@ -138,83 +135,6 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 # Steps 3 and 4 are those of a log line and of an epoch's end; 6 falls between. Measurement 1 is of the first epoch.
-@pytest.mark.parametrize("moment", ["step 3", "step 4", "step 6", "scores 1", "scores 2"])
-def test_stopped_by_a_signal_and_resumed_equals_left_alone(tiny, tmp_path, monkeypatch, moment):
-    options = [*tiny, "--epochs", "2", "--norm.init", "kmeans++", "--data.flip"]
-    cbcls.train.main([*options, "--name", "whole"])
-    name, at, calls = moment.split()[0], int(moment.split()[1]), 0
-    owner = cbcls.train if name == "step" else Evaluation
-    sound = getattr(owner, name)
-
-    def interrupted(*args):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return sound(*args)
-
-    monkeypatch.setattr(owner, name, interrupted)
-    with pytest.raises(Stopped, match=r"python -m cbcls\.train --name run --resume") as stopped:
-        cbcls.train.main([*options, "--name", "run"])
-    assert stopped.value.signum == signal.SIGTERM
-    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume"])
-    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
-
-
-@pytest.mark.parametrize("kind", ["bn", "ucb", "mn"])
-def test_killed_and_resumed_equals_left_alone(tiny, tmp_path, monkeypatch, kind):
-    options = [*tiny, "--epochs", "2", "--norm.kind", kind]
-    cbcls.train.main([*options, "--name", "whole"])
-    sound, calls = cbcls.train.step, 0
-
-    class Killed(Exception):
-        pass
-
-    def killed(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise Killed
-        return sound(*args)
-
-    monkeypatch.setattr(cbcls.train, "step", killed)
-    with pytest.raises(Killed):
-        cbcls.train.main([*options, "--name", "run"])
-    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume"])
-    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
-
-
-def test_a_finished_run_can_be_made_longer(tiny, tmp_path):
-    cbcls.train.main([*tiny, "--epochs", "2", "--name", "whole"])
-    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run"])
-    cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
-    assert_same(tmp_path / "cbcls" / "run", tmp_path / "cbcls" / "whole")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(tiny, tmp_path, monkeypatch):
-    sound, calls = F.cross_entropy, 0
-
-    def spoiled(logits, labels):
-        nonlocal calls
-        calls += logits.requires_grad
-        return sound(logits, labels) * (math.nan if calls == 6 else 1)
-
-    monkeypatch.setattr(cbcls.train.F, "cross_entropy", spoiled)
-    with pytest.raises(NonFiniteError, match=r"^loss/train is not finite in step 6;"):
-        cbcls.train.main([*tiny, "--epochs", "2", "--name", "run"])
-    for values in load(tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt")["network"].values():
-        assert torch.isfinite(values).all()
-
-
-def test_initial_weights_come_from_another_run_but_not_its_position(tiny, tmp_path):
-    cbcls.train.main([*tiny, "--epochs", "1", "--name", "first"])
-    source = tmp_path / "cbcls" / "first" / "checkpoints" / "step-00000004.pt"
-    cbcls.train.main([*tiny, "--epochs", "1", "--name", "second", "--init_from", str(source), "--lr", "1e-30"])
-    second = load(tmp_path / "cbcls" / "second" / "checkpoints" / "step-00000004.pt")
-    assert second["at"]["step"] == 4
-    torch.testing.assert_close(second["network"]["conv3.weight"], load(source)["network"]["conv3.weight"])
-
-
 def test_a_collapsed_mixture_is_told_once(tiny, capsys):
     # Of 128 components some hold less than 1 % of the locations, whatever is learnt.
     cbcls.train.main([*tiny, "--epochs", "2", "--norm.num_components", "128"])

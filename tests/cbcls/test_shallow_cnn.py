@@ -4,10 +4,19 @@ from torch import nn
 
 from cbcls.config import ClassifierConfig
 from cbcls.shallow_cnn import ShallowCNN
-from cbcls.state import ClassifierState
+from cbcls.train import Classification
+from common.machine.dist import Env
 from common.norms.config import NormConfig
+from common.training.opening import prepare
 
 BN = NormConfig(kind="bn")
+
+
+def built(cfg: ClassifierConfig) -> ShallowCNN:
+    """Build a run's classifier as training does."""
+    network = prepare(Classification, cfg, Classification.load(cfg), torch.device("cpu"), Env())[2].networks["network"]
+    assert isinstance(network, ShallowCNN)
+    return network
 
 
 def count(network: nn.Module) -> int:
@@ -61,10 +70,7 @@ def test_feature_maps_have_the_published_sizes():
 
 
 def test_all_other_weights_are_the_same_with_and_without_a_mixture():
-    bn, ucb = (
-        ClassifierState(ClassifierConfig(norm=NormConfig(kind=kind)), 10, torch.device("cpu")).network
-        for kind in ("bn", "ucb")
-    )
+    bn, ucb = (built(ClassifierConfig(norm=NormConfig(kind=kind))) for kind in ("bn", "ucb"))
     for name, weight in bn.named_parameters():
         if not name.startswith("norm3"):
             assert torch.equal(weight, ucb.get_parameter(name)), name
@@ -72,9 +78,7 @@ def test_all_other_weights_are_the_same_with_and_without_a_mixture():
 
 def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     before = torch.get_rng_state()
-    same, again, other = (
-        ClassifierState(ClassifierConfig(seed=seed), 10, torch.device("cpu")).network for seed in (0, 0, 1)
-    )
+    same, again, other = (built(ClassifierConfig(seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(same.conv3.weight, again.conv3.weight)
     assert not torch.equal(same.conv3.weight, other.conv3.weight)
     assert torch.equal(same.norm3.get_buffer("mean"), again.norm3.get_buffer("mean"))

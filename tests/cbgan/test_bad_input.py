@@ -147,31 +147,6 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_what_a_finished_run_refuses(run, tiny, tmp_path, capsys, monkeypatch):
-    before = listing(tmp_path)
-    assert "exists; add --resume" in refused(capsys, cbgan.train.main, *tiny, "--name", "run")
-    assert "runs there: run" in refused(capsys, cbgan.train.main, "--out", str(tmp_path), "--name", "rnu", "--resume")
-    line = refused(capsys, cbgan.train.main, *run, "--lr", "0.1")
-    assert "lr: the run has 0.0002, got 0.1" in line
-    line = refused(capsys, cbgan.train.main, *run, "--norm.kind", "bn")
-    assert "norm" in line
-    assert "init_from" in refused(capsys, cbgan.train.main, *run, "--init_from", "somewhere.pt")
-    threads = torch.get_num_threads()
-    try:
-        line = refused(capsys, cbgan.train.main, *run, "--threads", str(threads + 1))
-    finally:
-        torch.set_num_threads(threads)
-    assert f"threads: the run used {threads}" in line
-    assert f"--threads {threads}" in line
-    assert listing(tmp_path) == before
-
-
-def test_checkpoints_that_are_all_damaged(run, tmp_path, capsys):
-    for path in (tmp_path / "cbgan" / "run" / "checkpoints").iterdir():
-        os.truncate(path, 100)
-    assert "every checkpoint" in refused(capsys, cbgan.train.main, *run)
-
-
 def test_a_configuration_file_that_was_broken_since(run, tmp_path, capsys):
     (tmp_path / "cbgan" / "run" / "config.yaml").write_text("epochs: [")
     assert "config.yaml" in refused(capsys, cbgan.train.main, *run)

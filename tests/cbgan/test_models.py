@@ -4,10 +4,22 @@ from torch import nn
 
 from cbgan.config import GanConfig
 from cbgan.models import Discriminator, Generator
-from cbgan.state import GanState
+from cbgan.train import Gan
+from common.machine.dist import Env
 from common.norms.config import NormConfig
+from common.training.opening import prepare
+from common.training.parts import Parts
 
 BN = NormConfig(kind="bn")
+
+
+def built(cfg: GanConfig) -> Parts:
+    """Build a run's networks as training does."""
+    return prepare(Gan, cfg, Gan.load(cfg), torch.device("cpu"), Env())[2]
+
+
+def generator(cfg: GanConfig) -> nn.Module:
+    return built(cfg).networks["g"]
 
 
 def count(network: nn.Module) -> int:
@@ -52,8 +64,8 @@ def test_width_scales_every_layer():
 
 
 def test_weights_follow_from_the_seed_and_are_drawn_from_n_0_002():
-    states = [GanState(GanConfig(seed=seed, width=128), torch.device("cpu")) for seed in (0, 0, 1)]
-    same, again, other = (state.g.deconv1.weight for state in states)
+    networks = [generator(GanConfig(seed=seed, width=128)) for seed in (0, 0, 1)]
+    same, again, other = (network.get_parameter("deconv1.weight") for network in networks)
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
     # 131,072 draws: the standard error of the standard deviation is 0.02 / sqrt(2 n) = 0.00004
@@ -61,28 +73,38 @@ def test_weights_follow_from_the_seed_and_are_drawn_from_n_0_002():
 
 
 def test_all_other_weights_are_the_same_with_and_without_a_mixture():
-    states = {
-        kind: GanState(GanConfig(width=16, norm=NormConfig(kind=kind)), torch.device("cpu")) for kind in ("bn", "ucb")
-    }
+    bn, ucb = (built(GanConfig(width=16, norm=NormConfig(kind=kind))).networks for kind in ("bn", "ucb"))
     for name in ("linear.weight", "deconv1.weight", "deconv3.weight", "deconv4.weight"):
-        assert torch.equal(states["bn"].g.get_parameter(name), states["ucb"].g.get_parameter(name))
-    for ours, theirs in zip(states["bn"].d.parameters(), states["ucb"].d.parameters(), strict=True):
+        assert torch.equal(bn["g"].get_parameter(name), ucb["g"].get_parameter(name))
+    for ours, theirs in zip(bn["d"].parameters(), ucb["d"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_building_networks_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    GanState(GanConfig(width=16), torch.device("cpu"))
+    built(GanConfig(width=16))
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("name", ["norm1", "norm2"])
 def test_mixtures_start_apart_and_follow_from_the_seed(name):
     def means(seed: int, layer: str) -> torch.Tensor:
-        state = GanState(GanConfig(seed=seed, width=16), torch.device("cpu"))
-        return state.g.get_submodule(layer).get_buffer("mean")
+        return generator(GanConfig(seed=seed, width=16)).get_submodule(layer).get_buffer("mean")
 
     assert torch.equal(means(0, name), means(0, name))
     assert not torch.equal(means(0, name), means(1, name))
-    assert not torch.equal(means(0, "norm1")[:, :4], means(0, "norm2"))
+    # Had both layers one generator's seed, the second, smaller one would repeat what the first one drew first.
+    first, second = means(0, "norm1").flatten(), means(0, "norm2").flatten()
+    assert not torch.equal(first[: len(second)], second)
+
+
+def test_adam_gets_the_betas_in_their_order_and_decays_no_bias_and_no_normalization():
+    optimizers = built(GanConfig(width=16, beta1=0.3, beta2=0.7, weight_decay=0.1, lr=3e-4)).optimizers
+    for optimizer in optimizers.values():
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert [group["betas"] for group in optimizer.param_groups] == [(0.3, 0.7)] * 2
+        assert [group["lr"] for group in optimizer.param_groups] == [3e-4] * 2
+        assert decays == [0.1, 0.0]
+        assert all(p.ndim > 1 for p in optimizer.param_groups[0]["params"])  # weights of maps and convolutions
+        assert all(p.ndim == 1 for p in optimizer.param_groups[1]["params"])

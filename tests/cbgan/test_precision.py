@@ -9,22 +9,31 @@ from torch import nn
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.losses import discriminator_loss, generator_loss
-from cbgan.state import GanState, noise
+from cbgan.noise import noise
+from cbgan.train import Gan
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
 from common.machine.device import autocast, memory_format
+from common.machine.dist import Env
 from common.norms.config import NormConfig
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
+from common.training.opening import prepare
 
 CPU = torch.device("cpu")
+
+
+def built(cfg: GanConfig) -> tuple[nn.Module, nn.Module]:
+    """Build a run's generator and discriminator as training does."""
+    networks = prepare(Gan, cfg, Gan.load(cfg), CPU, Env())[2].networks
+    return networks["g"], networks["d"]
 
 
 def losses_and_gradients(norm: NormConfig, dtype=torch.float32, **options) -> dict[str, torch.Tensor]:
     """Return both losses and every gradient of one batch, without an update."""
     cfg = GanConfig(width=16, latent_dim=16, norm=norm, **options)
-    state = GanState(cfg, CPU)
-    for network in (state.g, state.d):
+    g, d = built(cfg)
+    for network in (g, d):
         network.to(dtype)
         for layer in network.modules():
             if isinstance(layer, nn.LeakyReLU):
@@ -32,11 +41,11 @@ def losses_and_gradients(norm: NormConfig, dtype=torch.float32, **options) -> di
     real = to_float(digits(32).train.images[:64]).to(dtype)
     real = real.contiguous(memory_format=memory_format(cfg.channels_last))
     with autocast(CPU, cfg.precision):
-        fake = state.g(noise(cfg, 0, 64, CPU).to(dtype))
-        loss_d = discriminator_loss(state.d(real), state.d(fake.detach()))
-        loss_g = generator_loss(state.d(fake))
+        fake = g(noise(cfg, 0, 64, CPU).to(dtype))
+        loss_d = discriminator_loss(d(real), d(fake.detach()))
+        loss_g = generator_loss(d(fake))
     found = {"loss/d": loss_d, "loss/g": loss_g}
-    for name, loss, network in (("d", loss_d, state.d), ("g", loss_g, state.g)):
+    for name, loss, network in (("d", loss_d, d), ("g", loss_g, g)):
         names, parameters = zip(*network.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
         found |= {f"{name}.{key}": gradient for key, gradient in zip(names, gradients, strict=True)}
@@ -69,9 +78,11 @@ def test_channels_last_equals_contiguous_within_rounding(kind):
 
 
 def test_channels_last_reaches_the_convolutions():
-    state = GanState(GanConfig(width=16, channels_last=True), CPU)
-    assert state.d.state_dict()["features.2.weight"].is_contiguous(memory_format=torch.channels_last)
-    features = state.d.features[:5](torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    _, d = built(GanConfig(width=16, channels_last=True))
+    assert d.state_dict()["features.2.weight"].is_contiguous(memory_format=torch.channels_last)
+    features = d.get_submodule("features")
+    assert isinstance(features, nn.Sequential)
+    features = features[:5](torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -97,11 +108,11 @@ def test_a_run_in_reduced_precision_trains_float32_weights_and_resumes(tiny, tmp
     whole, run = (
         load(tmp_path / "cbgan" / name / "checkpoints" / "step-00000016.pt", "cpu") for name in ("whole", "run")
     )
-    for name, value in whole["g"].items():
+    for name, value in whole["networks"]["g"].items():
         assert value.dtype != torch.bfloat16
         assert value.dtype != torch.float16
-        assert torch.equal(value, run["g"][name])
-    assert whole["scaler_g"] == run["scaler_g"]
-    assert (whole["scaler_g"] != {}) == (precision == "fp16")
+        assert torch.equal(value, run["networks"]["g"][name])
+    assert whole["scalers"] == run["scalers"]
+    assert (whole["scalers"]["g"] != {}) == (precision == "fp16")
     losses = [line["loss/d"] for line in read_metrics(tmp_path / "cbgan" / "whole") if "loss/d" in line]
     assert all(0 < value < 10 for value in losses)

@@ -64,8 +64,12 @@ def check_types(group: object) -> None:
         literal = typing.get_origin(hint) is typing.Literal
         names = [a for option in options for a in typing.get_args(option)]  # of Literal[...] | None
         kinds = tuple(option for option in options if isinstance(option, type))
-        if literal or names:
-            assert value in (options if literal else [*names, None]), (field.name, value)
+        if typing.get_origin(hint) is list:
+            assert isinstance(value, list), (field.name, value)
+            assert all(type(item) in options for item in value), (field.name, value)
+        elif literal or names:
+            allowed = options if literal else [*names, *(kind() for kind in kinds if kind is type(None))]
+            assert value in allowed or (bool in kinds and isinstance(value, bool)), (field.name, value)
         else:
             assert isinstance(value, kinds), (field.name, value)
             assert bool in kinds or not isinstance(value, bool), (field.name, value)

@@ -17,9 +17,9 @@ def test_the_same_names_and_values_in_both_places(tmp_path):
         "loss/d": 0.5,
         "metric/fid_classifier": 12.25,
     }
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss/d")] == [(10, 0.5), (20, 0.25)]
-    assert [(e.step, e.value) for e in events.Scalars("metric/fid_classifier")] == [(10, 12.25)]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("2_loss/d")] == [(10, 0.5), (20, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("1_result/fid_classifier")] == [(10, 12.25)]
 
 
 def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path):
@@ -35,8 +35,8 @@ def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path):
     again.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss/d"] for line in lines] == [1.0, 3.0]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss/d")] == [(10, 1.0), (20, 3.0)]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("2_loss/d")] == [(10, 1.0), (20, 3.0)]
 
 
 def test_what_is_not_finite_stays_valid_json(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import NonFiniteError
-from common.training.guard import StepGuard
+from common.training.update import StepGuard
 
 DEVICE = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def one_step(net, guard, optimizer, scaler, step: int, *, loss_value=None, gradi
     loss = y.square().mean()
     if loss_value is not None:
         loss = loss * 0 + loss_value
-    guard.descend("loss/d", loss, optimizer, scaler)
+    guard.descend("loss/d", [loss], 1, optimizer, scaler)
     guard.finish()
 
 

@@ -1,0 +1,226 @@
+"""Streams of batches whose order and views follow from the seed and the position, so a run resumes exactly."""
+
+import signal
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.data.image_set import ImageSet
+from common.machine import seeding
+
+
+class View(Protocol):
+    """What is shown of images: it draws for each image from (seed, position, its index) and nothing else."""
+
+    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
+        """Map uint8 images (B, 3, H, W), which stand at ``index`` (B,) in their set, to what a step sees of them."""
+        ...
+
+
+def plain(images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
+    """Show images as they are."""
+    return images
+
+
+def mirrored(images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
+    """Mirror each image left to right with probability 1/2."""
+    mirror = seeding.uniform_per_sample(index, seed, "flip", *position) >= 0.5
+    return torch.where(mirror[:, None, None, None], images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """A view made image by image: ``function(image, seed)`` maps uint8 (3, H, W) and that image's own seed."""
+
+    function: Callable[[Tensor, int], Tensor]
+
+    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
+        """Stack what the function makes of each image."""
+        seeds = (seeding.derive(seed, "image", *position, i) for i in index.tolist())
+        return torch.stack([self.function(image, own) for image, own in zip(images, seeds, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Images that training draws from, and how a step sees them.
+
+    Args:
+        images: the set, N images.
+        batch_size: images B of a batch of one rank.
+        views: what is shown of each image, one tensor a view.
+    """
+
+    images: ImageSet
+    batch_size: int
+    views: tuple[View, ...] = (plain,)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of one stream.
+
+    Attributes:
+        views: a tensor of B images for each view, uint8 (B, 3, H, W) unless the view says otherwise.
+        labels: int64 (B,), zeros where the set has none.
+        index: the images' positions in the set, int64 (B,), on the CPU.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    index: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """The first view."""
+        return self.views[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with views and labels on a device."""
+        views = tuple(view.to(device, non_blocking=True) for view in self.views)
+        return replace(self, views=views, labels=self.labels.to(device, non_blocking=True))
+
+
+Step = list[dict[str, Batch]]
+"""What a training step takes: for each of its parts (gradient accumulation has several) a batch of every stream."""
+_Place = tuple[int, Tensor]  # a pass over a stream, and positions in its set
+
+
+class Feed:
+    """The batches of every training step, from one or more streams.
+
+    A pass over a stream is a permutation of its images from (seed, stream, "shuffle", pass), cut into batches of one
+    size; an incomplete last batch is left out. An epoch is one pass of the stream ``epoch_of``, or
+    ``steps_per_epoch`` steps; the other streams start their next pass whenever one is done. Batch b of a pass is
+    the next ``batch_size * world`` images of its order and rank r takes the r-th part of them, so two ranks with 32
+    images each train on what one with 64 does. Nothing depends on workers, ranks, or where an epoch was entered.
+
+    Args:
+        streams: by name; that of ``epoch_of`` has no part in the keys of its draws.
+        epoch_of: the stream whose pass is an epoch.
+        steps_per_epoch: steps of an epoch, or None for one pass.
+        accumulate: parts of a step, each with a batch of every stream.
+        workers: processes that gather batches; 0 gathers them in this one.
+        rank: this process, of `world` that share each step.
+        world: how many there are.
+
+    Raises:
+        ValueError: if a stream's images do not fill one step, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        *,
+        epoch_of: str = "train",
+        steps_per_epoch: int | None = None,
+        accumulate: int = 1,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
+        for stream in streams.values():
+            size, count = stream.batch_size, len(stream.images)
+            if size < 1:
+                raise ValueError(f"batch_size: expected 1 or more, got {size}")
+            if count < size * world * accumulate:
+                ranks = f" on each of {world} ranks" if world > 1 else ""
+                times = f" {accumulate} times" if accumulate > 1 else ""
+                raise ValueError(f"batch_size: expected at most the {count} images, got {size}{times}{ranks}")
+        self.streams, self.epoch_of, self.accumulate = dict(streams), epoch_of, accumulate
+        self.workers, self.rank, self.world = workers, rank, world
+        self._own_steps = steps_per_epoch
+        self.batch_size = sum(stream.batch_size for stream in streams.values())
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return self._own_steps or self._batches(self.epoch_of) // self.accumulate
+
+    def epoch(self, epoch: int, start: int, seed: int) -> Generator[Step, None, None]:
+        """Yield the steps of an epoch from the `start`-th on; closing the iterator ends its workers."""
+        gather = _Gather(self.streams, self.epoch_of, seed)
+        places = self._places(epoch, start, seed)
+        if not self.workers:
+            yield from map(gather.__getitem__, places)
+            return
+        yield from DataLoader(
+            gather,
+            batch_size=None,
+            sampler=places,
+            num_workers=min(self.workers, max(1, len(places))),
+            collate_fn=_as_it_is,
+            generator=seeding.generator(seed, "workers", epoch),  # else the global one is advanced
+            worker_init_fn=_leave_signals_to_the_trainer,
+        )
+
+    def _batches(self, name: str) -> int:
+        """Batches in a pass over a stream."""
+        stream = self.streams[name]
+        return len(stream.images) // (stream.batch_size * self.world)
+
+    def _places(self, epoch: int, start: int, seed: int) -> list[list[dict[str, _Place]]]:
+        orders: dict[tuple[str, int], Tensor] = {}
+
+        def place(name: str, number: int) -> _Place:
+            """Find batch ``number``, counted through the run, or through the epoch where the stream makes it."""
+            if name == self.epoch_of and self._own_steps is None:
+                turn, batch = epoch, number - epoch * len(self) * self.accumulate
+            else:
+                turn, batch = divmod(number, self._batches(name))
+            if (name, turn) not in orders:
+                stream = self.streams[name]
+                position = (*_prefix(name, self.epoch_of), "shuffle", turn)
+                order = seeding.permutation(len(stream.images), seed, *position)
+                used = self._batches(name) * stream.batch_size * self.world
+                orders[name, turn] = order[:used].view(-1, self.world, stream.batch_size)
+            return turn, orders[name, turn][batch, self.rank]
+
+        first, last = epoch * len(self) + start, (epoch + 1) * len(self)
+        return [
+            [
+                {name: place(name, step * self.accumulate + part) for name in self.streams}
+                for part in range(self.accumulate)
+            ]
+            for step in range(first, last)
+        ]
+
+
+def _prefix(name: str, epoch_of: str) -> tuple[str, ...]:
+    return () if name == epoch_of else (name,)
+
+
+def _as_it_is(step: Step) -> Step:
+    return step
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ignore what a terminal or a scheduler sends to the whole group: the trainer finishes its step and saves.
+
+    A worker whose parent is gone ends by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _Gather(Dataset):
+    """From the places of a step to its batches."""
+
+    def __init__(self, streams: Mapping[str, Stream], epoch_of: str, seed: int) -> None:
+        self.streams, self.epoch_of, self.seed = streams, epoch_of, seed
+
+    def __getitem__(self, places: list[dict[str, _Place]]) -> Step:
+        return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
+
+    def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
+        stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
+        images, labels = stream.images.images[index], stream.images.labels
+        views = tuple(
+            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), turn)
+            for number, view in enumerate(stream.views)
+        )
+        return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)

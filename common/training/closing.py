@@ -1,0 +1,110 @@
+"""What a run leaves: lines for its user, and summary.json for reports and schedulers."""
+
+import json
+import math
+import resource
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from common.machine.atomic import write_text_atomic
+from common.runs.log import METRICS, listed, read_metrics
+from common.training.config import RunConfig
+from common.training.method import Method, Tracked
+from common.training.parts import Parts
+
+SUMMARY = "summary.json"
+
+
+def write_summary(
+    folder: Path,
+    state: str,
+    why: str | None,
+    cfg: RunConfig,
+    method: Method[Any],
+    parts: Parts,
+    choice: tuple[str, Tracked] | None,
+) -> None:
+    """Write summary.json, whole or not at all.
+
+    It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
+    ``last`` measured values and the ``best`` one with their epochs and splits; content hash and size of each of the
+    ``images`` sets; ``seconds`` of training and evaluation; ``peak_memory_mib``; and the ``rewinds`` there were.
+    """
+    at, tracked, epoch_values = parts.at, method.tracked(cfg), {}
+    lines = read_metrics(folder) if (folder / METRICS).exists() else []
+    last: dict[str, Any] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag in tracked or tag.startswith("metric/"):
+                split = tracked[tag].split if tag in tracked else None
+                last[tag] = {"value": value, "epoch": line["epoch"], "split": split}
+                epoch_values.setdefault(line["epoch"], {})[tag] = value
+    best = at["best"]
+    if best is not None and choice is not None:
+        best = {**best, "tag": choice[0], "split": choice[1].split, "oracle": choice[1].chosen_by_test,
+                "with": epoch_values.get(best["epoch"], {})}  # fmt: skip
+    content = {
+        "state": state,
+        "why": why,
+        "epochs": {"done": at["epoch"], "wanted": cfg.epochs},
+        "step": at["step"],
+        "last": last,
+        "best": best,
+        "images": {
+            name: {"content_hash": images.content_hash, "count": len(images)} for name, images in method.images.items()
+        },
+        "seconds": {name: round(value, 3) for name, value in parts.clock.items()},
+        "peak_memory_mib": round(_peak_memory(method.device), 1),
+        "rewinds": at["rewinds"],
+    }
+    write_text_atomic(folder / SUMMARY, json.dumps(_without_nan(content), indent=2) + "\n")
+
+
+def closing_lines(cfg: RunConfig, method: Method[Any], folder: Path, parts: Parts, warnings: list[str]) -> str:
+    """Return the closing lines: results, layer health, where things are, and what to do next."""
+    lines = read_metrics(folder)
+    rows = [("run", str(folder)), *method.closing(lines, folder)]
+    best, at = parts.at["best"], parts.at
+    if best is not None and best["epoch"] is not None and cfg.best.used:
+        oracle = ", chosen by an oracle that looks at test images" if cfg.best.oracle else ""
+        rows.append(("best", f"{best['tag']} {best['value']:.4g} (epoch {best['epoch']}{oracle})"))
+    if at["epoch"] < cfg.epochs:
+        waited = f"{at['waited']} evaluations without a better value"
+        rows.append(("stopped", f"after {at['epoch']} of {cfg.epochs} epochs: {waited}"))
+    speeds = [line["time/images_per_second"] for line in lines if "time/images_per_second" in line]
+    if speeds:
+        rows.append(("speed", f"{median(speeds):,.0f} images/s on {method.device}"))
+    rows += _health_rows(lines)
+    rows += [("warning", warning) for warning in warnings]
+    rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in at["rewinds"]]
+    rows.append(("charts", f"tensorboard --logdir {cfg.out} --host 127.0.0.1"))
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _health_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    last = {name: value for line in lines for name, value in line.items() if name.startswith("health/")}
+    layers = dict.fromkeys(name.split("/")[1] for name in last)
+    return [
+        (f"health {layer}", listed({name: v for name, v in last.items() if name.split("/")[1] == layer}))
+        for layer in layers
+    ]
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Return the most memory in MiB: of the GPU's that tensors held, or of this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace numbers that are not finite by null; JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,214 @@
+"""What every run can be told: where it is kept, how it executes, and how it trains."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from common.cli.arguments import flatten, parse, to_dict, to_yaml
+from common.cli.fields import MAY_CHANGE, changeable
+from common.errors import UsageError
+from common.machine.device import Precision
+from common.norms.config import NormConfig
+
+C = TypeVar("C", bound="RunConfig")
+
+NOT_STORED = ("name", "out", "resume", "dry_run")
+"""Settings that say how to call a run, not what it computes; config.yaml leaves them out."""
+
+
+def _check_least(values: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for the first value, given with its least, that is below it."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected {'0 or more' if not least else f'at least {least}'}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How learning rates change over a run; they follow from the position alone."""
+
+    kind: Literal["constant", "step", "cosine"] = "constant"
+    """constant; step: times factor at each milestone; cosine: half a cosine from 1 to floor over the whole run."""
+    milestones: list[int] = field(default_factory=list)
+    """step: epochs, in rising order, after which the rate is multiplied by factor."""
+    factor: float = 0.1
+    """step: what the rate is multiplied by."""
+    floor: float = 0.0
+    """cosine: the share of the rate that is left at the end."""
+
+    def __post_init__(self) -> None:
+        if bool(self.milestones) != (self.kind == "step"):
+            raise ValueError(
+                f"schedule.milestones: expected epochs for schedule.kind step and none otherwise, got "
+                f"{self.milestones} for {self.kind}"
+            )
+        if self.milestones != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            raise ValueError(f"schedule.milestones: expected rising epochs from 1 on, got {self.milestones}")
+        if self.factor <= 0:
+            raise ValueError(f"schedule.factor: expected more than 0, got {self.factor}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"schedule.floor: expected 0 to 1, got {self.floor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """Which epoch of a run is chosen, and by what."""
+
+    keep: bool = False
+    """Keep the checkpoint of the best epoch as checkpoints/best.pt."""
+    patience: int = 0
+    """Stop after so many evaluations without a better value; 0 trains all epochs."""
+    by: str | None = None
+    """The logged value that says what is better; null is the command's own choice."""
+    oracle: bool = False
+    """Allow a value measured on test images; the run is then marked as chosen by an oracle."""
+
+    def __post_init__(self) -> None:
+        _check_least({"best.patience": (self.patience, 0)})
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is chosen."""
+        return self.keep or self.patience > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens to a run that is found collapsed."""
+
+    action: Literal["warn", "stop", "rewind"] = "warn"
+    """warn once; stop (exit status 3); or rewind to the last good checkpoint and draw anew from there, also after a
+    loss or gradient that is not finite, which otherwise stops the run."""
+    lr_factor: float = 0.5
+    """Learning rates are multiplied by this at each rewind."""
+    max_rewinds: int = 3
+    """Rewinds of a run; after so many the next collapse stops it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr_factor <= 1:
+            raise ValueError(f"guard.lr_factor: expected more than 0 and at most 1, got {self.lr_factor}")
+        _check_least({"guard.max_rewinds": (self.max_rewinds, 0)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every application's configuration starts with this."""
+
+    name: str | None = None
+    """The run's name under OUT/application; without it a fresh one such as digits-ucb-seed0 is taken."""
+    out: Path = Path("runs")
+    """The folder that holds all runs."""
+    resume: bool | Literal["auto"] = False
+    """Go on with the run NAME from its newest whole checkpoint; auto starts it where there is none yet."""
+    init_from: Path | None = None
+    """A checkpoint file whose weights (not optimizer or position) a new run starts from."""
+    dry_run: bool = False
+    """Print parameters and estimates of memory and time, write nothing, and exit."""
+    seed: int = 0
+    """What every random draw of the run follows from, together with its position."""
+    device: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto, cpu, cuda or cuda:n; auto is CUDA where there is one."""
+    precision: Precision = "fp32"
+    """Precision of convolutions and linear maps (autocast); fp16 scales its gradients."""
+    channels_last: bool = False
+    """Keep images as NHWC in memory, which tensor cores prefer."""
+    deterministic: bool = False
+    """On CUDA, use only kernels whose results repeat bit for bit; some are slower."""
+    compile: bool = False
+    """Run the networks through torch.compile: slow to start, then faster on a GPU."""
+    threads: int = field(default=0, metadata=MAY_CHANGE)
+    """CPU threads; 0 is torch's choice within the container's quota, or what a resumed run had. Results repeat bit
+    for bit only with the same number."""
+    log_every: int = field(default=10, metadata=MAY_CHANGE)
+    """Steps between two log lines; on CUDA the host waits for the device only then."""
+    checkpoint_every: int = field(default=1, metadata=MAY_CHANGE)
+    """Epochs between two checkpoints."""
+    checkpoint_keep: list[int] = field(default_factory=list, metadata=MAY_CHANGE)
+    """Epochs whose checkpoints are kept for good, as checkpoints/epoch-0025.pt, beside the last two."""
+    cache: Path = field(default=Path("~/.cache/cluster-based-norm"), metadata=MAY_CHANGE)
+    """Folder for what several runs share: statistics of real images, feature extractors, downloads."""
+    epochs: int = field(default=1, metadata=MAY_CHANGE)
+    """Passes over the training images."""
+    evaluate_every: int = 1
+    """Epochs between two measurements; the last is always measured."""
+    steps_per_epoch: int | None = None
+    """Steps that make an epoch; null is one pass over the training images."""
+    batch_size: int = 64
+    """Images a step; the last, smaller batch of a pass is left out."""
+    accumulate: int = 1
+    """Parts of a step, each of batch_size images, whose gradients are averaged: larger steps in the same memory."""
+    lr: float = 1e-3
+    """Learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay; biases and what normalization layers learn are left out of it."""
+    clip: float | None = None
+    """Scale gradients down to at most this 2-norm; null never does."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of weights and buffers, which then is what is evaluated; 0 keeps none."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    best: BestConfig = field(default_factory=BestConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or self.name.startswith(".") or "/" in self.name):
+            raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
+        if self.resume and self.name is None:
+            raise ValueError("resume: which run? Give its --name")
+        names = ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "evaluate_every")
+        _check_least({name: (getattr(self, name), 1) for name in names})
+        _check_least({name: (getattr(self, name), 0) for name in ("seed", "threads", "weight_decay")})
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size: expected at least 2 for batch statistics, got {self.batch_size}")
+        if self.steps_per_epoch is not None:
+            _check_least({"steps_per_epoch": (self.steps_per_epoch, 1)})
+        if min(self.checkpoint_keep, default=1) < 1:
+            raise ValueError(f"checkpoint_keep: expected epochs from 1 on, got {self.checkpoint_keep}")
+        for name in ("lr", "clip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected 0 up to, not including, 1, got {self.ema}")
+
+    def resolved(self: C) -> C:
+        """Return the configuration as a run stores it, with what follows from other settings written out."""
+        return replace(self, norm=self.norm.resolved())
+
+
+def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
+    """Read the configuration of a run that goes on: its own config.yaml, then the command line.
+
+    Args:
+        cls: the configuration's class.
+        argv: the command line, which holds ``--resume``.
+        path: the run's folder.
+
+    Raises:
+        UsageError: if the command line changes what a resumed run keeps, or config.yaml holds no such configuration.
+    """
+    file = path / "config.yaml"
+    stored_file = ["--config", str(file)]
+    try:
+        stored = parse(cls, stored_file)
+    except UsageError as error:
+        place = "" if str(file) in str(error) else f"config: {file}: "
+        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
+    before = dict(flatten(to_dict(stored.resolved())))
+    config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
+    free = set(changeable(cls))
+    if stored.schedule.kind == "cosine":
+        free.remove("epochs")  # the curve ends where the run ends
+    for field_name, now in flatten(to_dict(config.resolved())):
+        if field_name not in (*NOT_STORED, *free, "init_from") and now != before[field_name]:
+            raise UsageError(
+                f"{field_name}: the run has {before[field_name]}, got {now}; a resumed run keeps its settings "
+                f"(free to change: {', '.join(sorted(free))})"
+            )
+    return config
+
+
+def stored_yaml(config: RunConfig) -> str:
+    """Return the text of config.yaml: what the run computes, without how it was called."""
+    return to_yaml({name: value for name, value in to_dict(config).items() if name not in NOT_STORED})

@@ -1,0 +1,300 @@
+"""The loop of every application: from a run's folder, or its newest checkpoint, to the last epoch."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from common.cli.command import StopRequest
+from common.data import ImageSet
+from common.errors import Interrupted, NonFiniteError, Stopped
+from common.machine.device import resolve_device
+from common.machine.dist import Env, group, local_device
+from common.runs.checkpoint import Checkpoints
+from common.runs.log import Log
+from common.training.closing import closing_lines, write_summary
+from common.training.config import RunConfig
+from common.training.dry_run import estimate
+from common.training.method import Method, Moment
+from common.training.opening import RunPlace, configure, prepare, resume_command
+from common.training.optimisation import schedule_factor
+from common.training.update import StepGuard, Update
+
+
+def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
+    """Run the command of a method: ``python -m APPLICATION.train``.
+
+    Raises:
+        UsageError, NonFiniteError, Stopped: as `common.cli.command.run_command` reports them.
+    """
+    cfg = configure(kind, argv)
+    device = local_device(resolve_device(cfg.device))
+    with group(device) as env:
+        images = env.first_then_others(lambda: kind.load(cfg))
+        if not cfg.dry_run:
+            with StopRequest() as stop:
+                Training(kind, cfg, images, device, stop, env).run()
+        elif env.first:
+            print(estimate(cfg, *prepare(kind, cfg, images, device, Env())))
+
+
+class _Collapsed(Exception):
+    """The run is to go back to its last good checkpoint; the message is why."""
+
+
+class Training:
+    """One run. With several processes each has one on its share of every step's images; rank 0 alone writes."""
+
+    def __init__(
+        self,
+        kind: type[Method[Any]],
+        cfg: RunConfig,
+        images: Mapping[str, ImageSet],
+        device: torch.device,
+        stop: StopRequest,
+        env: Env,
+    ) -> None:
+        self.cfg, self.device, self.stop, self.env = cfg, device, stop, env
+        self.shown: dict[str, float] = {}
+        self.told: set[str] = set()
+        self.method, self.feed, self.parts = prepare(kind, cfg, images, device, env)
+        self.choice = kind.choice(cfg)
+        if cfg.init_from is not None and not cfg.resume:
+            self.parts.load_weights(cfg.init_from)
+        self.place = RunPlace(self.method, cfg, device, env)
+        try:
+            self.method.prepare(self._asked_to_stop)
+            self.folder, self.cfg = self.place.open()
+        except Interrupted:
+            self.place.close()
+            raise Stopped(env.largest(stop.signum or 0), "stopped before the run began") from None
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.guard = StepGuard(self.parts.networks.values(), [f"loss/{name}" for name in self.parts.optimizers], device)
+        self.log = self._restore()
+        self.bar = tqdm(
+            total=cfg.epochs * len(self.feed),
+            initial=self.parts.at["step"],
+            unit="step",
+            disable=not (env.first and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+        self._start_clock()
+
+    def run(self) -> None:
+        """Train, measure, log and save.
+
+        Raises:
+            Stopped: after saving, if a signal asked for it.
+            NonFiniteError: if a loss or gradient was not finite, or a collapsed run was to stop.
+        """
+        state, why = "failed", None
+        try:
+            if self.env.lead(lambda: not self.checkpoints.paths()):
+                self._save(scheduled=True)  # so that a run can be resumed from its first moment on
+            self._summarise("running", None)
+            while not self._done():
+                try:
+                    self._epoch() if self._measured() else self._evaluate()
+                except _Collapsed as collapsed:
+                    self._rewind(str(collapsed))
+            self.bar.close()
+            state = "finished"
+        except Stopped as stopped:
+            state, why = "stopped", str(stopped).split("; go on")[0]
+            raise
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.bar.close()
+            self.log.close()
+            self._summarise(state, why)
+            self.place.close()
+        if self.env.first:
+            print(closing_lines(self.cfg, self.method, self.folder, self.parts, self.warnings))
+
+    def _done(self) -> bool:
+        at, patience = self.parts.at, self.cfg.best.patience
+        enough = bool(patience) and at["waited"] >= patience
+        return self._measured() and (at["epoch"] >= self.cfg.epochs or enough)
+
+    def _measured(self) -> bool:
+        at = self.parts.at
+        return at["evaluated"] >= at["epoch"] or not self.method.due(at["epoch"])
+
+    def _epoch(self) -> None:
+        at, cfg = self.parts.at, self.cfg
+        for batches in self.feed.epoch(at["epoch"], at["batch"], self.parts.seed):
+            self._step(batches)
+            logs = at["step"] % cfg.log_every == 0
+            if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
+                self._check()
+            if logs:
+                self._log()
+            self.bar.update()
+            if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
+                self._check()
+                self._save()
+                self._stop()
+        self._check()
+        at["epoch"], at["batch"] = at["epoch"] + 1, 0
+        values, self.warnings = self.method.health(at["step"])
+        self.log.scalars(at["step"], at["epoch"], values)
+        if self._scheduled():
+            self._save(scheduled=True)
+        self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
+        for line in self.warnings:
+            self._warn(line, once_for=line.split(":")[0])
+
+    def _step(self, batches: list[Any]) -> None:
+        at, cfg = self.parts.at, self.cfg
+        factor = schedule_factor(cfg.schedule, at["step"], len(self.feed), cfg.epochs)
+        rate = self.parts.set_learning_rates(factor * cfg.guard.lr_factor ** len(at["rewinds"]))
+        update = Update(self.parts, self.guard, batches, self.device, cfg.precision, cfg.clip)
+        self.guard.begin(at["step"] + 1)
+        self.method.step(update)
+        self.guard.finish()
+        self.parts.average(cfg.ema, self.guard.good)
+        at["step"] += 1
+        at["batch"] += 1
+        self.parts.means.add(update.values)
+        self.rate = rate
+
+    def _evaluate(self) -> None:
+        at = self.parts.at
+        self._count_seconds("training")
+        moment = Moment(at["epoch"], at["step"], self.folder, self.log, self._asked_to_stop, self._warn)
+        try:
+            values = self.method.evaluate(self.parts.measured, moment)
+        except Interrupted:
+            if not self._scheduled():  # else the checkpoint before the measurement stands
+                self._save()
+            self._stop()
+        self._count_seconds("evaluation")
+        self.log.scalars(at["step"], at["epoch"], values)
+        at["evaluated"] = at["epoch"]
+        best = self._is_best(values)
+        if best or self._scheduled():
+            self._save(scheduled=self._scheduled(), best=best and self.cfg.best.keep)
+        self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
+        self._summarise("running", None)
+
+    def _is_best(self, values: Mapping[str, float]) -> bool:
+        """Note the value that epochs are chosen by, and say whether it is the best so far."""
+        if self.choice is None or self.choice[0] not in values:
+            return False
+        at, (tag, tracked) = self.parts.at, self.choice
+        if tracked.improves(values[tag], None if at["best"] is None else at["best"]["value"]):
+            at["best"], at["waited"] = {"value": values[tag], "epoch": at["epoch"], "tag": tag}, 0
+            return True
+        at["waited"] += 1
+        return False
+
+    def _check(self) -> None:
+        """Stop, or rewind, if a loss or gradient so far was not finite."""
+        try:
+            self.guard.check()
+        except NonFiniteError as error:
+            if self.cfg.guard.action != "rewind":
+                raise
+            raise _Collapsed(str(error).split(";")[0]) from None
+
+    def _log(self) -> None:
+        at = self.parts.at
+        means = self.env.mean(self.parts.means.pop())
+        steps = at["step"] - self.clock_step
+        speed = steps * self.feed.batch_size * self.cfg.accumulate * self.env.world / self._count_seconds("training")
+        self.log.scalars(at["step"], at["epoch"], means | {"schedule/lr": self.rate, "time/images_per_second": speed})
+        self.shown = {name: value for name, value in means.items() if name.startswith("loss/")} | {"images/s": speed}
+        shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
+        self.bar.set_postfix({"epoch": at["epoch"] + 1, **shown})
+        if (cause := self.method.collapse(means)) is None:
+            return
+        if self.cfg.guard.action == "stop":
+            raise NonFiniteError(f"collapsed in step {at['step']}: {cause}; the checkpoint before stands")
+        if self.cfg.guard.action == "rewind":
+            raise _Collapsed(cause)
+        self._warn(f"collapsed in step {at['step']}: {cause} (guard.action says what to do then)", once_for="collapse")
+
+    def _rewind(self, cause: str) -> None:
+        """Go back to the last good checkpoint; what is drawn from there on has another seed, else all would repeat."""
+        at, rewinds = self.parts.at, list(self.parts.at["rewinds"])
+        if len(rewinds) >= self.cfg.guard.max_rewinds:
+            raise NonFiniteError(f"collapsed in step {at['step']} after {len(rewinds)} rewinds: {cause}")
+        rewinds.append({"step": at["step"], "to": at["good"], "cause": cause})
+        self.log.close()
+        self.log = self._restore(at["good"])
+        self.parts.at["rewinds"] = rewinds
+        self.guard.reset()
+        self._save(scheduled=True)
+        self._start_clock()
+        lr = self.cfg.guard.lr_factor ** len(rewinds)
+        self._warn(f"rewound to step {self.parts.at['step']}: {cause}; learning rates are now {lr:g} of the first")
+
+    def _scheduled(self) -> bool:
+        epoch = self.parts.at["epoch"]
+        return epoch >= self.cfg.epochs or epoch % self.cfg.checkpoint_every == 0 or epoch in self.cfg.checkpoint_keep
+
+    def _save(self, *, scheduled: bool = False, best: bool = False) -> None:
+        """Save; scheduled checkpoints lie where those of an undisturbed run do, so that rewinds go back to the same."""
+        at = self.parts.at
+        if scheduled:
+            at["good"] = at["step"]
+        extra = {"log_position": self.log.sync(), "passport": self.method.passport()}
+        state = self.parts.state_dict() | extra
+        epoch = at["epoch"] if scheduled and at["epoch"] in self.cfg.checkpoint_keep else None
+        if self.env.first:
+            self.checkpoints.save(at["step"], state, best=best, good=at["good"], epoch=epoch)
+
+    def _restore(self, step: int | None = None) -> Log:
+        """Go on from a step's checkpoint, or the newest whole one if there is any, and cut the log back to it."""
+        state, reports = self.env.lead(lambda: self.checkpoints.load_latest(step))
+        for report in reports:
+            self._warn(report)
+        self.warnings: list[str] = []
+        opened: dict[str, Any] = {"settings": self.place.settings(), "results": list(self.method.tracked(self.cfg))}
+        if state is None:
+            return Log(self.folder, active=self.env.first, **opened)
+        self.method.accept(state.get("passport", {}))
+        self.parts.load_state_dict(state)
+        return Log(self.folder, self.parts.at["step"], state["log_position"], active=self.env.first, **opened)
+
+    def _summarise(self, state: str, why: str | None) -> None:
+        # A disk that is full has ended the run already; it shall not hide why.
+        with contextlib.suppress(*([OSError] if state == "failed" else [])):
+            if self.env.first:
+                write_summary(self.folder, state, why, self.cfg, self.method, self.parts, self.choice)
+
+    def _start_clock(self) -> None:
+        self.clock, self.clock_step = time.monotonic(), self.parts.at["step"]
+
+    def _count_seconds(self, name: str) -> float:
+        """Add the seconds since the last call to those of training or evaluation, and return them."""
+        seconds = time.monotonic() - self.clock
+        self.parts.clock[name] += seconds
+        self._start_clock()
+        return seconds
+
+    def _asked_to_stop(self) -> bool:
+        """Say whether any rank was asked to stop; every rank has to call it."""
+        return self.env.any(bool(self.stop))
+
+    def _stop(self) -> NoReturn:
+        signum, command = self.env.largest(self.stop.signum or 0), resume_command(self.method, self.cfg)
+        raise Stopped(signum, f"stopped after step {self.parts.at['step']}; go on with:\n  {command}")
+
+    def _report(self, title: str, values: Mapping[str, float]) -> None:
+        """Print a line where there is no bar to look at."""
+        if self.env.first and not sys.stderr.isatty():
+            print("  ".join([title, *(f"{name} {value:.4g}" for name, value in values.items())]), flush=True)
+
+    def _warn(self, line: str, once_for: str | None = None) -> None:
+        """Print a warning, once a run for each subject that has one."""
+        if once_for not in self.told and self.env.first:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+        if once_for is not None:
+            self.told.add(once_for)

@@ -1,0 +1,134 @@
+"""From a command line to what the loop starts with: settings, images, networks, and the run's folder."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cli.arguments import flatten, parse, to_dict
+from common.data import Feed, ImageSet
+from common.errors import UsageError
+from common.machine.atomic import write_text_atomic
+from common.machine.device import set_determinism, set_threads
+from common.machine.dist import Env
+from common.runs.folder import (
+    RunFolder,
+    environment,
+    environment_json,
+    find_run,
+    note_session,
+    recorded_threads,
+    refuse_existing,
+)
+from common.training.config import RunConfig, resume_config, stored_yaml
+from common.training.method import Method
+from common.training.parts import Parts
+
+
+def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
+    """Read the command line, and where it goes on with a run that run's settings; set threads and determinism.
+
+    Raises:
+        UsageError: for anything wrong in files or flags, or a run that is not as they say.
+    """
+    cfg = parse(kind.config, argv, prog=f"python -m {kind.application}.train")
+    parent = cfg.out / kind.application
+    if cfg.resume == "auto":
+        assert cfg.name is not None  # RunConfig refuses otherwise
+        cfg = replace(cfg, resume=(parent / cfg.name / "config.yaml").is_file())
+    threads = None
+    if cfg.resume:
+        assert cfg.name is not None
+        if cfg.init_from is not None:
+            raise UsageError(f"init_from: {cfg.init_from} starts a new run, so it cannot go with --resume")
+        path = find_run(parent, cfg.name)
+        cfg = replace(resume_config(kind.config, argv, path), resume=True)
+        threads = recorded_threads(path)
+    elif cfg.name is not None and not cfg.dry_run:
+        refuse_existing(parent, cfg.name)
+    set_threads(cfg.threads or threads or 0)
+    set_determinism(cfg.deterministic)
+    kind.choice(cfg)
+    return cfg.resolved()
+
+
+def prepare(
+    kind: type[Method[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env
+) -> tuple[Method[Any], Feed, Parts]:
+    """Build a run's method with its networks, the batches it trains on, and its parts.
+
+    Raises:
+        UsageError: if the images do not fill a step.
+    """
+    method = kind(cfg, images, device, env)
+    try:
+        feed = Feed(
+            method.streams(),
+            steps_per_epoch=cfg.steps_per_epoch,
+            accumulate=cfg.accumulate,
+            workers=0 if cfg.dry_run else method.workers,
+            rank=env.rank,
+            world=env.world,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    parts = Parts(cfg, device, env, method.build, method.optimize, method.averaged)
+    method.networks, method.wrapped = parts.networks, parts.wrapped
+    return method, feed, parts
+
+
+class RunPlace:
+    """A run's folder, held by rank 0: at once if the run goes on, and from `open` on if it is new.
+
+    Raises:
+        UsageError: if the run cannot go on here, or another process has it open.
+    """
+
+    def __init__(self, method: Method[Any], cfg: RunConfig, device: torch.device, env: Env) -> None:
+        self.method, self.cfg, self.env = method, cfg, env
+        self.session = environment(device, backend=cfg.norm.backend)
+        self._folder: RunFolder | None = None
+        if cfg.resume:
+            env.lead(self._reopen)
+
+    def open(self) -> tuple[Path, RunConfig]:
+        """Return the folder, made if the run is new, and the configuration with the run's name."""
+        if not self.cfg.resume:
+            self.env.lead(self._create)
+        path = self.env.lead(lambda: self._folder.path if self._folder else Path())
+        self.cfg = replace(self.cfg, name=path.name)
+        return path, self.cfg
+
+    def settings(self) -> dict[str, Any]:
+        """Return the run's settings by dotted name."""
+        return dict(flatten(to_dict(self.cfg)))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    def _create(self) -> None:
+        files = {"config.yaml": stored_yaml(self.cfg), "environment.json": environment_json([self.session])}
+        parent, default = self.cfg.out / self.method.application, self.method.default_name()
+        self._folder = RunFolder.create(parent, self.cfg.name, default, files)
+
+    def _reopen(self) -> None:
+        assert self.cfg.name is not None
+        self._folder = RunFolder.reopen(self.cfg.out / self.method.application / self.cfg.name)
+        for line in note_session(self._folder.path, self.session):
+            print(f"warning: {line}", file=sys.stderr)
+        write_text_atomic(self._folder.path / "config.yaml", stored_yaml(self.cfg))
+
+
+def resume_command(method: Method[Any], cfg: RunConfig) -> str:
+    """Return the command line that goes on with a run."""
+    out = "" if cfg.out == RunConfig().out else f" --out {cfg.out}"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
+    return f"{start} -m {method.application}.train --name {cfg.name} --resume{out}"

@@ -1,0 +1,206 @@
+import multiprocessing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.data import Feed, ImageSet, PerImage, Stream, mirrored, plain
+from common.machine import seeding
+from common.machine.seeding import uniform_per_sample
+
+
+def image_set(n=23, labelled=True):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(n) % 3 if labelled else None
+    return ImageSet(images, labels, ("a", "b", "c") if labelled else (), "toy", "train")
+
+
+class Batches:
+    """A feed of one stream, its batches as (images, labels, index)."""
+
+    def __init__(self, data, size, seed, *, flip=False, **options):
+        self.feed, self.seed = Feed({"train": Stream(data, size, (mirrored if flip else plain,))}, **options), seed
+
+    def __len__(self):
+        return len(self.feed)
+
+    def epoch(self, epoch, start=0):
+        for ((step,),) in ([parts] for parts in self.feed.epoch(epoch, start, self.seed)):
+            yield step["train"].images, step["train"].labels, step["train"].index
+
+
+def batches(n=23, size=4, seed=0, *, flip=False, workers=0, **shares):
+    return Batches(image_set(n), size, seed, flip=flip, workers=workers, **shares)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for i, j in zip(a, b, strict=True) for x, y in zip(i, j, strict=True)
+    )
+
+
+def test_an_epoch_shows_each_image_at_most_once_with_its_own_label():
+    data, got = image_set(), list(batches().epoch(0))
+    assert len(got) == len(batches()) == 23 // 4
+    index = torch.cat([i for _, _, i in got])
+    assert len(index.unique()) == 20
+    assert torch.equal(torch.cat([x for x, _, _ in got]), data.images[index])
+    assert torch.equal(torch.cat([y for _, y, _ in got]), index % 3)
+
+
+def test_order_follows_from_seed_and_epoch():
+    first = [i.tolist() for _, _, i in batches().epoch(0)]
+    assert first == [i.tolist() for _, _, i in batches().epoch(0)]
+    assert first != [i.tolist() for _, _, i in batches().epoch(1)]
+    assert first != [i.tolist() for _, _, i in batches(seed=1).epoch(0)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mirrored_images_are_those_the_seed_names(workers):
+    data = image_set()
+    for images, _, index in batches(flip=True, workers=workers, seed=5).epoch(3):
+        mirrored = uniform_per_sample(index, 5, "flip", 3) >= 0.5
+        for image, i, mirror in zip(images.numpy(), index.tolist(), mirrored.tolist(), strict=True):
+            want = data.images[i].numpy()
+            assert np.array_equal(image, want[:, :, ::-1] if mirror else want)
+
+
+def test_both_mirrored_and_plain_images_occur():
+    mirrored = torch.cat([uniform_per_sample(i, 0, "flip", 0) >= 0.5 for _, _, i in batches(200).epoch(0)])
+    # 200 fair coins: outside 60..140 with probability below 1e-8
+    assert 60 <= int(mirrored.sum()) <= 140
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_entering_an_epoch_late_gives_its_tail(start, workers):
+    whole = list(batches(flip=True).epoch(2))
+    assert same(list(batches(flip=True, workers=workers).epoch(2, start)), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_generator_is_not_advanced(workers):
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    list(batches(flip=True, workers=workers).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_share_what_one_process_with_the_whole_batch_sees():
+    alone = [i for _, _, i in batches(40, 8).epoch(0)]
+    ranks = [[i for _, _, i in batches(40, 4, rank=r, world=2).epoch(0)] for r in (0, 1)]
+    assert all(torch.equal(torch.cat(pair), i) for *pair, i in zip(*ranks, alone, strict=True))
+
+
+def test_closing_early_ends_the_workers():
+    iterator = batches(workers=2).epoch(0)
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    iterator.close()
+    assert not multiprocessing.active_children()
+
+
+def test_unlabelled_images_have_label_zero():
+    got = list(Batches(image_set(labelled=False), 4, 0, flip=False, workers=0).epoch(0))
+    assert all(y.dtype == torch.int64 and not y.any() for _, y, _ in got)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 24}, "batch_size: expected at most the 23 images, got 24"),
+        ({"size": 12, "world": 2}, "at most the 23 images, got 12 on each of 2 ranks"),
+        ({"size": 0}, "batch_size: expected 1 or more"),
+        ({"rank": 2, "world": 2}, "rank: expected 0 to 1"),
+    ],
+)
+def test_refuses_batches_that_cannot_be_filled(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batches(**arguments)
+
+
+def two(steps_per_epoch=None, workers=0, rank=0, world=1, accumulate=1):
+    """Make a stream of 23 images in batches of 4, and one of 7 in batches of 3, shown plainly and mirrored."""
+    streams = {"train": Stream(image_set(), 4 // world), "other": Stream(image_set(7), 3, (mirrored, plain, mirrored))}
+    options: Any = {"workers": workers, "rank": rank, "world": world, "accumulate": accumulate}
+    return Feed(streams, steps_per_epoch=steps_per_epoch, **options)
+
+
+def indices(feed, name, epochs, seed=0):
+    """Return which images each part of each step takes of a stream."""
+    return [part[name].index.tolist() for e in range(epochs) for step in feed.epoch(e, 0, seed) for part in step]
+
+
+def test_a_shorter_stream_starts_its_next_pass_and_every_pass_has_an_order_of_its_own():
+    feed = two()
+    assert len(feed) == 5
+    taken = indices(feed, "other", 2)  # 10 steps of 3 of 7 images: five passes of two batches
+    passes = [sorted(taken[i] + taken[i + 1]) for i in range(0, 10, 2)]
+    assert all(len(set(images)) == 6 for images in passes)
+    assert len({tuple(taken[i] + taken[i + 1]) for i in range(0, 10, 2)}) == 5
+    for turn in range(5):  # as the order is defined
+        order = seeding.permutation(7, 0, "other", "shuffle", turn).tolist()
+        assert taken[2 * turn] + taken[2 * turn + 1] == order[:6]
+
+
+def test_with_steps_per_epoch_passes_run_over_epochs():
+    feed = two(steps_per_epoch=3)
+    assert len(feed) == 3
+    taken = indices(feed, "train", 4)
+    assert len(taken) == 12
+    for turn in range(2):  # a pass has five batches
+        order = seeding.permutation(23, 0, "shuffle", turn).tolist()
+        assert [i for batch in taken[5 * turn : 5 * turn + 5] for i in batch] == order[:20]
+
+
+def test_parts_of_a_step_are_the_batches_of_smaller_steps():
+    small, large = two(), two(accumulate=2)
+    assert len(large) == 2  # five batches make two steps of two
+    assert indices(large, "train", 1) == indices(small, "train", 1)[:4]
+    steps = list(large.epoch(1, 0, 0))
+    assert [len(step) for step in steps] == [2, 2]
+    assert [part["train"].index.tolist() for part in steps[0]] == indices(small, "train", 2)[5:7]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_draw_by_seed_stream_view_pass_and_image(workers):
+    data = image_set(7).images
+    for number, (part,) in enumerate(two(workers=workers).epoch(0, 0, 5)):
+        first, straight, third = part["other"].views
+        index, turn = part["other"].index, number // 2
+        assert torch.equal(straight, data[index])
+        for view, position in ((first, ("other", turn)), (third, ("other", "view", 2, turn))):
+            flips = uniform_per_sample(index, 5, "flip", *position) >= 0.5
+            want = torch.where(flips[:, None, None, None], data[index].flip(-1), data[index])
+            assert torch.equal(view, want)
+
+
+def test_a_view_image_by_image_gives_each_its_own_seed_whatever_the_batch():
+    def shifted(image, seed):
+        return image.roll(seed % 8, dims=-1)
+
+    view, data = PerImage(shifted), image_set(9).images
+    index = torch.tensor([3, 1, 8])
+    shown = view(data[index], index, 4, "pass", 2)
+    alone = [view(data[i : i + 1], torch.tensor([i]), 4, "pass", 2)[0] for i in index.tolist()]
+    assert all(torch.equal(a, b) for a, b in zip(shown, alone, strict=True))
+    same = data[:1].expand(9, -1, -1, -1)
+    assert len({tuple(x.flatten().tolist()) for x in view(same, torch.arange(9), 4, 0)}) > 2  # crops differ
+    assert not torch.equal(view(same, torch.arange(9), 4, 0), view(same, torch.arange(9), 4, 1))
+
+
+@pytest.mark.parametrize("name", ["train", "other"])
+def test_two_ranks_share_the_batches_of_one(name):
+    streams = {"train": Stream(image_set(), 4), "other": Stream(image_set(9), 2)}
+    half = {"train": Stream(image_set(), 2), "other": Stream(image_set(9), 1)}
+    alone = indices(Feed(streams), name, 2)
+    pair = [indices(Feed(half, rank=rank, world=2), name, 2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*pair, strict=True)] == alone
+
+
+def test_another_seed_is_another_order_of_every_stream():
+    feed = two()
+    for name in ("train", "other"):
+        assert indices(feed, name, 1) != indices(feed, name, 1, seed=1)

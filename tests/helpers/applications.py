@@ -1,0 +1,50 @@
+"""The applications that keep the promises of every run, each with flags of a run of 8 steps an epoch."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fourth
+
+import cbcls.train
+import cbgan.train
+from common.training.method import Method
+
+sys.modules.setdefault("fourth.train", fourth)  # so that its resume command names a module
+
+
+@dataclass(frozen=True)
+class Application:
+    """How a test runs one."""
+
+    name: str
+    kind: type[Method[Any]]
+    main: Callable[[list[str]], None]
+    flags: tuple[str, ...]
+    """Of a run of 8 steps an epoch, 16 images a class held apart: about a second an epoch at most."""
+    loss: str
+    """The first loss of a step."""
+    lr: str
+    """Its learning rate, as messages show it."""
+
+    def tiny(self, out: Path, cache: Path) -> list[str]:
+        """Return the flags of a tiny run in a folder of its own."""
+        return [*self.flags, "--log_every", "3", "--out", str(out), "--cache", str(cache)]
+
+
+APPLICATIONS = {
+    application.name: application
+    for application in (
+        Application(
+            "cbgan", cbgan.train.Gan, cbgan.train.main,
+            ("--width", "8", "--batch_size", "120", "--latent_dim", "16", "--fid.every", "1", "--fid.samples", "60",
+             "--fid.batch_size", "20", "--data.flip"), "d", "0.0002"),
+        Application(
+            "cbcls", cbcls.train.Classification, cbcls.train.main,
+            ("--batch_size", "120", "--data.size", "8", "--data.flip"), "train", "0.001"),
+        Application(
+            "fourth", fourth.Fourth, fourth.main, ("--batch_size", "120", "--data.flip"), "net", "0.001"),
+    )
+}  # fmt: skip

@@ -1,0 +1,139 @@
+"""A run that is found collapsed goes back, draws anew from there, and does so alike however it is interrupted."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from applications import APPLICATIONS
+from forked import Hit, run
+from fourth import Fourth
+from run_comparison import assert_same_runs, final_state, logged
+
+from common.errors import NonFiniteError
+from common.machine.seeding import derive
+from common.training.loop import Training
+from common.training.update import Update
+
+FOURTH = APPLICATIONS["fourth"]
+LIMIT = 3.0
+WILD = ["--lr", "2", "--guard.action", "rewind", "--guard.lr_factor", "0.1", "--log_every", "1", "--epochs", "3"]
+
+
+@pytest.fixture(autouse=True)
+def collapses(monkeypatch):
+    """Call a loss above 3 a collapse: a learning rate of 2 leads there, a tenth of it does not."""
+
+    def collapse(self: Fourth, means: dict[str, float]) -> str | None:
+        return f"the loss is {means['loss/net']:.3g}" if means["loss/net"] > LIMIT else None
+
+    monkeypatch.setattr(Fourth, "collapse", collapse)
+
+
+@pytest.fixture
+def flags(tmp_path, cache) -> list[str]:
+    return [*FOURTH.tiny(tmp_path, cache), *WILD]
+
+
+def test_it_goes_back_with_a_lower_rate_and_other_draws(flags, tmp_path, capsys, monkeypatch):
+    drawn: list[tuple[int, int, list[int]]] = []
+    sound = Training._step
+
+    def step(self: Training, batches: Any) -> None:
+        drawn.append((self.parts.at["step"], self.parts.seed, batches[0]["train"].index.tolist()))
+        sound(self, batches)
+
+    monkeypatch.setattr(Training, "_step", step)
+    FOURTH.main([*flags, "--name", "run"])
+    folder = tmp_path / "fourth" / "run"
+    (rewound,) = final_state(folder)["at"]["rewinds"]
+    assert rewound["to"] % 8 == 0
+    assert rewound["cause"].startswith("the loss is ")
+    again = next(i for i, (at, *_) in enumerate(drawn) if i and at <= drawn[i - 1][0])
+    assert drawn[again][0] == rewound["to"]
+    first = next(i for i, (at, *_) in enumerate(drawn) if at == rewound["to"])
+    assert (drawn[first][1], drawn[again][1]) == (0, derive(0, "attempt", 1))
+    assert drawn[first][2] != drawn[again][2]
+    lines = logged(folder)
+    steps = [line["step"] for line in lines if "loss/net" in line]
+    assert steps == list(range(1, 25))  # what was logged of the collapse is cut away
+    assert [line["schedule/lr"] for line in lines if "loss/net" in line][-1] == pytest.approx(0.2)
+    assert "rewound to step" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text())["rewinds"] == [rewound]
+
+
+def test_interrupted_anywhere_it_equals_the_run_left_alone(flags, tmp_path):
+    whole = run(FOURTH.main, *flags, "--name", "whole")
+    assert whole.statuses == [0], whole.err
+    (rewound,) = final_state(tmp_path / "fourth" / "whole")["at"]["rewinds"]
+    resume = ["--name", "run", "--out", str(tmp_path), "--resume"]
+    # Stopped just before the collapse, in a checkpoint's write, and killed when it has gone back.
+    moments = [Hit(f"step:{rewound['step']}", signal.SIGTERM), Hit("save:1"), Hit("step:3")]
+    for number, hit in enumerate(moments):
+        done = run(
+            FOURTH.main, *(flags if number == 0 else []), *(["--name", "run"] if number == 0 else resume), hit=hit
+        )
+        assert done.statuses in ([-signal.SIGKILL], [143]), done.err
+    end = run(FOURTH.main, *resume)
+    assert end.weights == whole.weights
+    assert_same_runs(tmp_path / "fourth" / "run", tmp_path / "fourth" / "whole")
+
+
+def test_after_so_many_rewinds_it_stops_with_the_cause(flags, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+ after 2 rewinds: the loss is"):
+        FOURTH.main([*flags, "--name", "run", "--guard.lr_factor", "1", "--guard.max_rewinds", "2"])
+    summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
+    assert summary["state"] == "failed"
+    assert len(summary["rewinds"]) == 2
+
+
+def test_it_only_warns_once_or_stops_where_asked(flags, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Fourth, "collapse", lambda *_: "as ever")
+        FOURTH.main([*flags, "--name", "warned", "--guard.action", "warn", "--lr", "0.01"])
+    assert capsys.readouterr().err.count("warning: collapsed in step") == 1
+    with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+: the loss is .* checkpoint before stands"):
+        FOURTH.main([*flags, "--name", "stopped", "--guard.action", "stop"])
+    assert final_state(tmp_path / "fourth" / "stopped")["at"]["step"] % 8 == 0
+
+
+@pytest.mark.parametrize("after_rewind", [False, True])
+def test_what_is_not_finite_rewinds_too_and_nothing_of_it_stays(flags, tmp_path, monkeypatch, after_rewind):
+    calls, sound = 0, Fourth.step
+
+    def step(self: Fourth, update: Update) -> None:
+        nonlocal calls
+        calls += 1
+        descend = update.descend
+        if calls == 11:
+            update.descend = lambda name, loss: descend(name, lambda part: loss(part) * math.nan)
+        sound(self, update)
+
+    monkeypatch.setattr(Fourth, "step", step)
+    calm = ["--lr", "0.01", "--guard.max_rewinds", "1" if after_rewind else "0"]
+    if not after_rewind:
+        with pytest.raises(NonFiniteError, match="after 0 rewinds: loss/net is not finite in step 11"):
+            FOURTH.main([*flags, *calm, "--name", "run"])
+        return
+    FOURTH.main([*flags, *calm, "--name", "run"])
+    state = final_state(tmp_path / "fourth" / "run")
+    assert [(r["step"], r["to"]) for r in state["at"]["rewinds"]] == [(11, 8)]
+    assert state["at"]["step"] == 24
+    for network in state["networks"].values():
+        assert all(torch.isfinite(value).all() for value in network.values())
+
+
+def test_each_application_knows_a_collapse(application, tmp_path, cache):
+    kind = APPLICATIONS["cbgan"].kind, APPLICATIONS["cbcls"].kind
+    if application.kind not in kind:
+        pytest.skip("the fourth application's is set above")
+    cfg = application.kind.config(cache=Path(cache))
+    method = application.kind(cfg, application.kind.load(cfg.resolved()), torch.device("cpu"))
+    good, bad = {"cbgan": ({"loss/d": 1.4}, {"loss/d": 9e-4}), "cbcls": ({"loss/train": 2.3}, {"loss/train": 4.7})}[
+        application.name
+    ]
+    assert method.collapse(good) is None
+    assert method.collapse(bad)

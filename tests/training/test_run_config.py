@@ -1,0 +1,41 @@
+from dataclasses import replace
+
+import pytest
+
+from common.errors import UsageError
+from common.training.config import RunConfig, resume_config, stored_yaml
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "epochs: [", "log_every: x", "log_every: 0", "foo: 1", "{}\n---\n{}"])
+def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=rf"^config: {tmp_path}/config\.yaml: ") as caught:
+        resume_config(RunConfig, ["--name", "run", "--resume"], tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("config.yaml") == 1
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path):
+    stored = RunConfig(seed=3, log_every=7, name="old", out=tmp_path, cache=tmp_path / "cache")
+    (tmp_path / "config.yaml").write_text(stored_yaml(stored))
+    argv = ["--name", "run", "--resume", "--out", str(tmp_path / "elsewhere")]
+    now = replace(stored, name="run", resume=True, out=tmp_path / "elsewhere")
+    assert resume_config(RunConfig, argv, tmp_path) == now
+    assert resume_config(RunConfig, [*argv, "--log_every", "9"], tmp_path).log_every == 9
+    assert resume_config(RunConfig, [*argv, "--seed", "3"], tmp_path).seed == 3
+    with pytest.raises(UsageError, match=r"^seed: the run has 3, got 4; .*free to change: cache, .*threads\)$"):
+        resume_config(RunConfig, [*argv, "--seed", "4"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("name", ""), ("name", "a/b"), ("name", ".."), ("seed", -1), ("threads", -1), ("log_every", 0)],
+)
+def test_bad_settings_name_themselves(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting}: "):
+        RunConfig(**{setting: value})
+
+
+def test_resuming_needs_a_name():
+    with pytest.raises(ValueError, match="--name"):
+        RunConfig(resume=True)
