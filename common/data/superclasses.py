@@ -48,7 +48,7 @@ def read_superclasses(path: Path, classes: Iterable[str]) -> dict[str, str]:
 def with_superclasses(image_set: ImageSet, superclass_of: dict[str, str]) -> ImageSet:
     """Return the same images with the superclass of each one's class; without labels they stay without superclasses.
 
-    Groups are numbered in the order of their names.
+    Superclasses are numbered in the order of their names.
     """
     if image_set.labels is None:
         return image_set

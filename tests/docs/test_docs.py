@@ -1,6 +1,7 @@
 """The commands that the documentation shows are commands that exist, with options that exist."""
 
 import importlib.util
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -36,6 +37,43 @@ def commands(page: Path) -> list[str]:
 
 
 COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
+
+
+FOLDERS = r"(?:common|cbgan|cbda|cbcls|configs|docs|tests)"
+
+
+def named(page: Path) -> set[str]:
+    """Return the files, folders and Python names of this project that a page names in code type or links to."""
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(rf"`({FOLDERS}/[\w./*-]+)`", text)
+    names = re.findall(r"`((?:common|cbgan|cbda|cbcls)(?:\.\w+)+)[`(]", text)
+    links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", text)
+    return {*paths, *names, *(f"./{link}" for link in links)}
+
+
+def exists(name: str, page: Path) -> bool:
+    if name.startswith("./"):
+        return (page.parent / name).exists()
+    if "/" in name:
+        return any(ROOT.glob(name))
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    assert [name for name in sorted(named(page)) if not exists(name, page)] == []
+
+
+def test_names_that_are_not_there_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`common/nowhere.py` `common.norms.nothing(x)` `common.nowhere` [x](gone.md#part) [y](https://z)")
+    names = {"common/nowhere.py", "common.norms.nothing", "common.nowhere", "./gone.md"}
+    assert named(page) == names
+    assert not any(exists(name, page) for name in names)
 
 
 def check(line: str) -> None:
