@@ -1,18 +1,17 @@
 """Mixture Normalization: UCB-Norm's transforms under a mixture that EM fits to the batch."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from common.machine.seeding import generator
 from common.norms import checks
-from common.norms.backends.reference import Scale
 from common.norms.estimation import averages, em
-from common.norms.estimation.averages import Average, Stored
+from common.norms.estimation.averages import Stored
 from common.norms.estimation.em import Fit
-from common.norms.unsupervised import MixtureInit, MixtureLayer
+from common.norms.unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
 
 class MixtureNorm(MixtureLayer):
@@ -27,19 +26,12 @@ class MixtureNorm(MixtureLayer):
         num_features: channels C.
         num_components: components K.
         groups: groups of channels that share one posterior; None is one channel each.
-        average: "em" moves each component by the share of the batch that it holds; "paper" all alike.
-        scale: "sqrt_k" divides the output by sqrt(K).
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
-        momentum: weight of the new batch in the averages, PyTorch's orientation.
-        min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
-        eps: added to every variance, in squared units of x.
-        affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         refit_every: training batches between fits.
         em_steps: EM steps of a fit.
-        channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
-        process_group: None; each rank uses its own statistics.
-        seed: of k-means++ and of the sampled locations, apart from the global generator.
-        backend: "auto", "reference", "eager", "compiled" or "triton".
+        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim and
+            backend; seed, here of the sampled locations too; process_group, here None, since each rank uses
+            its own statistics.
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
@@ -58,47 +50,24 @@ class MixtureNorm(MixtureLayer):
     fit_mean: Tensor
     fit_log_var: Tensor
 
+    @shows_shared_options
     def __init__(
         self,
         num_features: int,
         num_components: int,
         *,
         groups: int | None = 1,
-        average: Average = "em",
-        scale: Scale = "paper",
         init: MixtureInit = "kmeans++",
-        momentum: float = 0.1,
-        min_weight: float | None = None,
-        eps: float = 1e-5,
-        affine: bool = True,
         refit_every: int = 1,
         em_steps: int = 10,
-        channel_dim: int = 1,
-        process_group: object = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **options: Unpack[MixtureOptions],
     ) -> None:
-        if process_group is not None:
+        if (process_group := options.get("process_group")) is not None:
             raise ValueError(
                 "process_group: expected None, since MixtureNorm fits each rank's batch by an EM of its own and has no "
                 f"synchronised one (UCBNorm has), got {process_group!r}"
             )
-        super().__init__(
-            num_features,
-            num_components,
-            groups=groups,
-            average=average,
-            scale=scale,
-            init=init,
-            momentum=momentum,
-            min_weight=min_weight,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
-        )
+        super().__init__(num_features, num_components, False, groups=groups, init=init, **options)
         checks.check_size("refit_every", refit_every)
         checks.check_size("em_steps", em_steps)
         self.refit_every, self.em_steps = refit_every, em_steps

@@ -1,7 +1,9 @@
 """UCB-Norm, and what it shares with Mixture Normalization: a mixture that is stored, seeded and averaged."""
 
+import inspect
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,21 @@ CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
 
+class MixtureOptions(TypedDict, total=False):
+    """What UCBNorm and MixtureNorm share; ``MixtureLayer`` has the defaults, and ``UCBNorm`` says what they mean."""
+
+    average: Average
+    scale: Scale
+    momentum: float
+    min_weight: float | None
+    eps: float
+    affine: bool
+    channel_dim: int
+    process_group: object
+    seed: int
+    backend: str
+
+
 class MixtureLayer(NormLayer):
     """What UCBNorm and MixtureNorm share: the stored mixture, its seeding and averages, and evaluation."""
 
@@ -36,20 +53,20 @@ class MixtureLayer(NormLayer):
         self,
         num_features: int,
         num_components: int,
+        learned: bool,
         *,
         groups: int | None,
-        average: Average,
-        scale: Scale,
         init: MixtureInit,
-        momentum: float,
-        min_weight: float | None,
-        eps: float,
-        affine: bool,
-        channel_dim: int,
-        process_group: object,
-        seed: int,
-        backend: str,
-        learned: bool = False,
+        average: Average = "em",
+        scale: Scale = "paper",
+        momentum: float = 0.1,
+        min_weight: float | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = 1,
+        process_group: object = None,
+        seed: int = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
         checks.check_choice("average", average, get_args(Average))
@@ -210,6 +227,15 @@ class MixtureLayer(NormLayer):
         return self.num_components
 
 
+def shows_shared_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Show in a layer's signature what it takes as ``**options``: for help and for ``default_options``."""
+    own, shared = (inspect.signature(f).parameters for f in (init, MixtureLayer.__init__))
+    named = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
+    shown = inspect.Signature([*named, *(shared[name] for name in MixtureOptions.__annotations__)])
+    vars(init)["__signature__"] = shown
+    return init
+
+
 def _moved(_: Any, rule: averages.Rule, *tensors: Tensor) -> Stored:
     return averages.moved(Stored(*tensors[:3]), Moments(*tensors[3:]), rule)
 
@@ -271,6 +297,7 @@ class UCBNorm(MixtureLayer):
 
     usage: Tensor
 
+    @shows_shared_options
     def __init__(
         self,
         num_features: int,
@@ -279,19 +306,10 @@ class UCBNorm(MixtureLayer):
         groups: int | None = None,
         update: Update = "moving_average",
         statistics: Statistics = "batch",
-        average: Average = "em",
-        scale: Scale = "paper",
         init: MixtureInit = "uniform",
-        momentum: float = 0.1,
-        min_weight: float | None = None,
         variance: Variance = "component",
         reseed: float = 0.0,
-        eps: float = 1e-5,
-        affine: bool = True,
-        channel_dim: int = 1,
-        process_group: object = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **options: Unpack[MixtureOptions],
     ) -> None:
         checks.check_choice("update", update, get_args(Update))
         checks.check_choice("statistics", statistics, get_args(Statistics))
@@ -302,25 +320,9 @@ class UCBNorm(MixtureLayer):
             raise ValueError("variance: 'shared' needs update='moving_average', got update='weight'")
         if reseed and update == "weight":
             raise ValueError(f"reseed: {reseed} needs update='moving_average', got update='weight'")
-        if reseed and process_group is not None:
+        if reseed and options.get("process_group") is not None:
             raise ValueError(f"reseed: expected 0 with a process_group, whose ranks draw apart, got {reseed}")
-        super().__init__(
-            num_features,
-            num_components,
-            groups=groups,
-            average=average,
-            scale=scale,
-            init=init,
-            momentum=momentum,
-            min_weight=min_weight,
-            eps=eps,
-            affine=affine,
-            channel_dim=channel_dim,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
-            learned=update == "weight",
-        )
+        super().__init__(num_features, num_components, update == "weight", groups=groups, init=init, **options)
         if not 0 <= reseed < 1 / num_components:
             raise ValueError(f"reseed: expected at least 0 and less than 1 / {num_components}, got {reseed}")
         self.update: Update = update

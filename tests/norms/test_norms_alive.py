@@ -87,7 +87,8 @@ def test_living_components_stay_as_they_are():
 def test_a_moved_component_starts_with_the_variance_of_the_living_and_an_even_share():
     layer = UCBNorm(2, 3, groups=1, momentum=1.0, reseed=0.1)
     layer.mean.copy_(torch.cat([CENTRES[:2], torch.full((1, 2), 1e3)]))
-    x = clouds(0)
+    few = 1e3 + 5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(1))  # it holds, wide apart
+    x = torch.cat([clouds(0), few])
     plain = UCBNorm(2, 3, groups=1, momentum=1.0)
     plain.load_state_dict({name: layer.state_dict()[name] for name in plain.state_dict()})
     share = plain.posterior(x).mean((1, 3))[:2, 0].numpy()
@@ -124,12 +125,23 @@ def test_the_best_additions_are_chosen_group_by_group():
 
 def test_drawn_locations_are_those_of_x():
     x = torch.arange(24.0).view(2, 3, 4)  # location (n, l) is (12 n + l, 12 n + l + 4, 12 n + l + 8)
-    a, b, c = (em.draw_locations(x, 500, 0, "reseed", step) for step in (1, 1, 2))
+    a, b, *others = (em.draw_locations(x, 500, seed, "reseed", step) for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)))
     assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+    assert not any(torch.equal(a, other) for other in others)
     assert sorted({tuple(row) for row in a.tolist()}) == [
         (12 * n + i, 12 * n + i + 4, 12 * n + i + 8) for n in range(2) for i in range(4)
     ]
+
+
+def test_each_batch_draws_locations_of_its_own():
+    moved = []
+    for step in range(4):
+        layer = UCBNorm(2, 3, groups=1, reseed=0.1)
+        layer.mean[2] = 1e3
+        layer.usage[2] = layer.step.fill_(step) * 0
+        layer(clouds(0))
+        moved.append(layer.mean[2].tolist())
+    assert len({tuple(mean) for mean in moved}) > 1
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -149,7 +161,7 @@ def test_a_shared_variance_is_the_mean_by_weight(average, groups):
 
 
 def test_a_shared_variance_is_seeded_as_one():
-    x = clouds(0)
+    x = clouds(0)[(torch.arange(600) % 3 > 0) | (torch.arange(600) < 60)]  # of unequal size
     layer = UCBNorm(2, 3, groups=1, init="kmeans++", variance="shared", momentum=0.0)
     layer(x)
     member = torch.cdist(x, layer.mean).argmin(1).numpy()
@@ -165,7 +177,8 @@ def test_the_floor_of_the_weights_can_be_set(make):
         layer.fit_mean[2] = 1e3
     layer(clouds(0))
     # Floored at 0.1 and divided by the sum, which the floor has raised by as much.
-    assert float(layer.logits.softmax(0)[2]) == pytest.approx(0.1 / 1.1, rel=1e-3)
+    for logits in (layer.logits, layer.fit_logits) if make is MixtureNorm else (layer.logits,):
+        assert float(logits.softmax(0)[2]) == pytest.approx(0.1 / 1.1, rel=1e-3)
 
 
 def test_the_configuration_knows_them():

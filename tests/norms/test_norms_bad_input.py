@@ -101,10 +101,12 @@ def test_x(kind, x, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_on_another_device(kind, training):
-    """Any question to the meta device is an error of its own, so none was asked."""
-    layer = any_norm(kind, 4, 3, affine=True).train(training).to("meta")
+@pytest.mark.parametrize(
+    ("kind", "affine"), [(kind, affine) for kind in KINDS for affine in (True, False) if affine or kind != "in"]
+)
+def test_a_layer_on_another_device(kind, training, affine):
+    """Any question to the meta device is an error of its own, so none was asked; plain "in" is on no device."""
+    layer = any_norm(kind, 4, 3, affine=affine).train(training).to("meta")
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         layer(X, *([IDS] if kind in CLUSTERED else []))
     assert_names(caught, "x")
@@ -118,6 +120,26 @@ def test_x_with_other_channel_dimensions(kind, dim):
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             layer(x, *([IDS] if kind in CLUSTERED else []))
         assert_names(caught, "x")
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_the_batch_cannot_be_the_channels(kind):
+    with pytest.raises(ValueError, match=r"^x: expected 6 channels in dimension -3, got \(6, 4, 5\)$"):
+        any_norm(kind, 6, 3, channel_dim=-3)(X, *([IDS] if kind in CLUSTERED else []))
+
+
+@pytest.mark.parametrize("kind", ["bn", "in"])
+def test_one_value_per_channel_where_no_statistics_are_kept(kind):
+    layer = any_norm(kind, 4, 3, track_running_stats=False).eval()
+    with pytest.raises(ValueError, match=r"^x: expected more than one .* to take statistics of, got \(1, 4, 1\)$"):
+        layer(X[:1, :, :1])
+    kept = any_norm(kind, 4, 3, track_running_stats=True).eval()
+    assert kept(X[:1, :, :1]).isfinite().all()
+
+
+def test_one_value_per_channel_is_enough_where_training_takes_no_statistics():
+    layer = any_norm("ucb", 4, 3, update="weight", statistics="learned")
+    assert torch.equal(layer(X[:1, :, :1]), layer.eval()(X[:1, :, :1]))
 
 
 @pytest.mark.parametrize("kind", AVERAGING)
@@ -160,11 +182,33 @@ def test_an_id_beyond_range(kind, wrong, training):
         layer(X, torch.tensor([0, 1, 2, wrong, 0, 1]))
 
 
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_no_cluster_is_seeded_beside_an_id_beyond_range(kind):
+    layer = any_norm(kind, 4, 3, init="data")
+    with pytest.raises(IndexError, match=r"^cluster: expected ids"):
+        layer(X, torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert not layer.initialized.any()
+
+
 def test_ids_on_other_devices_are_not_asked_for():
     checks.check_cluster(IDS.to("meta"), X.to("meta"), num_clusters=3, lowest=0)
 
 
-CASE = dict(zip(("x", "log_lambda", "mean", "var"), mixture_case((6, 4, 5), num=3), strict=False))
+def test_an_id_that_nobody_may_ask_about_gives_a_row_of_nan(monkeypatch):
+    """As on a GPU, and in a graph that is compiled: in training -1 is such an id, in evaluation it is unknown."""
+    layer = any_norm("scb", 4, 3)
+    with torch.no_grad():
+        layer.mean.copy_(torch.arange(12.0).view(3, 4))
+    want, unknown = layer(X, IDS), layer.eval()(X)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for ids, training in (([0, 3, 2, -2, 9, -1], True), ([0, 3, 2, -2, 9, -1], False)):
+        y = layer.train(training)(X, torch.tensor(ids))
+        torch.testing.assert_close(y[[0, 2]], want[[0, 2]])
+        assert y[[1, 3, 4]].isnan().all()
+        assert y[5].isnan().all() if training else torch.allclose(y[5], unknown[5])
+
+
+CASE: dict[str, Any] = dict(zip(("x", "log_lambda", "mean", "var"), mixture_case((6, 4, 5), num=3), strict=False))
 FUNCTIONS = {
     "cluster": lambda log_lambda, x, mean, var, cluster=IDS, **options: cluster_norm(x, cluster, mean, var, **options),
     "mixture": mixture_norm,
@@ -180,8 +224,12 @@ BOTH, MIXTURE = ("cluster", "mixture"), ("mixture",)
         for name, functions, values in (
             ("x", BOTH, [X[:, :3], X[0, :, 0], X.long(), X.to(torch.complex64), None]),
             ("mean", BOTH, [CASE["mean"][0], CASE["mean"][:0], CASE["mean"].long(), CASE["mean"].to("meta"), None]),
-            ("var", BOTH, [CASE["var"][:2], CASE["var"].T, CASE["var"][0], CASE["var"].to("meta"), 1.0]),
-            ("log_lambda", MIXTURE, [torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, device="meta"), None]),
+            ("var", BOTH, [CASE["var"][:2], CASE["var"].T, CASE["var"].long(), CASE["var"].to("meta"), 1.0]),
+            (
+                "log_lambda",
+                MIXTURE,
+                [torch.zeros(2), torch.zeros(3, 1), torch.arange(3), CASE["mean"].to("meta")[:, 0], None],
+            ),
             ("cluster", ("cluster",), [IDS[:5], IDS.int(), IDS.to("meta"), IDS.tolist()]),
             ("eps", BOTH, NOT_EPS),
             ("groups", MIXTURE, (0, 3, -2, True, 2.0, math.nan, "2", None)),
@@ -204,6 +252,15 @@ def test_an_argument_of_a_function(function, name, value, backend):
 def test_an_unknown_backend(function):
     with pytest.raises(ValueError, match=r"^backend: expected one of 'auto', 'reference', .*, got 'cuda'$"):
         FUNCTIONS[function](**CASE, backend="cuda")
+
+
+@pytest.mark.parametrize(("given", "missing"), [("weight", "bias"), ("bias", "weight")])
+def test_half_of_an_affine_map(given, missing):
+    arguments = dict[str, Any](CASE, **{given: torch.ones(4)})
+    with pytest.raises(ValueError, match=f"^weight: expected together with bias, got only {given}$"):
+        mixture_norm(**arguments)
+    with pytest.raises(ValueError, match=rf"^{missing}: expected a floating-point \(4,\), got torch.float32 \(3,\)$"):
+        mixture_norm(**dict[str, Any](arguments, **{missing: torch.ones(3)}))
 
 
 def test_ids_of_a_function():

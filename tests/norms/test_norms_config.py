@@ -59,6 +59,10 @@ def test_validation_makes_nothing_of_the_size_asked_for(kind):
     assert NormConfig(kind=kind, num_components=10**14, groups=groups).groups == groups
 
 
+def test_the_layer_has_the_seed_and_the_backend_asked_for():
+    assert repr(NormConfig(backend="eager").build(4, seed=7)) == "UCBNorm(4, 3, seed=7, backend='eager')"
+
+
 def test_groups_are_held_against_the_channels_when_the_layer_is_made():
     config = NormConfig(kind="ucb", groups=3)
     assert config.build(6)(torch.randn(4, 6)).shape == (4, 6)

@@ -7,7 +7,8 @@ import torch
 from norm_cases import mixture_case
 from torch import nn
 
-from common.norms import MixtureNorm, UCBNorm, collect_health, health, log_scalars, mixture_layers
+from common.norms import Health, MixtureNorm, UCBNorm, collect_health, health, log_scalars, mixture_layers
+from common.norms.backends.reference import posterior
 
 
 def two_clouds() -> tuple[UCBNorm, torch.Tensor]:
@@ -60,6 +61,30 @@ def test_channels_that_each_chose_one_component_carry_no_information():
     found = health(layer, mixture_case((50, 2), num=1, dtype=torch.float32)[0])
     assert found.usage == pytest.approx((0.5, 0.5), abs=1e-6)
     assert found.information == pytest.approx(0, abs=1e-6)
+
+
+def test_warnings_begin_below_a_hundredth_of_the_locations_and_a_twentieth_of_a_nat():
+    def state(least: float, information: float) -> Health:
+        return Health((least, 1 - least), effective=1.5, information=information, distance=1, drift=0)
+
+    assert state(0.011, 0.051).warnings() == []
+    assert state(0.009, 0.051).warnings() == ["component 0 holds 0.9 % of the locations, less than 1 %"]
+    assert state(0.011, 0.049).warnings() == ["information is 0.049 nats, less than 0.05: the layer acts as BatchNorm"]
+    assert len(state(math.nan, math.nan).warnings()) == 3
+
+
+def test_the_distance_is_the_least():
+    layer = UCBNorm(2, 3, eps=1.0)
+    layer.mean.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0], [6.0, 6.0]]))
+    assert health(layer, torch.randn(9, 2)).distance == pytest.approx(3 / math.sqrt(2))  # variances of 1 + eps
+
+
+def test_posteriors_are_those_of_the_stored_mixture():
+    layer = UCBNorm(4, 3, groups=2, eps=0.5, channel_dim=-1)
+    layer.logits.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    x = mixture_case((5, 4, 6), num=1, dtype=torch.float32)[0]
+    want = posterior(x, layer.log_weights(), layer.mean, torch.full((3, 4), 1.5), groups=2)
+    torch.testing.assert_close(layer.posterior(x.movedim(1, -1)), want)
 
 
 def test_an_unused_component_is_named():
@@ -140,9 +165,10 @@ def test_collected_health_is_that_of_the_layers_own_input():
     assert tags["health/3.0/usage_min"] == min(found["3.0"].usage)
 
 
-def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it():
-    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
-    layer, twin = UCBNorm(4, 3, init="kmeans++"), UCBNorm(4, 3, init="kmeans++", momentum=0.0)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it(dim):
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0].movedim(1, dim)
+    layer, twin = (UCBNorm(4, 3, init="kmeans++", channel_dim=dim, momentum=momentum) for momentum in (0.1, 0.0))
     with collect_health(layer) as found, torch.no_grad():
         layer(x)
     twin(x)
@@ -150,6 +176,29 @@ def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it():
     assert found["UCBNorm"].usage == pytest.approx(want.usage, rel=1e-5)
     assert found["UCBNorm"].distance == pytest.approx(want.distance, rel=1e-5)
     assert not layer.is_initialized()
+
+
+def test_in_evaluation_a_layer_not_yet_seeded_is_measured_as_it_is():
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
+    layer = UCBNorm(4, 3, init="kmeans++").eval()
+    with collect_health(layer) as found, torch.no_grad():
+        layer(x)
+    assert found["UCBNorm"] == health(layer, x)
+
+
+def test_a_layer_that_is_fed_nothing_has_no_health():
+    layer = UCBNorm(4, 3)
+    with collect_health(layer) as found, torch.no_grad():
+        layer(torch.empty(0, 4, 2))
+    assert found == {}
+
+
+def test_a_graph_made_while_collecting_still_has_its_gradients():
+    layer = UCBNorm(4, 3, update="weight").eval()
+    with collect_health(layer):
+        loss = layer(mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]).square().sum()
+    loss.backward()
+    assert layer.mean.grad is not None
 
 
 def test_an_exception_still_puts_everything_back():

@@ -12,7 +12,7 @@ from norm_cases import any_norm as make_norm
 from norm_cases import mixture_case
 from torch import nn
 
-from common.norms import SCBNorm, SCBNormBase, UCBNorm, mixture_norm
+from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
 
 KINDS = ["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
 CLUSTERED = ("dsbn", "scb", "scb_base")
@@ -27,6 +27,8 @@ OPTIONS = {
     "ucb shared": ("ucb", {"variance": "shared", "groups": 1}),
     "mn": ("mn", {}),
     "mn refit": ("mn", {"refit_every": 2, "groups": None}),
+    "mn uniform": ("mn", {"init": "uniform"}),
+    "dsbn": ("dsbn", {}),
 }
 
 
@@ -104,6 +106,27 @@ def test_reset_returns_to_a_new_layer(case):
     for step in range(2):
         x = batch(step + 1)
         assert torch.equal(layer(*arguments(kind, x)), fresh(*arguments(kind, x)))
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+
+
+def test_the_layers_of_a_base_start_at_zero_again():
+    layer = SCBNormBase(4, 3)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(2)
+    layer.reset_parameters()
+    assert not any(p.any() for p in (*layer.parameters(), *SCBNormBase(4, 3).parameters()))
+
+
+@pytest.mark.parametrize("option", [{"unknown_scale": "paper"}, {"unknown_posterior": "sample"}, {"eps": 0.5}])
+def test_the_options_of_unknown_clusters_reach_them(option):
+    layer, x = make_norm("scb", 4, 3, **option).eval(), batch(0)
+    with torch.no_grad():
+        layer.mean.copy_(torch.arange(12.0).view(3, 4) / 6)
+    want = cluster_norm(x, None, layer.mean, layer.log_var.exp(), backend="reference", **option)
+    torch.testing.assert_close(layer(x), want)
+    assert not torch.allclose(want, cluster_norm(x, None, layer.mean, layer.log_var.exp()))
 
 
 @pytest.mark.parametrize("kind", ["mn", "scb", "scb_base", "ucb"])
@@ -274,8 +297,14 @@ def test_printing_shows_every_option_that_is_not_the_default():
     assert sorted(text.removeprefix("UCBNorm(8, 3, ").removesuffix(")").split(", ")) == sorted(shown.split(", "))
     alive = "UCBNorm(8, 3, variance='shared', reseed=0.02, min_weight=0.01)"
     assert repr(UCBNorm(8, 3, min_weight=0.01, variance="shared", reseed=0.02)) == alive
-    assert "unknown_scale='paper'" in repr(SCBNorm(8, 3, unknown_scale="paper"))
-    assert repr(make_norm("mn", 8, 3)) == "MixtureNorm(8, 3)"
+    supervised = {"affine": True, "init": "data", "unknown_scale": "paper", "unknown_posterior": "sample"}
+    shown = "8, 3, affine=True, init='data', unknown_scale='paper', unknown_posterior='sample'"
+    for kind in ("scb", "scb_base"):
+        assert make_norm(kind, 8, 3).extra_repr() == "8, 3"
+        assert make_norm(kind, 8, 3, **supervised).extra_repr() == shown
+    assert repr(MixtureNorm(8, 3)) == "MixtureNorm(8, 3)"
+    fitted = MixtureNorm(8, 3, groups=2, init="uniform", refit_every=2, em_steps=5)
+    assert repr(fitted) == "MixtureNorm(8, 3, groups=2, init='uniform', refit_every=2, em_steps=5)"
 
 
 def error(kind: str, match: str, **options: object):

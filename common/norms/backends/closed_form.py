@@ -126,14 +126,8 @@ def cluster_norm(
     flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
 
     def unknown() -> Tensor:
-        equal = mean.new_full((len(mean),), -math.log(len(mean)))
-        scale: Scale = "paper" if unknown_scale == "paper" else "sqrt_k"  # Eq. 12 is Eq. 15 under equal weights
-        whole = unknown_posterior == "sample"
-        # One posterior a sample is one over all its values: each is a channel, at a single location.
-        given = flat.flatten(1).unsqueeze(2) if whole else flat
-        rows = [t.repeat_interleave(flat.shape[2], dim=1) if whole else t for t in (mean, var)]
-        y, _ = mixture_norm(given, equal, *rows, groups=1, eps=eps, scale=scale, statistics="learned", backend=backend)
-        return y.view(flat.shape)
+        mixture = functools.partial(mixture_norm, eps=eps, backend=backend)
+        return unknown_cluster(mixture, flat, mean, var, unknown_scale, unknown_posterior)
 
     if cluster is None:
         return unknown().reshape(x.shape)
@@ -141,6 +135,24 @@ def cluster_norm(
     if any_unknown:
         y = torch.where((cluster == -1)[:, None, None], unknown(), y)
     return y.reshape(x.shape)
+
+
+def unknown_cluster(
+    mixture_norm: Callable[..., tuple[Tensor, Moments | None]],
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    scale: UnknownScale,
+    over: UnknownPosterior,
+) -> Tensor:
+    """Eqs. 12 and 13 for x (N, C, L) by a mixture_norm, since they are Eq. 15 under equal weights."""
+    whole = over == "sample"
+    # One posterior a sample is one over all its values: each is a channel, at a single location.
+    given = x.flatten(1).unsqueeze(2) if whole else x
+    rows = [t.repeat_interleave(x.shape[2], dim=1) if whole else t for t in (mean, var)]
+    equal = mean.new_full((len(mean),), -math.log(len(mean)))
+    factor: Scale = "paper" if scale == "paper" else "sqrt_k"
+    return mixture_norm(given, equal, *rows, groups=1, scale=factor, statistics="learned")[0].view(x.shape)
 
 
 class _Work:
@@ -156,7 +168,7 @@ class _Work:
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        self.options = options
+        self.passes, self.options = passes, options
         self.mix = Mixture(*(passes.store(t) for t in Mixture.of(log_lambda, mean, s, options.split)))
         shape = (*options.split, 1)
         self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
@@ -171,6 +183,40 @@ class _Work:
     def whole(self, t: Tensor) -> Tensor:
         """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
         return torch.ops.aten._unsafe_view(t, (t.shape[0], t.shape[1] * t.shape[2], t.shape[3]))
+
+    def moments(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        return self.passes.moments(self.parts(x), self.mix)
+
+    def output(self, x: Tensor, tau: Tensor | None, m: Tensor, v: Tensor) -> Tensor:
+        rstd = self.passes.store(self.scale * (v + self.options.eps).rsqrt())
+        return self.whole(self.passes.transform(self.parts(x), tau, m, rstd, self.bias, self.mix))
+
+    def gradient_sums(self, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.passes.gradient_sums(self.parts(x), self.parts(g), tau, m, self.mix)
+
+    def batch_gradients(
+        self,
+        x: Tensor,
+        g: Tensor,
+        tau: Tensor | None,
+        mass: Tensor,
+        m: Tensor,
+        v: Tensor,
+        sum_g: Tensor,
+        sum_gu: Tensor,
+        all_g: Tensor,
+        all_gu: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Take the sums of this rank, and of all ranks together."""
+        store = self.passes.store
+        r = (v + self.options.eps).rsqrt()
+        count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
+        dm = store(-r * self.scale * all_g / count)  # gradients of the moments, a unit of mass each
+        dv = store(-0.5 * r**3 * self.scale * all_gu / count)
+        constant, rstd = store((dv * v).sum(2)), store(self.scale * r)
+        parts = self.parts(x), self.parts(g), tau, m, rstd, dm, dv, constant
+        dx, sums = self.passes.batch_gradients(*parts, self.mix, self.options.wanted)
+        return self.gradients(dx, sums, sum_g, sum_gu, r)
 
     def gradients(
         self, dx: Tensor, sums: DensitySums | None, sum_g: Tensor, sum_gu: Tensor, rho: Tensor
@@ -196,22 +242,21 @@ class _Work:
         return dx.flatten(1, 2), dlog_lambda, sums.zu.flatten(1), ds.flatten(1), dweight, dbias
 
 
-def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Any, ...]:
-    work = _Work(passes, options, *mixture)
-    return passes.moments(work.parts(x), work.mix)
+# What a process group comes between is run in halves, all else whole; the mixture is the last five tensors.
 
 
-def _batch_output(passes: Passes, options: _Options, x: Tensor, *moments_and_mixture: Any) -> Tensor:
-    tau, m, v, *mixture = moments_and_mixture
-    work = _Work(passes, options, *mixture)
-    rstd = passes.store(work.scale * (v + options.eps).rsqrt())
-    return work.whole(passes.transform(work.parts(x), tau, m, rstd, work.bias, work.mix))
+def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
+    return _Work(passes, options, *mixture).moments(x)
+
+
+def _batch_output(passes: Passes, options: _Options, *tensors: Any) -> Tensor:
+    return _Work(passes, options, *tensors[-5:]).output(*tensors[:-5])
 
 
 def _batch_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
-    tau, mass, m, v = _batch_moments(passes, options, x, *mixture)
-    y = _batch_output(passes, options, x, tau, m, v, *mixture)
-    return y, _kept(passes, tau, m), mass, m, v
+    work = _Work(passes, options, *mixture)
+    tau, mass, m, v = work.moments(x)
+    return work.output(x, tau, m, v), _kept(passes, tau, m), mass, m, v
 
 
 def _kept(passes: Passes, tau: Tensor | None, m: Tensor) -> Tensor | None:
@@ -219,38 +264,12 @@ def _kept(passes: Passes, tau: Tensor | None, m: Tensor) -> Tensor | None:
     return tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None
 
 
-def _batch_sums(
-    passes: Passes, options: _Options, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor, *mixture: Any
-) -> tuple[Tensor, Tensor]:
-    work = _Work(passes, options, *mixture)
-    return passes.gradient_sums(work.parts(x), work.parts(g), tau, m, work.mix)
+def _batch_sums(passes: Passes, options: _Options, *tensors: Any) -> tuple[Tensor, Tensor]:
+    return _Work(passes, options, *tensors[-5:]).gradient_sums(*tensors[:-5])
 
 
-def _batch_gradients(
-    passes: Passes,
-    options: _Options,
-    x: Tensor,
-    g: Tensor,
-    tau: Tensor | None,
-    mass: Tensor,
-    m: Tensor,
-    v: Tensor,
-    sum_g: Tensor,
-    sum_gu: Tensor,
-    all_g: Tensor,
-    all_gu: Tensor,
-    *mixture: Any,
-) -> tuple[Tensor | None, ...]:
-    """Take the sums of this rank, and of all ranks together."""
-    work = _Work(passes, options, *mixture)
-    r = (v + options.eps).rsqrt()
-    count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
-    dm = passes.store(-r * work.scale * all_g / count)  # gradients of the moments, a unit of mass each
-    dv = passes.store(-0.5 * r**3 * work.scale * all_gu / count)
-    constant, rstd = passes.store((dv * v).sum(2)), passes.store(work.scale * r)
-    parts = work.parts(x), work.parts(g), tau, m, rstd, dm, dv, constant
-    dx, sums = passes.batch_gradients(*parts, work.mix, options.wanted)
-    return work.gradients(dx, sums, sum_g, sum_gu, r)
+def _batch_gradients(passes: Passes, options: _Options, *tensors: Any) -> tuple[Tensor | None, ...]:
+    return _Work(passes, options, *tensors[-5:]).batch_gradients(*tensors[:-5])
 
 
 def _batch_backward(
@@ -266,8 +285,8 @@ def _batch_backward(
 ) -> tuple[Tensor | None, ...]:
     work = _Work(passes, options, *mixture)
     tau = passes.posterior(work.parts(x), work.mix) if tau is None else tau
-    sums = _batch_sums(passes, options, x, g, tau, m, *mixture)
-    return _batch_gradients(passes, options, x, g, tau, mass, m, v, *sums, *sums, *mixture)
+    sums = work.gradient_sums(x, g, tau, m)
+    return work.batch_gradients(x, g, tau, mass, m, v, *sums, *sums)
 
 
 class _BatchMixture(Function):

@@ -30,7 +30,9 @@ def active(process_group: object) -> "dist.ProcessGroup | None":
 def _gather(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Return the values (n,) of every rank, (R, n), in the order of ranks."""
     out = values.new_empty(dist.get_world_size(group), len(values))
-    dist.all_gather_into_tensor(out.view(-1), values, group=group)
+    # The later name: torch 2.14 warns of the other one, which is all that older releases have.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out.view(-1), values, group=group)
     return out
 
 

@@ -274,15 +274,12 @@ def cluster_norm(
     """As ``closed_form.cluster_norm``; what the kernels cannot take of an unknown cluster goes there."""
     flat, mean, var = reference.flatten(x), mean.float().contiguous(), var.float().contiguous()
 
+    def mixture(x: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, Moments | None]:
+        refused = launch.mixture_refusal(len(mean), x.shape[1])
+        return (closed_form.mixture_norm if refused else mixture_norm)(x, *tables, eps=eps, **options)
+
     def unknown() -> Tensor:
-        if unknown_posterior == "sample" or launch.mixture_refusal(len(mean), x.shape[1]):
-            return closed_form.cluster_norm(
-                flat, None, mean, var, eps=eps, unknown_scale=unknown_scale,
-                unknown_posterior=unknown_posterior, any_unknown=True,
-            )  # fmt: skip
-        equal = mean.new_full((len(mean),), -math.log(len(mean)))
-        scale = "paper" if unknown_scale == "paper" else "sqrt_k"  # Eq. 12 is Eq. 15 under equal weights
-        return mixture_norm(flat, equal, mean, var, groups=1, eps=eps, scale=scale, statistics="learned")[0]
+        return closed_form.unknown_cluster(mixture, flat, mean, var, unknown_scale, unknown_posterior)
 
     if cluster is None:
         return unknown().reshape(x.shape)

@@ -215,6 +215,17 @@ def test_an_empty_batch_passes_and_changes_nothing(kind, shape, training, backen
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_moments_of_an_empty_batch_are_zero(backend):
+    x, log_lambda, mean, var, _ = mixture_case((6, 4), num=3)
+    y, moments = mixture_norm(x[:0], log_lambda, mean, var, groups=2, backend=backend)
+    assert y.shape == (0, 4)
+    assert moments is not None
+    assert [tuple(part.shape) for part in moments] == [(3, 2), (3, 4), (3, 4)]
+    assert not any(part.any() for part in moments)
+    assert mixture_norm(x[:0], log_lambda, mean, var, statistics="learned", backend=backend)[1] is None
+
+
 @pytest.mark.parametrize("kind", ["ucb", "mn"])
 @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1, 1)], ids=str)
 def test_one_value_per_channel_is_refused_in_training(kind, shape):

@@ -110,6 +110,20 @@ def test_kmeans_plus_plus_never_repeats_a_point():
             assert len(centres[:, group].unique(dim=0)) == 6
 
 
+def test_kmeans_plus_plus_seeds_each_set_on_its_own():
+    points = torch.arange(100.0)[None, :, None].expand(5, -1, -1)
+    assert len(em.kmeans_plus_plus(points, 1, generator(0)).unique()) > 1
+
+
+def test_a_component_that_seeding_leaves_empty_stays_at_its_centre_with_the_variance_of_all():
+    points = torch.tensor([0.0, 10.0]).repeat(5)[:, None] + 3
+    fit = em.seed_mixture(points, 3, 1, generator(0))
+    empty = int(fit.weight.argmin())
+    assert sorted(fit.weight.tolist()) == pytest.approx([0, 0.5, 0.5])
+    assert fit.mean[empty].item() in (3, 13)
+    assert fit.var[empty].item() == pytest.approx(25)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_seeding_finds_separate_clouds(groups):
     rng = torch.Generator().manual_seed(0)
@@ -154,6 +168,7 @@ def test_sampled_points_follow_from_seed_and_position():
     assert a.shape == (4096, 2)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+    assert not torch.equal(a, em.sample_points(x, 1, "fit", 1))
     assert len(a[:, 0].unique()) == 4096
     assert torch.equal(a[:, 0], a[:, 1])
     few = em.sample_points(x[:3], 0)
@@ -190,6 +205,18 @@ def test_a_step_goes_at_most_all_the_way():
     new = averages.moved(old, moments, averages.Rule(0.1, "em", 1e-3))
     torch.testing.assert_close(new.mean[:, 0], torch.tensor([0.0, 3.0]))
     torch.testing.assert_close(new.log_var[:, 0].exp(), torch.tensor([1.0, 200 / 99]))
+
+
+def test_the_variance_is_corrected_for_small_masses_but_never_more_than_doubled():
+    mass = torch.tensor([[100.0, 3.0], [2.0, 1.0001], [0.5, 0.0]])
+    var = torch.full((3, 4), 7.0)  # two channels a group
+    want = 7 * torch.tensor([[100 / 99, 3 / 2], [2, 2], [2, 0]]).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(averages.unbiased(Moments(mass, var, var)), want)
+
+
+def test_variances_are_pooled_by_weights_of_any_sum():
+    var, weight = torch.tensor([[1.0, 2.0], [5.0, 6.0]]), torch.tensor([[1.0, 0.0], [3.0, 2.0]])
+    torch.testing.assert_close(averages.pooled(var, weight), torch.tensor([[4.0, 6.0]]))
 
 
 @pytest.mark.parametrize("average", ["em", "paper"])
@@ -254,6 +281,41 @@ def test_kmeans_init_finds_separate_clouds(update, groups):
     assert torch.equal(layer.mean.detach().sort(0).values, found)
 
 
+@pytest.mark.parametrize("make", [UCBNorm, MixtureNorm])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_constant_channel_keeps_no_mixture_from_being_seeded(make, groups):
+    centres = torch.tensor([-40.0, 0.0, 40.0])
+    x = torch.randn(90, 2, generator=torch.Generator().manual_seed(0)) + centres[torch.arange(90) % 3][:, None]
+    x[:, 1] = 5.0
+    layer = make(2, 3, groups=groups, init="kmeans++", momentum=0.0)
+    layer(x)
+    assert layer.is_initialized()
+    torch.testing.assert_close(layer.mean[:, 0].sort().values, centres, atol=1, rtol=0)
+    torch.testing.assert_close(layer.mean[:, 1], torch.full((3,), 5.0))
+    if make is UCBNorm:  # not log(0), which no gradient could leave
+        torch.testing.assert_close(layer.log_var[:, 1], torch.full((3,), math.log(1e-5)))
+
+
+@pytest.mark.parametrize("make", [UCBNorm, MixtureNorm])
+def test_the_seed_option_decides_where_components_start(make):
+    x = mixture_case((200, 2), num=1, dtype=torch.float32)[0]
+    a, b, c = (make(2, 3, groups=1, init="kmeans++", momentum=0.0, seed=seed) for seed in (0, 0, 1))
+    for layer in (a, b, c):
+        layer(x)
+    assert torch.equal(a.mean, b.mean)
+    assert not torch.equal(a.mean, c.mean)
+
+
+@pytest.mark.parametrize("make", [UCBNorm, MixtureNorm])
+def test_a_layer_is_seeded_with_even_weights_if_they_move_and_with_the_fits_if_em_goes_on(make):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.tensor([-40.0, 40.0])[(torch.arange(100) < 20).long()][:, None] + torch.randn(100, 1, generator=rng)
+    layer = make(1, 2, init="kmeans++", momentum=0.0)
+    layer(x)
+    want = [0.5, 0.5] if make is UCBNorm else [0.8, 0.2]
+    assert layer.logits.softmax(0)[layer.mean[:, 0].argsort()].tolist() == pytest.approx(want, abs=1e-6)
+
+
 def test_mixture_norm_fits_the_batch_it_normalises():
     rng = torch.Generator().manual_seed(0)
     centres = torch.tensor([[-9.0, 5.0], [9.0, 9.0]])
@@ -272,6 +334,30 @@ def test_mixture_norm_fits_the_batch_it_normalises():
         torch.testing.assert_close(y[member == k], want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_fit_takes_em_steps_from_the_seeding_and_then_from_the_fit_before():
+    layer = MixtureNorm(2, 3, em_steps=2)
+    batches = [mixture_case((200, 2), num=1, dtype=torch.float32, seed=seed)[0] for seed in (0, 1)]
+    fit = em.seed_mixture(batches[0], 3, 1, generator(0, "kmeans++"))
+    for x in batches:
+        layer(x)
+        fit = em.expectation_maximisation(x, fit, 1, 1e-5, 2)
+        torch.testing.assert_close(layer.fit_mean, fit.mean)
+        torch.testing.assert_close(layer.fit_log_var.exp(), fit.var)
+        torch.testing.assert_close(layer.fit_logits.softmax(0), fit.weight)
+
+
+def test_a_value_that_no_fit_drew_keeps_a_batch_from_being_fitted():
+    x = mixture_case((9000, 2), num=1, dtype=torch.float32)[0]
+    layer = MixtureNorm(2, 2)
+    layer(x)
+    before = layer.fit_mean.clone()
+    drawn = em.sample_points(torch.arange(9000.0)[:, None], 0, "fit", 1).long()
+    bad = x + 1
+    bad[next(i for i in range(9000) if i not in drawn)] = math.nan
+    layer(bad)
+    assert torch.equal(layer.fit_mean, before)
+
+
 def test_mixture_norm_refits_every_so_many_batches():
     layer = MixtureNorm(2, 2, refit_every=2)
     fits = []
@@ -286,13 +372,15 @@ def test_mixture_norm_refits_every_so_many_batches():
 @pytest.mark.parametrize(("count", "same"), [(4096, True), (5000, False)])
 def test_each_fit_samples_locations_of_its_own(count, same):
     x = mixture_case((count, 2), num=1)[0].float()
-    layer, later = MixtureNorm(2, 2), MixtureNorm(2, 2)
+    layer, later, other = MixtureNorm(2, 2), MixtureNorm(2, 2), MixtureNorm(2, 2, seed=1)
     layer(x[:100])
-    later.load_state_dict(layer.state_dict())
+    for each in (later, other):
+        each.load_state_dict(layer.state_dict())
     later.step.fill_(7)
     layer(x)
-    later(x)
-    assert torch.equal(layer.fit_mean, later.fit_mean) is same
+    for each in (later, other):
+        each(x)
+        assert torch.equal(layer.fit_mean, each.fit_mean) is same
 
 
 def test_a_loaded_mixture_norm_samples_as_the_one_that_was_saved():
@@ -334,12 +422,25 @@ def test_calibration_fits_the_pooled_batches():
     want = torch.as_tensor(model.means_, dtype=torch.float32)[rows[1]]
     torch.testing.assert_close(layer.mean[rows[0]], want, atol=0.1, rtol=0)
     assert not torch.equal(layer(points), before)
+    assert layer.is_initialized()
+    for name in ("logits", "mean", "log_var"):
+        assert torch.equal(layer.get_buffer(name), layer.get_buffer(f"fit_{name}"))
+
+
+def test_calibration_goes_on_from_the_last_fit():
+    """A new seeding would give the components another order in five of six draws."""
+    for seed in range(5):
+        layer = MixtureNorm(3, 3, seed=seed)
+        layer(clouds(100, apart=5).float())
+        before = layer.mean.clone()
+        layer.calibrate([clouds(100, seed=step, apart=5).float() for step in (1, 2)])
+        torch.testing.assert_close(layer.mean, before, atol=1.5, rtol=0)
 
 
 def test_calibration_names_what_is_wrong():
     layer = MixtureNorm(3, 2)
     before = {name: t.clone() for name, t in layer.state_dict().items()}
-    for wrong in ([], [torch.full((5, 3), math.nan)], [torch.randn(5, 4)]):
+    for wrong in ([], [torch.tensor([[0.0, 1, 2], [0, math.inf, 2]])], [torch.randn(5, 4)]):
         with pytest.raises(ValueError, match=r"(batches|x): expected"):
             layer.calibrate(wrong)
     for name, tensor in layer.state_dict().items():

@@ -8,7 +8,7 @@ import torch
 from norm_cases import GRADIENTS, assert_within_budget, mixture_case
 
 from common.norms import cluster_norm, mixture_norm
-from common.norms.kernels import launch
+from common.norms.kernels import launch, operators
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -123,6 +123,22 @@ def test_scb_sums_over_an_expanded_gradient():
     torch.testing.assert_close(mean.grad, want)
 
 
+def test_scb_takes_the_row_of_an_id_the_first_for_an_unknown_one_and_nan_for_any_other():
+    """Sent past the check of ids, as on a GPU; a wrong id spoils its own sample alone."""
+    x, _, mean, var, g = case((7, 19, 5), 3, torch.float32)
+    cluster, right = torch.tensor([0, 3, 2, -2, -1, 1 << 40, 1]), [0, 2, 4, 6]
+    y = operators.scb_forward(x, cluster, mean, var, 1e-5)
+    dx, *rows = operators.scb_backward(x, g, cluster, mean, var, 1e-5)
+    known = cluster[right].clamp(min=0)
+    torch.testing.assert_close(y[right], (x[right] - mean[known, :, None]) / (var[known, :, None] + 1e-5).sqrt())
+    torch.testing.assert_close(dx[right], g[right] / (var[known, :, None] + 1e-5).sqrt())
+    for each in (y, dx):
+        assert each[[1, 3, 5]].isnan().all()
+    kept = [0, 2, 6]  # what is unknown belongs to no row
+    _, *want = operators.scb_backward(x[kept], g[kept], cluster[kept], mean, var, 1e-5)
+    torch.testing.assert_close(rows, want)
+
+
 def mixture_gradients(values, dtype, backend, **options):
     """Output, gradients and moments of mixture_norm; dtype None keeps each input's."""
     *inputs, g = (t if dtype is None else t.to(dtype) for t in values)
@@ -235,12 +251,13 @@ def test_results_repeat_bit_for_bit(groups):
 
 
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
-def test_dx_does_not_depend_on_whether_parameters_want_gradients(statistics):
-    x, *mixture, g = case((8, 4, 6), 3, torch.float32)
-    want = mixture_gradients((x, *mixture, g), None, "triton", statistics=statistics)["dx"]
-    x.requires_grad_()
-    (got,) = torch.autograd.grad(mixture_norm(x, *mixture, statistics=statistics, backend="triton")[0], x, g)
-    assert torch.equal(got, want)
+def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
+    *inputs, g = case((8, 4, 6), 3, torch.float32)
+    want = mixture_gradients((*inputs, g), None, "triton", statistics=statistics)
+    for i, name in enumerate(GRADIENTS[1:]):
+        given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
+        (got,) = torch.autograd.grad(mixture_norm(*given, statistics=statistics, backend="triton")[0], given[i], g)
+        assert torch.equal(got, want[name]), name
 
 
 @pytest.mark.parametrize("scale", ["match", "paper"])

@@ -1,5 +1,6 @@
 """The Triton backend on a machine without a GPU: each process has the environment that it needs."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import pytest
 import torch
 from norm_cases import mixture_case
 
-from common.norms import cluster_norm, functional
+from common.norms import cluster_norm, functional, mixture_norm
 from common.norms.kernels import launch
 
 FOLDER = Path(__file__).parent
+PARTS = {"kernels_interpreted": 4}
+"""Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
 
@@ -27,9 +30,17 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @needs_triton
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*_interpreted.py")), ids=lambda file: file.stem)
-def test_under_the_interpreter(file):
-    done = python("-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        pytest.param(file, f"{i}/{parts}", id=f"{file.stem} {i}/{parts}")
+        for file in sorted(FOLDER.glob("*_interpreted.py"))
+        for parts in (PARTS.get(file.stem, 1),)
+        for i in range(parts)
+    ],
+)
+def test_under_the_interpreter(file, part):
+    done = python("-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1", TEST_PART=part)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -37,7 +48,7 @@ def test_under_the_interpreter(file):
 @needs_triton
 def test_kernels_compile_for_a_gpu_without_spills(tmp_path):
     """Every entry at its hardest for one architecture; the command without options takes all of them."""
-    done = python("-m", "common.norms.aot", "--archs", "[90]", "--quick", "true", TRITON_CACHE_DIR=str(tmp_path))
+    done = python("-m", "common.norms.aot", "--archs", "90", "--quick", "true", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "0 spill" in done.stdout
 
@@ -60,6 +71,55 @@ except ValueError as error:
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
     assert "backend: 'triton' needs the package triton, which is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("kernel", launch.MIXTURE)
+@pytest.mark.parametrize("adjacent", ["positions", "channels"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (64, 1024, 1), (8, 512, 64), (2, 3, 100_000)], ids=str)
+def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_table_says(kernel, adjacent, shape):
+    n, channels, positions = shape
+    x = torch.empty(shape, device="meta")
+    x = x.mT.contiguous().mT if adjacent == "channels" else x
+    for num, width in itertools.product(range(1, 9), (1, channels)):
+        if launch.mixture_refusal(num, width):
+            continue
+        walk = launch.walk((x,), merge=False)
+        elements = next(entry.elements for most, entry in launch.MIXTURE[kernel].items() if num <= most)
+        for sums in (True, False):
+            tiling = launch.mixture_tiling(kernel, walk, channels // width, num, sums=sums)
+            assert tiling.joint == (width > 1)
+            for block in (tiling.block_l, tiling.block_c):
+                assert block == 1 << (block.bit_length() - 1) >= 1
+            assert tiling.block_l * tiling.block_c <= max(elements, tiling.block_c)
+            assert tiling.block_l < 2 * positions
+            if tiling.joint:  # a tile holds a group
+                assert width <= tiling.block_c < 2 * width
+                assert tiling.columns == channels // width
+            else:
+                assert (tiling.columns - 1) * tiling.block_c < channels <= tiling.columns * tiling.block_c
+            tiles = n * -(-positions // tiling.block_l)
+            assert 1 <= tiling.programs <= tiles
+            if sums:  # what they leave, K numbers a channel and plane, is small beside x
+                assert tiling.programs == 1 or 32 * num * tiling.programs <= n * positions
+            elif tiles * tiling.columns <= 1024:
+                assert tiling.programs == tiles
+
+
+def test_what_the_kernels_refuse_of_a_mixture():
+    assert launch.mixture_refusal(9, 1) == "takes up to 8 components, got 9"
+    for num, most in ((1, 1024), (2, 1024), (3, 512), (4, 512), (5, 256), (8, 256)):
+        assert launch.mixture_refusal(num, most) is None
+        assert launch.mixture_refusal(num, most + 1) == (
+            f"takes up to {most} channels that share one of {num} posteriors, got {most + 1}"
+        )
+
+
+def test_it_is_the_channels_of_a_group_that_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "INSTALLED", True)
+    x, log_lambda, mean, var, _ = mixture_case((2, 600, 1), num=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="'triton' takes up to 512 channels that share one of 3 posteriors, got 600"):
+        mixture_norm(x, log_lambda, mean, var, groups=1, backend="triton")
 
 
 @needs_triton

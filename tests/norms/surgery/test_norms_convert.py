@@ -23,6 +23,7 @@ from common.norms import (
     UCBNorm,
     clusters,
     convert_norms,
+    make_norm,
     revert_norms,
 )
 
@@ -154,6 +155,27 @@ def test_where(where, names):
     assert convert_norms(model, "ucb", where=where) == names
     found = {name for name, module in model.named_modules() if isinstance(module, UCBNorm)}
     assert found == set(names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_channel_of_the_packages_own_batch_norm_converts(kind):
+    model = nn.Sequential(make_norm("bn", 4, 1)).eval()
+    model[0].get_buffer("running_var")[1] = 0
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
+    want = model(x)
+    assert convert_norms(model, kind, num_components=1) == ["0"]
+    with routed(kind, torch.zeros(6, dtype=torch.int64)):
+        close(model(x), want)
+    assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def test_a_converted_layer_is_not_seeded_unless_told_to():
+    for kind in ("mn", "ucb"):
+        seeded, unseeded = small(), small()
+        convert_norms(seeded, kind)
+        convert_norms(unseeded, kind, init="kmeans++")
+        assert seeded[1].is_initialized()
+        assert not unseeded[1].is_initialized()
 
 
 def test_a_domain_layer_of_the_models_own_is_left_alone():
