@@ -1,5 +1,6 @@
 """A run's folder: its name, its lock, its resolved configuration, and where it ran."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -85,10 +87,15 @@ def resume_config(cls: type[T], argv: Sequence[str] | None, path: Path, may_chan
         may_change: dotted names of settings that do not alter what is computed, or only for how long.
 
     Raises:
-        UsageError: if the command line changes anything else.
+        UsageError: if the command line changes anything else, or config.yaml holds no such configuration.
     """
-    stored_file = ["--config", str(path / "config.yaml")]
-    stored = dict(flatten(to_dict(parse(cls, stored_file))))
+    file = path / "config.yaml"
+    stored_file = ["--config", str(file)]
+    try:
+        stored = dict(flatten(to_dict(parse(cls, stored_file))))
+    except UsageError as error:
+        place = "" if str(file) in str(error) else f"config: {file}: "
+        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
     config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
     for field, now in flatten(to_dict(config)):
         if field not in (*NOT_STORED, *may_change, "init_from") and now != stored[field]:
@@ -161,7 +168,7 @@ class RunFolder:
         """Open an existing run folder.
 
         Raises:
-            UsageError: if another process has it open.
+            UsageError: if another process has it open, or it cannot be written to.
         """
         return cls(path, _lock(path))
 
@@ -212,31 +219,88 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
     }
 
 
-def note_session(path: Path, session: Mapping[str, Any]) -> None:
-    """Append a session to a run's environment.json, after checking that it can go on bit for bit.
+def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
+    """Append a session, as `environment` describes it, to a run's environment.json.
+
+    Returns:
+        A line for each thing that is not as in the session before, and that results may depend on in their last
+        bits: device, processor, threads, backend, versions.
 
     Raises:
-        UsageError: if device type, number of processes, thread count or layer backend differ from the run's first
-            session.
+        UsageError: if the number of processes is not the run's (they share its images and noise), if the file is
+            not as `environment_json` writes it, or if it cannot be written.
     """
-    file = path / "environment.json"
-    sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
-    remedies = {
-        "world": "start it with torchrun --nproc-per-node",
-        "threads": "add --threads",
-        "device": "add --device",
-        "backend": "add --norm.backend",
-    }
-    for field, remedy in remedies.items():
-        before, now = sessions[0].get(field), session.get(field)
-        if before != now:
-            raise UsageError(f"{field}: the run used {before}, this process has {now}; {remedy} {before}")
-    write_text_atomic(file, environment_json([*sessions, dict(session)]))
+    sessions = _sessions(path)
+    before, now = dict(flatten(sessions[-1])), dict(flatten(session))
+    if before.get("world") != now.get("world"):
+        raise UsageError(
+            f"world: the run used {before.get('world')} processes, this one has {now.get('world')}; start it with "
+            f"torchrun --nproc-per-node {before.get('world')}"
+        )
+    text = environment_json([*sessions, dict(session)])
+    with _writable(path):
+        write_text_atomic(path / "environment.json", text)
+    names = dict.fromkeys(name for name in (*before, *now) if name.startswith(_TOUCHES_LAST_BITS))
+    return [
+        f"{name}: the run used {before.get(name)}, this process has {now.get(name)}; results may differ in their last "
+        "bits from those of an uninterrupted run"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def recorded_threads(path: Path) -> int | None:
+    """Return the number of CPU threads of a run's last session, which a resumed run keeps; None where none is noted.
+
+    Raises:
+        UsageError: if environment.json is not as `environment_json` writes it.
+    """
+    return _sessions(path)[-1].get("threads")
 
 
 def environment_json(sessions: list[dict[str, Any]]) -> str:
     """Return the text of environment.json."""
     return json.dumps({"sessions": sessions}, indent=2) + "\n"
+
+
+_TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "backend", "python", "versions.")
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    file = path / "environment.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"name: {file} cannot be read ({error.strerror}); {_SESSIONS_EXPECTED}") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UsageError(f"name: {file} is not JSON ({error}); {_SESSIONS_EXPECTED}") from None
+    sessions = content.get("sessions") if isinstance(content, dict) else None
+    if not (isinstance(sessions, list) and sessions and all(_is_session(each) for each in sessions)):
+        raise UsageError(f"name: {file} lists no sessions; {_SESSIONS_EXPECTED}")
+    return sessions
+
+
+_SESSIONS_EXPECTED = 'expected {"sessions": [{"world": 1, "threads": 2, ...}]}, as the run wrote it; restore it'
+
+
+def _is_session(value: object) -> bool:
+    """Say whether a value has the form of a session; a bool, which Python counts among the integers, is no number."""
+    return isinstance(value, dict) and all(
+        type(value.get(name, 1)) is int and value.get(name, 1) >= 1 for name in ("world", "threads")
+    )
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn the refusal of a run folder that may only be read into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UsageError(
+            f"name: cannot write to {folder} ({error.strerror}); make it writable, or copy it and give its --out"
+        ) from None
 
 
 _PACKAGES = (
@@ -252,11 +316,14 @@ _PACKAGES = (
 
 def _lock(folder: Path) -> int:
     """Lock a folder. POSIX locks end with their process and, unlike flock's, do not pass to forked loader workers."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with _writable(folder):
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as ENOLCK: a file system without locks
+            raise UsageError(f"name: {folder} cannot be locked ({error.strerror}); move it to another disk") from None
         raise UsageError(f"name: {folder} is in use by another process; wait for it or take another --name") from None
     return descriptor
 

@@ -1,16 +1,28 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from common.errors import UsageError
-from common.runs.folder import RunConfig, RunFolder, environment, environment_json, note_session
+from common.runs.folder import (
+    RunConfig,
+    RunFolder,
+    environment,
+    environment_json,
+    note_session,
+    recorded_threads,
+    resume_config,
+    stored_yaml,
+)
 
 FILES = {"config.yaml": "seed: 0\n"}
 
@@ -72,18 +84,166 @@ def test_a_lock_refuses_a_second_process_and_dies_with_its_own(tmp_path, fork):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_the_environment_is_recorded_and_checked(tmp_path):
+SESSION = {
+    "device": "cpu",
+    "threads": 2,
+    "world": 1,
+    "python": "3.11.7",
+    "versions": {"torch": "2.11.0", "triton": None},
+    "hardware": {"cpu": "A", "cores": 2, "memory_gib": 8, "gpu": None},
+    "backend": "eager",
+    "commit": "abc",
+}
+
+
+def changed(field: str, value: object) -> dict:
+    group, _, name = field.partition(".")
+    return SESSION | ({group: SESSION[group] | {name: value}} if name else {group: value})
+
+
+def write_sessions(folder, *sessions):
+    (folder / "environment.json").write_text(environment_json(list(sessions)))
+
+
+def sessions(folder) -> list[dict]:
+    return json.loads((folder / "environment.json").read_text())["sessions"]
+
+
+def test_a_session_like_the_last_one_is_appended_without_a_word(tmp_path):
     session = environment(torch.device("cpu"), backend="auto")
-    (tmp_path / "environment.json").write_text(environment_json([session]))
+    write_sessions(tmp_path, session)
     assert session["versions"]["torch"] == torch.__version__
-    note_session(tmp_path, session)
-    assert len(json.loads((tmp_path / "environment.json").read_text())["sessions"]) == 2
-    threads = session["threads"]
-    with pytest.raises(UsageError, match=rf"threads: the run used {threads}, .* add --threads {threads}"):
-        note_session(tmp_path, session | {"threads": threads + 1})
-    with pytest.raises(UsageError, match="backend: the run used auto"):
-        note_session(tmp_path, session | {"backend": "reference"})
-    assert len(json.loads((tmp_path / "environment.json").read_text())["sessions"]) == 2
+    assert note_session(tmp_path, session) == []
+    assert sessions(tmp_path) == [session, session]
+
+
+ELSEWHERE = {"device": "cuda", "threads": 7, "backend": "triton", "python": "3.12.1", "versions.torch": "2.12.0",
+             "versions.triton": "3.4.0", "hardware.cpu": "B", "hardware.gpu": "C"}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ELSEWHERE)
+def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path, field):
+    write_sessions(tmp_path, SESSION)
+    session = changed(field, ELSEWHERE[field])
+    (line,) = note_session(tmp_path, session)
+    before = (SESSION | SESSION["versions"] | SESSION["hardware"])[field.split(".")[-1]]
+    assert line.startswith(f"{field}: the run used {before}, this process has {ELSEWHERE[field]}; ")
+    assert "last bits" in line
+    assert "\n" not in line
+    assert sessions(tmp_path) == [SESSION, session]
+    assert note_session(tmp_path, session) == []  # as the last session, if not as the first
+
+
+@pytest.mark.parametrize(("field", "value"), [("hardware.memory_gib", 64), ("hardware.cores", 64), ("commit", "def")])
+def test_what_no_result_depends_on_goes_without_saying(tmp_path, field, value):
+    write_sessions(tmp_path, SESSION)
+    assert note_session(tmp_path, changed(field, value)) == []
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    with pytest.raises(UsageError, match=r"^world: the run used 1 .* has 4; .* torchrun --nproc-per-node 1$"):
+        note_session(tmp_path, changed("world", 4))
+    assert sessions(tmp_path) == [SESSION]
+
+
+def test_the_threads_to_keep_are_those_of_the_last_session(tmp_path):
+    write_sessions(tmp_path, SESSION, changed("threads", 5))
+    assert recorded_threads(tmp_path) == 5
+    write_sessions(tmp_path, {"world": 1})
+    assert recorded_threads(tmp_path) is None
+
+
+BAD_SESSIONS = {
+    "empty": b"",
+    "half": b'{"sessions": [{"wor',
+    "no text": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "another object": b"{}",
+    "sessions of no kind": b'{"sessions": 3}',
+    "no session": b'{"sessions": []}',
+    "a session of no kind": b'{"sessions": [1]}',
+    "threads in words": b'{"sessions": [{"world": 1, "threads": "two"}]}',
+    "threads that are true": b'{"sessions": [{"world": 1, "threads": true}]}',
+    "no threads": b'{"sessions": [{"world": 1, "threads": 0}]}',
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("case", BAD_SESSIONS)
+def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path, case):
+    file, content = tmp_path / "environment.json", BAD_SESSIONS[case]
+    if content is not None:
+        file.write_bytes(content)
+    for read in (recorded_threads, lambda path: note_session(path, SESSION)):
+        with pytest.raises(UsageError, match=f"^name: {file} .* expected {{") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+    assert not file.exists() if content is None else file.read_bytes() == content
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "epochs: [", "log_every: x", "log_every: 0", "foo: 1", "{}\n---\n{}"])
+def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=rf"^config: {tmp_path}/config\.yaml: ") as caught:
+        resume_config(RunConfig, ["--name", "run", "--resume"], tmp_path, ())
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("config.yaml") == 1
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path):
+    stored = RunConfig(seed=3, log_every=7, name="old", out=tmp_path, cache=tmp_path / "cache")
+    (tmp_path / "config.yaml").write_text(stored_yaml(stored))
+    argv = ["--name", "run", "--resume", "--out", str(tmp_path / "elsewhere")]
+    now = replace(stored, name="run", resume=True, out=tmp_path / "elsewhere")
+    assert resume_config(RunConfig, argv, tmp_path, ()) == now
+    assert resume_config(RunConfig, [*argv, "--log_every", "9"], tmp_path, ("log_every",)).log_every == 9
+    assert resume_config(RunConfig, [*argv, "--seed", "3"], tmp_path, ()).seed == 3
+    with pytest.raises(UsageError, match=r"^seed: the run has 3, got 4; .*free to change: threads, log_every\)$"):
+        resume_config(RunConfig, [*argv, "--seed", "4"], tmp_path, ("threads", "log_every"))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [("lock", RunFolder.reopen), ("environment.json", lambda path: note_session(path, SESSION))],
+    ids=["lock", "session"],
+)
+def test_a_folder_that_may_only_be_read_is_one_line(tmp_path, monkeypatch, code, name, use):
+    write_sessions(tmp_path, SESSION)
+    opened = os.open
+
+    def refuse(path, flags, *mode, **options):
+        if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(code, os.strerror(code), path)
+        return opened(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UsageError, match=rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"):
+        use(tmp_path)
+    monkeypatch.undo()
+    assert sessions(tmp_path) == [SESSION]
+
+
+def test_a_full_disk_is_not_taken_for_one_that_may_only_be_read(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.reopen(tmp_path)
+
+
+def test_a_file_system_without_locks_is_told_apart_from_a_run_in_use(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UsageError, match=f"^name: {tmp_path} cannot be locked \\(No locks available\\)"):
+        RunFolder.reopen(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(
