@@ -1,8 +1,10 @@
 """Device, precision, memory layout and determinism, decided once at the start of a run."""
 
+import math
 import os
 import re
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,9 +33,58 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's number of CPU threads; 0 keeps torch's own choice."""
+    """Set torch's number of CPU threads; 0 takes torch's own choice, or a container's share of the processors if less.
+
+    Torch counts the processors it may run on. A quota takes time away instead: more threads than it allows then wait
+    for each other while they are stopped.
+    """
+    quota = None if threads else cpu_quota()
+    if quota is not None:
+        threads = min(torch.get_num_threads(), max(1, math.floor(quota)))
     if threads:
         torch.set_num_threads(threads)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return how many processors' time this process's control groups allow it; None where they set no limit.
+
+    Args:
+        root: what holds ``proc`` and ``sys``.
+    """
+    top = root / "sys/fs/cgroup"
+    quotas = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = top / "cpu" if controllers else top  # version 1 has a tree for each controller, version 2 one
+        # A parent's limit holds for its children. Inside a container the path can be the host's, which is not there,
+        # and the top the container's own group; a path that leads out of what is mounted leaves the top alone.
+        group = mounted if ".." in path.split("/") else mounted / path.lstrip("/")
+        quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(mounted)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota(group: Path) -> float | None:
+    """Read the microseconds of processor time in a period, and the period's: in version 2 from one file."""
+    words = _words(group / "cpu.max") or [
+        *_words(group / "cpu.cfs_quota_us"),
+        *_words(group / "cpu.cfs_period_us"),
+    ]
+    if len(words) != 2 or words[0] in ("max", "-1"):
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _words(file: Path) -> list[str]:
+    return " ".join(_lines(file)).split()
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def set_determinism(deterministic: bool) -> None:

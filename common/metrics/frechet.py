@@ -5,11 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +28,8 @@ def statistics(features: Tensor) -> Statistics:
     bad = int((~torch.isfinite(features)).any(dim=1).sum())
     if bad:
         raise ValueError(f"features: expected finite values, got others in {bad} of {len(features)} samples")
+    from torch_fidelity.metric_fid import fid_features_to_statistics  # noqa: PLC0415 - seconds that --help need not take
+
     result = fid_features_to_statistics(features.detach().double().cpu())
     dim = features.shape[1]
     return Statistics(
@@ -51,5 +48,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics: expected one dimension, got {len(a.mean)} and {len(b.mean)}")
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # noqa: PLC0415 - as above
+
     first, second = ({"mu": s.mean.numpy(), "sigma": s.covariance.numpy()} for s in (a, b))
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]

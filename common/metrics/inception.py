@@ -3,13 +3,16 @@
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from common.errors import UsageError
 from common.metrics.cache import load_tensors
+
+if TYPE_CHECKING:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
@@ -82,11 +85,13 @@ def _check_hash(path: Path, digest: str, expected: str | None) -> None:
         )
 
 
-def _build(path: Path, content: bytes) -> FeatureExtractorInceptionV3:
+def _build(path: Path, content: bytes) -> "FeatureExtractorInceptionV3":
     """Construct the network from bytes that hold tensors and nothing that runs.
 
     torch-fidelity unpickles whatever file it is given, so it gets one written here.
     """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: PLC0415 - takes seconds
+
     refused = f"fid.weights: {path} does not hold the weights of inception-v3-compat"
     try:
         state = load_tensors(content)

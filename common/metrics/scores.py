@@ -5,12 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
-    top_k_accuracy_score,
-)
 from torch import Tensor
 
 _TOP = 5
@@ -68,6 +62,8 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
         ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
     """
     _check_classes("labels", labels, num_classes)
+    from sklearn import metrics  # noqa: PLC0415 - takes a second, which --help need not
+
     logits = None
     if outputs.is_floating_point():
         logits = _check_scores("outputs", outputs, len(labels), num_classes)
@@ -80,14 +76,14 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
     true, found = labels.cpu().numpy(), predictions.cpu().numpy()
     top5 = None
     if logits is not None and num_classes > _TOP:
-        top5 = float(top_k_accuracy_score(true, logits, k=_TOP, labels=np.arange(num_classes)))
+        top5 = float(metrics.top_k_accuracy_score(true, logits, k=_TOP, labels=np.arange(num_classes)))
     return Scores(
         count=len(true),
-        accuracy=float(accuracy_score(true, found)),
+        accuracy=float(metrics.accuracy_score(true, found)),
         top5=top5,
         macro=_averages(true, found, "macro"),
         weighted=_averages(true, found, "weighted"),
-        confusion=torch.from_numpy(confusion_matrix(true, found, labels=np.arange(num_classes))),
+        confusion=torch.from_numpy(metrics.confusion_matrix(true, found, labels=np.arange(num_classes))),
     )
 
 
@@ -124,6 +120,8 @@ def _averages(true: np.ndarray, found: np.ndarray, average: str) -> Averages:
 
 
 def _support(true: np.ndarray, found: np.ndarray, average: str) -> tuple[Any, ...]:
+    from sklearn.metrics import precision_recall_fscore_support  # noqa: PLC0415 - as above
+
     return precision_recall_fscore_support(
         true,
         found,

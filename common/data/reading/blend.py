@@ -5,7 +5,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from common.data.reading.image_folder import check_folder, images_below, read_photograph
@@ -72,6 +71,8 @@ def photographs(source: str, name: str, size: int) -> Photographs:
         raise UsageError(
             f"data.size: {name} cuts patches from photographs, expected at most {SMALLEST_SAMPLE}, got {size}"
         )
+    from sklearn.datasets import load_sample_images  # noqa: PLC0415 - takes a second, and a folder needs none of it
+
     return load_sample_images().images
 
 

@@ -5,12 +5,6 @@ from pathlib import Path
 from common.data.config import DataConfig
 from common.data.image_set import Splits
 from common.data.reading.image_folder import read_folder
-from common.data.sets.cifar import cifar
-from common.data.sets.digits import digits, digits_m
-from common.data.sets.mnist import mnist, mnist_m
-from common.data.sets.oxford_pet import oxford_pet
-from common.data.sets.svhn import svhn
-from common.data.sets.tiny_imagenet import tiny_imagenet
 from common.data.superclasses import read_superclasses, with_superclasses
 from common.errors import UsageError
 
@@ -18,32 +12,36 @@ from common.errors import UsageError
 def load(config: DataConfig) -> Splits:
     """Load the data set a configuration names.
 
+    Only then is what the set needs imported: torchvision and scikit-learn take seconds, --help none.
+
     Raises:
         UsageError: if a folder or file is missing, or cannot be read.
     """
-    if config.name == "digits":
-        return digits(config.size)
-    if config.name == "digits_m":
-        return digits_m(config.size)
+    if config.name in ("digits", "digits_m"):
+        from common.data.sets import digits  # noqa: PLC0415 - see above
+
+        return (digits.digits if config.name == "digits" else digits.digits_m)(config.size)
     if config.name == "imagefolder":
         return _folders(config)
     return _published(config, config.root or Path("data"))
 
 
 def _published(config: DataConfig, root: Path) -> Splits:
+    from common.data.sets import cifar, mnist, oxford_pet, svhn, tiny_imagenet  # noqa: PLC0415 - see `load`
+
     name, size, download = config.name, config.size, config.download
     if name == "mnist":
-        return mnist(root, size, download=download)
+        return mnist.mnist(root, size, download=download)
     if name == "mnist_m":
-        return mnist_m(root, size, config.blend, download=download)
+        return mnist.mnist_m(root, size, config.blend, download=download)
     if name == "svhn":
-        return svhn(root, size, download=download)
+        return svhn.svhn(root, size, download=download)
     if name == "tiny_imagenet":
-        return tiny_imagenet(root, size, download=download)
+        return tiny_imagenet.tiny_imagenet(root, size, download=download)
     if name == "oxford_pet":
-        return oxford_pet(root, size, config.labels, download=download)
+        return oxford_pet.oxford_pet(root, size, config.labels, download=download)
     assert name in ("cifar10", "cifar100")  # all that is left
-    return cifar(name, root, size, config.labels, download=download)
+    return cifar.cifar(name, root, size, config.labels, download=download)
 
 
 def _folders(config: DataConfig) -> Splits:

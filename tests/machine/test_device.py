@@ -1,0 +1,157 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UsageError
+from common.machine import device
+from common.machine.device import autocast, cpu_quota, memory_format, resolve_device, set_determinism, set_threads
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/cpu"
+V1_LINES = "12:memory:/elsewhere\n4:cpuacct,cpu:/docker/a\n3:cpuset:/docker/a\n1:name=systemd:/docker/a\n0::/unused\n"
+QUOTAS: dict[str, tuple[str, dict[str, str], float | None]] = {
+    "no control groups at all": ("", {}, None),
+    "no limit": ("0::/a\n", {f"{V2}/a/cpu.max": "max 100000\n"}, None),
+    "its own": ("0::/a\n", {f"{V2}/a/cpu.max": "150000 100000\n"}, 1.5),
+    "another period": ("0::/a\n", {f"{V2}/a/cpu.max": "150000 50000\n"}, 3.0),
+    "a parent's": ("0::/a/b/c\n", {f"{V2}/a/b/c/cpu.max": "max 100000\n", f"{V2}/a/cpu.max": "200000 100000\n"}, 2.0),
+    "the tightest": ("0::/a/b\n", {f"{V2}/a/b/cpu.max": "400000 100000\n", f"{V2}/a/cpu.max": "300000 100000\n"}, 3.0),
+    "a parent's, looser": ("0::/a/b\n", {f"{V2}/a/b/cpu.max": "1000 1000\n", f"{V2}/a/cpu.max": "9000 1000\n"}, 1.0),
+    "a neighbour's": ("0::/a\n", {f"{V2}/a/cpu.max": "max 100000\n", f"{V2}/b/cpu.max": "100000 100000\n"}, None),
+    "in a container": ("0::/\n", {f"{V2}/cpu.max": "50000 100000\n"}, 0.5),
+    "a path of the host": ("0::/host/path\n", {f"{V2}/cpu.max": "250000 100000\n"}, 2.5),
+    "a path that leads out": ("0::/../b\n", {f"{V2}/cpu.max": "250000 100000\n", f"{V2}/b/cpu.max": "1 1\n"}, 2.5),
+    "a name with a colon": ("0::/a:b\n", {f"{V2}/a:b/cpu.max": "200000 100000\n"}, 2.0),
+    "a name with a blank": ("0::/a b\n", {f"{V2}/a b/cpu.max": "200000 100000\n"}, 2.0),
+    "version 1": (
+        V1_LINES,
+        {f"{V1}/docker/a/cpu.cfs_quota_us": "350000\n", f"{V1}/docker/a/cpu.cfs_period_us": "100000\n"},
+        3.5,
+    ),
+    "version 1 of the host": (
+        V1_LINES,
+        {f"{V1}/cpu.cfs_quota_us": "350000\n", f"{V1}/cpu.cfs_period_us": "1000\n"},
+        350,
+    ),
+    "version 1 without a limit": (
+        V1_LINES,
+        {f"{V1}/docker/a/cpu.cfs_quota_us": "-1\n", f"{V1}/docker/a/cpu.cfs_period_us": "100000\n"},
+        None,
+    ),
+    "version 1, another controller": (
+        "4:cpuacct:/a\n",
+        {f"{V1}/a/cpu.cfs_quota_us": "100000\n", f"{V1}/a/cpu.cfs_period_us": "100000\n"},
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_the_quota_is_the_tightest_of_its_group_and_the_groups_above(tmp_path, case):
+    groups, files, expected = QUOTAS[case]
+    root = write(tmp_path, files | ({"proc/self/cgroup": groups} if groups else {}))
+    assert cpu_quota(root) == expected
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Torch's number of threads as it chose it, 8; the list takes what it is set to."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    return chosen
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(0.5, 1), (1.0, 1), (1.99, 1), (2.0, 2), (7.5, 7), (64.0, 8)])
+def test_without_a_number_there_are_no_more_threads_than_the_quota_feeds(threads, monkeypatch, quota, expected):
+    monkeypatch.setattr(device, "cpu_quota", lambda: quota)
+    set_threads(0)
+    assert threads == [expected]
+
+
+def test_a_given_number_stays_and_without_a_quota_torch_chooses(threads, monkeypatch):
+    monkeypatch.setattr(device, "cpu_quota", lambda: 2.0)
+    set_threads(5)
+    assert threads == [5]
+    monkeypatch.setattr(device, "cpu_quota", lambda: None)
+    set_threads(0)
+    assert threads == [5]
+
+
+def test_threads_are_torchs():
+    before = torch.get_num_threads()
+    try:
+        set_threads(3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch):
+    for available, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert resolve_device("auto").type == kind
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:-1", "cpu:0", "CPU", "", "cuda:x", "xcuda"])
+def test_another_device_is_refused(name):
+    with pytest.raises(UsageError, match=f"^device: expected auto, cpu, cuda or cuda:n, got {re.escape(name)}$"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize(("name", "count", "there"), [("cuda", 1, True), ("cuda", 0, False), ("cuda:1", 1, False),
+                                                      ("cuda:1", 2, True), ("cpu", 0, True)])  # fmt: skip
+def test_a_device_torch_does_not_see_is_refused(monkeypatch, name, count, there):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if there:
+        assert str(resolve_device(name)) == name
+    else:
+        with pytest.raises(UsageError, match=f"^device: {name} asked for, but torch sees {count} CUDA devices"):
+            resolve_device(name)
+
+
+def test_determinism_is_asked_for_and_leaves_a_workspace_that_the_user_chose(monkeypatch):
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        torch.backends.cudnn.benchmark = True
+        set_determinism(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        set_determinism(True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        set_determinism(False)
+        assert torch.backends.cudnn.benchmark
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_precision_is_the_type_of_a_product(precision, dtype):
+    a = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), precision):
+        assert (a @ a).dtype == dtype
+
+
+def test_channels_last_is_a_layout():
+    image = torch.zeros(2, 3, 4, 4)
+    assert image.contiguous(memory_format=memory_format(True)).stride() == (48, 1, 12, 3)
+    assert image.contiguous(memory_format=memory_format(False)).stride() == (48, 16, 4, 1)
