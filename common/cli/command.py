@@ -1,9 +1,12 @@
 """How a command starts and ends: one line and a status, never a traceback for what a user or the numbers did."""
 
+import contextlib
+import errno
 import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -59,16 +62,28 @@ def start(module: str) -> NoReturn:
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
-    """Run a command's main function and exit: 0 done, 2 usage, 3 non-finite, 128 + n stopped by signal n."""
+    """Run a command's main function and exit.
+
+    Statuses: 0 done, 1 something unforeseen, 2 usage (among it files that may not be read or written), 3 non-finite,
+    4 a full disk, 128 + n stopped by signal n.
+    """
+    threading.excepthook = _unless_the_disk_is_full
     try:
         main()
+        sys.stdout.flush()  # a disk that is full only now is told like any other
     except UsageError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {error}", 4 if _full_disk(error) else 2)
     except NonFiniteError as error:
         _leave(f"error: {error}", 3)
     except Stopped as stop:
         _leave(str(stop), 128 + stop.signum)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
+        if (full := _full_disk(error)) is not None:
+            _leave(f"error: {full}; make room, then start again (a run goes on with --resume)", 4)
+        if isinstance(error, OSError):
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
+                _leave(f"error: {error.filename}: {error.strerror}; expected a place open to this user", 2)
+            raise
         import torch  # noqa: PLC0415 - a mistyped flag is answered without it
 
         if not isinstance(error, torch.OutOfMemoryError):
@@ -80,7 +95,33 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
+def _full_disk(error: BaseException | None) -> str | None:
+    """Say which file met a full disk or quota if that is what went wrong, whatever it was turned into on its way."""
+    told, seen = None, set()
+    while error is not None and error not in seen:
+        seen.add(error)
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            reason = os.strerror(code)
+            if getattr(error, "errno", None) == code or reason in str(error):  # torch's are RuntimeErrors with a text
+                if isinstance(file := getattr(error, "filename", None), str):
+                    return f"{file}: {reason}"
+                told = told or reason
+        error = error.__cause__ or error.__context__
+    return told
+
+
+def _unless_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
+    """Report what ended a thread, but for a full disk: TensorBoard's writer raises that again where it is used."""
+    if _full_disk(thread.exc_value) is None:
+        threading.__excepthook__(thread)
+
+
 def _leave(line: str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # where what is printed goes to the full disk, the status alone can tell
+            print(line, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try again and end with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

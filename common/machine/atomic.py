@@ -1,10 +1,14 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def write_atomic(path: Path, writer: Callable[[BinaryIO], object]) -> None:
@@ -17,7 +21,7 @@ def write_atomic(path: Path, writer: Callable[[BinaryIO], object]) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             writer(file)
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +36,17 @@ def write_atomic(path: Path, writer: Callable[[BinaryIO], object]) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write UTF-8 text whole or not at all (see `write_atomic`)."""
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of writing, such as a full disk's, the name of this file, which Python leaves out there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _WRITING and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def umask() -> int:

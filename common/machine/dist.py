@@ -122,7 +122,10 @@ class Env:
         if self.world == 1:
             return network
         devices = [self._device] if self._device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        # broadcast_buffers=False is deprecated since torch 2.13, and its replacement copies rank 0's buffers once.
+        own = [name for name, _ in network.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, own)
+        return DistributedDataParallel(network, device_ids=devices)
 
     @property
     def _device(self) -> torch.device:

@@ -234,7 +234,7 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
     before, now = dict(flatten(sessions[-1])), dict(flatten(session))
     if before.get("world") != now.get("world"):
         raise UsageError(
-            f"world: the run used {before.get('world')} processes, this one has {now.get('world')}; start it with "
+            f"world: the run used {before.get('world')}, this process has {now.get('world')}; start it with "
             f"torchrun --nproc-per-node {before.get('world')}"
         )
     text = environment_json([*sessions, dict(session)])

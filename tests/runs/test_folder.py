@@ -142,7 +142,7 @@ def test_what_no_result_depends_on_goes_without_saying(tmp_path, field, value):
 
 def test_another_number_of_processes_is_refused(tmp_path):
     write_sessions(tmp_path, SESSION)
-    with pytest.raises(UsageError, match=r"^world: the run used 1 .* has 4; .* torchrun --nproc-per-node 1$"):
+    with pytest.raises(UsageError, match=r"^world: the run used 1, .* has 4; .* torchrun --nproc-per-node 1$"):
         note_session(tmp_path, changed("world", 4))
     assert sessions(tmp_path) == [SESSION]
 

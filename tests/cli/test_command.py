@@ -1,0 +1,268 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.cli.command import StopRequest, run_command
+from common.errors import NonFiniteError, Stopped, UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def ended(capsys, error: BaseException | None) -> tuple[object, list[str]]:
+    """Run a command that raises this error; return its status and the lines on stderr."""
+
+    def main():
+        print("printed")
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    told = capsys.readouterr()
+    assert told.out == "printed\n"
+    return left.value.code, told.err.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def thread_hook():
+    """Put back what reports on threads, which a command replaces for the rest of its process."""
+    before = threading.excepthook
+    yield
+    threading.excepthook = before
+
+
+def test_each_end_has_its_status_and_one_line(capsys):
+    assert ended(capsys, None) == (0, [])
+    assert ended(capsys, UsageError("lr: no")) == (2, ["error: lr: no"])
+    assert ended(capsys, NonFiniteError("loss/d")) == (3, ["error: loss/d"])
+    assert ended(capsys, Stopped(signal.SIGTERM, "stopped")) == (143, ["stopped"])
+    assert ended(capsys, KeyboardInterrupt()) == (130, ["stopped at once; the last checkpoint stands"])
+    status, (line,) = ended(capsys, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    assert status == 1
+    assert line.startswith("error: device: out of memory (CUDA out of memory); ")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EIO, "a fault")])
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    with pytest.raises(type(error), match="a fault"):
+        run_command(lambda: exec("raise error", {"error": error}))
+
+
+def chained(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
+    try:
+        try:
+            raise cause
+        except Exception:
+            raise error from None if hidden else cause
+    except Exception as raised:
+        return raised
+
+
+def full(code: int = errno.ENOSPC, *names: str) -> OSError:
+    return OSError(code, os.strerror(code), *names)
+
+
+FULL = {
+    "with its file": (full(errno.ENOSPC, "/runs/a.pt"), "error: /runs/a.pt: No space left on device; make room"),
+    "a quota": (full(errno.EDQUOT, "/runs/a.pt"), "error: /runs/a.pt: Disk quota exceeded; make room"),
+    "without a file": (full(), "error: No space left on device; make room"),
+    "named on the way": (
+        chained(full(), full(errno.ENOSPC, "/runs/a.pt"), hidden=False),
+        "error: /runs/a.pt: No space left on device; make room",
+    ),
+    "torch's": (
+        RuntimeError("unable to write to file </torch_1>: No space left on device (28)"),
+        "error: No space left on device; make room",
+    ),
+    "a worker's": (OSError("Caught OSError in worker 0.\nTraceback\n  [Errno 28] No space left on device"),
+                   "error: No space left on device; make room"),
+    "told as a mistake": (chained(UsageError("out: cannot write"), full(), hidden=True), "error: out: cannot write"),
+    "told in words": (UsageError("data.root: a could not be downloaded (No space left on device)"), "error: data.root"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_is_one_line_and_status_4(capsys, case):
+    error, start = FULL[case]
+    status, (line,) = ended(capsys, error)
+    assert status == 4
+    assert line.startswith(start)
+
+
+def test_errors_that_caused_each_other_in_a_circle_come_to_an_end(capsys):
+    first, second = UsageError("first"), UsageError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert ended(capsys, first) == (2, ["error: first"])
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_that_may_not_be_used_is_one_line_and_status_2(capsys, code):
+    status, (line,) = ended(capsys, full(code, "/runs/a.pt"))
+    assert status == 2
+    assert line.startswith(f"error: /runs/a.pt: {os.strerror(code)}")
+
+
+@pytest.mark.parametrize(("code", "reported"), [(errno.ENOSPC, False), (errno.EIO, True)])
+def test_a_thread_that_met_a_full_disk_leaves_the_telling_to_the_main_thread(capsys, code, reported):
+    def main():
+        thread = threading.Thread(target=exec, args=("raise error", {"error": full(code)}))
+        thread.start()
+        thread.join()
+        raise UsageError("main: told")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "error: main: told"
+    assert ("Exception in thread" in lines[0]) is reported
+    assert reported or len(lines) == 1
+
+
+def test_of_several_processes_the_first_tells(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert ended(capsys, UsageError("lr: no")) == (2, [])
+
+
+COMMAND = """
+from common.cli.command import run_command
+run_command(lambda: print("x" * {count}))
+"""
+
+
+@pytest.mark.parametrize("count", [1, 100_000])
+@pytest.mark.parametrize("errors", ["kept", "full"])
+def test_a_full_disk_under_what_is_printed(count, errors):
+    with open("/dev/full", "w") as nowhere:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND.format(count=count)],
+            stdout=nowhere, stderr=subprocess.PIPE if errors == "kept" else nowhere, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 4
+    if errors == "kept":
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: No space left on device")
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+    time.sleep(0.01)  # Python runs the handler between two instructions
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts_as_before(capsys, signum):
+    class Acted(Exception):
+        pass
+
+    def act(*_):
+        raise Acted
+
+    before = signal.signal(signum, act)
+    try:
+        with StopRequest() as stop:
+            assert not stop
+            send(signum)
+            assert stop
+            assert stop.signum == signum
+            with pytest.raises(Acted):
+                send(signum)
+        with StopRequest() as stop:
+            pass
+        assert signal.getsignal(signum) is act
+        assert not stop
+    finally:
+        signal.signal(signum, before)
+    assert capsys.readouterr().err.count(signal.Signals(signum).name) == 1
+
+
+# A package that loads torch before its command can speak, as the layers' does, and one that does not. Their torch is a
+# file that says what it finds when it is loaded.
+FILES = {
+    "torch.py": "import os\nprint('torch', os.getpid(), os.environ.get('GOMP_SPINCOUNT'))\n",
+    "early/__init__.py": "import torch\n",
+    "late/__init__.py": "",
+}
+MAIN = 'from common.cli.command import start\n\nif __name__ == "__main__":\n    start("{package}.work")\n'
+WORK = """
+import json, os, sys, torch
+def main():
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    print(json.dumps([sys.argv[1:], sys.warnoptions, sys.flags.utf8_mode, [os.environ.get(name) for name in names]]))
+    sys.exit(7)
+"""
+ARGUMENTS = ["--a b", "", "'\"$HOME`*", "-W", "é\n", "--", "-m"]
+
+
+@pytest.fixture
+def started(tmp_path):
+    for package in ("early", "late"):
+        FILES[f"{package}/__main__.py"] = MAIN.format(package=package)
+        FILES[f"{package}/work.py"] = WORK
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def run(package: str, **settings: str) -> tuple[list[list[str]], list]:
+        env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
+        command = [sys.executable, "-W", "error", "-X", "utf8", "-m", package, *ARGUMENTS]
+        done = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 7, done.stderr
+        assert done.stderr == ""
+        *loads, result = done.stdout.splitlines()
+        return [line.split()[1:] for line in loads], json.loads(result)
+
+    return run
+
+
+@pytest.mark.parametrize("package", ["early", "late"])
+def test_threads_spin_shorter_before_torch_is_loaded_and_the_command_line_is_kept(started, package):
+    loads, (arguments, warnings, utf8, environment) = started(package)
+    assert loads[-1][1] == "100000"
+    assert len(loads) == (2 if package == "early" else 1)
+    assert len({process for process, _ in loads}) == 1  # started over in its place, not as a child
+    assert arguments == ARGUMENTS
+    assert warnings == ["error"]
+    assert utf8 == 1
+    assert environment == ["100000", None]
+
+
+@pytest.mark.parametrize("package", ["early", "late"])
+@pytest.mark.parametrize(("setting", "value"), [("GOMP_SPINCOUNT", "7"), ("GOMP_SPINCOUNT", ""),
+                                                ("OMP_WAIT_POLICY", "PASSIVE")])  # fmt: skip
+def test_how_threads_wait_stays_as_the_user_has_said(started, package, setting, value):
+    loads, (arguments, _, _, environment) = started(package, **{setting: value})
+    assert len(loads) == 1
+    assert arguments == ARGUMENTS
+    assert environment == [value if name == setting else None for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")]
+
+
+def commands() -> list[str]:
+    """Return the modules that call `start` when they are run."""
+    files = [path for folder in ("common", "cbgan", "cbcls") for path in (ROOT / folder).rglob("*.py")]
+    found = [path.relative_to(ROOT).with_suffix("") for path in files if "\n    start(" in path.read_text("utf-8")]
+    return sorted(".".join(path.parts) for path in found)
+
+
+def test_importing_a_command_settles_nothing():
+    assert {"cbgan.train", "cbcls.train", "common.norms.doctor"} <= set(commands())
+    script = f"import os, {', '.join(commands())}\nprint([name for name in os.environ if name[:4] in ('GOMP', 'OMP_')])"
+    env = {name: value for name, value in os.environ.items() if name[:4] not in ("GOMP", "OMP_")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_command_whose_package_loads_torch_answers_a_mistyped_flag():
+    command = [sys.executable, "-W", "error", "-m", "common.norms.doctor", "--mistyped", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --mistyped: no such option")
+    assert done.stderr.count("\n") == 1
