@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.data import DataConfig, ImageSet, load
+from common.data import DataConfig, ImageSet, load, to_float
 from common.errors import UsageError
 from common.metrics import classifier as module
 from common.metrics.classifier import Classifier
@@ -50,7 +50,8 @@ def test_same_images_give_the_same_network_and_nothing_global_changes(splits, tm
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     torch.manual_seed(4)
-    assert build(splits.train, splits.test, tmp_path / "2").id in ids
+    with torch.no_grad():  # as a caller may be who measures
+        assert build(splits.train, splits.test, tmp_path / "2").id in ids
 
 
 def test_the_second_time_it_is_read_from_the_cache(splits, tmp_path, training):
@@ -69,6 +70,32 @@ def test_one_changed_byte_of_an_image_trains_anew(splits, tmp_path, training):
     build(changed, splits.test, tmp_path)
     build(splits.train, None, tmp_path)
     assert len(training) == 3
+    images = splits.test.images.clone()
+    images[7, 1, 2, 3] ^= 1
+    build(splits.train, ImageSet(images, splits.test.labels, splits.test.classes, "digits", "test"), tmp_path)
+    assert len(training) == 4  # its accuracy is another
+
+
+def test_another_training_or_version_of_torch_trains_anew(splits, tmp_path, training, monkeypatch):
+    build(splits.train, splits.test, tmp_path, steps=2)
+    build(splits.train, splits.test, tmp_path, steps=3)
+    assert len(training) == 2
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    build(splits.train, splits.test, tmp_path, steps=3)
+    assert len(training) == 3
+
+
+def test_it_trains_on_one_thread_so_that_its_sums_are_the_same_on_any_machine(splits, tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(module, "to_float", lambda images: seen.append(torch.get_num_threads()) or to_float(images))
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(module, "_predict", lambda network, images: torch.zeros(len(images)))
+        build(splits.train, splits.test, tmp_path, steps=2)
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("keep", [0, 0.5, -1])

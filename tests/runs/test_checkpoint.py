@@ -22,6 +22,12 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert loaded["schema"] == checkpoint.SCHEMA
     assert loaded["at"] == {"step": 3}
     assert torch.equal(loaded["weights"], state(3)["weights"])
+    assert checkpoint.load(tmp_path / "a.pt", "meta")["weights"].device.type == "meta"
+
+
+def test_a_file_that_cannot_be_read_is_damaged_and_says_why(tmp_path):
+    with pytest.raises(DamagedCheckpoint, match=r"missing\.pt: .*No such file"):
+        checkpoint.load(tmp_path / "missing.pt")
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
