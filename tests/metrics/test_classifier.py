@@ -110,17 +110,35 @@ def test_a_damaged_cache_file_is_replaced(splits, tmp_path, training, keep):
     assert len(training) == 2
 
 
-def test_without_test_images_a_tenth_is_held_out(splits, monkeypatch, tmp_path):
+def unlabelled(images: ImageSet) -> ImageSet:
+    return ImageSet(images.images, None, (), images.name, images.split)
+
+
+@pytest.mark.parametrize(
+    "test", [lambda splits: None, lambda splits: unlabelled(splits.test)], ids=["none", "unlabelled"]
+)
+def test_without_test_images_to_compare_with_a_tenth_is_held_out(splits, monkeypatch, tmp_path, test):
     seen = []
     monkeypatch.setattr(module, "_train", lambda network, data, steps: seen.append(data))
     monkeypatch.setattr(module, "_predict", lambda network, images: seen.append(images) or torch.zeros(len(images)))
-    build(splits.train, None, tmp_path)
+    build(splits.train, test(splits), tmp_path)
     fit, held_out = seen
     assert (len(fit), len(held_out)) == (900, 100)
     rows = {image.numpy().tobytes() for image in splits.train.images}
     parts = [{image.numpy().tobytes() for image in part} for part in (fit.images, held_out)]
     assert parts[0] | parts[1] == rows
     assert not parts[0] & parts[1]
+
+
+def test_of_few_images_one_is_held_out(splits, tmp_path):
+    few = splits.train.select(torch.arange(5))
+    assert build(few, None, tmp_path, steps=1).accuracy in (0.0, 1.0)
+
+
+def test_images_are_shrunk_but_never_enlarged():
+    small, large = (torch.zeros(2, 3, size, size, dtype=torch.uint8) for size in (8, 64))
+    assert module._shrink(small) is small
+    assert module._shrink(large).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize(("labels", "message"), [(None, "has none"), (torch.zeros(10, dtype=torch.int64), "has 1")])
