@@ -1,3 +1,7 @@
+import io
+import pickle
+import sys
+
 import pytest
 import torch
 
@@ -21,6 +25,24 @@ def test_any_flipped_bit_is_noticed(tmp_path):
     for at in range(0, len(content), 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         assert read_cache(tmp_path, "a") is None
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path):
+    cache_path(tmp_path, "a").mkdir()
+    assert read_cache(tmp_path, "a") is None
+
+
+class Code:
+    def __reduce__(self):
+        return sys.exit, (7,)
+
+
+def test_code_is_refused_and_not_run():
+    content = io.BytesIO()
+    torch.save({"a": Code()}, content)
+    for refused in (content.getvalue(), pickle.dumps(Code())):
+        with pytest.raises(ValueError, match=r".+"):
+            load_tensors(refused)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.data import DataConfig, ImageSet, load
+from common.data import DataConfig, ImageSet, load, to_float
 from common.errors import UsageError
 from common.metrics import classifier as module
 from common.metrics.classifier import Classifier
@@ -50,7 +50,8 @@ def test_same_images_give_the_same_network_and_nothing_global_changes(splits, tm
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     torch.manual_seed(4)
-    assert build(splits.train, splits.test, tmp_path / "2").id in ids
+    with torch.no_grad():  # as a caller may be who measures
+        assert build(splits.train, splits.test, tmp_path / "2").id in ids
 
 
 def test_the_second_time_it_is_read_from_the_cache(splits, tmp_path, training):
@@ -69,6 +70,32 @@ def test_one_changed_byte_of_an_image_trains_anew(splits, tmp_path, training):
     build(changed, splits.test, tmp_path)
     build(splits.train, None, tmp_path)
     assert len(training) == 3
+    images = splits.test.images.clone()
+    images[7, 1, 2, 3] ^= 1
+    build(splits.train, ImageSet(images, splits.test.labels, splits.test.classes, "digits", "test"), tmp_path)
+    assert len(training) == 4  # its accuracy is another
+
+
+def test_another_training_or_version_of_torch_trains_anew(splits, tmp_path, training, monkeypatch):
+    build(splits.train, splits.test, tmp_path, steps=2)
+    build(splits.train, splits.test, tmp_path, steps=3)
+    assert len(training) == 2
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    build(splits.train, splits.test, tmp_path, steps=3)
+    assert len(training) == 3
+
+
+def test_it_trains_on_one_thread_so_that_its_sums_are_the_same_on_any_machine(splits, tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(module, "to_float", lambda images: seen.append(torch.get_num_threads()) or to_float(images))
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(module, "_predict", lambda network, images: torch.zeros(len(images)))
+        build(splits.train, splits.test, tmp_path, steps=2)
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("keep", [0, 0.5, -1])
@@ -83,17 +110,35 @@ def test_a_damaged_cache_file_is_replaced(splits, tmp_path, training, keep):
     assert len(training) == 2
 
 
-def test_without_test_images_a_tenth_is_held_out(splits, monkeypatch, tmp_path):
+def unlabelled(images: ImageSet) -> ImageSet:
+    return ImageSet(images.images, None, (), images.name, images.split)
+
+
+@pytest.mark.parametrize(
+    "test", [lambda splits: None, lambda splits: unlabelled(splits.test)], ids=["none", "unlabelled"]
+)
+def test_without_test_images_to_compare_with_a_tenth_is_held_out(splits, monkeypatch, tmp_path, test):
     seen = []
     monkeypatch.setattr(module, "_train", lambda network, data, steps: seen.append(data))
     monkeypatch.setattr(module, "_predict", lambda network, images: seen.append(images) or torch.zeros(len(images)))
-    build(splits.train, None, tmp_path)
+    build(splits.train, test(splits), tmp_path)
     fit, held_out = seen
     assert (len(fit), len(held_out)) == (900, 100)
     rows = {image.numpy().tobytes() for image in splits.train.images}
     parts = [{image.numpy().tobytes() for image in part} for part in (fit.images, held_out)]
     assert parts[0] | parts[1] == rows
     assert not parts[0] & parts[1]
+
+
+def test_of_few_images_one_is_held_out(splits, tmp_path):
+    few = splits.train.select(torch.arange(5))
+    assert build(few, None, tmp_path, steps=1).accuracy in (0.0, 1.0)
+
+
+def test_images_are_shrunk_but_never_enlarged():
+    small, large = (torch.zeros(2, 3, size, size, dtype=torch.uint8) for size in (8, 64))
+    assert module._shrink(small) is small
+    assert module._shrink(large).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize(("labels", "message"), [(None, "has none"), (torch.zeros(10, dtype=torch.int64), "has 1")])

@@ -159,6 +159,25 @@ def test_stops_between_batches_when_asked(pixels, tmp_path):
         Fid(FidConfig(), Splits(gaussian(40, 5), None), tmp_path, "cpu", should_stop=lambda: True)
 
 
+def test_stops_between_the_two_splits_when_asked(pixels, tmp_path):
+    answers = iter([False, True])
+    splits = Splits(gaussian(50, 0), gaussian(20, 1, split="test"))
+    with pytest.raises(Interrupted):
+        Fid(FidConfig(), splits, tmp_path, "cpu", should_stop=lambda: next(answers))
+    assert pixels.calls == 1
+
+
+@pytest.mark.parametrize("warning", [None, "it says little"])
+def test_what_the_classifier_warns_of_is_passed_on(tmp_path, monkeypatch, warning):
+    class Warning(Pixels):
+        def __init__(self, *_):
+            super().__init__()
+            self.warning = warning
+
+    monkeypatch.setattr(module, "Classifier", Warning)
+    assert build(Splits(gaussian(9, 0), None), tmp_path).warning == warning
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -98,6 +98,10 @@ def test_weights_of_another_hash_are_refused(weights, tmp_path):
     assert f"which has {digest}" in refused(path, "0" * 64, tmp_path)
 
 
+def test_a_hash_may_be_written_in_capitals(tmp_path):
+    module._check_hash(tmp_path, "ab12", "AB12")
+
+
 class Code:
     def __reduce__(self):
         return (sys.exit, (7,))

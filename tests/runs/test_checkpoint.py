@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -20,6 +22,12 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert loaded["schema"] == checkpoint.SCHEMA
     assert loaded["at"] == {"step": 3}
     assert torch.equal(loaded["weights"], state(3)["weights"])
+    assert checkpoint.load(tmp_path / "a.pt", "meta")["weights"].device.type == "meta"
+
+
+def test_a_file_that_cannot_be_read_is_damaged_and_says_why(tmp_path):
+    with pytest.raises(DamagedCheckpoint, match=r"missing\.pt: .*No such file"):
+        checkpoint.load(tmp_path / "missing.pt")
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
@@ -71,6 +79,54 @@ def test_no_flipped_bit_passes_for_the_truth(tmp_path):
         assert loaded["at"] == {"step": 3}  # padding and time stamps may change, content may not
         assert torch.equal(loaded["weights"], state(3)["weights"])
     assert found > 100
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10))
+    for name in (".step-00000020.pt.abc.tmp", ".best.pt.def.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    for name in ("step-extra.pt", "notes.txt"):  # not ours
+        (tmp_path / name).write_bytes(b"kept")
+    loaded, reports = checkpoints.load_latest()
+    assert loaded is not None
+    assert (loaded["at"], reports) == ({"step": 10}, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000010.pt", "step-extra.pt", "notes.txt"}
+
+
+def test_the_newest_is_the_one_of_the_largest_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (9, 10, 100):
+        checkpoints.save(step, state(step))
+    loaded, _ = checkpoints.load_latest()
+    assert loaded is not None
+    assert loaded["at"] == {"step": 100}
+    assert [path.name for path in checkpoints.paths()] == ["step-00000010.pt", "step-00000100.pt"]
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["numbered", "best"])
+def test_a_full_disk_leaves_the_earlier_checkpoints_whole(tmp_path, monkeypatch, failing):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, state(step), best=step == 10)
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            calls.append(descriptor)
+            if len(calls) == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoints.save(30, state(30), best=True)
+    assert caught.value.filename == str(tmp_path / ("step-00000030.pt" if failing == 1 else "best.pt"))
+    monkeypatch.undo()
+    assert checkpoint.load(checkpoints.best)["at"] == {"step": 10}
+    steps = [10, 20] if failing == 1 else [10, 20, 30]
+    assert [checkpoint.load(path)["at"]["step"] for path in checkpoints.paths()] == steps
+    assert len(list(tmp_path.iterdir())) == len(steps) + 1
 
 
 def test_nothing_saved_yet_is_not_an_error_but_all_damaged_is(tmp_path):

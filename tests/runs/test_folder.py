@@ -3,19 +3,24 @@ import errno
 import fcntl
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import UsageError
+from common.runs import folder as module
 from common.runs.folder import (
     RunFolder,
     environment,
     environment_json,
+    find_run,
     note_session,
     recorded_threads,
 )
@@ -43,7 +48,9 @@ def test_fresh_names_count_up(tmp_path):
         run = RunFolder.create(tmp_path, None, "digits-ucb-seed0", FILES)
         names.append(run.path.name)
         run.close()
-    assert names == ["digits-ucb-seed0", "digits-ucb-seed0-2", "digits-ucb-seed0-3"]
+        (tmp_path / "digits-ucb-seed0-2").mkdir(exist_ok=True)  # empty, and somebody's
+    assert names == ["digits-ucb-seed0", "digits-ucb-seed0-3", "digits-ucb-seed0-4"]
+    assert not list((tmp_path / "digits-ucb-seed0-2").iterdir())
     assert (tmp_path / names[2] / "config.yaml").read_text() == "seed: 0\n"
 
 
@@ -60,6 +67,16 @@ def test_a_file_in_the_folders_place_is_one_line(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UsageError, match="out: cannot write to"):
         RunFolder.create(tmp_path / "runs" / "cbgan", None, "default", FILES)
+
+
+def test_a_run_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_text_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.create(tmp_path, None, "default", FILES)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("fork", [False, True], ids=["alone", "with forked child"])
@@ -219,6 +236,60 @@ def test_a_file_system_without_locks_is_told_apart_from_a_run_in_use(tmp_path, m
     with pytest.raises(UsageError, match=f"^name: {tmp_path} cannot be locked \\(No locks available\\)"):
         RunFolder.reopen(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_commit_is_that_of_the_code_and_marked_where_the_code_has_changed(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit() -> str | None:
+        return environment(torch.device("cpu"))["commit"]
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "code.py"))
+    assert commit() is None
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", "code.py")
+    git("commit", "-m", "First")
+    git("tag", "-a", "v1", "-m", "v1")  # a commit's number stays what is noted
+    assert commit() == git("rev-parse", "HEAD")
+    assert len(git("rev-parse", "HEAD")) == 40
+    (tmp_path / "code.py").write_text("2")
+    assert commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_a_session_tells_how_it_was_started_and_on_what(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "cbgan.train", "--out", "my runs"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    session = environment(torch.device("cuda", 1), backend="eager")
+    assert session["command"] == "python -m cbgan.train --out 'my runs'"
+    assert (session["world"], session["threads"], session["device"], session["backend"]) == (3, 6, "cuda", "eager")
+    assert session["hardware"]["gpu"] == "card 1"
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    assert session["hardware"]["memory_gib"] == pytest.approx(int(memory.split()[1]) / 2**20, rel=0.05)
+    assert environment(torch.device("cpu"))["hardware"]["gpu"] is None
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert session["hardware"]["cpu"] in (models or [platform.machine()])
+
+
+def test_a_run_to_go_on_with_is_found_or_those_that_are_there_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"^name: .*ghost is not a run that can be resumed; there are no runs there$"):
+        find_run(tmp_path, "ghost")
+    for name in ("two", "one"):
+        RunFolder.create(tmp_path, name, "default", FILES).close()
+    (tmp_path / "ghost").mkdir()
+    assert find_run(tmp_path, "one") == tmp_path / "one"
+    with pytest.raises(UsageError, match=r"; runs there: one, two$"):
+        find_run(tmp_path, "ghost")
+
+
+def test_a_name_taken_by_a_link_to_nowhere_is_taken(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"^name: .*run exists; add --resume"):
+        RunFolder.create(tmp_path, "run", "default", FILES)
 
 
 def test_the_time_of_a_start_is_utc():

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from common.errors import UsageError
 from common.training.config import RunConfig, resume_config, stored_yaml
@@ -18,6 +19,7 @@ def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_pa
 def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path):
     stored = RunConfig(seed=3, log_every=7, name="old", out=tmp_path, cache=tmp_path / "cache")
     (tmp_path / "config.yaml").write_text(stored_yaml(stored))
+    assert not {"name", "out", "resume", "dry_run"} & set(yaml.safe_load((tmp_path / "config.yaml").read_text()))
     argv = ["--name", "run", "--resume", "--out", str(tmp_path / "elsewhere")]
     now = replace(stored, name="run", resume=True, out=tmp_path / "elsewhere")
     assert resume_config(RunConfig, argv, tmp_path) == now
