@@ -243,4 +243,4 @@ def sample(tree: Path, folders: dict[str, list[str]], seed: int, count: int) -> 
             if fault:
                 drawn.append(fault)
                 taken += 1
-    return own + drawn
+    return drawn + own

@@ -18,6 +18,8 @@ BUDGET = 20.0
 """Seconds of the processor that a fault's tests may take, as recorded: those that do not fit are not run."""
 LIMIT = 60.0
 """Seconds a fault at most."""
+SLOW = 30.0
+"""Seconds a file of tests: beyond, it runs once more unwatched, for watching a compiler takes longer than compiling."""
 SITE = "import coverage\ncoverage.process_startup()\n"
 Table = dict[str, Any]
 
@@ -53,7 +55,7 @@ def session_job(file: str, **more: Any) -> Job:
     environment = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_STORAGE_DIRECTORY": "/dev/null/none"}
     environment |= {"TRITON_INTERPRET": "1"} if is_cold(file) else {}
     environment |= more.pop("environment", {})
-    return {"files": [file], "cold": is_cold(file), "environment": environment, **more}
+    return {"files": [file], "cold": is_cold(file), "environment": environment, "deselect": REDUNDANT, **more}
 
 
 def settings(tree: Path, packages: Iterable[str]) -> str:
@@ -77,22 +79,24 @@ def record(file: str, target: Path, packages: Iterable[str], site: Path) -> Call
             rc.write_text(settings(tree, packages), encoding="utf-8")
             environment = {"COVERAGE_PROCESS_START": str(rc), "PYTHONPATH": str(site)}
             answer = yield session_job(file, environment=environment, coverage=str(rc), limit=RECORD_SECONDS)
-        table: Table = {"durations": {}, "unseen": {}, "lines": {}, "broken": []}
-        if "lines" in answer:
-            bad = {*answer["failed"], *answer["skipped"]}
-            table["durations"] = {t: s for t, s in answer["durations"].items() if t not in bad}
-            table["lines"] = answer["lines"]
-            again = {test: answer["durations"].get(test, 1.0) for test in answer["failed"]}
-        else:
-            again = None
-        if again is None or again:  # perhaps because it is watched: once more without
+        table: Table = {"durations": {}, "unseen": {}, "lines": answer.get("lines", {}), "broken": []}
+        seen = {test: seconds for test, seconds in answer.get("durations", {}).items() if "lines" in answer}
+        for test in [*answer.get("failed", ()), *answer.get("skipped", ())]:
+            seen.pop(test, None)
+        again = dict.fromkeys(answer["failed"], 0.0) if "lines" in answer else None
+        if again is not None and sum(seen.values()) > SLOW:
+            again |= seen
+        if again is None or again:  # what failed, perhaps because it was watched; what took long, no doubt for that
             plain: Answer = yield session_job(file, tests=again, limit=RECORD_SECONDS)
             if "durations" in plain:
                 bad = {*plain["failed"], *plain["skipped"]}
-                table["unseen"] = {t: s for t, s in plain["durations"].items() if t not in bad}
+                good = {test: seconds for test, seconds in plain["durations"].items() if test not in bad}
+                table["unseen"] = {test: seconds for test, seconds in good.items() if test not in seen}
+                seen = {test: good.get(test, seconds) for test, seconds in seen.items() if test not in bad}
                 table["broken"] = plain["failed"] and [*plain["failed"], *plain["messages"]]
             else:
                 table["broken"] = [file, str(plain)[-400:]]
+        table["durations"] = seen
         draft = target.with_suffix(".draft")
         draft.write_text(json.dumps(table), encoding="utf-8")
         draft.rename(target)
@@ -127,8 +131,6 @@ class Selection:
                 mine = self.executed.setdefault(source, {})
                 for line, tests in rows.items():
                     mine.setdefault(int(line), set()).update(tests)
-        for test in [test for test in self.durations if test.startswith(REDUNDANT)]:
-            del self.durations[test]
         self.of_file: dict[str, set[str]] = {}
         for test in self.durations:
             self.of_file.setdefault(test.split("::")[0], set()).add(test)
@@ -162,14 +164,12 @@ class Selection:
 
     def stages(self, fault: Fault) -> list[tuple[list[str], dict[str, float]]]:
         """Return sessions as (files, tests with their durations): near tests first, those of Triton apart."""
-        wanted = self.tests(fault)
         home = Path(mirrored(fault.file, self.folders))
-        groups: dict[tuple[int, str], dict[str, float]] = {}
-        for test in wanted:
+        groups: dict[int, dict[str, float]] = {}
+        for test in self.tests(fault):
             file = test.split("::")[0]
             near = Path(file).parent.is_relative_to(home)
-            key = (2 if is_cold(file) else 0 if near else 1, file if is_cold(file) else "")
-            groups.setdefault(key, {})[test] = self.durations[test]
+            groups.setdefault(2 if is_cold(file) else 0 if near else 1, {})[test] = self.durations[test]
         left = LIMIT / 2 if is_kernel(fault.file) else BUDGET
         result = []
         for _, group in sorted(groups.items()):
@@ -231,7 +231,7 @@ def judge(fault: Fault, selection: Selection) -> Callable[[Path], Work]:
                 if answer.get("status") == 5:  # the fault changed the tests' names
                     answer = yield job(files, None, limit)
                 verdict["tests"] += len(answer.get("durations", ()))
-                spent = answer.get("seconds", limit)
+                spent = answer["seconds"]
                 verdict["seconds"] += spent
                 left -= spent
                 if "timeout" in answer:
@@ -240,7 +240,8 @@ def judge(fault: Fault, selection: Selection) -> Callable[[Path], Work]:
                     well = not answer.get("failed", True) and answer["seconds"] < limit / 2
                     return verdict | {"verdict": "caught" if well else "unjudged", "by": f"a limit of {limit:.0f} s"}
                 if "died" in answer:
-                    return verdict | {"verdict": "caught", "by": f"death, status {answer['died']}"}
+                    by = f"death, status {answer['died']}"
+                    return verdict | {"verdict": "caught", "by": by, "message": answer["log"][-300:]}
                 if answer["failed"]:
                     by, message = answer["failed"][0], (answer["messages"] or [""])[0]
                     return verdict | {"verdict": "caught", "by": by, "message": message[-300:]}
