@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 RUNS ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help train test tensorboard bench clean
+.PHONY: help train test mutants tensorboard bench clean
 
 help:
 	@echo "make train        set up .venv when needed, train a GAN on real digits and measure its FID"
 	@echo "make test         set up .venv when needed, run ruff, basedpyright and pytest"
+	@echo "make mutants      put 300 faults into a copy of the code and count those that the tests notice"
 	@echo "make tensorboard  show the runs on http://127.0.0.1:6006"
 	@echo "make bench        time the normalization layers against BatchNorm"
 	@echo "make clean        remove .venv and caches; runs are kept"
@@ -29,6 +30,9 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants $(ARGS)
 
 tensorboard: $(STAMP)
 	$(BIN)/tensorboard --logdir $(RUNS) --host 127.0.0.1
