@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from cbgan.config import GanConfig
 from cbgan.models import Generator
@@ -162,6 +161,8 @@ def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]
 
 def save_grid(images: Tensor, path: Path) -> Tensor:
     """Write uint8 images (N, 3, S, S) as a near-square grid and return it, uint8 (3, H, W)."""
+    from torchvision.utils import make_grid, save_image  # noqa: PLC0415 - takes long, and --help need not
+
     path.parent.mkdir(parents=True, exist_ok=True)
     grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=1)
     save_image(grid.float() / 255, path)

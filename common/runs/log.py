@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+
+from common.machine.atomic import naming
 
 METRICS = "metrics.jsonl"
 GROUPS = {
@@ -58,19 +58,24 @@ class Log:
         self._active = active
         if not active:
             return
-        path = folder / METRICS
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - takes a second, which --help need not
+
+        path = self._path = folder / METRICS
         resumed = path.exists()
         if resumed:
             os.truncate(path, min(position, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
         older = folder / "tensorboard"  # where runs had their events when TensorBoard called them by that folder too
-        place = older if older.is_dir() else folder
-        self._events = SummaryWriter(str(place), purge_step=step + 1 if resumed else None)
-        if settings is not None:
-            self._show(settings, results)
+        self._place = older if older.is_dir() else folder
+        with naming(self._place):
+            self._events = SummaryWriter(str(self._place), purge_step=step + 1 if resumed else None)
+            if settings is not None:
+                self._show(settings, results)
 
     def _show(self, settings: Mapping[str, Any], results: Sequence[str]) -> None:
         """Put settings on the pages of text and hyperparameters; add_hparams would make a run of its own for them."""
+        from torch.utils.tensorboard.summary import hparams  # noqa: PLC0415 - as above
+
         self._events.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
@@ -84,20 +89,24 @@ class Log:
         if not self._active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(chart_name(name), value, step)
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+            self._file.flush()
+        with naming(self._place):  # what TensorBoard's thread met comes out here, in flush, or in close
+            for name, value in values.items():
+                self._events.add_scalar(chart_name(name), value, step)
 
     def chart(self, title: str, tags: list[str]) -> None:
         """Show several scalars in one chart (TensorBoard's custom scalars page)."""
         if self._active:
-            self._events.add_custom_scalars({title: {title: ["Multiline", [chart_name(tag) for tag in tags]]}})
+            with naming(self._place):
+                self._events.add_custom_scalars({title: {title: ["Multiline", [chart_name(tag) for tag in tags]]}})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""
         if self._active:
-            self._events.add_image(chart_name(tag), image, step)
+            with naming(self._place):
+                self._events.add_image(chart_name(tag), image, step)
 
     def sync(self) -> int:
         """Put everything logged so far on the disk, so that no checkpoint outlives its log.
@@ -107,16 +116,22 @@ class Log:
         """
         if not self._active:
             return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._events.flush()
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with naming(self._place):
+            self._events.flush()
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Finish both files."""
         if self._active:
-            self._file.close()
-            self._events.close()
+            try:
+                with naming(self._path):
+                    self._file.close()
+            finally:
+                with naming(self._place):
+                    self._events.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

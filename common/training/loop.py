@@ -111,9 +111,11 @@ class Training:
             raise
         finally:
             self.bar.close()
-            self.log.close()
-            self._summarise(state, why)
-            self.place.close()
+            try:
+                self.log.close()
+            finally:
+                self._summarise(state, why)
+                self.place.close()
         if self.env.first:
             print(closing_lines(self.cfg, self.method, self.folder, self.parts, self.warnings))
 

@@ -115,6 +115,7 @@ def _child(
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # two workers, on any machine
     if world > 1:
         numbers = {
             "RANK": rank,
