@@ -90,6 +90,7 @@ def test_select_keeps_images_and_labels_together():
         ({"images": torch.zeros(4, 3, 8, 8)}, "images: expected uint8"),
         ({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "images: expected uint8"),
         ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "at least one"),
+        ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8, device="meta")}, "images: expected .* on the CPU"),
         ({"labels": torch.zeros(4)}, "labels: expected int64"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels: expected int64"),
         ({"labels": torch.tensor([0, 1, 2, 0])}, "expected 0 to 1, got 0 to 2"),
@@ -119,10 +120,14 @@ def test_resize_keeps_constant_images_constant_and_is_exact_at_the_same_size():
     assert resize(noise, 32) is noise
 
 
-def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
-    noise = torch.randint(0, 256, (5, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(image_set_module, "_RESIZE_VALUES", 2 * 3 * 40 * 40)
-    for image, got in zip(noise, resize(noise, 16), strict=True):
-        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
-        # Pillow rounds between its two passes
+@pytest.mark.parametrize("size", [16, 100])
+@pytest.mark.parametrize("values", [1, 2 * 3 * 40 * 40])
+def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch, size, values):
+    # Pillow rounds and clamps between its two passes: the noise stays clear of 0 and 255, and stripes, which a cubic
+    # overshoots, have edges in one pass alone.
+    noise = torch.randint(64, 192, (5, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise[4] = 255 * (torch.arange(40) // 10 % 2)
+    monkeypatch.setattr(image_set_module, "_RESIZE_VALUES", values)
+    for image, got in zip(noise, resize(noise, size), strict=True):
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
         assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1

@@ -1,4 +1,6 @@
 import multiprocessing
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,17 @@ def test_closing_early_ends_the_workers():
     assert len(multiprocessing.active_children()) == 2
     iterator.close()
     assert not multiprocessing.active_children()
+
+
+def test_workers_leave_signals_to_the_process_that_trains():
+    iterator = batches(workers=2).epoch(0)
+    got = [next(iterator), next(iterator)]  # one of each worker, which is ready then
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, signum)
+    got += iterator
+    assert same(got, list(batches().epoch(0)))
 
 
 def test_unlabelled_images_have_label_zero():

@@ -36,6 +36,13 @@ def test_each_image_gets_the_superclass_of_its_class(tmp_path):
         assert [SPECIES[part.classes[i]] for i in part.labels] == superclasses.split()
 
 
+def test_superclasses_are_numbered_in_the_order_of_their_names(tmp_path):
+    superclass_of = {f"class {number}": f"superclass {number * 7 % 10}" for number in range(10)}
+    write_images(tmp_path / "train", superclass_of, count=1)
+    train = load(config(tmp_path, json.dumps(superclass_of))).train
+    assert train.superclass_names == tuple(f"superclass {number}" for number in range(10))
+
+
 def test_test_images_without_labels_stay_without_superclasses(tmp_path):
     write_images(tmp_path / "train", SPECIES)
     write_images(tmp_path / "other", ["flat"])

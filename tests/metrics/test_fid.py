@@ -169,12 +169,12 @@ def test_stops_between_the_two_splits_when_asked(pixels, tmp_path):
 
 @pytest.mark.parametrize("warning", [None, "it says little"])
 def test_what_the_classifier_warns_of_is_passed_on(tmp_path, monkeypatch, warning):
-    class Warning(Pixels):
+    class Warned(Pixels):
         def __init__(self, *_):
             super().__init__()
             self.warning = warning
 
-    monkeypatch.setattr(module, "Classifier", Warning)
+    monkeypatch.setattr(module, "Classifier", Warned)
     assert build(Splits(gaussian(9, 0), None), tmp_path).warning == warning
 
 

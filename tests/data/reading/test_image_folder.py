@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from common.data import DataConfig, load
-from common.data.reading.image_folder import read_folder
+from common.data.reading.image_folder import images_below, read_folder
 from common.errors import UsageError
 
 
@@ -168,3 +169,20 @@ def test_test_folders_that_cannot_serve_are_refused(tmp_path, test_root, message
     config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
     with pytest.raises(UsageError, match=message):
         load(config)
+
+
+def test_files_come_in_the_order_of_their_paths_whatever_the_disk_says_and_through_links(tmp_path, monkeypatch):
+    for name in ("a/2.png", "a/1.png", "b/c/0.JPG", "b/3.jpeg", "elsewhere/5.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "set" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        places = sorted(walk(*arguments, **options), reverse=True)
+        return [(place, folders, sorted(names, reverse=True)) for place, folders, names in places]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    names = [path.relative_to(tmp_path / "set").as_posix() for path in images_below(tmp_path / "set")]
+    assert names == ["a/1.png", "a/2.png", "b/3.jpeg", "b/c/0.JPG", "link/5.png"]

@@ -72,6 +72,7 @@ def test_digits_m_refuses_sizes_above_the_photographs():
     [
         ({"size": 7}, "data.size: expected a multiple of 4 from 8 to 1024, got 7"),
         ({"size": 4}, "data.size: "),
+        ({"size": 33}, "data.size: expected a multiple of 4"),
         ({"size": 1028}, "data.size: "),
         ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
         ({"root": "x"}, "data.root: digits reads no folder"),
