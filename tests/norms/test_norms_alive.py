@@ -105,19 +105,20 @@ def test_a_moved_component_starts_with_the_variance_of_the_living_and_an_even_sh
     np.testing.assert_allclose(layer.logits.softmax(0), usage, rtol=1e-4)
 
 
-def test_the_best_additions_are_chosen_group_by_group():
-    candidates = mixture_case((3, 5, 4), num=1)[0]  # (K, B, C), K = 3
-    _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=1)
-    new_var = var[:1] / 10
-    got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=1e-5)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_additions_are_chosen_group_by_group(seed):
+    candidates = mixture_case((3, 5, 4), num=1, seed=seed)[0]  # (K, B, C), K = 3
+    _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=seed + 1)
+    new_var, eps = var[:1] / 10, 0.3
+    got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
 
     def density(at: Tensor, centre: Tensor, s: Tensor) -> Tensor:
         return torch.exp(-0.5 * ((at - centre) ** 2 / s).sum(-1)) / (2 * math.pi * s.prod(-1).sqrt())
 
     for group in (slice(0, 2), slice(2, 4)):
         points = candidates[..., group].reshape(15, 2)
-        old = density(points[:, None], mean[:, group], var[:, group] + 1e-5) @ log_lambda.exp()
-        new = density(points[:, None], points, new_var[:, group] + 1e-5) / 3  # (point, candidate)
+        old = density(points[:, None], mean[:, group], var[:, group] + eps) @ log_lambda.exp()
+        new = density(points[:, None], points, new_var[:, group] + eps) / 3  # (point, candidate)
         gain = ((old[:, None] + new).log() - old[:, None].log()).sum(0).view(3, 5)
         for k, best in enumerate(gain.argmax(1).tolist()):
             assert torch.equal(got[k, group], candidates[k, best, group])
@@ -131,6 +132,18 @@ def test_drawn_locations_are_those_of_x():
     assert sorted({tuple(row) for row in a.tolist()}) == [
         (12 * n + i, 12 * n + i + 4, 12 * n + i + 8) for n in range(2) for i in range(4)
     ]
+
+
+def test_the_floor_of_the_weights_holds_where_a_component_starts_anew():
+    member = torch.tensor([0] * 16 + [1] * 3 + [2]).repeat(20)
+    x = CENTRES[member] * 10 + torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    layer = UCBNorm(2, 3, groups=1, momentum=1.0, reseed=0.1, min_weight=0.2)
+    layer.mean.copy_(10 * CENTRES)
+    layer(x)
+    usage = torch.tensor([0.8, 0.15, 1 / 3]) / (0.95 + 1 / 3)  # the last held a twentieth
+    torch.testing.assert_close(layer.usage[:, 0], usage)
+    want = usage.clamp(min=0.2)
+    torch.testing.assert_close(layer.logits.softmax(0), want / want.sum())
 
 
 def test_each_batch_draws_locations_of_its_own():

@@ -66,8 +66,10 @@ def test_the_layer_has_the_seed_and_the_backend_asked_for():
 def test_groups_are_held_against_the_channels_when_the_layer_is_made():
     config = NormConfig(kind="ucb", groups=3)
     assert config.build(6)(torch.randn(4, 6)).shape == (4, 6)
-    with pytest.raises(ValueError, match=r"^norm\.groups: expected a divisor of 4, got 3$"):
-        config.build(4)
+    config.check_features(6)
+    for act in (config.build, config.check_features):
+        with pytest.raises(ValueError, match=r"^norm\.groups: expected a divisor of 4, got 3$"):
+            act(4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

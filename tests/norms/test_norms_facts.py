@@ -160,8 +160,9 @@ def test_unknown_clusters_match_known_ones_where_they_are_certain(backend, over)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("over", ["location", "sample"])
-def test_unknown_clusters_are_weighed_by_equations_12_and_13(backend, over):
-    x, _, mean, var, _ = mixture_case((3, 2, 4), num=3)
+@pytest.mark.parametrize("num", [2, 3])
+def test_unknown_clusters_are_weighed_by_equations_12_and_13(backend, over, num):
+    x, _, mean, var, _ = mixture_case((3, 2, 4), num=num)
     s = var.numpy() + 1e-5
     u = x.numpy()[None] - mean.numpy()[:, None, :, None]
     p = np.exp(-0.5 * u**2 / s[:, None, :, None]) / np.sqrt(2 * np.pi * s[:, None, :, None])
@@ -182,6 +183,18 @@ def test_a_mixed_batch_equals_its_parts(backend, over):
     mixed = cluster_norm(x, cluster, mean, var, **options)
     torch.testing.assert_close(mixed[known], cluster_norm(x[known], cluster[known], mean, var, **options))
     torch.testing.assert_close(mixed[~known], cluster_norm(x[~known], None, mean, var, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_sqrt_k_divides_by_the_root_of_the_number_of_components(backend, statistics, num):
+    x, *mixture, _ = mixture_case((3, 4, 5), num=num)
+    paper, scaled = (
+        mixture_norm(x, *mixture, scale=scale, statistics=statistics, backend=backend)[0]
+        for scale in ("paper", "sqrt_k")
+    )
+    torch.testing.assert_close(scaled * math.sqrt(num), paper)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

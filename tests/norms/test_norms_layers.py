@@ -261,6 +261,15 @@ def test_data_seeds_a_base_layer_whose_biases_have_moved():
     torch.testing.assert_close(log_var[1].exp(), x[3:].transpose(0, 1).flatten(1).var(1, correction=0))
 
 
+def test_data_seeds_a_constant_channel_with_the_least_variance():
+    layer = SCBNorm(4, 2, init="data", eps=0.5)
+    x = batch(0)
+    x[:, 1] = 5.0
+    layer(x, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert layer.log_var[:, 1].tolist() == pytest.approx([math.log(0.5)] * 2)
+    torch.testing.assert_close(layer.mean[:, 1], torch.full((2,), 5.0))
+
+
 def test_data_passes_over_a_non_finite_batch():
     layer = SCBNorm(2, 2, init="data")
     x = torch.randn(4, 2, 5)

@@ -136,7 +136,8 @@ def test_powers_of_two_are_exact_to_rounding():
 @pytest.mark.parametrize(("groups", "statistics"), [(1, "batch"), (6, "batch"), (6, "learned")])
 def test_compiled_code_errs_at_most_twice_as_much_as_the_reference(groups, statistics):
     case = mixture_case((5, 6, 4, 3), num=3, dtype=torch.float32)
-    options = {"groups": groups, "statistics": statistics}
+    weight, bias = mixture_case((2, 6), num=1, dtype=torch.float32)[0]  # as in layers, whose graphs are then these
+    options = {"groups": groups, "statistics": statistics, "weight": weight, "bias": bias}
     exact, _ = mixture_run(case, torch.float64, "reference", **options)
     plain, _ = mixture_run(case, torch.float32, "reference", **options)
     ours, _ = mixture_run(case, torch.float32, "compiled", **options)
@@ -160,10 +161,10 @@ def test_one_compilation_serves_all_batch_sizes_and_widths(kind):
 
     def step(n: int, channels: int, length: int) -> None:
         x, g = (t.float() for t in mixture_case((n, channels, length), num=1, seed=n)[::4])
-        cluster = (torch.arange(n) % 2,) if kind == "scb" else ()
+        cluster = (torch.arange(n) % 3,) if kind == "scb" else ()
         gradients, state = [], []
         for backend in ("compiled", "eager"):
-            layer = any_norm(kind, channels, 2, backend=backend)
+            layer = any_norm(kind, channels, 3, backend=backend)
             own = x.clone().requires_grad_()
             layer(own, *cluster).backward(g)
             gradients.append(own.grad)

@@ -92,6 +92,7 @@ def test_mixture_norm_layer_passes_gradients_as_under_its_own_fit():
     """MN is Eqs. 6-9 under fixed parameters, which is what mixture_norm gives from its fit buffers."""
     x, *_, g = mixture_case((6, 4, 9), num=2)
     layer = MixtureNorm(4, 2, affine=False).double()
+    layer(2 * mixture_case((6, 4, 9), num=2, seed=1)[0])  # so that averages and fit part
     x.requires_grad_()
     (got,) = torch.autograd.grad(layer(x), x, g)
     fit = (layer.fit_logits.log_softmax(0), layer.fit_mean, layer.fit_log_var.exp())

@@ -229,3 +229,17 @@ def test_em_in_parts_is_em(groups, offset):
     torch.testing.assert_close(got.weight, want.mass.mean(1) / len(points))
     torch.testing.assert_close(got.mean, want.mean)
     torch.testing.assert_close(got.var, want.var)
+
+
+def test_em_in_parts_survives_an_offset_of_a_million():
+    """A part's mean rounds to 0.03, and variances are 0.4: 0.03^2 / 0.4 = 2.4e-3, twice which is allowed.
+
+    With their mean as first summed, from shares that each round by 6e-8, a variance errs by 1.4e-2.
+    """
+    fit = em.Fit(torch.tensor([0.5, 0.3, 0.2]), 1e6 + torch.tensor([[0.0, 0], [1, 1], [-1, 1]]), torch.ones(3, 2))
+    for seed in range(6):
+        rng = torch.Generator().manual_seed(seed)
+        points = torch.randn(3 * em.MAX_POINTS + 11 * seed, 2, generator=rng) + 1e6
+        got = em.em_step(points, fit, 1, eps=1e-5)
+        want = em.em_step(points.double(), em.Fit(*(t.double() for t in fit)), 1, eps=1e-5)
+        torch.testing.assert_close(got.var.double(), want.var, rtol=4.8e-3, atol=0)
