@@ -94,8 +94,10 @@ def source_folders(tree: Path, only: list[str]) -> dict[str, list[str]]:
 
 def argued(page: Path) -> dict[str, str]:
     """Return the faults that need not be caught, by key, with the reason."""
-    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
-    return {m[1]: m[2] for line in lines if (m := re.fullmatch(r"- (`[^`]+\.py`: `.*` -> `.*`): (.+)", line))}
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    entries = re.split(r"\n(?=- |\n)", text)  # an entry may go on in lines of its own
+    found = (re.fullmatch(r"\n?- (`[^`]+\.py`: `.*` -> `.*`):\s+(.+)", entry, re.DOTALL) for entry in entries)
+    return {match[1]: match[2] for match in found if match}
 
 
 def report(faults: list[Fault], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> tuple[str, bool]:
