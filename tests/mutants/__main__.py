@@ -25,6 +25,8 @@ from selection import SITE, Selection, compile_tests, digest, judge, record, tes
 ROOT = Path(__file__).parents[2]
 ARGUED = Path("docs/testing.md")
 GOAL = 0.9
+RETRY_PATIENCE = 3
+"""Times as long as the first time: few are left, and what did not fit then may have noticed."""
 
 
 def arguments() -> argparse.Namespace:
@@ -138,6 +140,7 @@ class Run:
     def __init__(self, options: argparse.Namespace):
         """Take up what the folder holds, or draw a sample."""
         self.folder: Path = options.state.absolute()
+        self.retry: bool = options.retry
         if options.fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "map").mkdir(parents=True, exist_ok=True)
@@ -202,9 +205,8 @@ class Run:
         works = [record(file, tables[file], packages(self.tree), self.folder / "site") for file in missing]
         for file, seconds, broken in drive(works, self.trees, ROOT):
             print(f"recorded {file}: {seconds:.1f} s" + (f"; not used: {broken}" if broken else ""), flush=True)
-        return Selection(
-            self.tree, {file: json.loads(table.read_text(encoding="utf-8")) for file, table in tables.items()}
-        )
+        found = {file: json.loads(table.read_text(encoding="utf-8")) for file, table in tables.items()}
+        return Selection(self.tree, found, RETRY_PATIENCE if self.retry else 1)
 
     def judge(self, selection: Selection) -> None:
         """Run the tests of every fault that has no verdict."""

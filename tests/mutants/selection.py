@@ -119,9 +119,9 @@ def digest(tree: Path, files: Iterable[str]) -> str:
 class Selection:
     """All that was recorded."""
 
-    def __init__(self, tree: Path, tables: dict[str, Table]):
-        """Join the tables of the files of tests."""
-        self.tree = tree
+    def __init__(self, tree: Path, tables: dict[str, Table], patience: int):
+        """Join the tables of the files of tests; patience multiplies the time a fault is given."""
+        self.tree, self.patience = tree, patience
         self.files = list(tables)
         self.folders = {str(Path(file).parent) for file in tables}
         self.durations: dict[str, float] = {}
@@ -173,9 +173,9 @@ class Selection:
             file = test.split("::")[0]
             near = Path(file).parent.is_relative_to(home)
             groups.setdefault(2 if is_cold(file) else 0 if near else 1, {})[test] = self.durations[test]
-        left, result = BUDGET, []
+        left, result = self.patience * BUDGET, []
         for number, group in sorted(groups.items()):
-            left = COLD_BUDGET if number == 2 else left
+            left = self.patience * COLD_BUDGET if number == 2 else left
             chosen: dict[str, float] = {}
             for test in spread(group):
                 if group[test] <= left or not (chosen or result or group[test] > LIMIT / 2):
@@ -229,7 +229,7 @@ def judge(fault: Fault, selection: Selection) -> Callable[[Path], Work]:
         path = tree / fault.file
         stat, original = path.stat(), path.read_text(encoding="utf-8")
         verdict: dict[str, Any] = {"id": fault.id, "verdict": "untested", "tests": 0, "seconds": 0.0, "by": ""}
-        left = LIMIT
+        left = selection.patience * LIMIT
 
         def job(files: list[str], tests: dict[str, float] | None, limit: float) -> Job:
             more = {"environment": {"PYTHONDONTWRITEBYTECODE": "1"}}
