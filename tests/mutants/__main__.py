@@ -109,7 +109,7 @@ def report(faults: list[Fault], verdicts: dict[str, dict[str, Any]], reasons: di
     for fault in faults:
         verdict = verdicts.get(fault.id, {"verdict": "not run"})
         kind = verdict["verdict"]
-        if kind in ("survived", "untested") and fault.key in reasons:
+        if kind != "caught" and fault.key in reasons:
             kind = "argued"
         rows.setdefault(str(Path(fault.file).parent), Counter())[kind] += 1
         if kind not in ("caught", "argued", "not run"):
@@ -210,7 +210,8 @@ class Run:
 
     def judge(self, selection: Selection) -> None:
         """Run the tests of every fault that has no verdict."""
-        waiting = [fault for name, fault in self.faults.items() if name not in self.verdicts]
+        known = argued(ROOT / ARGUED)
+        waiting = [fault for name, fault in self.faults.items() if name not in self.verdicts and fault.key not in known]
         if waiting:
             list(drive([compile_tests(self.tests)] * len(self.trees), self.trees, ROOT))
         with self.results.open("a", encoding="utf-8") as results:
