@@ -25,6 +25,8 @@ from selection import SITE, Selection, compile_tests, digest, judge, record, tes
 ROOT = Path(__file__).parents[2]
 ARGUED = Path("docs/testing.md")
 GOAL = 0.9
+RETRY_PATIENCE = 3
+"""Times as long as the first time: few are left, and what did not fit then may have noticed."""
 
 
 def arguments() -> argparse.Namespace:
@@ -94,8 +96,10 @@ def source_folders(tree: Path, only: list[str]) -> dict[str, list[str]]:
 
 def argued(page: Path) -> dict[str, str]:
     """Return the faults that need not be caught, by key, with the reason."""
-    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
-    return {m[1]: m[2] for line in lines if (m := re.fullmatch(r"- (`[^`]+\.py`: `.*` -> `.*`): (.+)", line))}
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    entries = re.split(r"\n(?=- |\n)", text)  # an entry may go on in lines of its own
+    found = (re.fullmatch(r"\n?- (`[^`]+\.py`: `.*` -> `.*`):\s+(.+)", entry, re.DOTALL) for entry in entries)
+    return {match[1]: match[2] for match in found if match}
 
 
 def report(faults: list[Fault], verdicts: dict[str, dict[str, Any]], reasons: dict[str, str]) -> tuple[str, bool]:
@@ -105,7 +109,7 @@ def report(faults: list[Fault], verdicts: dict[str, dict[str, Any]], reasons: di
     for fault in faults:
         verdict = verdicts.get(fault.id, {"verdict": "not run"})
         kind = verdict["verdict"]
-        if kind in ("survived", "untested") and fault.key in reasons:
+        if kind != "caught" and fault.key in reasons:
             kind = "argued"
         rows.setdefault(str(Path(fault.file).parent), Counter())[kind] += 1
         if kind not in ("caught", "argued", "not run"):
@@ -136,6 +140,7 @@ class Run:
     def __init__(self, options: argparse.Namespace):
         """Take up what the folder holds, or draw a sample."""
         self.folder: Path = options.state.absolute()
+        self.retry: bool = options.retry
         if options.fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "map").mkdir(parents=True, exist_ok=True)
@@ -200,13 +205,13 @@ class Run:
         works = [record(file, tables[file], packages(self.tree), self.folder / "site") for file in missing]
         for file, seconds, broken in drive(works, self.trees, ROOT):
             print(f"recorded {file}: {seconds:.1f} s" + (f"; not used: {broken}" if broken else ""), flush=True)
-        return Selection(
-            self.tree, {file: json.loads(table.read_text(encoding="utf-8")) for file, table in tables.items()}
-        )
+        found = {file: json.loads(table.read_text(encoding="utf-8")) for file, table in tables.items()}
+        return Selection(self.tree, found, RETRY_PATIENCE if self.retry else 1)
 
     def judge(self, selection: Selection) -> None:
         """Run the tests of every fault that has no verdict."""
-        waiting = [fault for name, fault in self.faults.items() if name not in self.verdicts]
+        known = argued(ROOT / ARGUED)
+        waiting = [fault for name, fault in self.faults.items() if name not in self.verdicts and fault.key not in known]
         if waiting:
             list(drive([compile_tests(self.tests)] * len(self.trees), self.trees, ROOT))
         with self.results.open("a", encoding="utf-8") as results:

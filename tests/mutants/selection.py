@@ -14,8 +14,10 @@ from processes import Answer, Job, Work
 REDUNDANT = ("tests/norms/kernels/test_kernels.py::test_under_the_interpreter",)
 """Tests that only run others, which are run here one by one."""
 RECORD_SECONDS = 1500.0
-BUDGET = 20.0
+BUDGET = 15.0
 """Seconds of the processor that a fault's tests may take, as recorded: those that do not fit are not run."""
+COLD_BUDGET = 35.0
+"""The same, of tests under Triton's interpreter."""
 LIMIT = 60.0
 """Seconds a fault at most."""
 SLOW = 30.0
@@ -87,7 +89,8 @@ def record(file: str, target: Path, packages: Iterable[str], site: Path) -> Call
         if again is not None and sum(seen.values()) > SLOW:
             again |= seen
         if again is None or again:  # what failed, perhaps because it was watched; what took long, no doubt for that
-            plain: Answer = yield session_job(file, tests=again, limit=RECORD_SECONDS)
+            plain: Answer = yield session_job(file, tests=again, limit=RECORD_SECONDS, kernels=is_cold(file))
+            table["lines"] = plain.get("lines", table["lines"])
             if "durations" in plain:
                 bad = {*plain["failed"], *plain["skipped"]}
                 good = {test: seconds for test, seconds in plain["durations"].items() if test not in bad}
@@ -116,9 +119,9 @@ def digest(tree: Path, files: Iterable[str]) -> str:
 class Selection:
     """All that was recorded."""
 
-    def __init__(self, tree: Path, tables: dict[str, Table]):
-        """Join the tables of the files of tests."""
-        self.tree = tree
+    def __init__(self, tree: Path, tables: dict[str, Table], patience: int):
+        """Join the tables of the files of tests; patience multiplies the time a fault is given."""
+        self.tree, self.patience = tree, patience
         self.files = list(tables)
         self.folders = {str(Path(file).parent) for file in tables}
         self.durations: dict[str, float] = {}
@@ -149,9 +152,9 @@ class Selection:
         """Return every test that may notice a fault."""
         home = mirrored(fault.file, self.folders)
         near = {test for test in self.durations if Path(test.split("::")[0]).parent.is_relative_to(home)}
-        if is_kernel(fault.file):
-            return {test for test in near if is_cold(test.split("::")[0])} or near
         rows = self.executed.get(fault.file, {})
+        if is_kernel(fault.file):
+            return self._expand(rows.get(fault.line, ())) or {test for test in near if is_cold(test.split("::")[0])}
         function, first, last = surroundings((self.tree / fault.file).read_text(encoding="utf-8"), fault.line)
         blind = near & self.unseen
         if function is not None:
@@ -170,18 +173,27 @@ class Selection:
             file = test.split("::")[0]
             near = Path(file).parent.is_relative_to(home)
             groups.setdefault(2 if is_cold(file) else 0 if near else 1, {})[test] = self.durations[test]
-        left = LIMIT / 2 if is_kernel(fault.file) else BUDGET
-        result = []
-        for _, group in sorted(groups.items()):
+        left, result = self.patience * BUDGET, []
+        for number, group in sorted(groups.items()):
+            left = self.patience * COLD_BUDGET if number == 2 else left
             chosen: dict[str, float] = {}
-            for test, seconds in sorted(group.items(), key=lambda item: (item[1], item[0])):
-                if seconds > left and (chosen or result or seconds > LIMIT / 2):
-                    break
-                chosen[test] = seconds
-                left -= seconds
+            for test in spread(group):
+                if group[test] <= left or not (chosen or result or group[test] > LIMIT / 2):
+                    chosen[test] = group[test]
+                    left -= group[test]
             if chosen:
                 result.append((sorted({test.split("::")[0] for test in chosen}), chosen))
         return result
+
+
+def spread(durations: dict[str, float]) -> list[str]:
+    """Order tests so that every function's fastest case comes before any function's second."""
+    count: dict[str, int] = {}
+    rank = {}
+    for test in sorted(durations, key=lambda test: (durations[test], test)):
+        name = test.split("[")[0]
+        rank[test] = count[name] = count.get(name, 0) + 1
+    return sorted(durations, key=lambda test: (rank[test], durations[test], test))
 
 
 def surroundings(source: str, line: int) -> tuple[ast.FunctionDef | ast.AsyncFunctionDef | None, int, int]:
@@ -217,7 +229,7 @@ def judge(fault: Fault, selection: Selection) -> Callable[[Path], Work]:
         path = tree / fault.file
         stat, original = path.stat(), path.read_text(encoding="utf-8")
         verdict: dict[str, Any] = {"id": fault.id, "verdict": "untested", "tests": 0, "seconds": 0.0, "by": ""}
-        left = LIMIT
+        left = selection.patience * LIMIT
 
         def job(files: list[str], tests: dict[str, float] | None, limit: float) -> Job:
             more = {"environment": {"PYTHONDONTWRITEBYTECODE": "1"}}

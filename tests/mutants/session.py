@@ -3,6 +3,7 @@
 Forked from a process that has torch loaded, or started as a command where Triton must find TRITON_INTERPRET set.
 """
 
+import inspect
 import json
 import os
 import resource
@@ -34,6 +35,25 @@ class Watch:
         self.skipped: list[str] = []
         self.contexts: list[str] = []
         self.coverage = coverage
+        self.kernels: dict[str, dict[int, set[str]]] = {}
+        self.test = ""
+
+    def follow_kernels(self, tree: Path) -> None:
+        """Note which tests run which functions of Triton, all lines of each: the interpreter hides the rest."""
+        from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - of a cold session only
+
+        rewrite = InterpretedFunction.rewrite
+
+        def noted(function: Any) -> Any:
+            lines, first = inspect.getsourcelines(function.fn)
+            file = Path(function.fn.__code__.co_filename)
+            if file.is_relative_to(tree):
+                table = self.kernels.setdefault(str(file.relative_to(tree)), {})
+                for line in range(first, first + len(lines)):
+                    table.setdefault(line, set()).add(self.test)
+            return rewrite(function)
+
+        InterpretedFunction.rewrite = noted  # pyright: ignore[reportAttributeAccessIssue]
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item], config: pytest.Config) -> None:
         """Keep the tests wanted, each file's fastest first, quick files first."""
@@ -59,6 +79,7 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
         """Take a test's time, the processor's: the machine may be busy with other things."""
+        self.test = item.nodeid
         self._switch(item.nodeid)
         start = processor_seconds()
         result = yield
@@ -115,6 +136,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         coverage = Coverage(config_file=job["coverage"])
         coverage.start()
     watch = Watch(job, coverage)
+    if job.get("kernels"):
+        watch.follow_kernels(tree)
     options = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=short", "-o", "console_output_style=classic"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that were loaded before the fork
     if job.get("stop"):
@@ -135,6 +158,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         coverage.stop()
         coverage.save()
         answer["lines"] = lines(job, watch.contexts)
+    if job.get("kernels"):
+        answer["lines"] = {file: {n: sorted(t) for n, t in table.items()} for file, table in watch.kernels.items()}
     return answer
 
 
