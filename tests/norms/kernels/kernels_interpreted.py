@@ -269,3 +269,10 @@ def test_unknown_clusters_err_at_most_twice_as_much_as_eager(ids, over, scale):
     exact = cluster_gradients(values, cluster, torch.float64, "reference", **options)
     eager, kernel = (cluster_gradients(values, cluster, None, backend, **options) for backend in ("eager", "triton"))
     assert_within_budget(exact, kernel, eager)
+
+
+@pytest.mark.parametrize("over", ["location", "sample"])
+def test_unknown_clusters_are_eagers_where_the_kernels_take_no_such_mixture(over):
+    x, _, mean, var, _ = case((4, 6, 5), 9, torch.float32)
+    want, got = (cluster_norm(x, None, mean, var, unknown_posterior=over, backend=b) for b in ("eager", "triton"))
+    assert torch.equal(got, want)

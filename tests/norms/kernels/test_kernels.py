@@ -105,6 +105,19 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
                 assert tiling.programs == tiles
 
 
+def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
+    plain, vectors = torch.empty(3, 4, 5), torch.empty(9, 4, 1)
+    last = torch.empty(3, 5, 4).mT
+    assert launch.walk((vectors,), merge=True) == launch.Walk(1, 4, 9, ((0, 1, 4),))
+    assert launch.walk((last, last), merge=True) == launch.Walk(1, 4, 15, ((0, 1, 4), (0, 1, 4)))
+    assert launch.walk((plain[:1],), merge=True) == launch.Walk(1, 4, 5, ((0, 5, 1),))
+    for pair in ((plain, plain), (last, plain), (plain, last)):
+        assert launch.walk(pair, merge=True) == launch.Walk(
+            3, 4, 5, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in pair)
+        )
+    assert launch.walk((last,), merge=False) == launch.Walk(3, 4, 5, ((20, 1, 4),))
+
+
 def test_what_the_kernels_refuse_of_a_mixture():
     assert launch.mixture_refusal(9, 1) == "takes up to 8 components, got 9"
     for num, most in ((1, 1024), (2, 1024), (3, 512), (4, 512), (5, 256), (8, 256)):

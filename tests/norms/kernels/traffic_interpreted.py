@@ -7,6 +7,7 @@ from norm_cases import mixture_case
 from triton.runtime.interpreter import InterpreterBuilder
 
 from common.norms import cluster_norm, mixture_norm
+from common.norms.kernels import launch
 
 SHAPE = (4, 6, 48)
 
@@ -54,7 +55,7 @@ def test_scb_reads_and_writes_no_more_than_it_must(traffic, memory):
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize(
     ("statistics", "forward", "backward"), [("batch", (2, 1), (4, 1)), ("learned", (1, 1), (2, 1))]
 )
@@ -70,9 +71,19 @@ def test_mixture_reads_and_writes_no_more_than_it_must(traffic, statistics, forw
         x, g = (t.mT.contiguous().mT for t in (x, g))
     inputs = [t.requires_grad_() for t in (x, log_lambda, mean, var)]
     y, _ = mixture_norm(*inputs, groups=groups, statistics=statistics, backend="triton")
+    other_writes = traffic["other writes"]
     reads, writes = taken(traffic, x.numel())
     again = (2 + 3) / 192 if statistics == "batch" else 0
+    programs = {
+        kernel: launch.mixture_tiling(kernel, launch.walk((x,), merge=True), groups, 3, sums=True).programs
+        for kernel in launch.MIXTURE
+    }
+    left = {"batch": 3 * programs["mixture_moments_kernel"] + 3, "learned": 0}  # tables (K, C), and no channel twice
+    assert other_writes == left[statistics] * 18
     assert forward[0] <= reads <= forward[0] + again + 1e-9
     assert writes == forward[1]
     torch.autograd.grad(y, inputs, g)
+    first, last = programs["mixture_sums_kernel"], programs["mixture_bwd_kernel"]
+    left = {"batch": 2 * first + 3 + 3 * last + 3, "learned": 5 * last + 3}
+    assert traffic["other writes"] == left[statistics] * 18
     assert taken(traffic, x.numel()) == backward
