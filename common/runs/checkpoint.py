@@ -102,6 +102,12 @@ class Checkpoints:
                 old.unlink()
         return path
 
+    def drop_after(self, step: int) -> None:
+        """Remove the numbered checkpoints of later steps: the run has gone back to this one."""
+        for path in self.paths():
+            if path > self.path(step):
+                path.unlink()
+
     def path(self, step: int) -> Path:
         """Return where the checkpoint of a step is."""
         return self.folder / f"step-{step:08d}.pt"

@@ -69,12 +69,14 @@ class Training:
         try:
             self.method.prepare(self._asked_to_stop)
             self.folder, self.cfg = self.place.open()
-        except Interrupted:
+            self.checkpoints = Checkpoints(self.folder / "checkpoints")
+            self.log = self._restore()
+        except BaseException as error:
             self.place.close()
+            if not isinstance(error, Interrupted):
+                raise
             raise Stopped(env.largest(stop.signum or 0), "stopped before the run began") from None
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.guard = StepGuard(self.parts.networks.values(), [f"loss/{name}" for name in self.parts.optimizers], device)
-        self.log = self._restore()
         self.bar = tqdm(
             total=cfg.epochs * len(self.feed),
             initial=self.parts.at["step"],
@@ -180,8 +182,9 @@ class Training:
         self.log.scalars(at["step"], at["epoch"], values)
         at["evaluated"] = at["epoch"]
         best = self._is_best(values)
-        if best or self._scheduled():
-            self._save(scheduled=self._scheduled(), best=best and self.cfg.best.keep)
+        scheduled = self._scheduled() or self._done()
+        if best or scheduled:
+            self._save(scheduled=scheduled, best=best and self.cfg.best.keep)
         self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
         self._summarise("running", None)
 
@@ -231,6 +234,8 @@ class Training:
         self.log.close()
         self.log = self._restore(at["good"])
         self.parts.at["rewinds"] = rewinds
+        if self.env.first:
+            self.checkpoints.drop_after(self.parts.at["step"])
         self.guard.reset()
         self._save(scheduled=True)
         self._start_clock()

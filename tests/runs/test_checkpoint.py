@@ -183,3 +183,18 @@ def test_a_state_that_cannot_be_serialised_leaves_the_old_file(tmp_path):
         checkpoint.save(tmp_path / "a.pt", {"function": lambda: None})
     assert checkpoint.load(tmp_path / "a.pt")["at"] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_good_checkpoint_and_those_of_asked_epochs_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10), good=10, epoch=1)
+    for step in (20, 30, 40):
+        checkpoints.save(step, state(step), good=10)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"epoch-0001.pt", "step-00000010.pt", "step-00000030.pt", "step-00000040.pt"}
+    assert checkpoint.load(tmp_path / "epoch-0001.pt")["at"] == {"step": 10}
+    loaded, _ = checkpoints.load_latest(30)
+    assert loaded is not None
+    assert loaded["at"] == {"step": 30}
+    checkpoints.drop_after(10)
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch-0001.pt", "step-00000010.pt"}

@@ -201,11 +201,12 @@ def measured(monkeypatch):
 
 def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):
     measured(3.0, 2.0, 2.5, 2.0, 9.0, 9.0)
-    folder, training = train("--best.keep", "--best.patience", "2", epochs=6)
+    folder, training = train("--best.keep", "--best.patience", "2", "--checkpoint_every", "5", epochs=6)
     assert training.parts.at["epoch"] == 4  # two evaluations that are not better than epoch 2
     assert load(folder / "checkpoints" / "best.pt")["at"]["best"] == {
         "value": 2.0, "epoch": 2, "tag": "loss/validation"}  # fmt: skip
     assert load(folder / "checkpoints" / "best.pt")["at"]["epoch"] == 2
+    assert (folder / "checkpoints" / f"step-{training.parts.at['step']:08d}.pt").exists()  # the end is saved anyway
     assert "after 4 of 6 epochs" in capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "finished"
