@@ -76,18 +76,26 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None =
         UsageError: one line, for anything wrong in a file or flag.
         SystemExit: with status 0, after ``--help`` or ``--print_config``.
     """
+    try:
+        return _build(cls, read(cls, argv, prog=prog))
+    except UsageError as error:
+        raise UsageError(_printable(str(error))) from None
+
+
+def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = None) -> dict[str, Any]:
+    """Return the nested plain values that ``parse`` builds a configuration from, each of its field's type.
+
+    Raises:
+        UsageError, SystemExit: as ``parse``, but for what only the whole configuration can refuse.
+    """
     parser = _parser(cls, prog)
     try:
-        values = parser.parse_args(argv).as_dict()
+        return parser.parse_args(argv).as_dict()
     except RecursionError:
         raise UsageError("config: a YAML file refers to itself; expected plain values") from None
     except (AttributeError, IndexError):  # of flags, jsonargparse reads some without the loader above
         raise UsageError(_MISFIT) from None
     except UsageError as error:  # it quotes what was given, which may hold anything
-        raise UsageError(_printable(str(error))) from None
-    try:
-        return _build(cls, values)
-    except UsageError as error:
         raise UsageError(_printable(str(error))) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from common.cli.arguments import flatten, parse, to_dict
+from common.cli.arguments import flatten, parse, read, to_dict
 from common.data import Feed, ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
@@ -35,21 +35,22 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
     Raises:
         UsageError: for anything wrong in files or flags, or a run that is not as they say.
     """
-    cfg = parse(kind.config, argv, prog=f"python -m {kind.application}.train")
-    parent = cfg.out / kind.application
-    if cfg.resume == "auto":
-        assert cfg.name is not None  # RunConfig refuses otherwise
-        cfg = replace(cfg, resume=(parent / cfg.name / "config.yaml").is_file())
-    threads = None
-    if cfg.resume:
-        assert cfg.name is not None
-        if cfg.init_from is not None:
-            raise UsageError(f"init_from: {cfg.init_from} starts a new run, so it cannot go with --resume")
-        path = find_run(parent, cfg.name)
+    prog = f"python -m {kind.application}.train"
+    given = read(kind.config, argv, prog=prog)  # a resumed run's flags make sense beside its config.yaml only
+    parent, threads = Path(given["out"]).expanduser() / kind.application, None
+    resume, name = given["resume"], given["name"]
+    if resume == "auto" and name is not None:
+        resume = (parent / name / "config.yaml").is_file()
+    if resume and name is not None:
+        if given["init_from"] is not None:
+            raise UsageError(f"init_from: {given['init_from']} starts a new run, so it cannot go with --resume")
+        path = find_run(parent, name)
         cfg = replace(resume_config(kind.config, argv, path), resume=True)
         threads = recorded_threads(path)
-    elif cfg.name is not None and not cfg.dry_run:
-        refuse_existing(parent, cfg.name)
+    else:
+        cfg = replace(parse(kind.config, argv, prog=prog), resume=False)
+        if cfg.name is not None and not cfg.dry_run:
+            refuse_existing(parent, cfg.name)
     set_threads(cfg.threads or threads or 0)
     set_determinism(cfg.deterministic)
     kind.choice(cfg)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.data.image_set import to_float
 from common.data.sets import registry
+from common.errors import NonFiniteError, UsageError
 from common.runs.checkpoint import Checkpoints, load
 from common.runs.log import chart_name, read_metrics
 
@@ -148,3 +150,34 @@ def test_a_dry_run_writes_nothing_and_states_the_cost(tiny, tmp_path, capsys):
     for part in ("917,382 parameters", "256 in norm3", "MiB", "ms a step", "80 steps"):
         assert part in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_finite_stop_the_run_and_name_the_images():
+    cfg = ClassifierConfig()
+
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(x), 10), math.nan)
+
+    evaluation = Evaluation(cfg, Classification.load(cfg), torch.device("cpu"))
+    with pytest.raises(NonFiniteError, match=r"^logits of the test images are not finite"):
+        evaluation.scores(Broken(), lambda: None)
+
+
+def test_validation_images_are_scored_by_names_of_their_own(tiny, tmp_path):
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run", "--best.keep", "--batch_size", "10"])
+    line = next(line for line in read_metrics(tmp_path / "cbcls" / "run") if "metric/accuracy" in line)
+    names = {"accuracy", "top5", "macro_precision", "macro_recall", "macro_f1"}
+    assert {f"metric/validation_{name}" for name in names} | {f"metric/{name}" for name in names} <= line.keys()
+    assert {"loss/validation", "loss/test"} <= line.keys()
+    assert line["loss/validation"] != line["loss/test"]
+
+
+def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path, pictures):
+    cbcls.train.main([*tiny, "--epochs", "1", "--name", "run"])
+    other = tmp_path / "other"
+    shutil.copytree(pictures / "train", other)
+    (other / "class0" / "0.png").unlink()
+    flags = ["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2", "--data.root", str(other)]
+    with pytest.raises(UsageError, match=r"content_train differ\); start a new run"):
+        cbcls.train.main(flags)
