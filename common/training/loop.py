@@ -185,7 +185,8 @@ class Training:
         scheduled = self._scheduled() or self._done()
         if best or scheduled:
             self._save(scheduled=scheduled, best=best and self.cfg.best.keep)
-        self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
+        if values:
+            self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
         self._summarise("running", None)
 
     def _is_best(self, values: Mapping[str, float]) -> bool:
