@@ -28,7 +28,7 @@ class Evaluation:
         cfg: the run's configuration; with ``fid.every`` 0 nothing but pictures is made.
         images: the run's real images by split.
         device: where the generator is.
-        should_stop: asked between batches; it answers alike on all ranks.
+        should_stop: asked between batches of real images; it answers alike on all ranks.
         env: this process among those of the run; they share each measurement.
 
     Attributes:
@@ -48,7 +48,7 @@ class Evaluation:
         env: Env | None = None,
     ) -> None:
         self.cfg, self.images, self.device = cfg, images, device
-        self.should_stop, self.env = should_stop, env or Env()
+        self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
         self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
@@ -71,7 +71,7 @@ class Evaluation:
                 "before; values before and after differ in their last digits"
             )
 
-    def measure(self, g: Generator, count: int) -> FidResult:
+    def measure(self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
 
         Raises:
@@ -82,7 +82,7 @@ class Evaluation:
         training = g.training
         try:
             with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, self.should_stop)
+                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, should_stop)
         finally:
             g.train(training)
 
@@ -98,13 +98,13 @@ class Evaluation:
         """Measure and draw; return what is to be logged.
 
         Raises:
-            Interrupted: if ``should_stop`` says so on the way; nothing is drawn then.
+            Interrupted: if ``moment.should_stop`` says so on the way; nothing is drawn then.
         """
         values: dict[str, float] = {}
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            self.latest = result = self.measure(g, self.count(moment.epoch))
+            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop)
             values[self.fid.tag] = result.fid
             if result.other is not None and self.fid.floor is not None:
                 values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
