@@ -17,7 +17,6 @@ GROUPS = {
     "metric": "1_result",
     "loss": "2_loss",
     "samples": "3_samples",
-    "step": "4_step",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",

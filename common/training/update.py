@@ -215,10 +215,6 @@ class Update:
         mean, norm = self._guard.descend(f"loss/{name}", backward(), len(self.parts), optimizer, scaler, self._clip)
         self.values |= {f"loss/{name}": mean, f"gradient/{name}": norm}
 
-    def note(self, **values: Tensor) -> None:
-        """Log further scalars of this step, as step/NAME."""
-        self.values |= {f"step/{name}": value for name, value in values.items()}
-
 
 @contextlib.contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:

@@ -4,22 +4,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from refusals import refused
 
 import cbcls.train
-from common.cli.command import run_command
-
-
-def refused(capsys, *argv: str) -> str:
-    """Run the command, which must be refused, and return its one line."""
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: cbcls.train.main(list(argv)))
-    captured = capsys.readouterr()
-    assert left.value.code == 2, captured.err
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
 
 FLAGS = {
     "--norm.kind foo": ["norm.kind", "foo", "ucb"],
@@ -51,7 +38,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_bad_flags(tiny, tmp_path, capsys, flags):
-    line = refused(capsys, *tiny, *flags.split())
+    line = refused(capsys, cbcls.train.main, *tiny, *flags.split())
     for part in FLAGS[flags]:
         assert part in line, line
     assert list(tmp_path.iterdir()) == []
@@ -71,8 +58,10 @@ def test_images_that_no_classifier_can_learn_from(tiny, tmp_path, capsys, dry):
     one, more = (folder(tmp_path / name, "cat") for name in ("one", "more"))
     bare = folder(tmp_path / "bare", ".")
     flags = [*tiny, *dry]
-    assert "data.test_root" in refused(capsys, *flags, "--data.root", two, "--data.test_root", "null")
-    assert "no labels" in refused(capsys, *flags, "--data.root", bare, "--data.test_root", two)
-    assert "no labels" in refused(capsys, *flags, "--data.root", two, "--data.test_root", bare)
-    assert "at least 2 classes" in refused(capsys, *flags, "--data.root", one, "--data.test_root", more)
+    assert "data.test_root" in refused(capsys, cbcls.train.main, *flags, "--data.root", two, "--data.test_root", "null")
+    assert "no labels" in refused(capsys, cbcls.train.main, *flags, "--data.root", bare, "--data.test_root", two)
+    assert "no labels" in refused(capsys, cbcls.train.main, *flags, "--data.root", two, "--data.test_root", bare)
+    assert "at least 2 classes" in refused(
+        capsys, cbcls.train.main, *flags, "--data.root", one, "--data.test_root", more
+    )
     assert not (tmp_path / "cbcls").exists()

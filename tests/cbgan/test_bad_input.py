@@ -6,22 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 import cbgan.evaluate
 import cbgan.train
-from common.cli.command import run_command
-
-
-def refused(capsys, main, *argv: str) -> str:
-    """Run a command that must be refused and return its one line."""
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: main(list(argv)))
-    captured = capsys.readouterr()
-    assert left.value.code == 2, captured.err
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture

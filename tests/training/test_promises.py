@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from forked import Hit, run
+from refusals import refused
 from run_comparison import assert_same_runs, final_state
 
-from common.cli.command import run_command
 from common.errors import NonFiniteError, Stopped
 from common.runs.checkpoint import load
 from common.runs.folder import RunFolder
@@ -162,19 +162,6 @@ def run_and_keep(monkeypatch, kept: list[dict]):
             kept.append({"weights": weights_hash(parameters)})
 
     return finish
-
-
-def refused(capsys, main, *argv: str) -> str:
-    """Run a command that must be refused and return its one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: main(list(argv)))
-    captured = capsys.readouterr()
-    assert left.value.code == 2, captured.err
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
