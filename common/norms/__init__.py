@@ -1,16 +1,16 @@
 """Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
 
-from common.norms.backends.reference import Moments
-from common.norms.em_norm import MixtureNorm
-from common.norms.factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
-from common.norms.functional import cluster_norm, mixture_norm
-from common.norms.health import Health, collect_health, health, log_scalars, mixture_layers
-from common.norms.supervised import SCBNorm, SCBNormBase
-from common.norms.surgery.calibration import calibrate
-from common.norms.surgery.convert import convert_norms, revert_norms
-from common.norms.surgery.routing import clusters
-from common.norms.surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
-from common.norms.unsupervised import UCBNorm
+from .backends.reference import Moments
+from .em_norm import MixtureNorm
+from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
+from .functional import cluster_norm, mixture_norm
+from .health import Health, collect_health, health, log_scalars, mixture_layers
+from .supervised import SCBNorm, SCBNormBase
+from .surgery.calibration import calibrate
+from .surgery.convert import convert_norms, revert_norms
+from .surgery.routing import clusters
+from .surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
+from .unsupervised import UCBNorm
 
 __all__ = [
     "BatchNorm",

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from common.norms import checks
-from common.norms.factory import default_options, make_norm
+from . import checks
+from .factory import default_options, make_norm
 
 Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
 

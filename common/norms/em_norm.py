@@ -6,12 +6,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from common.machine.seeding import generator
-from common.norms import checks
-from common.norms.estimation import averages, em
-from common.norms.estimation.averages import Stored
-from common.norms.estimation.em import Fit
-from common.norms.unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
+from . import checks
+from .estimation import averages, em
+from .estimation.averages import Stored
+from .estimation.draws import generator
+from .estimation.em import Fit
+from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
 
 class MixtureNorm(MixtureLayer):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from common.norms import checks
-from common.norms.em_norm import MixtureNorm
-from common.norms.supervised import SCBNorm, SCBNormBase
-from common.norms.unsupervised import UCBNorm
+from . import checks
+from .em_norm import MixtureNorm
+from .supervised import SCBNorm, SCBNormBase
+from .unsupervised import UCBNorm
 
 
 class BatchNorm(_BatchNorm):

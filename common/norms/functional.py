@@ -5,9 +5,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from common.norms.backends import closed_form, compiled, reference
-from common.norms.backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from common.norms.checks import (
+from .backends import closed_form, compiled, reference
+from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from .checks import (
     check_choice,
     check_cluster,
     check_device,
@@ -17,7 +17,7 @@ from common.norms.checks import (
     check_mean,
     check_parameter,
 )
-from common.norms.kernels import launch, operators
+from .kernels import launch, operators
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
 

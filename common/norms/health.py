@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms.backends import reference
-from common.norms.unsupervised import MixtureLayer
+from .backends import reference
+from .unsupervised import MixtureLayer
 
 LEAST_USAGE = 0.01
 LEAST_INFORMATION = 0.05

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms import checks, functional
+from . import checks, functional
 
 
 class NormLayer(nn.Module):

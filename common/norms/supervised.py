@@ -6,10 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.norms import checks, functional
-from common.norms.backends import reference
-from common.norms.backends.reference import UnknownPosterior, UnknownScale
-from common.norms.layer import NormLayer
+from . import checks, functional
+from .backends import reference
+from .backends.reference import UnknownPosterior, UnknownScale
+from .layer import NormLayer
 
 SupervisedInit = Literal["identity", "data"]
 

@@ -8,14 +8,14 @@ from typing import Any, Literal, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from common.machine.seeding import generator
-from common.norms import checks, functional
-from common.norms.backends import closed_form, compiled, reference, sync
-from common.norms.backends.reference import Moments, Scale, Statistics
-from common.norms.estimation import averages, em
-from common.norms.estimation.averages import Average, Stored
-from common.norms.estimation.em import Fit
-from common.norms.layer import NormLayer
+from . import checks, functional
+from .backends import closed_form, compiled, reference, sync
+from .backends.reference import Moments, Scale, Statistics
+from .estimation import averages, em
+from .estimation.averages import Average, Stored
+from .estimation.draws import generator
+from .estimation.em import Fit
+from .layer import NormLayer
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]

@@ -2,6 +2,7 @@ import numpy as np
 import torch
 
 from common.machine.seeding import derive, generator, permutation, uniform_per_sample
+from common.norms.estimation.draws import generator as own_generator
 
 
 def test_positions_are_told_apart():
@@ -47,3 +48,8 @@ def test_splitmix64_agrees_with_its_published_first_outputs(monkeypatch):
     monkeypatch.setattr("common.machine.seeding.derive", lambda *_: 1234567)
     draws = uniform_per_sample(torch.arange(3), 0).double().tolist()
     assert draws == [(value >> 40) / 2**24 for value in published]
+
+
+def test_the_layers_own_copy_draws_the_same():
+    for position in [(0,), (3, "points", "fit", 12), (3, "points", "fit", "12")]:
+        assert own_generator(*position).initial_seed() == generator(*position).initial_seed()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from common.norms.backends import compiled, eager, reference, sync
-from common.norms.backends.passes import DensitySums, Mixture, Passes
-from common.norms.backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from . import compiled, eager, reference, sync
+from .passes import DensitySums, Mixture, Passes
+from .reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 
 BACKENDS: dict[str, Passes] = {"eager": eager, "compiled": compiled}
 

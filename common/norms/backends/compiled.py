@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
-from common.norms.backends.passes import DensitySums, Mixture, least_posterior
+from .passes import DensitySums, Mixture, least_posterior
 
 OPTIONS: dict[str, Any] = {
     "max_fusion_size": 512,  # else a loop for several components is cut in two

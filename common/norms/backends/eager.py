@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from common.norms.backends.passes import DensitySums, Mixture, least_posterior
+from .passes import DensitySums, Mixture, least_posterior
 
 KEEP_SINGLE: bool = True
 PART_ELEMENTS = 1 << 18

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.norms.backends.reference import Moments
+from ..backends.reference import Moments
 
 Average = Literal["em", "paper"]
 

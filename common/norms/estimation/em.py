@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.machine.seeding import generator
-from common.norms.backends import reference
-from common.norms.backends.reference import Moments
+from ..backends import reference
+from ..backends.reference import Moments
+from .draws import generator
 
 MAX_POINTS = 4096
 VARIANCE_FLOOR = 1e-3

@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from common.norms.kernels.cluster_kernels import TINY, inverse_root, offsets, table_row
+from .cluster_kernels import TINY, inverse_root, offsets, table_row
 
 
 @triton.jit

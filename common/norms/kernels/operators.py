@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from common.norms.backends import closed_form, reference
-from common.norms.backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from common.norms.kernels import launch
+from ..backends import closed_form, reference
+from ..backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from . import launch
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -22,13 +22,13 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 
 def _kernels() -> Any:
-    from common.norms.kernels import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+    from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
     return cluster_kernels
 
 
 def _mixture_kernels() -> Any:
-    from common.norms.kernels import mixture_kernels  # noqa: PLC0415
+    from . import mixture_kernels  # noqa: PLC0415
 
     return mixture_kernels
 

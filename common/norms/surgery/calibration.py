@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.norms.em_norm import MixtureNorm
-from common.norms.health import mixture_layers
+from ..em_norm import MixtureNorm
+from ..health import mixture_layers
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.norms import checks
-from common.norms.em_norm import MixtureNorm
-from common.norms.estimation import averages
-from common.norms.estimation.averages import Stored
-from common.norms.factory import BatchNorm, DomainBatchNorm, make_norm
-from common.norms.supervised import SCBNorm, SCBNormBase
-from common.norms.surgery.routing import ROUTED
-from common.norms.unsupervised import MixtureLayer
+from .. import checks
+from ..em_norm import MixtureNorm
+from ..estimation import averages
+from ..estimation.averages import Stored
+from ..factory import BatchNorm, DomainBatchNorm, make_norm
+from ..supervised import SCBNorm, SCBNormBase
+from ..unsupervised import MixtureLayer
+from .routing import ROUTED
 
 Where = str | int | Iterable[str | int] | Callable[[str, nn.Module], bool]
 """Layers by qualified name, by index among the BatchNorm layers, several of these, or by predicate."""

@@ -7,8 +7,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from common.norms.factory import DomainBatchNorm
-from common.norms.supervised import SCBNorm, SCBNormBase
+from ..factory import DomainBatchNorm
+from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from common.norms.estimation import averages
+from ..estimation import averages
 
 
 def scb_state_from_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
