@@ -6,7 +6,7 @@ from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
 from .functional import cluster_norm, mixture_norm
 from .health import Health, collect_health, health, log_scalars, mixture_layers
 from .supervised import SCBNorm, SCBNormBase
-from .surgery.calibration import calibrate
+from .surgery.calibration import calibrate, recalibrate
 from .surgery.convert import convert_norms, revert_norms
 from .surgery.routing import clusters
 from .surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
@@ -32,6 +32,7 @@ __all__ = [
     "make_norm",
     "mixture_layers",
     "mixture_norm",
+    "recalibrate",
     "revert_norms",
     "scb_state_from_base",
     "ucb_state_from_batch_norm",

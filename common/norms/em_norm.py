@@ -1,15 +1,13 @@
 """Mixture Normalization: UCB-Norm's transforms under a mixture that EM fits to the batch."""
 
-from collections.abc import Iterable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .estimation import averages, em
+from .estimation import em
 from .estimation.averages import Stored
-from .estimation.draws import generator
 from .estimation.em import Fit
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
@@ -95,18 +93,17 @@ class MixtureNorm(MixtureLayer):
         self._write(self._stored(fit), where=finite)
         self.initialized |= finite
 
-    def _stored(self, fit: Fit) -> Stored:
-        weight = fit.weight.clamp(min=self.min_weight)
-        return Stored(weight.log().log_softmax(0), fit.mean, averages.log_of(fit.var))
+    def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
+        return self._fit(dtype, "fit_"), 2 * self.em_steps
 
-    def _last_fit(self, dtype: torch.dtype) -> Fit:
-        weight = self.fit_logits.to(dtype).softmax(0)
-        return Fit(weight, self.fit_mean.to(dtype), self.fit_log_var.to(dtype).exp())
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        super()._store_calibrated(points, fit)
+        self._write_fit(self._stored(fit))
 
     @torch.no_grad()
     def _refit(self, x: Tensor, step: int) -> None:
         points = em.sample_points(x, self.seed, "fit", step)
-        fit = self._last_fit(points.dtype)
+        fit = self._fit(points.dtype, "fit_")
         fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
         self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
 
@@ -122,38 +119,6 @@ class MixtureNorm(MixtureLayer):
         if moments is not None and x.numel():
             self._average_in(moments)
         return y
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
-
-        Training afterwards moves it again. ``common.norms.calibrate`` does this to a whole model.
-
-        Args:
-            batches: inputs of this layer, each as ``forward`` takes them.
-
-        Raises:
-            ValueError: no batch, a batch of the wrong shape, or one with a value that is not finite.
-        """
-        points = []
-        for i, x in enumerate(batches):
-            own = self._channels_first(x).to(self.mean.device)
-            if not own.isfinite().all():
-                raise ValueError(f"batches: expected finite values, got others in batch {i}")
-            points.append(em.sample_points(own, self.seed, "calibrate", i))
-        pooled = torch.cat(points) if points else torch.empty(0)
-        if len(pooled) < 2:
-            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
-        if self.is_initialized():
-            fit = self._last_fit(pooled.dtype)
-        else:
-            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
-            rng = generator(self.seed, "kmeans++")
-            fit = em.seed_mixture(some, self.num_components, self.groups, rng)
-        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
-        self._write(self._stored(fit))
-        self._write_fit(self._stored(fit))
-        self.initialized.fill_(True)
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
@@ -22,6 +22,8 @@ MixtureInit = Literal["uniform", "kmeans++"]
 Variance = Literal["component", "shared"]
 MIN_WEIGHT = 1e-3
 """Floor of a mixture weight, relative to 1 / K: a weight of 1e-6 gave outputs of 4,000 (measured)."""
+CALIBRATION_STEPS = 1
+"""EM steps of ``calibrate``, as many as MixtureNorm's two fits of ten."""
 CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
@@ -163,6 +165,63 @@ class MixtureLayer(NormLayer):
         for name, value in zip(Stored._fields, new, strict=True):
             old = getattr(self, name)
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
+
+    def _fit(self, dtype: torch.dtype, prefix: str = "") -> Fit:
+        logits, mean, log_var = (getattr(self, prefix + name).to(dtype) for name in Stored._fields)
+        return Fit(logits.softmax(0), mean, log_var.exp())
+
+    def _stored(self, fit: Fit) -> Stored:
+        weight = fit.weight.clamp(min=self.min_weight)
+        return Stored(weight.log().log_softmax(0), fit.mean, averages.log_of(fit.var))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
+
+        EM starts from the mixture the layer has, shifted and scaled to the locations' mean and variance, or from
+        k-means++ where nothing has seeded the layer yet. Training afterwards moves the mixture again.
+        ``common.norms.calibrate`` and ``recalibrate`` do this to a whole model.
+
+        Args:
+            batches: inputs of this layer, each as ``forward`` takes them.
+
+        Raises:
+            ValueError: no batch, a batch of the wrong shape, one with a value that is not finite, or a layer whose
+                mixture is learned by gradients.
+        """
+        if not self.averages_mixture():
+            raise ValueError("update: expected 'moving_average', since a mixture learned by gradients is no estimate")
+        points = []
+        for i, x in enumerate(batches):
+            own = self._channels_first(x).to(self.mean.device)
+            if not own.isfinite().all():
+                raise ValueError(f"batches: expected finite values, got others in batch {i}")
+            points.append(em.sample_points(own, self.seed, "calibrate", i))
+        pooled = torch.cat(points) if points else torch.empty(0)
+        if len(pooled) < 2:
+            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
+        start, steps = self._calibration_start(pooled.dtype)
+        if self.is_initialized():
+            fit = em.moved_onto(points=pooled, fit=start)
+        else:
+            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
+            rng = generator(self.seed, "kmeans++")
+            fit = em.seed_mixture(some, self.num_components, self.groups, rng)
+        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, steps)
+        self._store_calibrated(pooled, fit)
+        self.initialized.fill_(True)
+
+    def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
+        """Return the mixture from which EM starts, and how many steps it takes."""
+        return self._fit(dtype), CALIBRATION_STEPS
+
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        """Store what EM found for points (P, C)."""
+        self._write(self._stored(fit))
+
+    def averages_mixture(self) -> bool:
+        """Say whether the mixture is estimated from activations, not learned by gradients."""
+        return not isinstance(self.mean, nn.Parameter)
 
     def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
         old = Stored(self.logits, self.mean, self.log_var)
@@ -348,6 +407,13 @@ class UCBNorm(MixtureLayer):
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=finite)
         self.initialized |= finite
+
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        if self.variance == "shared":
+            fit = fit._replace(var=averages.pooled(fit.var, fit.weight[:, None]).expand_as(fit.var))
+        super()._store_calibrated(points, fit)
+        if self.reseed:
+            self.usage.copy_(em.component_shares(points, fit, self.groups, self.eps))
 
     def _train(self, x: Tensor) -> Tensor:
         self.seed_from(x)

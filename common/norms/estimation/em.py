@@ -176,6 +176,23 @@ def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
     return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
 
 
+def component_shares(points: Tensor, fit: Fit, groups: int, eps: float) -> Tensor:
+    """Return the share of points (P, C) that each component holds in each group, (K, G)."""
+    return _moments(points, fit, groups, eps).mass / len(points)
+
+
+def moved_onto(points: Tensor, fit: Fit) -> Fit:
+    """Shift and scale a mixture, channel by channel, to the mean and the variance of points (P, C).
+
+    So that EM starts in the right place after the inputs have moved as a whole, as when weights were averaged.
+    """
+    share = (fit.weight / fit.weight.sum())[:, None]
+    centre = (share * fit.mean).sum(0)
+    total = (share * (fit.var + (fit.mean - centre).square())).sum(0)
+    scale = points.var(0, correction=0) / total
+    return Fit(fit.weight, points.mean(0) + scale.sqrt() * (fit.mean - centre), scale * fit.var)
+
+
 def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:
     """Take EM steps from fit on points (P, C)."""
     for _ in range(steps):
