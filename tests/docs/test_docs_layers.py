@@ -37,6 +37,7 @@ LAYER1 = [f"layer1.{block}.bn{norm}" for block in (0, 1) for norm in (1, 2)]
         "clusters",
         "collect_health",
         "convert_norms",
+        "converted",
         "log_scalars",
         "revert_norms",
         "scb_state_from_base",
