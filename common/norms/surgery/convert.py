@@ -58,7 +58,8 @@ def convert_norms(
     A BatchNorm with an activation, such as timm's BatchNormAct2d, becomes a ``NormAct`` with the new layer and the
     very same dropout and activation. A SyncBatchNorm becomes a "ucb" of its process group. A LayerNorm is
     replaced where ``where`` asks for it: the channels are the dimension it normalises over, weight and bias are
-    taken over, and as it keeps no statistics the mixture starts at mean 0 and variance 1, which a warning says.
+    taken over, and as it keeps no statistics the mixture starts at mean 0 and variance 1. A warning says what to
+    do: estimate the mixtures, and train on, since moments of channels are not those of tokens.
 
     Args:
         model: holds the layers as submodules, at any depth, or is one.
@@ -103,8 +104,8 @@ def convert_norms(
     if unknown and kind in _FITTED:
         which = (unknown[0] or "the model") + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
         warnings.warn(
-            f"{which}: a LayerNorm keeps no statistics for {kind!r} to start from; "
-            f"call {_FITTED[kind]}(model, loader) before the model is evaluated",
+            f"{which}: a LayerNorm keeps no statistics for {kind!r} to start from, and takes them of each token: "
+            f"call {_FITTED[kind]}(model, loader) before the model is evaluated, and train it on",
             stacklevel=2,
         )
     return _swap(model, found, new)

@@ -196,7 +196,7 @@ def test_a_synchronised_batch_norm_becomes_no_layer_of_one_process(kind):
     assert isinstance(model[0], nn.SyncBatchNorm)
 
 
-WARNED = r"keeps no statistics for 'ucb' to start from; call recalibrate\(model, loader\) before"
+WARNED = r"keeps no statistics for 'ucb' to start from, .*: call recalibrate\(model, loader\) .*, and train it on$"
 LAYER_NORMS = {
     "torch": (nn.LayerNorm(4), (6, 5, 4), -1),
     "torch, (N, C)": (nn.LayerNorm(4), (6, 4), -1),
@@ -266,7 +266,7 @@ def test_layer_norms_are_left_alone_unless_asked_for():
             model = convert_norms(mixed(), "ucb", where)
         assert converted(model) == ["3"]
         assert converted(convert_norms(model, "ucb", 1)) == ["2", "3"]
-    with pytest.warns(UserWarning, match=r"'mn' to start from; call calibrate\(model, loader\)"):
+    with pytest.warns(UserWarning, match=r"'mn' to start from, .*: call calibrate\(model, loader\)"):
         convert_norms(mixed(), "mn", nn.LayerNorm)
     with pytest.raises(ValueError, match="model: expected at least one BatchNorm layer inside, found 2 LayerNorms, wh"):
         convert_norms(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)), "ucb")
