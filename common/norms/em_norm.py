@@ -27,9 +27,9 @@ class MixtureNorm(MixtureLayer):
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
         refit_every: training batches between fits.
         em_steps: EM steps of a fit.
-        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim and
-            backend; seed, here of the sampled locations too; process_group, here None, since each rank uses
-            its own statistics.
+        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim,
+            backend, device and dtype; seed, here of the sampled locations too; process_group, here None, since
+            each rank uses its own statistics.
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
@@ -71,7 +71,7 @@ class MixtureNorm(MixtureLayer):
         self.refit_every, self.em_steps = refit_every, em_steps
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
-        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("step", torch.tensor(0, device=self.mean.device))
         self.reset_parameters()
 
     @torch.no_grad()

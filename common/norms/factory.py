@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import checks
 from .em_norm import MixtureNorm
+from .layer import DeviceLike
 from .supervised import SCBNorm, SCBNormBase
 from .unsupervised import UCBNorm
 
@@ -26,10 +27,12 @@ class BatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        _check_options(num_features, eps, momentum, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -48,10 +51,12 @@ class InstanceNorm(_InstanceNorm):
         momentum: float = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        _check_options(num_features, eps, momentum, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -64,7 +69,8 @@ class InstanceNorm(_InstanceNorm):
         return self._apply_instance_norm(input)
 
 
-def _check_options(num_features: object, eps: object, momentum: object) -> None:
+def _check_options(num_features: object, eps: object, momentum: object, dtype: object) -> None:
+    checks.check_dtype(dtype)
     checks.check_size("num_features", num_features)
     checks.check_eps(eps)
     if momentum is not None:

@@ -7,23 +7,37 @@ from torch import Tensor, nn
 
 from . import checks, functional
 
+DeviceLike = torch.device | str | int | None
+
 
 class NormLayer(nn.Module):
     r"""A layer over x (N, C, \*) with an optional affine map and a buffer that says whether it is seeded."""
 
     initialized: Tensor
 
-    def __init__(self, num_features: int, *, eps: float, affine: bool, channel_dim: int, backend: str) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        affine: bool,
+        channel_dim: int,
+        backend: str,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         checks.check_choice("backend", backend, functional.BACKENDS)
         checks.check_size("num_features", num_features)
         checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
+        checks.check_dtype(dtype)
         self.num_features, self.eps, self.affine = num_features, eps, affine
         self.channel_dim, self.backend = channel_dim, backend
-        self.weight = nn.Parameter(torch.empty(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.empty(num_features)) if affine else None
+        shape, placed = (num_features,), {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **placed)) if affine else None
+        self.bias = nn.Parameter(torch.empty(shape, **placed)) if affine else None
         self._seen_initialized = False  # on the host, so that a seeded layer never asks the device
 
     def reset_parameters(self) -> None:

@@ -1,7 +1,7 @@
 """SCB-Norm: each sample is normalised with the learned mean and deviation of its own cluster."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import checks, functional
 from .backends import reference
 from .backends.reference import UnknownPosterior, UnknownScale
-from .layer import NormLayer
+from .layer import DeviceLike, NormLayer
 
 SupervisedInit = Literal["identity", "data"]
 
@@ -31,21 +31,24 @@ class _SupervisedNorm(NormLayer):
         unknown_posterior: UnknownPosterior = "location",
         channel_dim: int = 1,
         backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_choice("init", init, get_args(SupervisedInit))
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
         checks.check_size("num_clusters", num_clusters)
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
+        placed: Any = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         self.num_clusters = num_clusters
         self.init: SupervisedInit = init
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
-        self._build()
-        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool))
+        self._build(**placed)
+        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool, device=device))
         self.reset_parameters()
 
-    def _build(self) -> None:
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
         raise NotImplementedError
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -132,6 +135,8 @@ class SCBNorm(_SupervisedNorm):
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
         backend: "auto", "reference", "eager", "compiled" or "triton".
+        device: of all parameters and buffers, as of any ``torch.nn`` layer.
+        dtype: of all of them that are floating-point.
 
     Shape:
         x (N, C, \*) float; cluster (N,) int64 in [0, K); output as x. Parameters ``mean`` and ``log_var``,
@@ -149,9 +154,9 @@ class SCBNorm(_SupervisedNorm):
     mean: nn.Parameter
     log_var: nn.Parameter
 
-    def _build(self) -> None:
-        self.mean = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
-        self.log_var = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
+        self.mean = nn.Parameter(torch.empty(self.num_clusters, self.num_features, device=device, dtype=dtype))
+        self.log_var = nn.Parameter(torch.empty(self.num_clusters, self.num_features, device=device, dtype=dtype))
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return ``mean`` and ``log_var``."""
@@ -178,10 +183,11 @@ class SCBNormBase(_SupervisedNorm):
     mean: nn.Linear
     log_var: nn.Linear
 
-    def _build(self) -> None:
-        # skip_init: all is zeroed below, and drawing first would move the global generator.
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
+        # First on meta: all is zeroed below, and drawing would move the global generator.
         for name in ("mean", "log_var"):
-            setattr(self, name, nn.utils.skip_init(nn.Linear, self.num_clusters, self.num_features))
+            layer = nn.Linear(self.num_clusters, self.num_features, device="meta", dtype=dtype)
+            setattr(self, name, layer.to_empty(device=torch.get_default_device() if device is None else device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -15,7 +15,7 @@ from .estimation import averages, em
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
-from .layer import NormLayer
+from .layer import DeviceLike, NormLayer
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
@@ -41,6 +41,8 @@ class MixtureOptions(TypedDict, total=False):
     process_group: object
     seed: int
     backend: str
+    device: DeviceLike
+    dtype: torch.dtype | None
 
 
 class MixtureLayer(NormLayer):
@@ -69,8 +71,11 @@ class MixtureLayer(NormLayer):
         process_group: object = None,
         seed: int = 0,
         backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
+        placed: Any = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         checks.check_choice("average", average, get_args(Average))
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
@@ -91,16 +96,16 @@ class MixtureLayer(NormLayer):
         self.momentum, self.seed = momentum, seed
         self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
         stored = Stored(
-            torch.empty(num_components),
-            torch.empty(num_components, num_features),
-            torch.empty(num_components, num_features),
+            torch.empty(num_components, **placed),
+            torch.empty(num_components, num_features, **placed),
+            torch.empty(num_components, num_features, **placed),
         )
         for name, tensor in zip(Stored._fields, stored, strict=True):
             if learned:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(False, device=device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -113,7 +118,7 @@ class MixtureLayer(NormLayer):
         super().reset_parameters()
         nn.init.zeros_(self.logits)
         nn.init.zeros_(self.log_var)
-        spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean")) * 2 - 1
+        spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
         # One component is BatchNorm, which starts at 0 and has no symmetry to break.
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
         self.initialized.fill_(self.init == "uniform" or self.num_components == 1)
@@ -340,6 +345,8 @@ class UCBNorm(MixtureLayer):
             torch's cannot; with "world" it can.
         seed: of the means, of k-means++ and of re-seeding, apart from the global generator.
         backend: "auto", "reference", "eager", "compiled" or "triton".
+        device: of all parameters and buffers, as of any ``torch.nn`` layer; the means are the same on each.
+        dtype: of all of them that are floating-point.
 
     Shape:
         x (N, C, \*) float; output as x. Parameters or buffers ``logits`` (K,), ``mean`` and ``log_var`` (K,
@@ -389,8 +396,8 @@ class UCBNorm(MixtureLayer):
         self.variance: Variance = variance
         self.reseed = reseed
         if reseed:
-            self.register_buffer("usage", torch.empty(num_components, self.groups))
-            self.register_buffer("step", torch.tensor(0))
+            self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))
+            self.register_buffer("step", torch.tensor(0, device=self.mean.device))
         self.reset_parameters()
 
     @torch.no_grad()

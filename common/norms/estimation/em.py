@@ -40,7 +40,7 @@ def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
     """
     points = reference.flatten(x.detach()).movedim(1, 2).flatten(0, 1)
     if len(points) > MAX_POINTS:
-        order = torch.randperm(len(points), generator=generator(seed, "points", *position))
+        order = torch.randperm(len(points), generator=generator(seed, "points", *position), device="cpu")
         points = points[order[:MAX_POINTS].to(x.device, non_blocking=True)]
     return points.to(reference.compute_dtype(x))
 
@@ -52,7 +52,7 @@ def draw_locations(x: Tensor, count: int, seed: int, *position: int | str) -> Te
     """
     flat = reference.flatten(x.detach())
     length = flat.shape[2]
-    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position))
+    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position), device="cpu")
     index = index.to(x.device, non_blocking=True)
     return flat[index // length, :, index % length].to(reference.compute_dtype(x))
 
@@ -81,7 +81,7 @@ def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
     is scikit-learn's.
     """
     sets, count, _ = points.shape
-    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng).to(points, non_blocking=True)
+    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng, device="cpu").to(points, non_blocking=True)
     rows = torch.arange(sets, device=points.device)
     centres = [points[rows, (draws[0, :, 0] * count).long().clamp(max=count - 1)]]
     distance = (points - centres[0][:, None]).square().sum(2)
