@@ -21,6 +21,7 @@ from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.runs.log import read_metrics
+from common.training.config import stored_config
 from common.training.parts import upgraded
 
 _FALL = 10
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert folder is not None  # EvaluateConfig refuses otherwise
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"run: {folder} is not a run's folder (it holds no config.yaml)")
-    cfg = parse(GanConfig, ["--config", str(folder / "config.yaml")])
+    cfg = stored_config(GanConfig, folder)
     if not cfg.fid.every:
         raise UsageError("run: its fid.every is 0, so there is no FID to compare with")
     set_threads(cfg.threads)

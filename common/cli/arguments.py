@@ -4,6 +4,7 @@ jsonargparse reads files and flags and checks types; this module turns each of i
 names the field, the value and what would be right, and builds the (frozen, nested) dataclasses.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -18,6 +19,8 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
+from common.cli.fields import names_of
+from common.cli.plugins import MissingPlugin, load_plugins
 from common.errors import UsageError
 
 T = TypeVar("T")
@@ -66,6 +69,8 @@ _TYPE_NAMES = {
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None) -> T:
     """Build a configuration from its dataclass defaults, ``--config`` files and flags, in this order.
 
+    Where it has a setting ``plugins``, these modules are imported before the other settings are checked.
+
     Args:
         cls: a frozen dataclass; fields may be dataclasses. A ``__post_init__`` that raises ValueError names the
             field with its full dotted path.
@@ -77,7 +82,12 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None =
         SystemExit: with status 0, after ``--help`` or ``--print_config``.
     """
     try:
-        return _build(cls, read(cls, argv, prog=prog))
+        values = read(cls, argv, prog=prog)
+        if isinstance(plugins := values.get("plugins"), list):
+            load_plugins(plugins)
+        return _build(cls, values)
+    except MissingPlugin as error:
+        raise MissingPlugin(_printable(str(error))) from error
     except UsageError as error:
         raise UsageError(_printable(str(error))) from None
 
@@ -88,6 +98,9 @@ def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = Non
     Raises:
         UsageError, SystemExit: as ``parse``, but for what only the whole configuration can refuse.
     """
+    given = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(given) and any(field.name == "plugins" for field in dataclasses.fields(cls)):
+        load_plugins(_plugins_in(given))  # so that the help lists what they add
     parser = _parser(cls, prog)
     try:
         return parser.parse_args(argv).as_dict()
@@ -127,7 +140,10 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; may be given again, the later wins")
     parser.add_class_arguments(cls)
+    names = dict(names_of(cls))
     for action in parser._actions:
+        if action.dest in names:
+            action.metavar = f"{{{','.join(names[action.dest])}}}"
         hint = getattr(action, "_typehint", None)
         if hint is bool or bool in typing.get_args(hint):  # so that --resume means --resume true
             action.nargs, action.const = "?", True  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,6 +152,15 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
             action.nargs, action.metavar = "+", action.dest.upper()
             action.option_strings = [f"--{action.dest}"]
     return parser
+
+
+def _plugins_in(argv: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugins", nargs="+", default=[])
+    try:
+        return parser.parse_known_args(argv)[0].plugins
+    except argparse.ArgumentError:
+        return []
 
 
 class _Parser(ArgumentParser):

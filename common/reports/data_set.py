@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ class InspectConfig(DataConfig):
     """Folder for the contact sheet, contact-NAME.png."""
     force: bool = False
     """Write over a contact sheet that is there."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes, which add data sets of your own."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

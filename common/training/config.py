@@ -8,9 +8,11 @@ from typing import Literal, TypeVar
 
 from common.cli.arguments import flatten, parse, to_dict, to_yaml
 from common.cli.fields import MAY_CHANGE, changeable
+from common.cli.plugins import MissingPlugin
 from common.errors import UsageError
 from common.machine.device import Precision
 from common.norms.config import NormConfig
+from common.runs.folder import missing_plugins
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -102,6 +104,9 @@ class RunConfig:
     """The folder that holds all runs."""
     resume: bool | Literal["auto"] = False
     """Go on with the run NAME from its newest whole checkpoint; auto starts it where there is none yet."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes, which add kinds of layers, data sets or metrics of your
+    own (docs/configuration.md)."""
     init_from: Path | None = None
     """A checkpoint file whose weights (not optimizer or position) a new run starts from."""
     dry_run: bool = False
@@ -188,15 +193,9 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
     Raises:
         UsageError: if the command line changes what a resumed run keeps, or config.yaml holds no such configuration.
     """
-    file = path / "config.yaml"
-    stored_file = ["--config", str(file)]
-    try:
-        stored = parse(cls, stored_file)
-    except UsageError as error:
-        place = "" if str(file) in str(error) else f"config: {file}: "
-        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
+    stored = stored_config(cls, path)
     before = dict(flatten(to_dict(stored.resolved())))
-    config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
+    config = parse(cls, ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)])
     free = set(changeable(cls))
     if stored.schedule.kind == "cosine":
         free.remove("epochs")  # the curve ends where the run ends
@@ -207,6 +206,26 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
                 f"(free to change: {', '.join(sorted(free))})"
             )
     return config
+
+
+def stored_config(cls: type[C], path: Path) -> C:
+    """Read the configuration of a run, and import its plugins.
+
+    Raises:
+        UsageError: if a plugin of the run is missing, or its config.yaml holds no such configuration.
+    """
+    file = path / "config.yaml"
+    try:
+        return parse(cls, ["--config", str(file)])
+    except MissingPlugin:
+        raise
+    except UsageError as error:
+        if missing := missing_plugins(path):
+            raise MissingPlugin(
+                f"plugins: the run had {' and '.join(missing)}, which is not installed here; install it"
+            ) from error
+        place = "" if str(file) in str(error) else f"config: {file}: "
+        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
 
 
 def stored_yaml(config: RunConfig) -> str:

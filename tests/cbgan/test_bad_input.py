@@ -161,5 +161,5 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
 def test_the_real_command_prints_the_line_and_exits_with_2(launch, tmp_path):
     done = launch("cbgan.train", "--out", str(tmp_path), "--norm.kind", "foo")
     assert done.returncode == 2
-    assert done.stderr == "error: norm.kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, got foo\n"
+    assert done.stderr == "error: norm.kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, none, got foo\n"
     assert done.stdout == ""
