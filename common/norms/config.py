@@ -24,7 +24,8 @@ class NormConfig:
     update: Literal["moving_average", "weight"] | None = None
     """ucb: parameters by moving averages, or learned as weights."""
     statistics: Literal["batch", "learned"] | None = None
-    """ucb: normalise by the batch's moments (Eqs. 7-9) or by the learned parameters (Eq. 15) in training."""
+    """ucb: normalise by the batch's moments (Eqs. 7-9) or the learned parameters (Eq. 15) in training; scb, scb_base:
+    batch standardises each channel first."""
     average: Literal["em", "paper"] | None = None
     """ucb: stepwise EM, or the plain rule of Algorithm 2."""
     scale: Literal["paper", "sqrt_k"] | None = None

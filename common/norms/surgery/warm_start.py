@@ -51,6 +51,10 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
     else:
         assert isinstance(layer, SCBNorm | SCBNormBase)
         row = (mean.to(norm.running_mean), averages.log_of(var).to(norm.running_mean))
+        if layer.statistics == "batch":
+            layer.running_mean.copy_(norm.running_mean)
+            layer.running_var.copy_(norm.running_var)
+            row = (torch.zeros_like(row[0]), torch.full_like(row[1], math.log1p(-layer.eps)))  # variance 1 with eps
         layer._write(lambda *old: (row[0].expand_as(old[0]), row[1].expand_as(old[1])))
     if "init" not in options:
         layer.initialized.fill_(True)
