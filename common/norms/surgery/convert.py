@@ -79,8 +79,9 @@ def convert_norms(
 
     Raises:
         ValueError: nothing is matched, a name is unknown, a layer is converted already or is one whose
-            behaviour would be lost, a SyncBatchNorm or LayerNorm cannot become this kind, or an option is
-            wrong. The model is then unchanged.
+            behaviour would be lost, a SyncBatchNorm or LayerNorm cannot become this kind, a norm belongs to
+            torch's TransformerEncoderLayer, whose fast path goes past it, or an option is wrong. The model is
+            then unchanged.
     """
     checks.check_choice("kind", kind, _KINDS)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -98,6 +99,7 @@ def convert_norms(
         except ValueError as error:
             raise ValueError(f"where: {called} {error}; leave it out by `where`") from None
         _check_kind(kind, forms[module], module, called, options)
+    _check_parents(place for place in found if place.module in chosen)
     new: dict[nn.Module, nn.Module] = {}
     for module, form in forms.items():
         new[module] = _converted(module, form, chosen[module] or "the model", kind, num_components, options)
@@ -146,6 +148,17 @@ def _check_kind(kind: str, form: Form, module: nn.Module, called: str, options: 
             f"init: expected 'data' for kind {kind!r} at {called}, which keeps no statistics to start from, "
             f"got {options.get('init', 'identity')!r}"
         )
+
+
+def _check_parents(found: Iterable[Place]) -> None:
+    """Raise ValueError for a norm that its parent does not call in evaluation, but computes by itself."""
+    for place in found:
+        if isinstance(place.parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise ValueError(
+                f"where: {_called(place.name, place.module)} belongs to torch's TransformerEncoderLayer, whose fast "
+                "path in evaluation computes LayerNorm whatever stands there; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first, here and wherever the model is evaluated"
+            )
 
 
 def converted(model: nn.Module) -> list[str]:

@@ -274,6 +274,29 @@ def test_layer_norms_are_left_alone_unless_asked_for():
         convert_norms(mixed(), "ucb", nn.Conv2d)
 
 
+@pytest.mark.filterwarnings("ignore:layers.* a LayerNorm keeps:UserWarning")
+def test_a_transformer_encoder_that_goes_past_its_norms_is_refused():
+    """Its fast path in evaluation, without gradients, reads their weights and computes LayerNorm, silently."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False).eval()
+    with pytest.raises(ValueError, match=r"where: layers.0.norm1 \(LayerNorm\) belongs to torch's TransformerEncoderL"):
+        convert_norms(model, "ucb", nn.LayerNorm)
+    assert converted(model) == []
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        convert_norms(model, "ucb", nn.LayerNorm)
+        x = torch.randn(4, 5, 16) * 3 + 1
+        want = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), want)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+    with torch.no_grad():  # what is refused for: not the same
+        assert (model(x) - want).abs().max() > 0.1
+
+
 def test_clusters_start_at_layer_norms_inputs():
     model = nn.Sequential(nn.LayerNorm(4))
     with pytest.raises(ValueError, match=r"init: expected 'data' for kind 'scb' at 0 \(LayerNorm\), .* got 'identity'"):
