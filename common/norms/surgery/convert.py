@@ -219,7 +219,7 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
     """Make the layer that stands for a module of this form."""
     norm = form.norm
     inherited: dict[str, Any] = {"eps": norm.eps, "affine": norm.affine}
-    if kind in ("mn", "ucb", "dsbn"):
+    if kind in ("mn", "ucb", "dsbn") or options.get("statistics") == "batch":
         inherited["momentum"] = norm.momentum
     if form.channel_dim != 1:
         inherited["channel_dim"] = form.channel_dim
@@ -230,7 +230,7 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
     if kind in ("mn", "ucb") and num > 1:
         inherited["affine"] = True  # frozen where BatchNorm has none: for the gain, which nothing would hold otherwise
     full = inherited | options
-    if kind in ("mn", "ucb") and full["momentum"] is None:
+    if kind != "dsbn" and full.get("momentum", 0) is None:
         raise ValueError(f"momentum: expected a number, since {name} averages over all batches (None)")
     layer = make_norm(kind, norm.num_features, num, **full)
     if kind in ROUTED:

@@ -261,7 +261,7 @@ def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
         (lambda m: convert_norms(m[0], "ucb"), "model: expected at least one BatchNorm layer inside"),
         (revert_norms, "model: expected at least one converted layer"),
         (lambda m: convert_norms(m, "ucb", colour=3), "colour: 3 is no option of kind 'ucb'"),
-        (lambda m: convert_norms(m, "scb", momentum=0.1), "momentum: 0.1 is no option of kind 'scb'"),
+        (lambda m: convert_norms(m, "scb", groups=1), "groups: 1 is no option of kind 'scb'"),
         (lambda m: convert_norms(m, "ucb", num_components=0), "num_components: expected at least 1, got 0"),
         (lambda m: convert_norms(m, "ucb", affine=False), "affine: expected True, since 1 has a weight"),
         (lambda m: [convert_norms(m, "ucb", "6") for _ in "ab"], r"where: 6 \(UCBNorm\) is converted already"),
@@ -426,7 +426,8 @@ def test_published_backbones(kind, name):
     x = images(size=32)
     want, norms = model(x), sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     before = copy.deepcopy(model.state_dict())
-    convert_norms(model, kind, num_components=1 if kind in ("mn", "ucb") else 3)
+    options = {"statistics": "batch"} if kind in ("scb", "scb_base") else {}
+    convert_norms(model, kind, num_components=1 if kind in ("mn", "ucb") else 3, **options)
     assert len(converted(model)) == norms > 10
     with routed(kind):
         close(model(x), want, depth=20)

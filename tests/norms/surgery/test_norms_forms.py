@@ -266,7 +266,7 @@ def test_layer_norms_are_left_alone_unless_asked_for():
             model = convert_norms(mixed(), "ucb", where)
         assert converted(model) == ["3"]
         assert converted(convert_norms(model, "ucb", 1)) == ["2", "3"]
-    with pytest.warns(UserWarning, match=r"'mn' to start from, .*: call calibrate\(model, loader\)"):
+    with pytest.warns(UserWarning, match=r"'mn' to start from, .*: call recalibrate\(model, loader\)"):
         convert_norms(mixed(), "mn", nn.LayerNorm)
     with pytest.raises(ValueError, match="model: expected at least one BatchNorm layer inside, found 2 LayerNorms, wh"):
         convert_norms(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)), "ucb")
