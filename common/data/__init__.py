@@ -1,7 +1,7 @@
 """Image sets: real digits, image folders, CIFAR, and the batches drawn from them."""
 
 from common.data.config import DataConfig
-from common.data.image_set import ImageSet, Splits, to_float, to_uint8
+from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.sets.registry import load
 from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
 from common.data.validation import hold_out
@@ -19,5 +19,6 @@ __all__ = [
     "mirrored",
     "plain",
     "to_float",
+    "to_input",
     "to_uint8",
 ]
