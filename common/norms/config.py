@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from . import checks
-from .factory import default_options, make_norm
+from .factory import _WITHOUT_COMPONENTS, default_options, make_norm
 
 Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
 
@@ -98,3 +98,13 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
+
+
+def settings_of(kind: str) -> set[str]:
+    """Return the names of the settings that mean something to a kind of layer.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    names = {"kind", "backend", *(name for name in _FIELDS if name in default_options(kind))}
+    return names if kind in _WITHOUT_COMPONENTS else {*names, "num_components"}
