@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from common.data.image_set import ImageSet, to_float
+from common.data.image_set import ImageSet, to_input
 from common.errors import NonFiniteError, UsageError
-from common.machine.device import autocast, memory_format
+from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.scores import measure_all
@@ -73,8 +73,7 @@ class Evaluation:
                     mine = torch.zeros(size, classes, dtype=torch.float64)
                     batch = images[first + size * self.env.rank :][:size]
                     if len(batch):
-                        x = to_float(batch.to(self.device, non_blocking=True))
-                        x = x.contiguous(memory_format=memory_format(self.cfg.channels_last))
+                        x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
                         with autocast(self.device, self.cfg.precision):
                             mine[: len(batch)] = network(x).double().cpu()
                     for rank, rows in enumerate(self.env.stacked(mine)):

@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "common/training": {
         "common/norms", "common/data", "common/data/sets", "common/runs", "common/cli", "common/machine",
     },
-    "common/reports": {"common/runs", "common/data", "common/data/sets", "common/cli", "common/machine"},
+    "common/reports": {
+        "common/norms", "common/runs", "common/data", "common/data/sets", "common/cli", "common/machine",
+    },
     **{
         application: {
             "common/training", "common/metrics", "common/norms", "common/data", "common/data/sets", "common/runs",

@@ -1,7 +1,7 @@
 """Image sets: real digits, image folders, CIFAR, and the batches drawn from them."""
 
 from common.data.config import DataConfig
-from common.data.image_set import ImageSet, Splits, to_float, to_uint8
+from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.names import register_data_set
 from common.data.sets.registry import load
 from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
@@ -21,5 +21,6 @@ __all__ = [
     "plain",
     "register_data_set",
     "to_float",
+    "to_input",
     "to_uint8",
 ]

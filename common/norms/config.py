@@ -102,3 +102,17 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
+
+
+WITHOUT_COMPONENTS = ("bn", "in", "none")
+"""Kinds that ignore ``num_components``."""
+
+
+def settings_of(kind: str) -> set[str]:
+    """Return the names of the settings that mean something to a kind of layer.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    names = {"kind", "backend", *(name for name in _FIELDS if name in default_options(kind))}
+    return names if kind in WITHOUT_COMPONENTS else {*names, "num_components"}

@@ -1,12 +1,12 @@
 """What every run can be told: where it is kept, how it executes, and how it trains."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from common.cli.arguments import flatten, parse, to_dict, to_yaml
+from common.cli.arguments import flatten, parse, read, shown, to_dict, to_yaml
 from common.cli.fields import MAY_CHANGE, changeable
 from common.cli.plugins import MissingPlugin
 from common.errors import UsageError
@@ -194,17 +194,18 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
         UsageError: if the command line changes what a resumed run keeps, or config.yaml holds no such configuration.
     """
     stored = stored_config(cls, path)
-    before = dict(flatten(to_dict(stored.resolved())))
-    config = parse(cls, ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)])
-    free = set(changeable(cls))
+    given = ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)]
+    before, free = dict(flatten(to_dict(stored.resolved()))), set(changeable(cls))
     if stored.schedule.kind == "cosine":
         free.remove("epochs")  # the curve ends where the run ends
-    for field_name, now in flatten(to_dict(config.resolved())):
-        if field_name not in (*NOT_STORED, *free, "init_from") and now != before[field_name]:
-            raise UsageError(
-                f"{field_name}: the run has {before[field_name]}, got {now}; a resumed run keeps its settings "
-                f"(free to change: {', '.join(sorted(free))})"
-            )
+    try:
+        config = parse(cls, given)
+    except MissingPlugin:
+        raise
+    except UsageError:  # what a changed setting makes of the others would hide that it may not change
+        _refuse_changes(before, _asked(cls, given), free)
+        raise
+    _refuse_changes(before, dict(flatten(to_dict(config.resolved()))), free)
     return config
 
 
@@ -226,6 +227,21 @@ def stored_config(cls: type[C], path: Path) -> C:
             ) from error
         place = "" if str(file) in str(error) else f"config: {file}: "
         raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
+
+
+def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
+    """Return what files and flags say, by dotted name, whether or not it makes a configuration; no nulls."""
+    values = {name: value for name, value in flatten(read(cls, given)) if value is not None and name != "config"}
+    return {name: str(value.expanduser()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
+    for name, value in now.items():
+        if name not in (*NOT_STORED, *free, "init_from") and value != before[name]:
+            raise UsageError(
+                f"{name}: the run has {shown(before[name])}, got {shown(value)}; leave it out, or start a new run by "
+                f"another --name, since a resumed one keeps its settings (free to change: {', '.join(sorted(free))})"
+            )
 
 
 def stored_yaml(config: RunConfig) -> str:

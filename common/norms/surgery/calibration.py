@@ -64,7 +64,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> li
 
     Source: arXiv:2403.16798, section III-B: process T mini-batches, run EM, store for inference.
     """
-    layers = {layer: name for name, layer in mixture_layers(model).items() if isinstance(layer, MixtureNorm)}
+    found = mixture_layers(model).items()
+    layers: dict[MixtureLayer, str] = {layer: name for name, layer in found if isinstance(layer, MixtureNorm)}
     if not layers:
         raise ValueError("model: expected at least one MixtureNorm layer, found none")
     return _fit(model, layers, loader, batches)

@@ -63,7 +63,7 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
         layer.initialized.fill_(True)
     layer.forget_initialized()
     _take_affine(layer, norm)
-    if isinstance(layer, MixtureLayer) and layer.weight is not None and layer.num_components > 1:
+    if isinstance(layer, MixtureLayer) and layer.weight is not None and layer.bias is not None:
         layer.weight.div_(_gain(var, layer).to(layer.weight))
         if not norm.affine and "affine" not in options:
             layer.weight.requires_grad_(False)

@@ -295,3 +295,21 @@ def test_a_torchvision_folder_without_archives_is_read(tmp_path, monkeypatch):
         path.unlink()
     got = load(DataConfig(name="mnist", root=tmp_path, size=28, download=False)).train.images
     assert np.array_equal(got[:, 0].numpy(), images)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_is_found_in_a_folder_of_data_sets(tmp_path, monkeypatch, name):
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    WRITERS[name](tmp_path / "mine", monkeypatch)
+    direct = load(DataConfig(name=name, root=tmp_path / "mine", download=False))
+    found = load(DataConfig(name=name, root=tmp_path, download=False))
+    assert found.train.content_hash == direct.train.content_hash
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
+    with pytest.raises(UsageError, match=rf"^data\.root: \S+ holds {name} more than once \(copy, mine\); name one, "):
+        load(DataConfig(name=name, root=tmp_path, download=False))
+    (tmp_path / "copy").rename(tmp_path / name)  # called as the set: that is the one
+    shutil.rmtree(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    WRITERS[name](tmp_path / "mine", monkeypatch)
+    assert load(DataConfig(name=name, root=tmp_path, download=False)).train.content_hash == direct.train.content_hash

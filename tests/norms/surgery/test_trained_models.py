@@ -17,11 +17,11 @@ CLUSTERED = ("scb", "scb_base", "dsbn")
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = F.interpolate(images, 16, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order], torch.tensor(data.target)[order]
+    return images[order], torch.tensor(target)[order]
 
 
 @pytest.fixture(scope="module")
