@@ -167,7 +167,7 @@ class Evaluation:
             *rows,
             ("pictures", str(folder / "samples")),
             ("evaluate", f"python -m cbgan.evaluate --run {folder}"),
-            ("paper's run", "python -m cbgan.train --config configs/cbgan/paper_ucb.yaml --device cuda"),
+            ("paper's run", "python -m cbgan.train --config paper_ucb --device cuda"),
         ]
 
 

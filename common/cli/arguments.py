@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
+from common.cli.configurations import with_own_files
 from common.cli.fields import names_of
 from common.cli.plugins import MissingPlugin, load_plugins
 from common.errors import UsageError
@@ -98,12 +99,12 @@ def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = Non
     Raises:
         UsageError, SystemExit: as ``parse``, but for what only the whole configuration can refuse.
     """
-    given = sys.argv[1:] if argv is None else argv
+    given = with_own_files(sys.argv[1:] if argv is None else argv, cls.__module__.partition(".")[0])
     if {"-h", "--help"} & set(given) and any(field.name == "plugins" for field in dataclasses.fields(cls)):
         load_plugins(_plugins_in(given))  # so that the help lists what they add
     parser = _parser(cls, prog)
     try:
-        return parser.parse_args(argv).as_dict()
+        return parser.parse_args(given).as_dict()
     except RecursionError:
         raise UsageError("config: a YAML file refers to itself; expected plain values") from None
     except (AttributeError, IndexError):  # of flags, jsonargparse reads some without the loader above
@@ -138,7 +139,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _parser(cls: type, prog: str | None) -> "_Parser":
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file; may be given again, the later wins")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file, or one of the command's own by its name; may be given again, the later wins",
+    )
     parser.add_class_arguments(cls)
     names = dict(names_of(cls))
     for action in parser._actions:

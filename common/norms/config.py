@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import checks
-from .factory import BUILT_IN, check_kind, default_options, kinds, make_norm
+from .factory import BUILT_IN, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +102,6 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
-
-
-WITHOUT_COMPONENTS = ("bn", "in", "none")
-"""Kinds that ignore ``num_components``."""
 
 
 def settings_of(kind: str) -> set[str]:

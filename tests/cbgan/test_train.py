@@ -81,7 +81,7 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.pt", "step-00000008.pt", "step-00000016.pt"}
     summary = capsys.readouterr().out
     for part in ("FID (classifier)  first", "of 10 found among 60 samples", "images/s on cpu", "health norm1",
-                 "tensorboard --logdir", "paper_ucb.yaml", str(folder / "samples")):  # fmt: skip
+                 "tensorboard --logdir", "--config paper_ucb ", str(folder / "samples")):  # fmt: skip
         assert part in summary
 
 

@@ -1,6 +1,5 @@
 """Code of the user's own: imported by name before settings are checked, and missed in one line."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,30 +14,22 @@ import common.reports.data_set
 from common.cli.plugins import GROUP, installed_plugins, load_plugins
 from common.data.names import DATA_SETS
 from common.errors import UsageError
+from common.metrics.scores import METRICS
 from common.norms import factory
+from common.runs.log import read_metrics
 
-PLUGIN = """
-import torch
-from torch import nn
-from common.data import ImageSet, Splits, register_data_set
-from common.norms import register_norm
-
-def stripes(config):
-    images = torch.zeros(240, 3, config.size, config.size, dtype=torch.uint8)
-    images[120:, :, ::2] = 255
-    labels = torch.arange(240) // 120
-    return Splits(*(ImageSet(images, labels, ("plain", "striped"), "stripes", split) for split in ("train", "test")))
-
-register_norm("grouped", lambda num_features, num_components, eps=1e-5: nn.GroupNorm(4, num_features, eps=eps))
-register_data_set("stripes", stripes)
-"""
-FLAGS = ["--norm.kind", "grouped", "--data.name", "stripes"]
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+PLUGIN = PAGE.split("```python\n")[1].split("```")[0]
+"""What the documentation shows of a plugin."""
+SHOWN = next(line for line in PAGE.splitlines() if line.startswith("python -m cbcls.train --plugins"))
+FLAGS = ["--norm.kind", "grouped", "--norm.num_components", "4", "--data.name", "stripes"]
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
+    monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:
@@ -49,11 +40,12 @@ def as_before(monkeypatch):
 @pytest.fixture
 def forget(monkeypatch):
     """Return a function that brings back what a new process would know."""
-    kinds, sets = dict(factory._KINDS), dict(DATA_SETS._known)
+    kinds, sets, metrics = dict(factory._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
 
     def act() -> None:
         monkeypatch.setattr(factory, "_KINDS", dict(kinds))
         monkeypatch.setattr(DATA_SETS, "_known", dict(sets))
+        monkeypatch.setattr(METRICS, "_known", dict(metrics))
         sys.modules.pop("plugin_of_tests", None)
 
     return act
@@ -90,6 +82,7 @@ RESUME = ["--epochs", "2", "--resume"]
 def test_a_run_with_a_plugin_records_it_and_goes_on_with_it(place, tmp_path, forget, capsys):
     cbcls.train.main(flags(tmp_path, *FLAGS, "--plugins", "plugin_of_tests"))
     folder = tmp_path / "runs" / "cbcls" / "run"
+    assert 0.5 <= read_metrics(folder)[-1]["metric/confidence"] <= 1  # of two classes
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["plugins"] == ["plugin_of_tests"]
     assert (settings["norm"]["kind"], settings["norm"]["eps"]) == ("grouped", 1e-5)
@@ -177,11 +170,20 @@ def test_help_and_the_look_at_data_know_a_plugin(place, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     common.reports.data_set.main(["--plugins", "plugin_of_tests", "--name", "stripes", "--size", "8"])
     assert "240 images" in capsys.readouterr().out
-    assert os.path.exists("contact-stripes.png")
+    assert list(Path().glob("contact-stripes-*.png"))
+
+
+def test_the_command_that_the_documentation_shows(place, tmp_path, capsys):
+    (place / "plugin_of_tests.py").rename(place / "my_lab.py")
+    cbcls.train.main([*SHOWN.split()[3:], "--dry_run", "--batch_size", "60", "--data.size", "8"])
+    assert "240 train, 240 test" in capsys.readouterr().out
+    del sys.modules["my_lab"]
 
 
 def test_a_plugin_in_a_file_and_a_dry_run(place, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("plugins: [plugin_of_tests]\nnorm: {kind: grouped}\ndata: {name: stripes}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "plugins: [plugin_of_tests]\nnorm: {kind: grouped, num_components: 4}\ndata: {name: stripes}\n"
+    )
     cbcls.train.main(flags(tmp_path, "--config", str(tmp_path / "mine.yaml"), "--dry_run"))
     assert "240 train, 240 test" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()

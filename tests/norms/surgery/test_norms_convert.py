@@ -291,7 +291,7 @@ def test_a_where_of_another_kind_is_one_sentence(where, match):
         convert_norms(small(), "ucb", where)
 
 
-@pytest.mark.parametrize("where", [None, 0, nn.BatchNorm2d, lambda name, _: name == ""], ids=str)
+@pytest.mark.parametrize("where", [None, 0, nn.BatchNorm2d, lambda name, _: name == ""])
 def test_a_layer_itself_is_converted_and_returned(where):
     norm = nn.BatchNorm2d(3)
     lived(norm).eval()
