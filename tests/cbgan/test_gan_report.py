@@ -86,7 +86,8 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
 
 def test_the_distances_share_a_chart(folder):
     events = EventAccumulator(str(folder)).Reload()
-    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
     (category,) = layout.category
     (chart,) = category.chart
     assert category.title == "FID"

@@ -92,19 +92,21 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
     from tensorboard.plugins.custom_scalar import layout_pb2  # noqa: PLC0415 - heavy
     from tensorboard.plugins.hparams import plugin_data_pb2  # noqa: PLC0415 - heavy
 
-    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
     (category,) = layout.category
     (chart,) = category.chart
     assert (category.title, chart.title) == ("FID", "FID")
     assert list(chart.multiline.tag) == ["1_result/fid_x", "1_result/fid_x_floor"]
     plugin = {name: events.summary_metadata[f"_hparams_/{name}"].plugin_data.content
               for name in ("experiment", "session_start_info")}  # fmt: skip
-    read = {name: plugin_data_pb2.HParamsPluginData.FromString(content) for name, content in plugin.items()}
-    started = read["session_start_info"].session_start_info.hparams  # pyright: ignore[reportAttributeAccessIssue]
+    parse = plugin_data_pb2.HParamsPluginData.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    read = {name: parse(content) for name, content in plugin.items()}
+    started = read["session_start_info"].session_start_info.hparams
     assert started["lr"].number_value == 0.5
     assert {name: started[name].string_value for name in ("norm.kind", "clip", "keep")} == {
         "norm.kind": "ucb", "clip": "None", "keep": "[1, 2]"}  # fmt: skip
-    metrics = read["experiment"].experiment.metric_infos  # pyright: ignore[reportAttributeAccessIssue]
+    metrics = read["experiment"].experiment.metric_infos
     assert [info.name.tag for info in metrics] == ["1_result/accuracy"]
     (image,) = events.Images("3_samples/generated")
     assert (image.step, image.width, image.height) == (7, 5, 4)

@@ -59,10 +59,9 @@ def test_ranks_average_gradients_once_a_step_in_its_last_part(count):
 
     def loss(part):
         value = net(torch.ones(1, 2)).sum() * (part.number + 1)
-        value.register_hook(lambda gradient: seen.append(wrapper.__dict__["apart"]))  # when it goes backward
+        value.register_hook(lambda gradient: seen.append(wrapper.apart))  # when it goes backward
         return value
 
-    wrapper.__dict__["apart"] = False
     update.descend("net", loss)
     assert seen == [True] * (count - 1) + [False]
     # The mean over the parts, numbered through the run: step 5 has parts 5 * count, ...

@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from common.norms.kernels import cluster_kernels, launch, mixture_kernels, opera
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 NAMES = ("y", "dx", "dmean", "dvar")
+SCB: Any = cluster_kernels
+MIXTURE: Any = mixture_kernels
 BACKENDS = ("eager", "reference", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -291,7 +294,8 @@ def _offsets_kernel(out_ptr, stride_n, stride_c, stride_l, BLOCK_L: tl.constexpr
 @pytest.mark.parametrize("strides", [(2**30, 3, 1), (1, 2**30, 5), (7, 1, 2**30)], ids=str)
 def test_offsets_reach_beyond_two_to_the_31(strides):
     out = torch.empty(4, 4, 4, dtype=torch.int64)
-    _offsets_kernel[(4,)](out, *strides, BLOCK_L=4, BLOCK_C=4)
+    kernel: Any = _offsets_kernel
+    kernel[(4,)](out, *strides, BLOCK_L=4, BLOCK_C=4)
     n, i, c = torch.meshgrid(*(torch.arange(4),) * 3, indexing="ij")
     assert torch.equal(out, n * strides[0] + c * strides[1] + i * strides[2])
     assert int(out.max()) > 2**31
@@ -305,12 +309,12 @@ def test_a_program_of_scb_walks_over_all_its_tiles():
     for programs in (1, 2, 3):
         y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
         grid, sizes = (2, 1, programs), {"BLOCK_L": 4, "BLOCK_C": 4}
-        cluster_kernels.scb_fwd_kernel[grid](
+        SCB.scb_fwd_kernel[grid](
             x, cluster, mean, var, y, 2, 3, 13, *x.stride(), *y.stride(), eps, **sizes)  # fmt: skip
         centred = x.double() - mean.double()[cluster, :, None]
         torch.testing.assert_close(y.double(), centred * rstd, rtol=1e-5, atol=1e-6)
         sums = torch.full((2, programs, 2, 3), math.nan)
-        cluster_kernels.scb_bwd_kernel[grid](
+        SCB.scb_bwd_kernel[grid](
             x, g, cluster, mean, var, dx, sums, 2, 2, 3, 13, *x.stride(), *g.stride(), *dx.stride(), eps, **sizes,
         )  # fmt: skip
         torch.testing.assert_close(dx.double(), g.double() * rstd, rtol=1e-5, atol=1e-6)
@@ -338,7 +342,7 @@ def test_moments_of_any_number_of_programs_are_merged(programs):
     square[-1, 0, 1] = math.nan
     x = torch.tensor([[1.0, 2.0, 3.0]])  # the first location, which means are relative to
     out = [torch.full((2, 3), 7.0) for _ in range(3)]
-    mixture_kernels.mixture_merge_kernel[2, 1](
+    MIXTURE.mixture_merge_kernel[2, 1](
         torch.stack([mass, mean, square]), x, *out, programs, 2, 3, 1, BLOCK_P=4, BLOCK_C=4
     )
     mass, mean, square = (t.double() for t in (mass, mean, square))
@@ -358,7 +362,7 @@ def test_what_lies_outside_of_a_tile_adds_nothing_though_its_posterior_is_none()
     """Read as 0, it is so far from the mean that no component explains it: 0 / 0."""
     x, g = torch.full((1, 1, 3), 1e20), torch.tensor([[[1.0, 2.0, 4.0]]])
     mean, one, sums = torch.full((1, 1), 1e20), torch.ones(1, 1), torch.full((2, 1, 1, 1), math.nan)
-    mixture_kernels.mixture_sums_kernel[1, 1](
+    MIXTURE.mixture_sums_kernel[1, 1](
         x, g, torch.zeros(1), mean, one, mean, sums, 1, 1, 1, 3, *x.stride(), *g.stride(), 0.0,
         K=1, JOINT=False, BLOCK_L=4, BLOCK_C=1,
     )  # fmt: skip
