@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
@@ -218,7 +217,6 @@ def _style() -> Iterator[None]:
 
 
 def _write(figure: Figure, path: Path) -> tuple[Path, Path]:
-    FigureCanvasAgg(figure)
     paths = stems(path)
     contents = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

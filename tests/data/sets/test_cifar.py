@@ -66,6 +66,7 @@ def test_reads_the_official_files(tmp_path, monkeypatch, name):
     assert splits.train.classes[3] == "class 3"
     assert splits.test is not None
     assert (len(splits.test), splits.test.split) == (3, "test")
+    assert (splits.train.name, splits.train.split, splits.test.name) == (name, "train", name)
 
 
 def test_brings_images_to_the_size_asked_for(tmp_path, monkeypatch):

@@ -208,6 +208,17 @@ def test_oxford_pet_reads_the_official_archives_as_torchvision_does(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_sets_are_known_by_the_name_and_split_they_were_asked_by(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    splits = load(DataConfig(name=name, root=tmp_path, size=8, download=False))
+    train, test = splits.train, splits.test
+    assert test is not None
+    assert (train.name, train.split) == (name, "train")
+    assert (test.name, test.split) == (name, "test")
+    assert train.classes == test.classes
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_without_files_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
     path = tmp_path / FIRST_FILE[name][0]
