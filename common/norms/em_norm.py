@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .estimation import averages, em
+from .backends import reference
+from .estimation import averages, em, operators
 from .estimation.averages import Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
@@ -81,19 +82,20 @@ class MixtureNorm(MixtureLayer):
         """Return to equal weights, unit variances and unseeded means."""
         super().reset_parameters()
         self._write_fit(Stored(self.logits, self.mean, self.log_var))
-        self.step.zero_()
+        self._reset_step()
 
     def _write_fit(self, new: Stored, where: Tensor | None = None) -> None:
         for name, value in zip(Stored._fields, new, strict=True):
             old = getattr(self, f"fit_{name}")
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        finite = finite & fit.is_finite()
-        self._write_fit(self._stored(fit), where=finite)
-        self._write(self._stored(fit), where=finite)
-        self.initialized |= finite
+    def _seeding_steps(self) -> int:
+        return self.em_steps
+
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
+        self._write_fit(self._stored(fit), where=found)
+        self._write(self._stored(fit), where=found)
+        self.initialized |= found
 
     def _stored(self, fit: Fit) -> Stored:
         weight = fit.weight.clamp(min=self.min_weight)
@@ -104,19 +106,22 @@ class MixtureNorm(MixtureLayer):
         return Fit(weight, self.fit_mean.to(dtype), self.fit_log_var.to(dtype).exp())
 
     @torch.no_grad()
-    def _refit(self, x: Tensor, step: int) -> None:
-        points = em.sample_points(x, self.seed, "fit", step)
-        fit = self._last_fit(points.dtype)
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
+    def _refit(self, x: Tensor, step: Tensor, seeded: bool | Tensor) -> None:
+        """Fit anew if this step, counted on the CPU but in an exported graph, is one to do so."""
+        how, dtype = (self.groups, self.seed, self.eps, self.em_steps), reference.compute_dtype(x)
+        if self._in_graph():
+            ready = seeded if isinstance(seeded, Tensor) else None
+            last, due = self._last_fit(dtype), (ready, step, self.refit_every)
+            *new, found = operators.refit_mixture(x.detach(), *last, *due, *how)
+            self._write_fit(self._stored(Fit(*new)), where=found)
+        elif seeded and int(step) % self.refit_every == 0:
+            fit, found = em.refit(x, self._last_fit(dtype), int(step), *how)
+            self._write_fit(self._stored(fit), where=found)
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
         if x.numel():
-            step, seeded = self._count_step(), self.is_initialized()
-            self.seed_from(x)
-            if seeded and step % self.refit_every == 0:
-                self._refit(x, step)
+            self._refit(x, self._count_step(), self._seed(x))
         log_lambda = self.fit_logits.log_softmax(0)
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():

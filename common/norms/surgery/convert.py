@@ -240,8 +240,7 @@ def _warm_start(layer: nn.Module, norm: _BatchNorm, keep_unseeded: bool) -> None
         row = (mean.to(norm.running_mean), averages.log_of(var).to(norm.running_mean))
         layer._write(lambda *old: (row[0].expand_as(old[0]), row[1].expand_as(old[1])))
     if not keep_unseeded:
-        layer.initialized.fill_(True)
-    layer.forget_initialized()
+        layer.set_initialized(True)
     _take_affine(layer, norm)
 
 
