@@ -139,25 +139,25 @@ def settled(case: str) -> nn.Module:
     return layer.eval()
 
 
-class Plain(nn.Module):
+class Around(nn.Module):
     """A model around a layer."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv1d(2, 4, 1), norm
 
+
+class Plain(Around):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.norm(self.conv(x))
 
 
-class Known(Plain):
-    """One that passes ids on."""
-
+class Known(Around):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return 2 * self.norm(self.conv(x), cluster=ids)
 
 
-def around(case: str) -> Plain:
+def around(case: str) -> Around:
     return (Known if takes_ids(case) else Plain)(settled(case))
 
 
@@ -177,7 +177,7 @@ def test_features_of_a_converted_network_can_be_extracted(kind):
     convert_norms(network, kind, num_components=3)
     seen = []
     extractor = create_feature_extractor(network.eval(), ["layer1.0.bn1", "fc"])
-    network.layer1[0].bn1.register_forward_hook(lambda *args: seen.append(args[2]))
+    network.get_submodule("layer1.0.bn1").register_forward_hook(lambda *args: seen.append(args[2]))
     x = torch.randn(2, 3, 32, 32)
     with clusters(torch.tensor([2, 0])):
         want, found = network(x), extractor(x)
