@@ -203,8 +203,6 @@ def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], fed: tuple[Tensor, 
     return torch.from_numpy(y)
 
 
-# torch's exporter itself uses what is deprecated.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", IN_EVALUATION)
 @torch.no_grad()
 def test_onnx_gives_the_numbers_of_evaluation(case):
@@ -222,7 +220,6 @@ def test_onnx_gives_the_numbers_of_evaluation(case):
     torch.testing.assert_close(onnx_outputs(model, *args), want(*args[1]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @torch.no_grad()
 def test_onnx_of_unknown_clusters_and_of_channels_last():
     x, fed = torch.randn(3, 5, 4), torch.randn(6, 5, 4)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import reference
-from ..namespace import NAMESPACE
+from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import closed_form, reference
+from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from ..namespace import NAMESPACE
 from . import launch
 
 
