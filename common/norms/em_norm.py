@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .estimation import em
+from .backends import reference
+from .estimation import em, operators
 from .estimation.averages import Stored
 from .estimation.em import Fit
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
@@ -79,19 +80,20 @@ class MixtureNorm(MixtureLayer):
         """Return to equal weights, unit variances and unseeded means."""
         super().reset_parameters()
         self._write_fit(Stored(self.logits, self.mean, self.log_var))
-        self.step.zero_()
+        self._reset_step()
 
     def _write_fit(self, new: Stored, where: Tensor | None = None) -> None:
         for name, value in zip(Stored._fields, new, strict=True):
             old = getattr(self, f"fit_{name}")
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        finite = finite & fit.is_finite()
-        self._write_fit(self._stored(fit), where=finite)
-        self._write(self._stored(fit), where=finite)
-        self.initialized |= finite
+    def _seeding_steps(self) -> int:
+        return self.em_steps
+
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
+        self._write_fit(self._stored(fit), where=found)
+        self._write(self._stored(fit), where=found)
+        self.initialized |= found
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
         return self._fit(dtype, "fit_"), 2 * self.em_steps
@@ -101,19 +103,22 @@ class MixtureNorm(MixtureLayer):
         self._write_fit(self._stored(fit))
 
     @torch.no_grad()
-    def _refit(self, x: Tensor, step: int) -> None:
-        points = em.sample_points(x, self.seed, "fit", step)
-        fit = self._fit(points.dtype, "fit_")
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
+    def _refit(self, x: Tensor, step: Tensor, seeded: bool | Tensor) -> None:
+        """Fit anew if this step, counted on the CPU but in an exported graph, is one to do so."""
+        how, dtype = (self.groups, self.seed, self.eps, self.em_steps), reference.compute_dtype(x)
+        if self._in_graph():
+            ready = seeded if isinstance(seeded, Tensor) else None
+            last, due = self._fit(dtype, "fit_"), (ready, step, self.refit_every)
+            *new, found = operators.refit_mixture(x.detach(), *last, *due, *how)
+            self._write_fit(self._stored(Fit(*new)), where=found)
+        elif seeded and int(step) % self.refit_every == 0:
+            fit, found = em.refit(x, self._fit(dtype, "fit_"), int(step), *how)
+            self._write_fit(self._stored(fit), where=found)
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
         if x.numel():
-            step, seeded = self._count_step(), self.is_initialized()
-            self.seed_from(x)
-            if seeded and step % self.refit_every == 0:
-                self._refit(x, step)
+            self._refit(x, self._count_step(), self._seed(x))
         log_lambda = self.fit_logits.log_softmax(0)
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from . import checks, functional
 from .backends import reference
 from .backends.reference import UnknownPosterior, UnknownScale
-from .layer import DeviceLike, NormLayer
+from .estimation import em, operators
+from .layer import DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
 SupervisedStatistics = Literal["learned", "batch"]
@@ -77,7 +78,7 @@ class _SupervisedNorm(NormLayer):
         """Return to the identity; with init="data" the next training batches seed the clusters anew."""
         super().reset_parameters()
         self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
-        self.initialized.fill_(self.init == "identity")
+        self.set_initialized(self.init == "identity")
         if self.statistics == "batch":
             self.running_mean.zero_()
             self.running_var.fill_(1)
@@ -99,11 +100,14 @@ class _SupervisedNorm(NormLayer):
     @torch.no_grad()
     def _seed(self, x: Tensor, cluster: Tensor) -> None:
         """Give each cluster that is seen for the first time its moments in this batch."""
-        flat = reference.flatten(x).to(reference.compute_dtype(x))
-        tau = (cluster == torch.arange(self.num_clusters, device=x.device)[:, None]).to(flat.dtype)
-        mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
-        fresh = ~self.initialized & (mass[:, 0] > 0) & x.isfinite().all()
-        log_var = var.clamp(min=self.eps).log()  # not log(0), which no gradient could leave
+        if torch.compiler.is_compiling():
+            mean, log_var, fresh, ready = operators.seed_clusters(
+                x.detach(), cluster, self.initialized, self._known_ready(), self.eps
+            )
+            self._learn_ready(ready)
+        else:
+            mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
+            fresh = found & ~self.initialized
         self._write(
             lambda old_mean, old_log_var: (
                 torch.where(fresh[:, None], mean.to(old_mean), old_mean),
@@ -112,13 +116,14 @@ class _SupervisedNorm(NormLayer):
         )
         self.initialized |= fresh
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
         checks.check_device("x", x, self.initialized.device, "the layer")
         if self.statistics == "batch" and x.numel():
             x = self._standardise(x)
-        if self.training and not self.is_initialized() and cluster is not None and x.numel():
+        if self.training and cluster is not None and x.numel() and self._may_seed():
             checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
         mean, log_var = self.rows()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from . import checks, functional
 from .backends import closed_form, compiled, reference, sync
 from .backends.reference import Moments, Scale, Statistics
-from .estimation import averages, em
+from .estimation import averages, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
-from .layer import DeviceLike, NormLayer
+from .layer import DeviceLike, NormLayer, leaf
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
@@ -121,48 +121,76 @@ class MixtureLayer(NormLayer):
         spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
         # One component is BatchNorm, which starts at 0 and has no symmetry to break.
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
-        self.initialized.fill_(self.init == "uniform" or self.num_components == 1)
+        self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def forget_initialized(self) -> None:
         """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
         super().forget_initialized()
         self._host_step: Tensor | None = None
 
-    def _count_step(self) -> int:
+    def _reset_step(self) -> None:
+        self.step.zero_()
+        self._host_step = torch.tensor(0, device="cpu")
+
+    def _count_step(self) -> Tensor:
         """Count a training batch, in ``step`` and on the host; return how many came before.
 
         Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
-        device is asked after ``step`` was written from outside, never from one step to the next.
+        device is asked after ``step`` was written from outside, never from one step to the next; but an exported
+        graph, which has ``step`` alone, asks in every one.
         """
-        if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
-            self._host_step = self.step.to("cpu", copy=True)
-        before = int(self._host_step)
-        self._host_step = self._host_step + 1  # in place fails after a step in inference mode
+        if torch.compiler.is_exporting():
+            before = self.step.clone()
+        else:
+            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+                self._host_step = self.step.to("cpu", copy=True)
+            before = self._host_step
+            self._host_step = before + 1  # in place fails after a step in inference mode
         self.step += 1
         return before
+
+    def _in_graph(self) -> bool:
+        """Say whether what looks at values has to be an operator; no operator exchanges anything between ranks."""
+        return torch.compiler.is_compiling() and sync.active(self.process_group) is None
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at ``min_weight``."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         return logits.log_softmax(0).clamp(min=math.log(self.min_weight))
 
-    @torch.no_grad()
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
+        self._seed(x)
+
+    @torch.no_grad()
+    def _seed(self, x: Tensor) -> bool | Tensor:
+        """Seed as ``seed_from``; return whether that was done before: in a graph this is a tensor on the CPU."""
+        if self._seen_initialized:
+            return True
+        seeding = self.num_components, self.groups, self.seed, self.eps, self._seeding_steps()
+        if self._in_graph():
+            *fit, found, ready = operators.seed_mixture(x.detach(), self.initialized, self._known_ready(), *seeding)
+            self._store_seed(Fit(*fit), found)
+            self._learn_ready(ready)
+            return ready
         if self.is_initialized():
-            return
+            return True
         points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
         group = sync.active(self.process_group)
         if group is not None:
             points, finite = sync.join_points(points, finite, group)
             points = em.sample_points(points, self.seed, "seed", "joined")
-        if len(points) == 0:
-            return
-        rng = generator(self.seed, "kmeans++")
-        fit = em.seed_mixture(points, self.num_components, self.groups, rng)
-        self._store_seed(points, fit, finite)
+        if len(points):
+            fit = em.seed_and_fit(points, *seeding)
+            self._store_seed(fit, finite & fit.is_finite())
+        return False
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
+    def _seeding_steps(self) -> int:
+        """Return how many steps of EM the seeding takes after k-means++."""
+        return 0
+
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
+        """Store a fit as the seed where found, and that the layer is seeded."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -214,7 +242,7 @@ class MixtureLayer(NormLayer):
             fit = em.seed_mixture(some, self.num_components, self.groups, rng)
         fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, steps)
         self._store_calibrated(pooled, fit)
-        self.initialized.fill_(True)
+        self.set_initialized(True)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
         """Return the mixture from which EM starts, and how many steps it takes."""
@@ -232,7 +260,7 @@ class MixtureLayer(NormLayer):
         old = Stored(self.logits, self.mean, self.log_var)
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
-        if self.backend == "compiled":
+        if self.backend == "compiled" and not torch.compiler.is_compiling():
             new = Stored(*compiled.run(_moved, rule, *old, *moments))
         else:
             new = averages.moved(old, moments, rule)
@@ -264,6 +292,7 @@ class MixtureLayer(NormLayer):
         log_lambda, mean, var = (t.to(flat.dtype) for t in (self.log_weights(), self.mean, self.log_var.exp()))
         return reference.posterior(flat, log_lambda, mean, var + self.eps, self.groups)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
@@ -406,14 +435,13 @@ class UCBNorm(MixtureLayer):
         super().reset_parameters()
         if self.reseed:
             self.usage.fill_(1 / self.num_components)
-            self.step.zero_()
+            self._reset_step()
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        finite = finite & fit.is_finite()
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
-        self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=finite)
-        self.initialized |= finite
+        self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
+        self.initialized |= found
 
     def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
         if self.variance == "shared":
@@ -426,9 +454,10 @@ class UCBNorm(MixtureLayer):
         self.seed_from(x)
         if self.statistics == "batch":
             self._check_training_batch(x)
-        # A copy, because the average moves the buffer before the backward pass needs it.
-        mean = self.mean if self.update == "weight" else self.mean.clone()
-        y, moments = self._normalise(x, self.log_weights(), mean, self.log_var.exp(), self.statistics)
+        mixture = self.log_weights(), self.mean, self.log_var.exp()
+        if self.update == "moving_average":  # which moves the buffers before the backward pass needs them
+            mixture = self._snapshot(*mixture)
+        y, moments = self._normalise(x, *mixture, self.statistics)
         if moments is None or self.update == "weight":
             return y
         if x.numel() or sync.active(self.process_group) is not None:
@@ -436,6 +465,13 @@ class UCBNorm(MixtureLayer):
         if self.reseed and x.numel():
             self._reseed_dead(x, moments)
         return y
+
+    @staticmethod
+    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy what a gradient may need after the buffers behind it have moved."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return operators.snapshot(log_lambda, mean, var)
+        return log_lambda, mean.clone(), var  # the others are no buffers
 
     @torch.no_grad()
     def _reseed_dead(self, x: Tensor, moments: Moments) -> None:
@@ -445,7 +481,11 @@ class UCBNorm(MixtureLayer):
         dead = (usage < self.reseed) & finite  # (K, G)
         weight, mean, var = self.log_weights().exp(), self.mean, self.log_var.exp()
         new_var = averages.pooled(var, usage * ~dead)
-        drawn = em.draw_locations(x, num * CANDIDATES, self.seed, "reseed", self._count_step())
+        step, draw = self._count_step(), (num * CANDIDATES, self.seed, "reseed")
+        if self._in_graph():
+            drawn = operators.draw_locations(x.detach(), *draw, step)
+        else:
+            drawn = em.draw_locations(x, *draw, int(step))
         candidates = drawn.unflatten(0, (num, -1))
         new_mean = em.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
         moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)

@@ -122,6 +122,30 @@ def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) ->
     return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
 
 
+def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, steps: int) -> Fit:
+    """Seed a mixture of num components from points (P, C) by ``seed_mixture``, and take EM steps from there."""
+    fit = seed_mixture(points, num, groups, generator(seed, "kmeans++"))
+    return expectation_maximisation(points, fit, groups, eps, steps)
+
+
+def refit(x: Tensor, fit: Fit, step: int, groups: int, seed: int, eps: float, steps: int) -> tuple[Fit, Tensor]:
+    r"""Take EM steps from fit on locations of x (N, C, \*); say, on the device, whether x and the result are finite."""
+    points = sample_points(x, seed, "fit", step)
+    fit = expectation_maximisation(points, fit, groups, eps, steps)
+    return fit, x.isfinite().all() & fit.is_finite()
+
+
+def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return each cluster's mean and log variance (K, C) in x (N, C, \*), and which clusters x tells them of, (K,).
+
+    A variance is at least eps: no gradient could leave log(0).
+    """
+    flat = reference.flatten(x).to(reference.compute_dtype(x))
+    tau = (cluster == torch.arange(num, device=x.device)[:, None]).to(flat.dtype)
+    mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
+    return mean, var.clamp(min=eps).log(), (mass[:, 0] > 0) & x.isfinite().all()
+
+
 def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:
     """Return, for each component, the candidate that one more component there would raise the likelihood most at.
 

@@ -60,8 +60,7 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
             row = (torch.zeros_like(row[0]), torch.full_like(row[1], math.log1p(-layer.eps)))  # variance 1 with eps
         layer._write(lambda *old: (row[0].expand_as(old[0]), row[1].expand_as(old[1])))
     if "init" not in options:
-        layer.initialized.fill_(True)
-    layer.forget_initialized()
+        layer.set_initialized(True)
     _take_affine(layer, norm)
     if isinstance(layer, MixtureLayer) and layer.weight is not None and layer.bias is not None:
         layer.weight.div_(_gain(var, layer).to(layer.weight))
