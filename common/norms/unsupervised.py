@@ -23,7 +23,10 @@ Variance = Literal["component", "shared"]
 MIN_WEIGHT = 1e-3
 """Floor of a mixture weight, relative to 1 / K: a weight of 1e-6 gave outputs of 4,000 (measured)."""
 CALIBRATION_STEPS = 1
-"""EM steps of ``calibrate``, as many as MixtureNorm's two fits of ten."""
+"""EM steps of UCBNorm's ``calibrate``, whose moving averages take one a batch. More move the mixture to where training
+has not followed: a converted ResNet-18 of 0.98 keeps it after one, has 0.96 after 3 and 0.86 after 20 (measured)."""
+SEEDED_STEPS = 20
+"""EM steps from k-means++, which is only a start."""
 CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
@@ -240,6 +243,7 @@ class MixtureLayer(NormLayer):
             some = em.sample_points(pooled, self.seed, "calibrate", "seed")
             rng = generator(self.seed, "kmeans++")
             fit = em.seed_mixture(some, self.num_components, self.groups, rng)
+            steps = max(steps, SEEDED_STEPS)
         fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, steps)
         self._store_calibrated(pooled, fit)
         self.set_initialized(True)

@@ -22,6 +22,7 @@ LAYERS = {
     "mn, each channel, refit": ("mn", {"groups": None, "refit_every": 2, "init": "uniform"}),
     "scb": ("scb", {"affine": True}),
     "scb data": ("scb", {"init": "data"}),
+    "scb batch": ("scb", {"statistics": "batch"}),
     "scb_base": ("scb_base", {}),
     "scb_base data": ("scb_base", {"init": "data"}),
     "ucb": ("ucb", {}),
@@ -174,7 +175,7 @@ def test_symbolic_tracing_sees_a_layer_as_one_step(case):
 @pytest.mark.parametrize("kind", ["ucb", "scb"])
 def test_features_of_a_converted_network_can_be_extracted(kind):
     network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
-    convert_norms(network, kind, num_components=3)
+    convert_norms(network, kind, num_components=3, statistics="batch")
     seen = []
     extractor = create_feature_extractor(network.eval(), ["layer1.0.bn1", "fc"])
     network.get_submodule("layer1.0.bn1").register_forward_hook(lambda *args: seen.append(args[2]))

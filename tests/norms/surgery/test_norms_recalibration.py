@@ -1,0 +1,130 @@
+"""``recalibrate``: the stored mixtures of a model, estimated anew from what its layers are fed."""
+
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import nn
+
+from common.norms import MixtureNorm, UCBNorm, calibrate, recalibrate
+
+
+def inputs(shift: float = 0.0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randn(3000, 2, generator=rng, dtype=torch.float64)
+    x[:1000] += torch.tensor([4.0, -2.0], dtype=torch.float64)
+    return x * torch.tensor([1.0, 3.0], dtype=torch.float64) + shift
+
+
+def stored(layer):
+    return layer.logits.softmax(0), layer.mean, layer.log_var.exp()
+
+
+def one_em_step(x, weight, mean, var):
+    mixture = GaussianMixture(
+        len(weight),
+        covariance_type="diag",
+        reg_covar=0,
+        max_iter=1,
+        weights_init=weight.numpy(),
+        means_init=mean.numpy(),
+        precisions_init=(1 / var).numpy(),
+    )
+    with pytest.warns(UserWarning, match="did not converge"):
+        mixture.fit(x.numpy())
+    return (torch.from_numpy(t) for t in (mixture.weights_, mixture.means_, mixture.covariances_))
+
+
+def test_one_component_takes_the_inputs_mean_and_variance():
+    x = inputs(50.0)
+    layer = UCBNorm(2, 1, dtype=torch.float64)
+    assert recalibrate(layer, [x]) == ["UCBNorm"]
+    torch.testing.assert_close(layer.mean[0], x.mean(0))
+    torch.testing.assert_close(layer.log_var[0].exp(), x.var(0, correction=0))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_it_is_one_step_of_em_from_the_stored_mixture_moved_onto_the_inputs(shift):
+    x = inputs(shift)
+    layer = UCBNorm(2, 3, groups=1, eps=1e-12, dtype=torch.float64)
+    with torch.no_grad():
+        layer.logits.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
+        layer.log_var.copy_(torch.tensor([[0.0, 1.0], [0.5, 0.2], [1.0, 0.4]]))
+    weight, mean, var = (t.clone() for t in stored(layer))
+    centre = weight @ mean
+    total = weight @ (var + (mean - centre).square())
+    scale = x.std(0, correction=0) / total.sqrt()
+    wanted = one_em_step(x, weight, x.mean(0) + (mean - centre) * scale, var * scale.square())
+    recalibrate(layer, [x[:1500], x[1500:]])
+    for found, want in zip(stored(layer), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_shared_variance_is_the_mean_by_weight():
+    x = inputs()
+    layers = [UCBNorm(2, 3, groups=1, variance=variance, dtype=torch.float64) for variance in ("component", "shared")]
+    for layer in layers:
+        recalibrate(layer, [x])
+    weight, _, var = stored(layers[0])
+    torch.testing.assert_close(stored(layers[1])[2], (weight @ var).expand(3, 2))
+
+
+def test_the_usage_that_reseeding_watches_is_the_share_of_each_component():
+    x = inputs()
+    layer = UCBNorm(2, 2, reseed=0.01, dtype=torch.float64)
+    layer.usage.fill_(7)
+    recalibrate(layer, [x])
+    torch.testing.assert_close(layer.usage, layer.posterior(x).mean((1, 3)))
+
+
+def test_layers_that_nothing_has_seeded_are_seeded():
+    x = inputs()
+    layer = UCBNorm(2, 2, groups=1, init="kmeans++", dtype=torch.float64)
+    recalibrate(layer, [x])
+    assert layer.is_initialized()
+    weight, mean, _ = stored(layer)
+    small = int(weight.argmin())
+    torch.testing.assert_close(weight[small], torch.tensor(1 / 3, dtype=torch.float64), atol=0.03, rtol=0)
+    torch.testing.assert_close(mean[small], torch.tensor([4.0, -6.0], dtype=torch.float64), atol=0.4, rtol=0)
+
+
+def test_each_layer_is_fed_what_those_before_it_give_after_their_own_estimate():
+    torch.manual_seed(0)
+    x = inputs()
+    model = nn.Sequential(UCBNorm(2, 1), nn.Linear(2, 3), UCBNorm(3, 1)).double()
+    twin = nn.Sequential(nn.BatchNorm1d(2), model[1], nn.BatchNorm1d(3)).double()
+    torch.optim.swa_utils.update_bn([x], twin)
+    names = recalibrate(model, [x])
+    assert names == ["0", "2"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-3, atol=1e-3)  # its variance is unbiased
+
+
+def test_both_kinds_are_estimated_and_others_left_alone():
+    torch.manual_seed(0)
+    learned = UCBNorm(2, 2, update="weight")
+    model = nn.Sequential(nn.BatchNorm1d(2), UCBNorm(2, 2), MixtureNorm(2, 2), learned, nn.Dropout())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.train()
+    assert recalibrate(model, [inputs().float()]) == ["1", "2"]
+    assert all(module.training for module in model.modules())
+    changed = {name.split(".")[0] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == {"1", "2"}
+    assert calibrate(model, [inputs().float()]) == ["2"]
+
+
+def test_a_mixture_learned_by_gradients_is_no_estimate():
+    with pytest.raises(ValueError, match="expected at least one UCBNorm with moving averages or"):
+        recalibrate(UCBNorm(2, 2, update="weight"), [inputs()])
+    with pytest.raises(ValueError, match=r"^update: expected 'moving_average'"):
+        UCBNorm(2, 2, update="weight").calibrate([inputs()])
+
+
+def test_after_an_error_the_model_is_as_it_was():
+    model = nn.Sequential(UCBNorm(2, 2), nn.Linear(2, 2), UCBNorm(2, 2))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        model[1].weight.fill_(float("inf"))
+    before["1.weight"] = model[1].weight.detach().clone()
+    with pytest.raises(ValueError, match="feeds 2 others"):
+        recalibrate(model, [inputs().float()])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
