@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
+from common.norms.factory import kinds
 from common.training.config import RunConfig
-
-_KINDS = ("bn", "in", "mn", "ucb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,9 @@ class ClassifierConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm.kind not in _KINDS:
+        if self.norm.kind not in (usable := kinds(takes_clusters=False)):
             raise ValueError(
                 f"norm.kind: {self.norm.kind} needs a cluster id per image, which this command does not have yet; use "
-                f"{', '.join(_KINDS)}"
+                f"{', '.join(usable)}"
             )
         self.norm.build(128)  # the layer knows best which options it refuses

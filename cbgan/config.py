@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
+from common.norms.factory import kinds
 from common.training.config import BestConfig, RunConfig
-
-_KINDS = ("bn", "in", "mn", "ucb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +44,10 @@ class GanConfig(RunConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 up to, not including, 1, got {getattr(self, name)}")
-        if self.norm.kind not in _KINDS:
+        if self.norm.kind not in (usable := kinds(takes_clusters=False)):
             raise ValueError(
                 f"norm.kind: {self.norm.kind} needs a cluster id per image, which a GAN has not; use "
-                f"{', '.join(_KINDS)}"
+                f"{', '.join(usable)}"
             )
         for channels in (self.width // 2, self.width // 4):
             self.norm.check_features(channels)

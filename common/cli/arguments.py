@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
+from common.cli.fields import names_of
 from common.errors import UsageError
 
 T = TypeVar("T")
@@ -127,7 +128,10 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; may be given again, the later wins")
     parser.add_class_arguments(cls)
+    names = dict(names_of(cls))
     for action in parser._actions:
+        if action.dest in names:
+            action.metavar = f"{{{','.join(names[action.dest])}}}"
         hint = getattr(action, "_typehint", None)
         if hint is bool or bool in typing.get_args(hint):  # so that --resume means --resume true
             action.nargs, action.const = "?", True  # pyright: ignore[reportAttributeAccessIssue]

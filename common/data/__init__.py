@@ -2,6 +2,7 @@
 
 from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits, to_float, to_uint8
+from common.data.names import register_data_set
 from common.data.sets.registry import load
 from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
 from common.data.validation import hold_out
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "mirrored",
     "plain",
+    "register_data_set",
     "to_float",
     "to_uint8",
 ]

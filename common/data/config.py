@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.cli.fields import MAY_CHANGE
-
-_COARSE = ("cifar100", "oxford_pet")
+from common.cli.fields import MAY_CHANGE, named
+from common.data.names import DATA_SETS, OPTIONAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,21 +16,10 @@ class DataConfig:
         ValueError: if a value is out of range, or a setting is given to a data set that has no use for it.
     """
 
-    name: Literal[
-        "digits",
-        "digits_m",
-        "imagefolder",
-        "cifar10",
-        "cifar100",
-        "mnist",
-        "mnist_m",
-        "svhn",
-        "tiny_imagenet",
-        "oxford_pet",
-    ] = "digits"
+    name: str = field(default="digits", metadata=named(DATA_SETS.names))
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
     photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
-    blended with photographs; the others as published (docs/data.md)."""
+    blended with photographs; the others as published (docs/data.md), or a set of your own (register_data_set)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""
     test_root: Path | None = field(default=None, metadata=MAY_CHANGE)
@@ -56,21 +44,17 @@ class DataConfig:
     null is 0.1 where one of them reads it, else 0."""
 
     def __post_init__(self) -> None:
+        takes = DATA_SETS[self.name].takes
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"data.validation: expected 0 up to, not including, 1, or null, got {self.validation}")
         if self.size % 4 or not 8 <= self.size <= 1024:
             raise ValueError(f"data.size: expected a multiple of 4 from 8 to 1024, got {self.size}")
         if self.workers < 0:
             raise ValueError(f"data.workers: expected 0 or more, got {self.workers}")
-        if self.root is not None and self.name.startswith("digits"):
-            raise ValueError(f"data.root: {self.name} reads no folder, expected null or data.name imagefolder")
-        if self.test_root is not None and self.name != "imagefolder":
-            raise ValueError(f"data.test_root: {self.name} has its own test images, expected null")
-        if self.labels != "fine" and self.name not in _COARSE:
-            raise ValueError(f"data.labels: only {' and '.join(_COARSE)} have coarse labels, {self.name} has not")
-        if self.superclasses is not None and self.name != "imagefolder":
-            raise ValueError(
-                f"data.superclasses: expected null, only imagefolder takes a file; got data.name {self.name}"
-            )
-        if self.blend != "sklearn" and self.name != "mnist_m":
-            raise ValueError(f"data.blend: expected sklearn, only mnist_m takes a folder; got data.name {self.name}")
+        for name, default in OPTIONAL.items():
+            if name not in takes and (value := getattr(self, name)) != default:
+                others = ", ".join(other for other, data_set in DATA_SETS.items() if name in data_set.takes)
+                raise ValueError(
+                    f"data.{name}: expected {'null' if default is None else default}, since {self.name} takes "
+                    f"none ({others} do), got {value}"
+                )

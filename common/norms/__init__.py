@@ -2,7 +2,7 @@
 
 from .backends.reference import Moments
 from .em_norm import MixtureNorm
-from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm
+from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm, register_norm
 from .functional import cluster_norm, mixture_norm
 from .health import Health, collect_health, health, log_scalars, mixture_layers
 from .supervised import SCBNorm, SCBNormBase
@@ -32,6 +32,7 @@ __all__ = [
     "make_norm",
     "mixture_layers",
     "mixture_norm",
+    "register_norm",
     "revert_norms",
     "scb_state_from_base",
     "ucb_state_from_batch_norm",

@@ -2,24 +2,23 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from . import checks
-from .factory import default_options, make_norm
-
-Kind = Literal["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
+from .factory import BUILT_IN, check_kind, default_options, kinds, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
     """A normalization layer; a setting left at null takes the layer's own default (see docs of `common.norms`)."""
 
-    kind: Kind = "ucb"
-    """bn, in (instance), dsbn (one BatchNorm a domain), mn (EM mixture), scb, scb_base (known clusters), ucb."""
+    kind: str = dataclasses.field(default="ucb", metadata={"names": kinds})
+    """bn, in (instance), dsbn (one BatchNorm a domain), mn (EM mixture), scb, scb_base (known clusters), ucb, none (no
+    layer at that place), or a kind of your own (register_norm)."""
     num_components: int = 3
-    """Mixture components or clusters K; bn and in have none and ignore it."""
+    """Mixture components or clusters K; bn, in and none have none and ignore it."""
     groups: int | None = None
     """Groups of channels that share one posterior: 1 is the paper's joint one, null is one channel each."""
     update: Literal["moving_average", "weight"] | None = None
@@ -48,7 +47,7 @@ class NormConfig:
     """How the layer computes; every backend gives the same numbers within rounding."""
 
     def __post_init__(self) -> None:
-        checks.check_choice("norm.kind", self.kind, get_args(Kind))
+        check_kind("norm.kind", self.kind)
         checks.check_size("norm.num_components", self.num_components)
         accepted, given = default_options(self.kind), self._given()
         for name, value in given.items():
@@ -57,8 +56,9 @@ class NormConfig:
         if self.groups is not None:
             checks.check_size("norm.groups", self.groups)
             given["groups"] = 1
-        # A small layer refuses what this one would, which may need more memory than there is.
-        self._make(2, min(self.num_components, 64), given | {"backend": self.backend})
+        if self.kind in BUILT_IN:  # of others nobody knows which sizes they take
+            # A small layer refuses what this one would, which may need more memory than there is.
+            self._make(2, min(self.num_components, 64), given | {"backend": self.backend})
 
     def check_features(self, num_features: int) -> None:
         """Raise ValueError, with the field's dotted name, unless the layer can have so many channels."""
@@ -67,6 +67,8 @@ class NormConfig:
                 checks.check_groups(self.groups, num_features)
             except ValueError as error:
                 raise ValueError(f"norm.{error}") from None
+        if self.kind not in BUILT_IN:
+            self.build(num_features)
 
     def build(self, num_features: int, seed: int = 0) -> nn.Module:
         """Make the layer for ``num_features`` channels; ``seed`` is that of a mixture's own generator.
@@ -87,7 +89,8 @@ class NormConfig:
         try:
             return make_norm(self.kind, num_features, num_components, **options)
         except ValueError as error:
-            raise ValueError(f"norm.{error}") from None
+            own = "" if self.kind in BUILT_IN else f"kind: {self.kind} for {num_features} channels: "
+            raise ValueError(f"norm.{own}{error}") from None
 
     def resolved(self) -> "NormConfig":
         """Return this configuration with the layer's defaults written out, as a run stores it."""

@@ -1,9 +1,11 @@
-"""Make any normalization layer by name, the family's and those it is compared with."""
+"""Make any normalization layer by name: the family's, those it is compared with, and those that users add."""
 
+import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,16 +126,63 @@ class DomainBatchNorm(nn.Module):
         return torch.cat(done)[order.argsort()]
 
 
-_KINDS: dict[str, Callable[..., nn.Module]] = {
-    "bn": BatchNorm,
-    "in": InstanceNorm,
-    "dsbn": DomainBatchNorm,
-    "mn": MixtureNorm,
-    "scb": SCBNorm,
-    "scb_base": SCBNormBase,
-    "ucb": UCBNorm,
-}
-_WITHOUT_COMPONENTS = ("bn", "in")
+class NoNorm(nn.Identity):
+    """No layer at that place: x as it is, whatever cluster its samples belong to."""
+
+    def forward(self, input: Tensor, cluster: Tensor | None = None) -> Tensor:
+        """Return x."""
+        return input
+
+
+class _Kind(NamedTuple):
+    build: Callable[..., nn.Module]
+    takes_clusters: bool
+    options: dict[str, Any]
+
+
+_KINDS: dict[str, _Kind] = {}
+
+
+def register_norm(name: str, build: Callable[..., nn.Module], *, takes_clusters: bool = False) -> None:
+    r"""Add a kind of layer, which ``make_norm`` and ``NormConfig.kind`` then know by its name.
+
+    Args:
+        name: what it is called: lower-case letters, digits and underscores, a letter first.
+        build: called as ``build(num_features, num_components, **options)``, returns the layer for
+            x (N, C, \*). What has a default in its signature is an option; those with the name of a setting of
+            ``NormConfig`` (eps, momentum, affine, ...) are set by it, ``seed`` and ``backend`` are passed where taken.
+            Options it refuses raise ValueError, "eps: expected ...".
+        takes_clusters: the layer is called as ``layer(x, cluster)``, with cluster (N,) int64.
+
+    Raises:
+        ValueError: the name is taken or none, or build cannot be called with two sizes alone.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"name: expected lower-case letters, digits and underscores, a letter first, got {name!r}")
+    if name in _KINDS:
+        raise ValueError(f"name: {name} is taken; the kinds are {', '.join(_KINDS)}")
+    try:
+        signature = inspect.signature(build)
+        signature.bind("num_features", "num_components")
+    except (TypeError, ValueError) as error:  # not callable, or without a signature
+        raise ValueError(
+            f"build: expected a function of num_features, num_components and options with defaults ({error})"
+        ) from None
+    options = {p.name: p.default for p in [*signature.parameters.values()][2:] if p.default is not p.empty}
+    _KINDS[name] = _Kind(build, takes_clusters, options)
+
+
+def kinds(*, takes_clusters: bool | None = None) -> tuple[str, ...]:
+    """Return the names of all kinds, or of those that take the samples' clusters, or take none."""
+    return tuple(name for name, kind in _KINDS.items() if takes_clusters in (None, kind.takes_clusters))
+
+
+def check_kind(field: str, kind: object) -> None:
+    """Raise ValueError, naming the field, the kinds and the nearest one, unless kind is one of them."""
+    if kind not in tuple(_KINDS):
+        near = difflib.get_close_matches(str(kind), _KINDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{field}: expected one of {', '.join(_KINDS)}, got {kind}{hint}")
 
 
 def default_options(kind: str) -> dict[str, Any]:
@@ -142,9 +191,8 @@ def default_options(kind: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown kind.
     """
-    checks.check_choice("kind", kind, tuple(_KINDS))
-    parameters = inspect.signature(BatchNorm if kind == "dsbn" else _KINDS[kind]).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    check_kind("kind", kind)
+    return dict(_KINDS[kind].options)
 
 
 def make_norm(kind: str, num_features: int, num_components: int, **options: Any) -> nn.Module:
@@ -152,19 +200,63 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
 
     Args:
         kind: "bn" (batch), "in" (instance), "dsbn" (one BatchNorm a domain), "mn" (``MixtureNorm``),
-            "scb" (``SCBNorm``), "scb_base" (``SCBNormBase``) or "ucb" (``UCBNorm``). dsbn, scb and scb_base
-            take ``(x, cluster)``, the others x alone.
+            "scb" (``SCBNorm``), "scb_base" (``SCBNormBase``), "ucb" (``UCBNorm``), "none" (no layer at that place),
+            or one added by ``register_norm``. dsbn, scb and scb_base take ``(x, cluster)``, the others x alone.
         num_features: channels C.
-        num_components: components, clusters or domains K; "bn" and "in" have none and ignore it.
+        num_components: components, clusters or domains K; "bn", "in" and "none" have none and ignore it.
         options: keyword options of the layer.
 
     Raises:
-        ValueError: an unknown kind, or an option that the layer does not have.
+        ValueError: an unknown kind, an option that the layer does not have, or a kind whose layer is none.
     """
     known = default_options(kind)
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known)}")
-    if kind in _WITHOUT_COMPONENTS:
-        return _KINDS[kind](num_features, **options)
-    return _KINDS[kind](num_features, num_components, **options)
+            raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known) or 'none'}")
+    layer = _KINDS[kind].build(num_features, num_components, **options)
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"kind: expected {kind} to make a torch.nn.Module, got {type(layer).__name__}")
+    return layer
+
+
+def _with_options_of(layer: type[nn.Module]) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Show in the signature of a function of two sizes the options of the layer that it hands its own on to."""
+
+    def shows(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        sizes = [p for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [p for p in inspect.signature(layer).parameters.values() if p.default is not p.empty]
+        keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
+        vars(build)["__signature__"] = inspect.Signature([*sizes, *keywords])
+        return build
+
+    return shows
+
+
+@_with_options_of(BatchNorm)
+def _batch(num_features: int, _num_components: int, **options: Any) -> nn.Module:
+    return BatchNorm(num_features, **options)
+
+
+@_with_options_of(InstanceNorm)
+def _instance(num_features: int, _num_components: int, **options: Any) -> nn.Module:
+    return InstanceNorm(num_features, **options)
+
+
+@_with_options_of(BatchNorm)
+def _by_domain(num_features: int, num_components: int, **options: Any) -> nn.Module:
+    return DomainBatchNorm(num_features, num_components, **options)
+
+
+def _none(_num_features: int, _num_components: int) -> nn.Module:
+    return NoNorm()
+
+
+register_norm("bn", _batch)
+register_norm("in", _instance)
+register_norm("dsbn", _by_domain, takes_clusters=True)
+register_norm("mn", MixtureNorm)
+register_norm("scb", SCBNorm, takes_clusters=True)
+register_norm("scb_base", SCBNormBase, takes_clusters=True)
+register_norm("ucb", UCBNorm)
+register_norm("none", _none)
+BUILT_IN = kinds()

@@ -323,7 +323,7 @@ def error(kind: str, match: str, **options: object):
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
-        error("nn", "kind: expected one of 'bn', 'in'", affine=True),
+        error("nn", "kind: expected one of bn, in,", affine=True),
         error("ucb", "colour: 3 is no option of kind 'ucb'; it has groups", colour=3),
         error("bn", "groups: 1 is no option of kind 'bn'", groups=1),
         error("dsbn", "groups: 1 is no option of kind 'dsbn'", groups=1),

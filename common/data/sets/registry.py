@@ -4,44 +4,44 @@ from pathlib import Path
 
 from common.data.config import DataConfig
 from common.data.image_set import Splits
+from common.data.names import DATA_SETS, register_data_set
 from common.data.reading.image_folder import read_folder
 from common.data.superclasses import read_superclasses, with_superclasses
 from common.errors import UsageError
+
+# Only when a set is loaded is what it needs imported: torchvision and scikit-learn take seconds, --help none.
+# ruff: noqa: PLC0415
 
 
 def load(config: DataConfig) -> Splits:
     """Load the data set a configuration names.
 
-    Only then is what the set needs imported: torchvision and scikit-learn take seconds, --help none.
-
     Raises:
-        UsageError: if a folder or file is missing, or cannot be read.
+        UsageError: if a folder or file is missing, or cannot be read; or a set of the user's own gives anything but
+            images of the size asked for.
     """
-    if config.name in ("digits", "digits_m"):
-        from common.data.sets import digits  # noqa: PLC0415 - see above
+    splits = DATA_SETS[config.name].load(config)
+    if not isinstance(splits, Splits):
+        raise UsageError(f"data.name: expected {config.name} to load Splits of images, got {type(splits).__name__}")
+    for images in filter(None, (splits.train, splits.test)):
+        height, width = images.images.shape[2:]
+        if (height, width) != (config.size, config.size):
+            raise UsageError(
+                f"data.size: expected {config.size} x {config.size} of {config.name}, got {height} x {width}"
+            )
+    return splits
 
-        return (digits.digits if config.name == "digits" else digits.digits_m)(config.size)
-    if config.name == "imagefolder":
-        return _folders(config)
-    return _published(config, config.root or Path("data"))
+
+def _digits(config: DataConfig) -> Splits:
+    from common.data.sets import digits
+
+    return digits.digits(config.size)
 
 
-def _published(config: DataConfig, root: Path) -> Splits:
-    from common.data.sets import cifar, mnist, oxford_pet, svhn, tiny_imagenet  # noqa: PLC0415 - see `load`
+def _digits_m(config: DataConfig) -> Splits:
+    from common.data.sets import digits
 
-    name, size, download = config.name, config.size, config.download
-    if name == "mnist":
-        return mnist.mnist(root, size, download=download)
-    if name == "mnist_m":
-        return mnist.mnist_m(root, size, config.blend, download=download)
-    if name == "svhn":
-        return svhn.svhn(root, size, download=download)
-    if name == "tiny_imagenet":
-        return tiny_imagenet.tiny_imagenet(root, size, download=download)
-    if name == "oxford_pet":
-        return oxford_pet.oxford_pet(root, size, config.labels, download=download)
-    assert name in ("cifar10", "cifar100")  # all that is left
-    return cifar.cifar(name, root, size, config.labels, download=download)
+    return digits.digits_m(config.size)
 
 
 def _folders(config: DataConfig) -> Splits:
@@ -62,3 +62,57 @@ def _folders(config: DataConfig) -> Splits:
     return Splits(
         with_superclasses(train, superclass_of), None if test is None else with_superclasses(test, superclass_of)
     )
+
+
+def _cifar(config: DataConfig) -> Splits:
+    from common.data.sets import cifar
+
+    assert config.name in ("cifar10", "cifar100")  # these are registered with it
+    return cifar.cifar(config.name, _published(config), config.size, config.labels, download=config.download)
+
+
+def _mnist(config: DataConfig) -> Splits:
+    from common.data.sets import mnist
+
+    return mnist.mnist(_published(config), config.size, download=config.download)
+
+
+def _mnist_m(config: DataConfig) -> Splits:
+    from common.data.sets import mnist
+
+    return mnist.mnist_m(_published(config), config.size, config.blend, download=config.download)
+
+
+def _svhn(config: DataConfig) -> Splits:
+    from common.data.sets import svhn
+
+    return svhn.svhn(_published(config), config.size, download=config.download)
+
+
+def _tiny_imagenet(config: DataConfig) -> Splits:
+    from common.data.sets import tiny_imagenet
+
+    return tiny_imagenet.tiny_imagenet(_published(config), config.size, download=config.download)
+
+
+def _oxford_pet(config: DataConfig) -> Splits:
+    from common.data.sets import oxford_pet
+
+    return oxford_pet.oxford_pet(_published(config), config.size, config.labels, download=config.download)
+
+
+def _published(config: DataConfig) -> Path:
+    """Return where a published set is or goes to."""
+    return config.root or Path("data")
+
+
+register_data_set("digits", _digits)
+register_data_set("digits_m", _digits_m)
+register_data_set("imagefolder", _folders, takes=("root", "test_root", "superclasses"))
+register_data_set("cifar10", _cifar, takes=("root",))
+register_data_set("cifar100", _cifar, takes=("root", "labels"))
+register_data_set("mnist", _mnist, takes=("root",))
+register_data_set("mnist_m", _mnist_m, takes=("root", "blend"))
+register_data_set("svhn", _svhn, takes=("root",))
+register_data_set("tiny_imagenet", _tiny_imagenet, takes=("root",))
+register_data_set("oxford_pet", _oxford_pet, takes=("root", "labels"))

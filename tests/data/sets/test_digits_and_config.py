@@ -75,11 +75,20 @@ def test_digits_m_refuses_sizes_above_the_photographs():
         ({"size": 33}, "data.size: expected a multiple of 4"),
         ({"size": 1028}, "data.size: "),
         ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
-        ({"root": "x"}, "data.root: digits reads no folder"),
-        ({"name": "cifar10", "test_root": "x"}, "data.test_root: cifar10 has its own"),
-        ({"name": "cifar10", "labels": "coarse"}, "data.labels: only cifar100 and oxford_pet .* cifar10 has not"),
-        ({"name": "cifar100", "superclasses": "x"}, "data.superclasses: expected null, only imagefolder .* cifar100"),
-        ({"name": "digits_m", "blend": "x"}, "data.blend: expected sklearn, only mnist_m .* digits_m"),
+        ({"root": "x"}, "data.root: expected null, since digits takes none .imagefolder, .* do., got x"),
+        (
+            {"name": "cifar10", "test_root": "x"},
+            "data.test_root: expected null, .* cifar10 takes none .imagefolder do., got x",
+        ),
+        (
+            {"name": "cifar10", "labels": "coarse"},
+            "data.labels: expected fine, .* cifar10 .*cifar100, oxford_pet do., got coarse",
+        ),
+        (
+            {"name": "cifar100", "superclasses": "x"},
+            "data.superclasses: expected null, .* cifar100 takes none .imagefolder",
+        ),
+        ({"name": "digits_m", "blend": "x"}, "data.blend: expected sklearn, .* digits_m takes none .mnist_m"),
     ],
 )
 def test_config_refuses_values_in_one_line(values, message):

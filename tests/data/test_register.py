@@ -1,0 +1,66 @@
+"""A data set of one's own, by name."""
+
+import pytest
+import torch
+
+from common.data import DataConfig, ImageSet, Splits, load, register_data_set
+from common.data.names import DATA_SETS
+from common.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
+
+
+def grey(side: int) -> Splits:
+    images = torch.full((4, 3, side, side), 128, dtype=torch.uint8)
+    return Splits(ImageSet(images, torch.tensor([0, 1, 0, 1]), ("a", "b"), "grey", "train"), None)
+
+
+def test_a_set_of_ones_own_is_loaded_by_its_name_with_the_settings_it_takes(tmp_path):
+    asked = []
+    register_data_set("grey", lambda config: asked.append(config) or grey(config.size), takes=("root", "labels"))
+    config = DataConfig(name="grey", root=tmp_path, labels="coarse", size=8)
+    assert load(config).train.images.shape == (4, 3, 8, 8)
+    assert asked == [config]
+    with pytest.raises(
+        ValueError, match=r"^data\.blend: expected sklearn, since grey takes none \(mnist_m do\), got x$"
+    ):
+        DataConfig(name="grey", blend="x")
+    with pytest.raises(ValueError, match=r"^data\.labels: .* \(cifar100, oxford_pet, grey do\), got coarse$"):
+        DataConfig(labels="coarse")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("gray", "; did you mean grey?"), ("cifar1", "; did you mean cifar10?")])
+def test_a_wrong_name_lists_the_known_ones_and_the_nearest(name, hint):
+    register_data_set("grey", lambda config: grey(config.size))
+    with pytest.raises(ValueError, match=r"^data\.name: expected one of digits, .*, oxford_pet, grey, got ") as caught:
+        DataConfig(name=name)
+    assert str(caught.value).endswith(f"got {name}{hint}")
+
+
+def test_what_a_set_gives_is_held_against_what_was_asked_for():
+    register_data_set("small", lambda config: grey(8))
+    register_data_set("odd", lambda config: grey(config.size).train)
+    with pytest.raises(UsageError, match=r"^data\.size: expected 16 x 16 of small, got 8 x 8$"):
+        load(DataConfig(name="small", size=16))
+    with pytest.raises(UsageError, match=r"^data\.name: expected odd to load Splits of images, got ImageSet$"):
+        load(DataConfig(name="odd", size=8))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digits", {}, "name: digits is taken; for data.name there are digits, digits_m, "),
+        ("My set", {}, "name: expected lower-case letters, digits and underscores, a letter first, got 'My set'"),
+        ("mine", {"load": 3}, "load: expected a function of a DataConfig, got int"),
+        ("mine", {"takes": ("root", "colour")}, "takes: expected some of root, .*, blend, got colour"),
+    ],
+)
+def test_a_wrong_registration_is_one_line_and_adds_nothing(name, options, message):
+    before = DATA_SETS.names()
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        register_data_set(name, **({"load": grey} | options))
+    assert "\n" not in str(caught.value)
+    assert DATA_SETS.names() == before
