@@ -10,11 +10,10 @@ from torch.func import functional_call
 from common.machine.seeding import derive
 from common.norms import clusters, convert_norms
 from common.norms.config import NormConfig
+from common.norms.factory import kinds
 
 SOURCE, TARGET, UNKNOWN = 0, 1, -1
 """Cluster ids: the domains are the clusters."""
-ROUTED = ("scb", "scb_base", "dsbn")
-"""Kinds whose layers are told each sample's cluster."""
 
 
 class Classifier(nn.Module):
@@ -22,7 +21,7 @@ class Classifier(nn.Module):
 
     Args:
         network: from images to logits.
-        norm: the layer under test; None is none, the network as it is.
+        norm: the layer under test; of kind none, the network as it is.
         convert: BatchNorms of the network to convert to it, by name, or "all"; empty puts one layer of 3 channels
             before the network.
         seed: of mixtures' own generators.
@@ -33,17 +32,14 @@ class Classifier(nn.Module):
         ValueError: for a layer that cannot be where it is asked for.
     """
 
-    def __init__(self, network: nn.Module, norm: NormConfig | None, convert: Sequence[str] = (), seed: int = 0) -> None:
+    def __init__(self, network: nn.Module, norm: NormConfig, convert: Sequence[str] = (), seed: int = 0) -> None:
         super().__init__()
-        self.norm: nn.Module = nn.Identity()
+        self.norm = nn.Identity() if convert else norm.build(3, derive(seed, "norm"))
         self.network = network
-        self._routed = False
-        if norm is not None and convert:
+        self._routed = not convert and norm.kind in kinds(takes_clusters=True)
+        if convert:
             where = None if list(convert) == ["all"] else list(convert)
             convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
-        elif norm is not None:
-            self.norm = norm.build(3, derive(seed, "norm"))
-            self._routed = norm.kind in ROUTED
 
     def forward(self, x: Tensor, cluster: Tensor, alone: int = 0) -> Tensor | tuple[Tensor, Tensor]:
         """Map images (N, 3, H, W) of clusters (N,) to logits (N, classes).

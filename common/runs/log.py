@@ -17,6 +17,7 @@ GROUPS = {
     "metric": "1_result",
     "loss": "2_loss",
     "samples": "3_samples",
+    "adapt": "4_adaptation",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",
