@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cbda.classifier import SOURCE, TARGET
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import Evaluation
@@ -29,11 +28,13 @@ from cbda.losses import (
     relative_threshold,
 )
 from cbda.models import build_classifier, pixels_of
+from cbda.networks.classifier import SOURCE, TARGET
 from common.data import ImageSet, Stream
 from common.data.augmentation import strong, weak
 from common.errors import UsageError
 from common.machine.dist import Env
 from common.machine.seeding import permutation, uniform_per_sample
+from common.metrics.gradient_variance import gradient_variance
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
@@ -137,8 +138,8 @@ class AdaMatch(Method[AdaMatchConfig]):
             return self._supervised([logits], source.labels)
 
         update.descend("adamatch", adamatch)
-        for name in noted[0]:
-            update.values[name] = torch.stack([values[name] for values in noted]).mean(0)
+        for name in dict.fromkeys(name for values in noted for name in values):
+            update.values[name] = torch.stack([values[name] for values in noted if name in values]).mean(0)
         update.values["schedule/mu"] = torch.tensor(mu)
         if self.cfg.source_only:
             update.descend("source_only", source_only)
@@ -171,8 +172,10 @@ class AdaMatch(Method[AdaMatchConfig]):
         p_source, p_target = source_weak.softmax(1), target_weak.softmax(1)
         p_wanted = labelled_logits.chunk(2)[0].softmax(1) if method.align_by == "labelled" else p_source
         wanted, found = batch_mean(p_wanted), batch_mean(p_target)
+        alignment = self.networks["alignment"]
+        assert isinstance(alignment, Alignment)
         if method.alignment == "running":
-            wanted, found = self.networks["alignment"](wanted, found)
+            wanted, found = alignment(wanted, found)
         elif method.alignment == "none":
             wanted = found
         pseudo = aligned(p_target, wanted, found, method.scaling or "sum")
@@ -187,6 +190,9 @@ class AdaMatch(Method[AdaMatchConfig]):
         loss_target = masked_cross_entropy(target_strong, pseudo, mask, method.labels or "hard")
         values = {"loss/source": loss_source, "loss/target": loss_target, "adapt/threshold": threshold}
         values |= self._noted(pseudo, mask, target.labels, wanted / found)
+        if self.cfg.variance_every and (part.number + 1) % (self.cfg.variance_every * self.cfg.accumulate) == 0:
+            values |= self._variances(source=loss_source, target=loss_target if mask.any() else None)
+        alignment.threshold.copy_(threshold)
         return loss_source + mu * loss_target, {name: value.detach() for name, value in values.items()}
 
     def _supervised(self, logits: list[Tensor], *labels: Tensor | None) -> Tensor:
@@ -213,6 +219,17 @@ class AdaMatch(Method[AdaMatchConfig]):
         if pseudo.shape[1] <= _CLASSES_CHARTED and self.cfg.method.alignment != "none":
             names = self.images["train"].classes
             values |= {f"adapt/ratio/{name}": value for name, value in zip(names, ratio, strict=True)}
+        return values
+
+    def _variances(self, **losses: Tensor | None) -> dict[str, Tensor]:
+        """Return how the gradient of each domain's loss varies, without mu; that of a loss of nothing is no 0."""
+        values = {}
+        for domain, loss in losses.items():
+            if loss is not None:
+                found = gradient_variance(loss, self.networks["adamatch"].parameters())
+                values |= {
+                    f"gradient/{domain}_variance_{how}": v for how, v in zip(("mean", "max"), found, strict=True)
+                }
         return values
 
     def shown(self, means: Mapping[str, float]) -> Mapping[str, float]:

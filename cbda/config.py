@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from cbda.losses import Labels, Scaling
-from cbda.wide_resnet import Form
+from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
@@ -216,6 +216,8 @@ class AdaMatchConfig(RunConfig):
     """Decay of an exponential moving average of weights and buffers, which then is what is evaluated; 0 keeps none."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="arc", floor=0.25))
     norm: NormConfig = field(default_factory=lambda: NormConfig(kind="scb", num_components=2))
+    variance_every: int = 50
+    """Steps between two measurements of how each domain's gradient varies, which cost about a step each; 0: never."""
     source_only: bool = True
     """Train a second network by as many steps on the same source images alone, to compare with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -228,6 +230,8 @@ class AdaMatchConfig(RunConfig):
         super().__post_init__()
         if self.target_ratio < 1:
             raise ValueError(f"target_ratio: expected at least 1, got {self.target_ratio}")
+        if self.variance_every < 0:
+            raise ValueError(f"variance_every: expected 0 or more, got {self.variance_every}")
         if self.norm.kind in kinds(takes_clusters=True) and self.norm.num_components != 2:
             raise ValueError(
                 f"norm.num_components: expected 2, since the clusters of {self.norm.kind} are the two domains, got "

@@ -1,5 +1,6 @@
 """What is measured of a classifier of two domains, and a picture of what it says."""
 
+import json
 from collections.abc import Callable, Mapping
 
 import torch
@@ -7,22 +8,28 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cbda.classifier import SOURCE, TARGET, UNKNOWN, evaluating
 from cbda.config import AdaMatchConfig
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, evaluating
 from common.data import ImageSet
 from common.errors import NonFiniteError
-from common.machine.atomic import write_atomic
+from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify
-from common.metrics.scores import classification_scores
-from common.metrics.selection import information, neighbourhood_density
+from common.metrics.scores import classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
 from common.training.method import Moment
 
+CLASSES = "classes.json"
+"""In a run's folder: the names of its classes, in the order of the logits."""
 CLUSTERS = {"source": SOURCE, "target": TARGET, "unknown": UNKNOWN}
+_CHARTS = {
+    "accuracy": [f"metric/{name}accuracy" for name in ("target_", "source_", "source_only_target_")],
+    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
+    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
+}
 _BATCH = 256
 _SHOWN = 24
 _KNOW_UNKNOWN = ("scb", "scb_base")
@@ -90,6 +97,8 @@ class Evaluation:
                     values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
         if self.env.first:
             self._draw(own, blind, moment)
+            names = json.dumps(self.images["train"].classes)
+            write_text_atomic(moment.folder / CLASSES, names + "\n")
         return values
 
     def logits(self, network: nn.Module, split: str, cluster: int, go_on: Callable[[], None] = lambda: None) -> Tensor:
@@ -137,6 +146,7 @@ class Evaluation:
             verdicts += _verdicts(said, None if images.labels is None else images.labels[index])
         sheet = captioned_sheet(torch.cat(shown), captions, verdicts)
         moment.log.image(moment.step, "samples/predictions", sheet)
+        moment.log.charts(_CHARTS)
         path = moment.folder / "samples" / "predictions.png"
         picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
         write_atomic(path, lambda file: picture.save(file, "PNG"))

@@ -86,6 +86,8 @@ class Alignment(nn.Module):
     wanted: Tensor
     means: Tensor
     batches: Tensor
+    threshold: Tensor
+    """What pseudo-labels last had to exceed: for whoever uses the classifier."""
 
     def __init__(self, num_classes: int, decay: float = 0.999, history: int = 128) -> None:
         super().__init__()
@@ -93,6 +95,7 @@ class Alignment(nn.Module):
         self.register_buffer("wanted", torch.full((num_classes,), 1 / num_classes))
         self.register_buffer("means", torch.full((history, num_classes), 1 / num_classes))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("threshold", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbda.classifier import Classifier
 from cbda.config import AdaMatchConfig, ModelConfig
-from cbda.wide_resnet import WideResNet
+from cbda.networks.classifier import Classifier
+from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

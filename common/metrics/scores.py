@@ -1,5 +1,6 @@
-"""Classification scores: the usual ones by argmax, and what Keras' Precision and Recall count at a threshold."""
+"""Classification scores: the usual ones by argmax, what Keras' Precision and Recall count, and two without labels."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 _TOP = 5
+_TEMPERATURE = 0.05  # of soft neighbourhood density, as published
+_ROWS = 1024  # of the similarities that are in memory at once
 
 
 class Averages(NamedTuple):
@@ -114,6 +117,41 @@ def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> P
     return PrecisionRecall(float(precision), float(recall))
 
 
+def information(logits: Tensor) -> float:
+    """Return the mutual information of image and predicted class, in nats from 0 to log C; higher is better.
+
+    ``H(mean_i p_i) - mean_i H(p_i)`` of the softmax p of logits (N, C): each prediction sure, all classes used.
+
+    Source: Bridle et al., "Unsupervised Classifiers, Mutual Information and 'Phantom Targets'", NIPS 1991, as a
+    validator in Musgrave et al., "Benchmarking Validation Methods for Unsupervised Domain Adaptation", 2022.
+    """
+    p = logits.double().softmax(1)
+    return float(_entropy(p.mean(0)) - _entropy(p).mean())
+
+
+def neighbourhood_density(logits: Tensor) -> float:
+    """Return the soft neighbourhood density of predictions, in nats from 0 to log (N - 1); higher is better.
+
+    The mean entropy of the softmax over the other images of ``cos(p_i, p_j) / 0.05``, p the softmax of logits (N, C):
+    large where predictions form dense groups.
+
+    Raises:
+        ValueError: with fewer than 2 images.
+
+    Source: Saito et al., "Tune It the Right Way", ICCV 2021.
+    """
+    if len(logits) < 2:
+        raise ValueError(f"logits: expected at least 2 images, got {len(logits)}")
+    p = torch.nn.functional.normalize(logits.double().softmax(1), dim=1)
+    total = 0.0
+    for first in range(0, len(p), _ROWS):
+        near = p[first : first + _ROWS] @ p.T / _TEMPERATURE
+        rows = torch.arange(len(near))
+        near[rows, first + rows] = -math.inf
+        total += float(_entropy(near.softmax(1)).sum())
+    return total / len(p)
+
+
 def _averages(true: np.ndarray, found: np.ndarray, average: str) -> Averages:
     precision, recall, f1, _ = _support(true, found, average)
     return Averages(float(precision), float(recall), float(f1))
@@ -148,3 +186,7 @@ def _check_scores(name: str, scores: Tensor, count: int, num_classes: int) -> np
     if bad:
         raise ValueError(f"{name}: expected finite values, got others in {bad} of {count} samples")
     return scores.detach().double().cpu().numpy()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p).sum(-1)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import cbda.adamatch
 from cbda.adamatch import AdaMatch
-from cbda.classifier import SOURCE, TARGET
 from cbda.config import AdaMatchConfig
 from cbda.models import build_classifier
+from cbda.networks.classifier import SOURCE, TARGET
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
 from common.machine.seeding import uniform_per_sample
@@ -328,6 +328,27 @@ def _half(batch: Batch, number: int) -> Batch:
     return Batch(
         tuple(v.chunk(2)[number] for v in batch.views), batch.labels.chunk(2)[number], batch.index.chunk(2)[number]
     )
+
+
+def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
+    method, part, network = prepared(tiny, "--variance_every", "4")
+    method.networks["adamatch"] = network
+    for number, sampled in ((6, False), (7, True)):
+        values = method.loss(Part(part.batches, number, 5), 0.1)[1]
+        assert ("gradient/source_variance_mean" in values) == sampled
+    full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
+    for domain, loss in (("source", none), ("target", full - none)):  # without mu
+        variance = torch.autograd.grad(loss, network.weight, retain_graph=True)[0].var(correction=0)
+        for how in ("mean", "max"):  # of one tensor
+            torch.testing.assert_close(values[f"gradient/{domain}_variance_{how}"], variance, rtol=1e-4, atol=0)
+    unsure = prepared(tiny, "--variance_every", "1", "--method.alignment", "none")
+    unsure[0].networks["adamatch"] = unsure[2]
+    batch = unsure[1]["target"]
+    grey = replace(batch, views=tuple(torch.full_like(view, 127) for view in batch.views))
+    values = unsure[0].loss(Part(unsure[1].batches | {"target": grey}, 0, 5), 1.0)[1]
+    assert values["adapt/mask_rate"] == 0
+    assert "gradient/source_variance_mean" in values
+    assert "gradient/target_variance_mean" not in values  # missing, not 0
 
 
 def test_bf16_and_accumulation_run(tiny, tmp_path):

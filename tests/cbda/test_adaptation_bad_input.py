@@ -25,6 +25,7 @@ FLAGS = {
     "--method.decay 1": ["method.decay", "1"],
     "--method.history 0": ["method.history", "at least 1", "0"],
     "--method.align_by labelled": ["method.align_by", "target.labelled"],
+    "--variance_every -1": ["variance_every", "0 or more", "-1"],
     "--target_ratio 0": ["target_ratio", "at least 1", "0"],
     "--batch_size 50": ["batch_size", "36", "source", "50"],
     "--target_ratio 5": ["batch_size", "36", "target", "45"],

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cbda.classifier import SOURCE, TARGET, UNKNOWN, Classifier, evaluating
-from cbda.wide_resnet import WideResNet
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier, evaluating
+from cbda.networks.wide_resnet import WideResNet
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.config import NormConfig
 

@@ -3,7 +3,7 @@ import torch
 
 from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.models import build_classifier, pixels_of
-from cbda.wide_resnet import WideResNet
+from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
 from common.norms import UCBNorm
 from common.norms.config import NormConfig

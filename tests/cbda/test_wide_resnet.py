@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbda.wide_resnet import Form, WideResNet
+from cbda.networks.wide_resnet import Form, WideResNet
 from common.norms import BatchNorm
 
 FORMS: tuple[Form, ...] = ("official", "keras")

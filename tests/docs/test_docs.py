@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cbcls.config import ClassifierConfig
+from cbda.config import AdaMatchConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.cli.arguments import parse
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
     "cbcls.train": ClassifierConfig,
+    "cbda.adamatch": AdaMatchConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,

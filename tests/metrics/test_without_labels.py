@@ -5,7 +5,7 @@ import torch
 from torch import tensor
 
 from common.metrics.logits import classify
-from common.metrics.selection import information, neighbourhood_density
+from common.metrics.scores import information, neighbourhood_density
 
 
 def test_information_is_what_is_known_of_the_class():
