@@ -10,6 +10,7 @@ import pytest
 
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
+from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.cli.arguments import parse
@@ -23,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
+    "cbda.predict": PredictConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,
