@@ -78,9 +78,7 @@ class Evaluation:
         network.eval()
         try:
             with self.env.buffers_of_first(network):  # running averages differ between ranks
-                return classify(
-                    classifier, images, classes, batch_size=self.cfg.batch_size, env=self.env, go_on=go_on
-                )
+                return classify(classifier, images, classes, batch_size=self.cfg.batch_size, env=self.env, go_on=go_on)
         finally:
             network.train(training)
 

@@ -117,6 +117,48 @@ def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> P
     return PrecisionRecall(float(precision), float(recall))
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How far a classifier's confidence is from its accuracy, by bins of confidence of one width.
+
+    Attributes:
+        counts: int64 (B,), samples whose confidence is in a bin, (b / B, (b + 1) / B].
+        confidence: float64 (B,), their mean confidence; 0 in an empty bin.
+        accuracy: float64 (B,), the share of them that is right; 0 in an empty bin.
+        error: the expected calibration error, ``sum_b counts_b / N |accuracy_b - confidence_b|``.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    error: float
+
+
+def calibration(labels: Tensor, logits: Tensor, bins: int = 15) -> Calibration:
+    """Compare confidence, the largest softmax probability, with accuracy.
+
+    Args:
+        labels: true classes, integers (N,) in [0, C).
+        logits: floating (N, C).
+        bins: how many.
+
+    Raises:
+        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    _check_classes("labels", labels, logits.shape[-1])
+    _check_scores("logits", logits, len(labels), logits.shape[-1])
+    confidence, said = logits.detach().double().cpu().softmax(1).max(1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts = place.bincount(minlength=bins)
+    sure = counts.clamp(min=1)
+    means = place.bincount(confidence, minlength=bins) / sure
+    right = place.bincount((said == labels.cpu()).double(), minlength=bins) / sure
+    error = float((counts * (right - means).abs()).sum() / len(labels))
+    return Calibration(counts, means, right, error)
+
+
 def information(logits: Tensor) -> float:
     """Return the mutual information of image and predicted class, in nats from 0 to log C; higher is better.
 

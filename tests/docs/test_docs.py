@@ -10,6 +10,7 @@ import pytest
 
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
+from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
@@ -24,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
+    "cbda.evaluate": AdaptationEvaluateConfig,
     "cbda.predict": PredictConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
