@@ -19,6 +19,7 @@ from common.norms.tools.bench import BenchConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
 from common.reports.tables import TablesConfig
+from common.reports.views import ViewsConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +28,7 @@ CONFIGURATIONS = {
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
     "cbda.predict": PredictConfig,
+    "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,
