@@ -315,6 +315,16 @@ def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):
     assert "epochs: the run has 2, got 3" in longer.err
 
 
+@pytest.mark.parametrize("kind", ["scb", "dsbn"])
+def test_two_ranks_learn_one_model(tiny, tmp_path, kind):
+    flags = [*tiny, "--epochs", "1", "--variance_every", "2", "--norm.kind", kind, "--name", "run"]
+    pair = run(cbda.adamatch.main, *flags, ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    assert len(set(pair.weights)) == 1
+    names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
+    assert {"gradient/source_variance_max", "metric/source_only_target_accuracy"} <= names
+
+
 def test_two_ranks_draw_the_shares_of_one(tiny):
     method, part, _ = prepared(tiny, "--batch_size", "8")
     shares = method._shares(part, 3)
