@@ -12,6 +12,7 @@ from common.errors import NonFiniteError, UsageError
 from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
+from common.metrics.logits import classify
 from common.metrics.scores import measure_all
 
 
@@ -59,29 +60,20 @@ class Evaluation:
         scores = {f"metric/{prefix}{name}": value for name, value in found.items()}
         return {f"loss/{split}": float(F.cross_entropy(logits, images.labels)), **scores}
 
-    @torch.no_grad()
     def _logits(self, network: nn.Module, images: Tensor, classes: int, go_on: Callable[[], None]) -> Tensor:
-        """Return logits (N, classes) in float64; each process takes every world-th batch, and gets all."""
-        size, world = self.cfg.batch_size, self.env.world
-        logits = torch.zeros(len(images), classes, dtype=torch.float64)
+        """Return logits (N, classes) in float64."""
+
+        def classifier(batch: Tensor) -> Tensor:
+            with autocast(self.device, self.cfg.precision):
+                return network(to_input(batch, self.device, channels_last=self.cfg.channels_last))
+
         training = network.training
         network.eval()
         try:
             with self.env.buffers_of_first(network):  # running averages differ between ranks
-                for first in range(0, len(images), size * world):
-                    go_on()
-                    mine = torch.zeros(size, classes, dtype=torch.float64)
-                    batch = images[first + size * self.env.rank :][:size]
-                    if len(batch):
-                        x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
-                        with autocast(self.device, self.cfg.precision):
-                            mine[: len(batch)] = network(x).double().cpu()
-                    for rank, rows in enumerate(self.env.stacked(mine)):
-                        start = first + size * rank
-                        logits[start : start + size] = rows[: max(0, len(images) - start)]
+                return classify(classifier, images, classes, batch_size=self.cfg.batch_size, env=self.env, go_on=go_on)
         finally:
             network.train(training)
-        return logits
 
 
 def check_labels(images: Mapping[str, ImageSet]) -> None:

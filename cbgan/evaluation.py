@@ -111,7 +111,7 @@ class Evaluation:
             if result.classes is not None:
                 values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
             if moment.epoch == 0:
-                moment.log.chart("FID", [tag for tag in values if "fid" in tag])
+                moment.log.charts({"FID": [tag for tag in values if "fid" in tag]})
         if self.env.first:
             self._draw(g, moment)
         return values

@@ -37,7 +37,9 @@ MAY_IMPORT = {
         }
         for application in APPLICATIONS
     },
+    "cbda/networks": {"common/norms", "common/machine"},
 }  # fmt: skip
+MAY_IMPORT["cbda"].add("cbda/networks")
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""
 

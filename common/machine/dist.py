@@ -174,3 +174,12 @@ def smallest_over_ranks(numbers: Tensor) -> None:
     """Replace each number by its smallest over ranks, in place; the device does not wait. Nothing happens alone."""
     if torch_dist.is_available() and torch_dist.is_initialized():
         torch_dist.all_reduce(numbers, torch_dist.ReduceOp.MIN)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean over ranks of a tensor without gradient; the device does not wait. Alone, the tensor itself."""
+    if not (torch_dist.is_available() and torch_dist.is_initialized()):
+        return values
+    total = values.clone()
+    torch_dist.all_reduce(total)
+    return total / torch_dist.get_world_size()

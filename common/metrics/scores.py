@@ -1,5 +1,6 @@
-"""Classification scores: the usual ones by argmax, and what Keras' Precision and Recall count at a threshold."""
+"""Classification scores: the usual ones by argmax, what Keras' Precision and Recall count, and two without labels."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor
 from common.registry import Registry
 
 _TOP = 5
+_TEMPERATURE = 0.05  # of soft neighbourhood density, as published
+_ROWS = 1024  # of the similarities that are in memory at once
 
 
 class Averages(NamedTuple):
@@ -184,6 +187,83 @@ def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> P
     return PrecisionRecall(float(precision), float(recall))
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How far a classifier's confidence is from its accuracy, by bins of confidence of one width.
+
+    Attributes:
+        counts: int64 (B,), samples whose confidence is in a bin, (b / B, (b + 1) / B].
+        confidence: float64 (B,), their mean confidence; 0 in an empty bin.
+        accuracy: float64 (B,), the share of them that is right; 0 in an empty bin.
+        error: the expected calibration error, ``sum_b counts_b / N |accuracy_b - confidence_b|``.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    error: float
+
+
+def calibration(labels: Tensor, logits: Tensor, bins: int = 15) -> Calibration:
+    """Compare confidence, the largest softmax probability, with accuracy.
+
+    Args:
+        labels: true classes, integers (N,) in [0, C).
+        logits: floating (N, C).
+        bins: how many.
+
+    Raises:
+        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    _check_classes("labels", labels, logits.shape[-1])
+    _check_scores("logits", logits, len(labels), logits.shape[-1])
+    confidence, said = logits.detach().double().cpu().softmax(1).max(1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts = place.bincount(minlength=bins)
+    sure = counts.clamp(min=1)
+    means = place.bincount(confidence, minlength=bins) / sure
+    right = place.bincount((said == labels.cpu()).double(), minlength=bins) / sure
+    error = float((counts * (right - means).abs()).sum() / len(labels))
+    return Calibration(counts, means, right, error)
+
+
+def information(logits: Tensor) -> float:
+    """Return the mutual information of image and predicted class, in nats from 0 to log C; higher is better.
+
+    ``H(mean_i p_i) - mean_i H(p_i)`` of the softmax p of logits (N, C): each prediction sure, all classes used.
+
+    Source: Bridle et al., "Unsupervised Classifiers, Mutual Information and 'Phantom Targets'", NIPS 1991, as a
+    validator in Musgrave et al., "Benchmarking Validation Methods for Unsupervised Domain Adaptation", 2022.
+    """
+    p = logits.double().softmax(1)
+    return float(_entropy(p.mean(0)) - _entropy(p).mean())
+
+
+def neighbourhood_density(logits: Tensor) -> float:
+    """Return the soft neighbourhood density of predictions, in nats from 0 to log (N - 1); higher is better.
+
+    The mean entropy of the softmax over the other images of ``cos(p_i, p_j) / 0.05``, p the softmax of logits (N, C):
+    large where predictions form dense groups.
+
+    Raises:
+        ValueError: with fewer than 2 images.
+
+    Source: Saito et al., "Tune It the Right Way", ICCV 2021.
+    """
+    if len(logits) < 2:
+        raise ValueError(f"logits: expected at least 2 images, got {len(logits)}")
+    p = torch.nn.functional.normalize(logits.double().softmax(1), dim=1)
+    total = 0.0
+    for first in range(0, len(p), _ROWS):
+        near = p[first : first + _ROWS] @ p.T / _TEMPERATURE
+        rows = torch.arange(len(near))
+        near[rows, first + rows] = -math.inf
+        total += float(_entropy(near.softmax(1)).sum())
+    return total / len(p)
+
+
 def _averages(true: np.ndarray, found: np.ndarray, average: str) -> Averages:
     precision, recall, f1, _ = _support(true, found, average)
     return Averages(float(precision), float(recall), float(f1))
@@ -218,6 +298,10 @@ def _check_scores(name: str, scores: Tensor, count: int, num_classes: int) -> np
     if bad:
         raise ValueError(f"{name}: expected finite values, got others in {bad} of {count} samples")
     return scores.detach().double().cpu().numpy()
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p).sum(-1)
 
 
 register_metric("accuracy", _accuracy, better="higher")

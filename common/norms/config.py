@@ -77,8 +77,12 @@ class NormConfig:
         Raises:
             ValueError: for a combination the layer refuses, with the field's dotted name.
         """
-        options = self._given() | {"backend": self.backend, "seed": seed}
-        return self._make(num_features, self.num_components, options)
+        return self._make(num_features, self.num_components, self.options(seed))
+
+    def options(self, seed: int = 0) -> dict[str, Any]:
+        """Return the layer's keyword options that are set here, with the seed of a mixture's own generator."""
+        known, given = default_options(self.kind), self._given() | {"backend": self.backend, "seed": seed}
+        return {name: value for name, value in given.items() if name in known}
 
     def _make(self, num_features: int, num_components: int, options: dict[str, Any]) -> nn.Module:
         known = default_options(self.kind)

@@ -90,7 +90,7 @@ def curves(
     checked = {label: _checked(label, runs, log_y) for label, runs in series.items()}
     if floor is not None and not (math.isfinite(floor) and (floor > 0 or not log_y)):
         raise ValueError(f"floor: expected a finite {'positive ' if log_y else ''}number, got {floor}")
-    with _style():
+    with drawing_style():
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         handles = [_line(axes, i, x, ys, log_y) for i, (x, ys) in enumerate(checked.values())]
@@ -112,7 +112,7 @@ def curves(
         # matplotlib leaves out what begins with an underscore
         names = [f" {name}" if name.startswith("_") else name for name in names]
         axes.legend(handles, names, title="mean ± standard deviation" if means else None, alignment="left")
-        return _write(figure, path)
+        return write_figure(figure, path)
 
 
 def grid(
@@ -153,7 +153,7 @@ def grid(
     corners = [(1 + i // columns * cell, 1 + i % columns * (width + 1)) for i in range(count)]
     for (top, left), image in zip(corners, images.cpu().permute(0, 2, 3, 1).numpy(), strict=True):
         sheet[top : top + height, left : left + width] = image
-    with _style():
+    with drawing_style():
         figure = Figure(figsize=(sheet.shape[1] * scale / dpi, sheet.shape[0] * scale / dpi))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
@@ -161,7 +161,7 @@ def grid(
         for (top, left), caption in zip(corners, captions or [""] * count, strict=True):
             axes.text(left + width / 2 - 0.5, top + height - 0.5 + band / 2, caption,
                       fontsize=points, ha="center", va="center")  # fmt: skip
-        return _write(figure, path)
+        return write_figure(figure, path)
 
 
 def stems(path: Path) -> tuple[Path, Path]:
@@ -211,12 +211,14 @@ def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def drawing_style() -> Iterator[None]:
+    """Draw as all figures of this project are drawn, inside the block."""
     with style.context(["default", _STYLE]):  # puts back what it found; "default" outdoes a matplotlibrc
         yield
 
 
-def _write(figure: Figure, path: Path) -> tuple[Path, Path]:
+def write_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
+    """Write a figure as PNG and SVG, the same bytes for the same figure, and return their paths."""
     paths = stems(path)
     contents = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

@@ -17,6 +17,7 @@ GROUPS = {
     "metric": "1_result",
     "loss": "2_loss",
     "samples": "3_samples",
+    "adapt": "4_adaptation",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",
@@ -95,11 +96,13 @@ class Log:
             for name, value in values.items():
                 self._events.add_scalar(chart_name(name), value, step)
 
-    def chart(self, title: str, tags: list[str]) -> None:
-        """Show several scalars in one chart (TensorBoard's custom scalars page)."""
+    def charts(self, charts: Mapping[str, Sequence[str]]) -> None:
+        """Show several scalars in one chart a title (TensorBoard's custom scalars page); the last call holds."""
         if self._active:
             with naming(self._place):
-                self._events.add_custom_scalars({title: {title: ["Multiline", [chart_name(tag) for tag in tags]]}})
+                self._events.add_custom_scalars(
+                    {title: {title: ["Multiline", [chart_name(tag) for tag in tags]]} for title, tags in charts.items()}
+                )
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""

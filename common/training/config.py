@@ -31,14 +31,17 @@ def _check_least(values: dict[str, tuple[float, float]]) -> None:
 class ScheduleConfig:
     """How learning rates change over a run; they follow from the position alone."""
 
-    kind: Literal["constant", "step", "cosine"] = "constant"
-    """constant; step: times factor at each milestone; cosine: half a cosine from 1 to floor over the whole run."""
+    kind: Literal["constant", "step", "cosine", "arc"] = "constant"
+    """constant; step: times factor at each milestone; cosine: half a cosine from 1 to floor over the whole run; arc:
+    the first part of a cosine, from 1 to floor."""
     milestones: list[int] = field(default_factory=list)
     """step: epochs, in rising order, after which the rate is multiplied by factor."""
     factor: float = 0.1
     """step: what the rate is multiplied by."""
     floor: float = 0.0
-    """cosine: the share of the rate that is left at the end."""
+    """cosine, arc: the share of the rate that is left at the end."""
+    epoch_steps: int | None = None
+    """Steps an epoch has for cosine, arc and what else follows the share of the run; null is how many it has."""
 
     def __post_init__(self) -> None:
         if bool(self.milestones) != (self.kind == "step"):
@@ -50,6 +53,8 @@ class ScheduleConfig:
             raise ValueError(f"schedule.milestones: expected rising epochs from 1 on, got {self.milestones}")
         if self.factor <= 0:
             raise ValueError(f"schedule.factor: expected more than 0, got {self.factor}")
+        if self.epoch_steps is not None:
+            _check_least({"schedule.epoch_steps": (self.epoch_steps, 1)})
         if not 0 <= self.floor <= 1:
             raise ValueError(f"schedule.floor: expected 0 to 1, got {self.floor}")
 
@@ -177,6 +182,11 @@ class RunConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 up to, not including, 1, got {self.ema}")
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether what a step does depends on how many epochs there will be, so that a resumed run keeps them."""
+        return self.schedule.kind in ("cosine", "arc")
+
     def resolved(self: C) -> C:
         """Return the configuration as a run stores it, with what follows from other settings written out."""
         return replace(self, norm=self.norm.resolved())
@@ -196,8 +206,8 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
     stored = stored_config(cls, path)
     given = ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)]
     before, free = dict(flatten(to_dict(stored.resolved()))), set(changeable(cls))
-    if stored.schedule.kind == "cosine":
-        free.remove("epochs")  # the curve ends where the run ends
+    if stored.follows_length:
+        free.remove("epochs")
     try:
         config = parse(cls, given)
     except MissingPlugin:

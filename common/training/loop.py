@@ -21,7 +21,7 @@ from common.training.config import RunConfig
 from common.training.dry_run import estimate
 from common.training.method import Method, Moment
 from common.training.opening import RunPlace, configure, prepare, resume_command
-from common.training.optimisation import schedule_factor
+from common.training.optimisation import progress, schedule_factor
 from common.training.update import StepGuard, Update
 
 
@@ -156,9 +156,10 @@ class Training:
 
     def _step(self, batches: list[Any]) -> None:
         at, cfg = self.parts.at, self.cfg
+        share = progress(cfg.schedule, at["step"], len(self.feed), cfg.epochs)
         factor = schedule_factor(cfg.schedule, at["step"], len(self.feed), cfg.epochs)
         rate = self.parts.set_learning_rates(factor * cfg.guard.lr_factor ** len(at["rewinds"]))
-        update = Update(self.parts, self.guard, batches, self.device, cfg.precision, cfg.clip)
+        update = Update(self.parts, self.guard, batches, self.device, cfg.precision, cfg.clip, share)
         self.guard.begin(at["step"] + 1)
         self.method.step(update)
         self.guard.finish()
@@ -211,7 +212,7 @@ class Training:
 
     def _log(self) -> None:
         at = self.parts.at
-        means = self.env.mean(self.parts.means.pop())
+        means = dict(self.method.shown(self.env.mean(self.parts.means.pop())))
         steps = at["step"] - self.clock_step
         speed = steps * self.feed.batch_size * self.cfg.accumulate * self.env.world / self._count_seconds("training")
         self._record(at["step"], at["epoch"], means | {"schedule/lr": self.rate, "time/images_per_second": speed})

@@ -1,5 +1,6 @@
 """What an application hands over to the loop: its images, networks and optimizers, a step, and how it is measured."""
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -69,7 +70,8 @@ class Method(ABC, Generic[C]):
     """One application's training method; the loop is in `common.training.loop`.
 
     Attributes:
-        application: the folder of its runs, and of ``python -m APPLICATION.train``.
+        application: the folder of its runs, and the package of its command.
+        command: the module that starts it: ``python -m APPLICATION.COMMAND``.
         config: its configuration's class.
         averaged: names of the networks that `ema` keeps an average of, for measuring.
         networks: what `build` returned, on the device; the loop sets them before anything else is called.
@@ -77,8 +79,9 @@ class Method(ABC, Generic[C]):
     """
 
     application: ClassVar[str]
+    command: ClassVar[str] = "train"
     config: ClassVar[type[RunConfig]]
-    averaged: ClassVar[tuple[str, ...]]
+    averaged: tuple[str, ...]
 
     def __init__(self, cfg: C, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None) -> None:
         self.cfg, self.images, self.device, self.env = cfg, images, device, env or Env()
@@ -108,13 +111,24 @@ class Method(ABC, Generic[C]):
             UsageError: if they cannot be had, or do not serve this method.
         """
         splits = load(cfg.data)
-        images = {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
+        return cls.with_validation(
+            cfg, {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
+        )
+
+    @classmethod
+    def with_validation(cls, cfg: Any, images: dict[str, ImageSet]) -> dict[str, ImageSet]:
+        """Return images of which a share of "train" is held out as "validation", if one was asked for or is needed.
+
+        Raises:
+            UsageError: if that was refused, or a class has too few images.
+        """
         choice = cls.choice(cfg)
         needed, share = choice is not None and choice[1].split == "validation", cfg.data.validation
         if needed and share == 0:
             raise UsageError(f"data.validation: expected more than 0, since best.by {choice[0]} reads it, got 0")  # pyright: ignore[reportOptionalSubscript]
         if share or (needed and share is None):
-            images["train"], images["validation"] = hold_out(splits.train, share or HELD_OUT, cfg.seed)
+            images = dict(images)
+            images["train"], images["validation"] = hold_out(images["train"], share or HELD_OUT, cfg.seed)
         return images
 
     @classmethod
@@ -176,6 +190,10 @@ class Method(ABC, Generic[C]):
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Run the networks once on a training batch, whose choice follows from the step, for the layers' health."""
 
+    def shown(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return what the log shows, from the means over its steps of what `step` noted, by tag."""
+        return means
+
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say what is wrong with a run whose logged means show that it has collapsed."""
         return None
@@ -203,12 +221,18 @@ class Method(ABC, Generic[C]):
         """Return the health of the networks' mixture layers by tag, and what is wrong with them."""
         values: dict[str, float] = {}
         warnings: list[str] = []
-        for network in self.networks.values():
-            if mixture_layers(network):
-                with collect_health(network) as found, torch.no_grad(), self.autocast():
+        with contextlib.ExitStack() as stack:
+            every = [
+                stack.enter_context(collect_health(network))
+                for network in self.networks.values()
+                if mixture_layers(network)
+            ]
+            if every:
+                with torch.no_grad(), self.autocast():
                     self.probe(self.networks, step)
-                values |= log_scalars(found)
-                warnings += [f"{name}: {line}" for name, state in found.items() for line in state.warnings()]
+        for found in every:
+            values |= log_scalars(found)
+            warnings += [f"{name}: {line}" for name, state in found.items() for line in state.warnings()]
         return values, warnings
 
     def to_input(self, images: Tensor) -> Tensor:

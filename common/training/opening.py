@@ -35,7 +35,7 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
     Raises:
         UsageError: for anything wrong in files or flags, or a run that is not as they say.
     """
-    prog = f"python -m {kind.application}.train"
+    prog = f"python -m {kind.application}.{kind.command}"
     given = read(kind.config, argv, prog=prog)  # a resumed run's flags make sense beside its config.yaml only
     parent, threads = Path(given["out"]).expanduser() / kind.application, None
     resume, name = given["resume"], given["name"]
@@ -131,4 +131,4 @@ def resume_command(method: Method[Any], cfg: RunConfig) -> str:
     out = "" if cfg.out == RunConfig().out else f" --out {cfg.out}"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
-    return f"{start} -m {method.application}.train --name {cfg.name} --resume{out}"
+    return f"{start} -m {method.application}.{method.command} --name {cfg.name} --resume{out}"

@@ -33,12 +33,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def schedule_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
     """Return what learning rates are multiplied by in a step, counted from 0 through the run.
 
-    "step" changes after whole epochs; "cosine" goes from 1 at step 0 towards ``floor`` at the run's end,
-    ``floor + (1 - floor) (1 + cos(pi step / steps)) / 2``.
+    "step" changes after whole epochs. With the `progress` p, "cosine" goes from 1 at step 0 towards ``floor`` at the
+    run's end, ``floor + (1 - floor) (1 + cos(pi p)) / 2``, and "arc" along the first part of a cosine,
+    ``cos(arccos(floor) p)``.
     """
     if schedule.kind == "step":
         return schedule.factor ** sum(step >= epoch * steps_per_epoch for epoch in schedule.milestones)
     if schedule.kind == "cosine":
-        share = step / (steps_per_epoch * epochs)
+        share = progress(schedule, step, steps_per_epoch, epochs)
         return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * share)) / 2
+    if schedule.kind == "arc":
+        return math.cos(math.acos(schedule.floor) * progress(schedule, step, steps_per_epoch, epochs))
     return 1.0
+
+
+def progress(schedule: ScheduleConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Return the share, at most 1, of the run that was done before a step, as the schedule counts its steps."""
+    return min(1.0, step / ((schedule.epoch_steps or steps_per_epoch) * epochs))

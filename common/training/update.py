@@ -167,6 +167,7 @@ class Update:
         batches: of every part of the step.
         precision: of networks and losses.
         clip: largest 2-norm of the gradient of a loss; None for any.
+        progress: share of the run, as its schedule counts it, that was done before this step.
 
     Attributes:
         parts: the shares of the batch, in the order in which gradients are accumulated.
@@ -181,7 +182,9 @@ class Update:
         device: torch.device,
         precision: Precision,
         clip: float | None,
+        progress: float = 0.0,
     ) -> None:
+        self.progress = progress
         first = parts.at["step"] * len(batches)
         self.parts = [
             Part({name: batch.to(device) for name, batch in streams.items()}, first + number, parts.seed)

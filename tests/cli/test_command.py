@@ -247,13 +247,13 @@ def test_how_threads_wait_stays_as_the_user_has_said(started, package, setting, 
 
 def commands() -> list[str]:
     """Return the modules that call `start` when they are run."""
-    files = [path for folder in ("common", "cbgan", "cbcls") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in ("common", "cbgan", "cbcls", "cbda") for path in (ROOT / folder).rglob("*.py")]
     found = [path.relative_to(ROOT).with_suffix("") for path in files if "\n    start(" in path.read_text("utf-8")]
     return sorted(".".join(path.parts) for path in found)
 
 
 def test_importing_a_command_settles_nothing():
-    assert {"cbgan.train", "cbcls.train", "common.norms.doctor"} <= set(commands())
+    assert {"cbgan.train", "cbcls.train", "cbda.adamatch", "common.norms.doctor"} <= set(commands())
     script = f"import os, {', '.join(commands())}\nprint([name for name in os.environ if name[:4] in ('GOMP', 'OMP_')])"
     env = {name: value for name, value in os.environ.items() if name[:4] not in ("GOMP", "OMP_")}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)

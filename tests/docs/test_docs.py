@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from cbcls.config import ClassifierConfig
+from cbda.config import AdaMatchConfig
+from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
+from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.cli.arguments import parse
@@ -16,11 +19,16 @@ from common.norms.tools.bench import BenchConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
 from common.reports.tables import TablesConfig
+from common.reports.views import ViewsConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
     "cbcls.train": ClassifierConfig,
+    "cbda.adamatch": AdaMatchConfig,
+    "cbda.evaluate": AdaptationEvaluateConfig,
+    "cbda.predict": PredictConfig,
+    "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import fourth
+import torch
 
 import cbcls.train
+import cbda.adamatch
 import cbgan.train
+from common.data.augmentation import Augmentation
 from common.training.method import Method
 
+Augmentation("weak", 8)(
+    torch.zeros(3, 8, 8, dtype=torch.uint8), 0
+)  # so that no forked process has to import its library
 sys.modules.setdefault("fourth.train", fourth)  # so that its resume command names a module
 
 
@@ -44,6 +50,11 @@ APPLICATIONS = {
         Application(
             "cbcls", cbcls.train.Classification, cbcls.train.main,
             ("--batch_size", "120", "--data.size", "8", "--data.flip"), "train", "0.001"),
+        Application(
+            "cbda", cbda.adamatch.AdaMatch, cbda.adamatch.main,
+            ("--batch_size", "120", "--data.size", "8", "--steps_per_epoch", "null", "--evaluate_every", "1",
+             "--norm.kind", "ucb", "--schedule.kind", "constant", "--method.warmup", "0",
+             "--source_only", "false"), "adamatch", "0.03"),
         Application(
             "fourth", fourth.Fourth, fourth.main, ("--batch_size", "120", "--data.flip"), "net", "0.001"),
     )

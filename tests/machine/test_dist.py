@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from common.errors import UsageError
-from common.machine.dist import Env, group, local_device, smallest_over_ranks
+from common.machine.dist import Env, group, local_device, mean_over_ranks, smallest_over_ranks
 
 PAIR = """
 import os
 import torch
 from torch import nn
 from common.errors import UsageError
-from common.machine.dist import group, smallest_over_ranks
+from common.machine.dist import group, mean_over_ranks, smallest_over_ranks
 
 with group(torch.device("cpu")) as env:
     rank = env.rank
@@ -67,6 +67,9 @@ assert [part.tolist() for part in env.stacked(rows)] == [[[0.0] * 3] * 2, [[1.0]
 numbers = torch.tensor([rank, -rank])
 smallest_over_ranks(numbers)
 assert numbers.tolist() == [0, -1]
+own = torch.tensor([1.0 + rank, 5.0])
+assert mean_over_ranks(own).tolist() == [1.5, 5.0]
+assert own.tolist() == [1.0 + rank, 5.0]
 
 calls = []
 assert env.lead(lambda: calls.append(rank) or rank + 7) == 7
@@ -137,6 +140,7 @@ def test_alone_everything_is_the_identity(monkeypatch):
     network, numbers = nn.Linear(1, 1), torch.tensor([3])
     assert env.wrap(network) is network
     smallest_over_ranks(numbers)
+    assert mean_over_ranks(numbers) is numbers
     assert (numbers.item(), env.largest(7), env.gather(8), env.mean({"a": 2.0})) == (3, 7, [8], {"a": 2.0})
     assert (env.lead(lambda: 4), env.first_then_others(lambda: 5)) == (4, 5)
     assert env.stacked(numbers) == [numbers]

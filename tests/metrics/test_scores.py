@@ -5,6 +5,7 @@ from torch.nn.functional import one_hot
 
 from common.machine.seeding import generator
 from common.metrics import classification_scores, keras_threshold
+from common.metrics.scores import calibration
 
 # Hand count: class 0 has 3 samples (2 found), class 1 has 2 (1 found), class 2 has 1 (0 found), class 3 none.
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -125,3 +126,18 @@ def test_threshold_misuse_names_the_argument():
         keras_threshold(torch.zeros(1, 2), torch.tensor([2]))
     with pytest.raises(ValueError, match="scores: expected finite"):
         keras_threshold(torch.tensor([[0.0, np.inf]]), torch.tensor([1]))
+
+
+def test_calibration_counted_by_hand():
+    # In five bins: above 0.8, above 0.6, and two above 0.4.
+    confidence = torch.tensor([0.9, 0.79, 0.59, 0.55], dtype=torch.float64)
+    logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
+    found = calibration(torch.tensor([0, 1, 0, 1]), logits + 3, bins=5)
+    assert found.counts.tolist() == [0, 0, 2, 1, 1]
+    assert found.confidence.tolist() == pytest.approx([0, 0, 0.57, 0.79, 0.9])
+    assert found.accuracy.tolist() == pytest.approx([0, 0, 0.5, 0, 1])
+    assert found.error == pytest.approx((2 * 0.07 + 0.79 + 0.1) / 4)
+    sure = calibration(torch.tensor([0]), torch.tensor([[100.0, 0.0]]))
+    assert (sure.counts.tolist(), sure.error) == ([0] * 14 + [1], 0)
+    with pytest.raises(ValueError, match="logits: expected finite values"):
+        calibration(torch.tensor([0]), torch.tensor([[float("nan"), 0.0]]))

@@ -82,7 +82,7 @@ def test_charts_sort_as_they_are_read(tag, name):
 def test_pages_of_settings_charts_and_pictures(tmp_path):
     settings = {"lr": 0.5, "norm.kind": "ucb", "flip": True, "clip": None, "keep": [1, 2]}
     log = Log(tmp_path, settings=settings, results=["metric/accuracy"])
-    log.chart("FID", ["metric/fid_x", "metric/fid_x_floor"])
+    log.charts({"FID": ["metric/fid_x", "metric/fid_x_floor"]})
     picture = torch.arange(3 * 4 * 5).reshape(3, 4, 5).to(torch.uint8)
     log.image(7, "samples/generated", picture)
     log.close()
@@ -115,7 +115,7 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
 def test_a_rank_that_writes_nothing_takes_everything(tmp_path):
     log = Log(tmp_path, active=False, settings={"lr": 1})
     log.scalars(1, 1, {"loss/d": 1.0})
-    log.chart("FID", ["loss/d"])
+    log.charts({"FID": ["loss/d"]})
     log.image(1, "samples/x", torch.zeros(3, 2, 2, dtype=torch.uint8))
     assert log.sync() == 0
     log.close()

@@ -52,6 +52,11 @@ def test_schedules_follow_their_closed_forms():
     assert half == pytest.approx([0.5 + 0.5 * math.cos(math.pi * i / 10) for i in range(10)])
     assert half[0] == 1
     assert rates(5, 2, kind="cosine", floor=0.25)[5] == pytest.approx(0.625)  # half way between 1 and 0.25
+    arc = rates(5, 2, kind="arc", floor=0.25)
+    assert arc == pytest.approx([math.cos(math.acos(0.25) * i / 10) for i in range(10)])
+    # The page of Keras counts 937 steps an epoch where 382 are made, and never comes to the end of its schedule.
+    assert rates(2, 3, kind="cosine", epoch_steps=4) == pytest.approx(rates(4, 3, kind="cosine")[:6])
+    assert rates(2, 3, kind="cosine", epoch_steps=1)[3:] == [0.0] * 3  # nor does one that is over go on
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,7 @@ def test_schedules_follow_their_closed_forms():
         ({"kind": "step", "milestones": [0]}, "schedule.milestones: expected rising epochs from 1"),
         ({"kind": "step", "milestones": [1], "factor": 0}, "schedule.factor: expected more than 0"),
         ({"kind": "cosine", "floor": 2}, "schedule.floor: expected 0 to 1, got 2"),
+        ({"kind": "arc", "epoch_steps": 0}, "schedule.epoch_steps: expected at least 1, got 0"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(settings, line):

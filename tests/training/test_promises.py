@@ -64,7 +64,9 @@ def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tm
     assert stopped.statuses == [128 + signum], stopped.err
     step = moment.split(":")[1] if moment.startswith("step") else "8"
     assert f"stopped after step {step}; go on with:" in stopped.err or moment.startswith("evaluation")
-    assert f"python -m {application.name}.train --name run --resume --out {tmp_path}" in stopped.err
+    assert (
+        f"python -m {application.name}.{application.kind.command} --name run --resume --out {tmp_path}" in stopped.err
+    )
     assert json.loads((tmp_path / application.name / "run" / "summary.json").read_text())["state"] == "stopped"
     application.main(["--name", "run", "--out", str(tmp_path), "--resume"])
     assert_same_runs(tmp_path / application.name / "run", whole)
@@ -83,7 +85,10 @@ def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny,
     stopped = run(application.main, *pair, "--name", "run", ranks=2, hit=Hit("step:5@1", signal.SIGTERM))
     assert stopped.statuses == [143, 143], stopped.err
     assert stopped.err.count("stopped after step 5; go on with:") == 1
-    assert f"torchrun --nproc-per-node 2 -m {application.name}.train --name run --resume" in stopped.err
+    assert (
+        f"torchrun --nproc-per-node 2 -m {application.name}.{application.kind.command} --name run --resume"
+        in stopped.err
+    )
     assert final_state(tmp_path / application.name / "run")["at"]["step"] == 5
     alone = run(application.main, "--name", "run", "--out", str(tmp_path), "--resume")
     assert alone.statuses == [2]

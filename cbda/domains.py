@@ -1,0 +1,93 @@
+"""The two domains' images, with one numbering of classes."""
+
+from dataclasses import replace
+
+import torch
+
+from cbda.config import AdaMatchConfig, DomainConfig
+from common.data import ImageSet, Splits, load
+from common.errors import UsageError
+from common.machine.seeding import permutation
+
+
+def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
+    """Return the images of a run: train and test of the source, target and target_test, and target_labelled.
+
+    Labels of the target count classes as the source does, by name. The target's training images stand in for test
+    images where it has labels but none of those; then nothing is held apart from training, which AdaMatch sees without
+    labels. Without test images there is no entry for them.
+
+    Raises:
+        UsageError: if images cannot be had, the source or what was asked of it has no labels, or classes do not match.
+    """
+    source, target = _load(cfg.source, cfg.data.size), _load(cfg.target, cfg.data.size)
+    train = source.train
+    if train.labels is None:
+        raise UsageError(f"source.root: {train.name} has no labels; the source needs one sub-folder a class")
+    if train.num_classes < 2:
+        raise UsageError(f"source.root: expected at least 2 classes, {train.name} has {train.num_classes}")
+    images = {"train": train if cfg.source.labelled is None else _some(train, cfg.source, cfg.seed)}
+    if source.test is not None:
+        images["test"] = _as_counted(source.test, train.classes, cfg.source)
+    images["target"] = _as_counted(target.train, train.classes, cfg.target)
+    labelled = target.test if target.test is not None else target.train
+    if labelled.labels is not None:
+        images["target_test"] = _as_counted(labelled, train.classes, cfg.target)
+    if cfg.target.labelled is not None:
+        if target.train.labels is None:
+            raise UsageError(
+                f"target.labelled: {cfg.target.labelled} labels a class asked for, but {target.train.name} has none"
+            )
+        images["target_labelled"] = _some(images["target"], cfg.target, cfg.seed)
+    return images
+
+
+def _load(domain: DomainConfig, size: int) -> Splits:
+    try:
+        return load(domain.data(size))
+    except UsageError as error:
+        message = domain.own(str(error))
+        raise UsageError(message.replace(f"{domain.domain}.size", "data.size")) from None
+
+
+def _as_counted(images: ImageSet, classes: tuple[str, ...], domain: DomainConfig) -> ImageSet:
+    """Number labels by a list of class names.
+
+    Raises:
+        UsageError: if a class is not on it.
+    """
+    if images.labels is None:
+        return images
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise UsageError(
+            f"{domain.domain}.name: {images.name} has classes that the source has not ({_listed(unknown)}); expected "
+            f"some of {_listed(classes)}"
+        )
+    number = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=number[images.labels], classes=classes)
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} others" if len(names) > 10 else "")
+
+
+def _some(images: ImageSet, domain: DomainConfig, seed: int) -> ImageSet:
+    """Choose so many images of each class that there are, which follow from (seed, domain, class).
+
+    Raises:
+        UsageError: if a class has fewer.
+    """
+    assert images.labels is not None
+    assert domain.labelled is not None
+    chosen = []
+    for label in images.labels.unique().tolist():
+        members = (images.labels == label).nonzero()[:, 0]
+        if len(members) < domain.labelled:
+            raise UsageError(
+                f"{domain.domain}.labelled: expected at most the {len(members)} images of class "
+                f"{images.classes[label]}, got {domain.labelled}"
+            )
+        order = permutation(len(members), seed, "labelled", domain.domain, label)
+        chosen.append(members[order[: domain.labelled]])
+    return images.select(torch.cat(chosen).sort().values)

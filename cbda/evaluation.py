@@ -1,0 +1,158 @@
+"""What is measured of a classifier of two domains, and a picture of what it says."""
+
+import json
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from cbda.config import AdaMatchConfig
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, evaluating
+from common.data import ImageSet
+from common.errors import NonFiniteError
+from common.machine.atomic import write_atomic, write_text_atomic
+from common.machine.device import autocast
+from common.machine.dist import Env
+from common.machine.seeding import permutation
+from common.metrics.logits import classify
+from common.metrics.scores import classification_scores, information, neighbourhood_density
+from common.norms.factory import kinds
+from common.reports.sheet import Verdict, captioned_sheet
+from common.training.method import Moment
+
+CLASSES = "classes.json"
+"""In a run's folder: the names of its classes, in the order of the logits."""
+CLUSTERS = {"source": SOURCE, "target": TARGET, "unknown": UNKNOWN}
+_CHARTS = {
+    "accuracy": [f"metric/{name}accuracy" for name in ("target_", "source_", "source_only_target_")],
+    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
+    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
+}
+_BATCH = 256
+_SHOWN = 24
+_KNOW_UNKNOWN = ("scb", "scb_base")
+
+
+def clusters_of(kind: str) -> dict[str, int]:
+    """Return the cluster ids that a kind of layer can be told in evaluation; one where it asks for none."""
+    if kind not in kinds(takes_clusters=True):
+        return {"source": SOURCE}
+    return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
+
+
+class Evaluation:
+    """Measures classifiers.
+
+    Args:
+        cfg: the run's configuration.
+        images: the run's images, as `load_domains` returns them.
+        device: where the classifiers are.
+        to_input: from uint8 images to what they see.
+        env: this process among those of the run; they share each measurement.
+    """
+
+    def __init__(
+        self,
+        cfg: AdaMatchConfig,
+        images: Mapping[str, ImageSet],
+        device: torch.device,
+        to_input: Callable[[Tensor], Tensor],
+        env: Env | None = None,
+    ) -> None:
+        self.cfg, self.images, self.device, self.to_input, self.env = cfg, images, device, to_input, env or Env()
+
+    def values(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
+        """Measure both networks, log a picture, and return values by tag.
+
+        Accuracies of the adapted network are by each cluster that its layer can be told, of the domain's own without
+        a suffix; those of the network that saw the source alone are by the source's.
+
+        Raises:
+            Interrupted: if ``moment`` says so between two batches.
+            NonFiniteError: if a logit is not finite.
+        """
+        adapted, values = networks["adamatch"], {}
+        own: dict[str, Tensor] = {}
+        for name, cluster in clusters_of(self.cfg.norm.kind).items():
+            for domain, split in (("source", "test"), ("target", "target_test")):
+                if split in self.images:
+                    logits = self.logits(adapted, split, cluster, moment.go_on)
+                    values[f"metric/{domain}_accuracy_as_{name}"] = self._accuracy(split, logits)
+                    if name == domain or domain not in own:
+                        own[domain] = logits
+                        values[f"metric/{domain}_accuracy"] = self._accuracy(split, logits)
+        if len(clusters_of(self.cfg.norm.kind)) == 1:
+            values = {tag: value for tag, value in values.items() if "_as_" not in tag}
+        if "validation" in self.images:
+            values |= self._validated(adapted, moment.go_on)
+        blind = self.logits(adapted, "target", TARGET, moment.go_on)
+        values["metric/target_information"] = information(blind)
+        values["metric/target_density"] = neighbourhood_density(blind)
+        if "source_only" in networks:
+            for domain, split in (("source", "test"), ("target", "target_test")):
+                if split in self.images:
+                    logits = self.logits(networks["source_only"], split, SOURCE, moment.go_on)
+                    values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
+        if self.env.first:
+            self._draw(own, blind, moment)
+            names = json.dumps(self.images["train"].classes)
+            write_text_atomic(moment.folder / CLASSES, names + "\n")
+        return values
+
+    def logits(self, network: nn.Module, split: str, cluster: int, go_on: Callable[[], None] = lambda: None) -> Tensor:
+        """Return logits (N, classes) of a split's images, all taken for members of one cluster."""
+
+        def classifier(batch: Tensor) -> Tensor:
+            ids = torch.full((len(batch),), cluster, device=self.device)
+            with autocast(self.device, self.cfg.precision):
+                return network(self.to_input(batch), ids)
+
+        images, classes = self.images[split].images, self.images["train"].num_classes
+        with evaluating(network), self.env.buffers_of_first(network):
+            logits = classify(classifier, images, classes, batch_size=_BATCH, env=self.env, go_on=go_on)
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
+        return logits
+
+    def _accuracy(self, split: str, logits: Tensor) -> float:
+        labels = self.images[split].labels
+        assert labels is not None
+        return classification_scores(labels, logits, logits.shape[1]).accuracy
+
+    def _validated(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
+        labels, logits = self.images["validation"].labels, self.logits(network, "validation", SOURCE, go_on)
+        assert labels is not None
+        return {
+            "metric/validation_accuracy": self._accuracy("validation", logits),
+            "loss/validation": float(F.cross_entropy(logits, labels)),
+        }
+
+    def _draw(self, own: Mapping[str, Tensor], blind: Tensor, moment: Moment) -> None:
+        """Show the first domains' images with what the adapted network says of them."""
+        shown, captions, verdicts = [], [], []
+        found = {"test": own.get("source"), "target_test": own.get("target")}
+        if "target_test" not in self.images:
+            found["target"] = blind
+        for split, logits in found.items():
+            if logits is None:
+                continue
+            images, names = self.images[split], self.images["train"].classes
+            index = permutation(len(images), self.cfg.seed, "shown")[:_SHOWN]
+            said = logits[index].argmax(1)
+            shown.append(images.images[index])
+            captions += [names[label] for label in said.tolist()]
+            verdicts += _verdicts(said, None if images.labels is None else images.labels[index])
+        sheet = captioned_sheet(torch.cat(shown), captions, verdicts)
+        moment.log.image(moment.step, "samples/predictions", sheet)
+        moment.log.charts(_CHARTS)
+        path = moment.folder / "samples" / "predictions.png"
+        picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+        write_atomic(path, lambda file: picture.save(file, "PNG"))
+
+
+def _verdicts(said: Tensor, labels: Tensor | None) -> list[Verdict]:
+    if labels is None:
+        return ["open"] * len(said)
+    return ["right" if right else "wrong" for right in (said == labels).tolist()]

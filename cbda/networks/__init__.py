@@ -1,0 +1,1 @@
+"""Wide residual networks, and networks with the layer under test in them."""

@@ -1,0 +1,76 @@
+"""A classifier of two domains: a network with a normalization layer of the domains' clusters in it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from common.machine.seeding import derive
+from common.norms import clusters, convert_norms
+from common.norms.config import NormConfig
+from common.norms.factory import kinds
+
+SOURCE, TARGET, UNKNOWN = 0, 1, -1
+"""Cluster ids: the domains are the clusters."""
+
+
+class Classifier(nn.Module):
+    """A network whose images pass the layer under test first, or which has such layers in place of BatchNorms.
+
+    Args:
+        network: from images to logits.
+        norm: the layer under test; of kind none, the network as it is.
+        convert: BatchNorms of the network to convert to it, by name, or "all"; empty puts one layer of 3 channels
+            before the network.
+        seed: of mixtures' own generators.
+
+    Shape: (N, 3, H, W) to (N, classes).
+
+    Raises:
+        ValueError: for a layer that cannot be where it is asked for.
+    """
+
+    def __init__(self, network: nn.Module, norm: NormConfig, convert: Sequence[str] = (), seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if convert else norm.build(3, derive(seed, "norm"))
+        self.network = network
+        self._routed = not convert and norm.kind in kinds(takes_clusters=True)
+        if convert:
+            where = None if list(convert) == ["all"] else list(convert)
+            convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
+
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        """Map images (N, 3, H, W) of clusters (N,) to logits (N, classes).
+
+        Args:
+            x: images.
+            cluster: int64, 0 source, 1 target; -1 for unknown in evaluation, where the layer knows that.
+            alone: if not 0, return also the logits (alone, classes) of so many first images, run by themselves
+                without a trace in running statistics. One call does both, since gradients of several processes are
+                averaged once a call.
+        """
+        together = self._logits(x, cluster)
+        if not alone:
+            return together
+        # After the joint pass: a layer that starts from its first batch starts from that of both domains. In training
+        # mode BatchNorm does not look at what it has stored, so that the order changes nothing for it.
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return together, functional_call(self, buffers, (x[:alone], cluster[:alone]))
+
+    def _logits(self, x: Tensor, cluster: Tensor) -> Tensor:
+        with clusters(cluster):
+            return self.network(self.norm(x, cluster) if self._routed else self.norm(x))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, without gradients, inside the block."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)

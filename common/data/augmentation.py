@@ -1,0 +1,92 @@
+"""Weak and strong views of images, for methods that compare the two (AdaMatch, FixMatch).
+
+By albumentations 2.0.8, the last release under the MIT licence. This module alone imports it, and only when the first
+view is made: it would look for updates on the network, and OpenCV would start threads of its own.
+"""
+
+import functools
+import math
+import os
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data.streams import PerImage
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Augments one image, uint8 (3, S, S), by what its seed says and nothing else.
+
+    Weak: reflected at the border by an eighth of the side, then a random crop of the old size, mirrored with
+    probability 1/2 if ``flip``. Strong: a weak view of its own, two different ones of thirteen operations (rotate by up
+    to 15 degrees; shear x, shear y by up to 0.15; translate x, translate y by up to a tenth; invert; solarize;
+    posterize to 4 to 8 bits; brightness and contrast by up to 0.6, colour by up to 0.9; autocontrast; nothing), and a
+    rectangle of up to half the side cut out.
+
+    Attributes:
+        strength: which of the two.
+        size: side S of the images.
+        flip: mirror; not for digits and letters, which become others, or none.
+    """
+
+    strength: Literal["weak", "strong"]
+    size: int
+    flip: bool = False
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Return the view, uint8 (3, S, S)."""
+        pipeline = _pipeline(self)
+        # All transforms draw from one pair of generators; seeded apart, as Compose would, they would draw alike.
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        made = pipeline(image=image.permute(1, 2, 0).contiguous().numpy())["image"]
+        return torch.from_numpy(np.ascontiguousarray(made.transpose(2, 0, 1)))
+
+
+def weak(size: int, flip: bool = False) -> PerImage:
+    """Return the weak view of images of a side (see `Augmentation`)."""
+    return PerImage(Augmentation("weak", size, flip))
+
+
+def strong(size: int, flip: bool = False) -> PerImage:
+    """Return the strong view of images of a side (see `Augmentation`)."""
+    return PerImage(Augmentation("strong", size, flip))
+
+
+@functools.cache
+def _pipeline(of: Augmentation) -> Any:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A  # noqa: PLC0415 - see the module's docstring
+    import cv2  # noqa: PLC0415
+
+    cv2.setNumThreads(0)
+    border = cv2.BORDER_REFLECT_101
+    size, mirror = of.size, [A.HorizontalFlip(p=0.5)] if of.flip else []
+    steps: list[Any] = [A.Pad(size // 8, border_mode=border), A.RandomCrop(size, size), *mirror]
+    if of.strength == "strong":
+        angle = math.degrees(math.atan(0.15))
+        same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+        moved: list[dict[str, Any]] = [
+            {"rotate": (-15, 15)},
+            {"shear": {"x": (-angle, angle), "y": (0, 0)}},
+            {"shear": {"x": (0, 0), "y": (-angle, angle)}},
+            {"translate_percent": {"x": (-0.1, 0.1), "y": (0, 0)}},
+            {"translate_percent": {"x": (0, 0), "y": (-0.1, 0.1)}},
+        ]
+        coloured = [{"brightness": (0.4, 1.6)}, {"contrast": (0.4, 1.6)}, {"saturation": (0.1, 1.9)}]
+        operations = [
+            *(A.Affine(border_mode=border, p=1, **move) for move in moved),
+            A.InvertImg(p=1),
+            A.Solarize((0, 1), p=1),
+            A.Posterize((4, 8), p=1),
+            *(A.ColorJitter(p=1, **(same | colour)) for colour in coloured),  # pyright: ignore[reportArgumentType]
+            A.AutoContrast(p=1),
+            A.NoOp(p=1),
+        ]
+        cut = A.CoarseDropout((1, 1), (1, size // 2), (1, size // 2), fill=127, p=1)
+        steps += [A.SomeOf(operations, n=2, p=1), cut]
+    return A.Compose(steps)

@@ -1,0 +1,43 @@
+"""Images on a sheet, each with a line of text below it and a frame that says how it went."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+Verdict = Literal["right", "wrong", "open"]
+_COLOURS = {"right": (46, 125, 50), "wrong": (198, 40, 40), "open": (97, 97, 97)}
+_SIDE, _FRAME, _TEXT, _GAP = 64, 3, 14, 4
+
+
+def captioned_sheet(
+    images: Tensor, captions: Sequence[str], verdicts: Sequence[Verdict] | None = None, columns: int = 8
+) -> Tensor:
+    """Return a sheet of images in rows, uint8 (3, H, W).
+
+    Args:
+        images: uint8 (N, 3, S, S), N >= 1; brought to 64 pixels, small ones without smoothing.
+        captions: a line for each, cut where it does not fit.
+        verdicts: green, red and grey frames; by default all grey.
+        columns: images in a row.
+    """
+    unsaid: Verdict = "open"
+    frames = [unsaid] * len(images) if verdicts is None else list(verdicts)
+    wide, high = _SIDE + 2 * _FRAME + _GAP, _SIDE + 2 * _FRAME + _TEXT + _GAP
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (_GAP + wide * min(columns, len(images)), _GAP + high * rows), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    way = Image.Resampling.NEAREST if images.shape[-1] <= _SIDE else Image.Resampling.BICUBIC
+    for number, (image, caption, verdict) in enumerate(zip(images, captions, frames, strict=True)):
+        left, top = _GAP + wide * (number % columns), _GAP + high * (number // columns)
+        side = _SIDE + 2 * _FRAME
+        draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_COLOURS[verdict])
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE), way)
+        sheet.paste(tile, (left + _FRAME, top + _FRAME))
+        while caption and draw.textlength(caption) > side:
+            caption = caption[:-1]  # noqa: PLW2901
+        draw.text((left + 1, top + side + 1), caption, fill=_COLOURS[verdict])
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -1,0 +1,387 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from applications import APPLICATIONS
+from forked import Hit, run
+from run_comparison import assert_same_runs, logged
+from sklearn.metrics import accuracy_score
+from torch import Tensor, nn
+
+import cbda.adamatch
+from cbda.adamatch import AdaMatch
+from cbda.config import AdaMatchConfig
+from cbda.models import build_classifier
+from cbda.networks.classifier import SOURCE, TARGET
+from common.cli.arguments import parse
+from common.data import Batch, ImageSet, to_float
+from common.machine.seeding import uniform_per_sample
+from common.runs.checkpoint import load
+from common.runs.log import read_metrics
+from common.training.opening import prepare
+from common.training.update import Part
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "cbda"
+
+
+def config(name: str) -> AdaMatchConfig:
+    return parse(AdaMatchConfig, ["--config", str(CONFIGS / name)])
+
+
+def test_default_yaml_is_what_no_arguments_do():
+    assert config("default.yaml") == parse(AdaMatchConfig, [])
+
+
+@pytest.mark.parametrize("kind", ["none", "scb", "scb_base", "ucb"])
+def test_the_papers_rows_differ_in_the_layer_alone(kind):
+    cfg = config(f"paper_{kind}.yaml")
+    assert (cfg.norm.kind, cfg.epochs, cfg.batch_size, cfg.target_ratio) == (kind, 100, 64, 3)
+    assert (cfg.optimizer, cfg.lr, cfg.ema, cfg.weight_decay) == ("adam", 0.03, 0, 0)
+    assert (cfg.schedule.kind, cfg.schedule.floor, cfg.steps_per_epoch) == ("cosine", 0.25, 73_257 // 192)
+    method = cfg.method.resolved()
+    assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
+        "inference", "sum", "none", "l2", "soft",
+    )  # fmt: skip
+    assert sum(p.numel() for p in build_classifier(cfg, 10, kind="none").parameters()) == 1_467_610
+    assert (cfg.source.name, cfg.target.name) == ("mnist", "svhn")
+
+
+def test_the_official_configuration_is_the_authors():
+    cfg = config("official.yaml")
+    assert cfg.epochs * (cfg.steps_per_epoch or 0) * cfg.batch_size == 8 << 20
+    assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.ema) == ("sgd", 0.03, 1e-3, 0.999)
+    assert (cfg.schedule.kind, cfg.schedule.floor, cfg.batch_size, cfg.target_ratio) == ("arc", 0.25, 64, 3)
+    method = cfg.method.resolved()
+    assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
+        "training", "mean", "running", "sum", "hard",
+    )  # fmt: skip
+    assert (method.tau, method.warmup, method.decay, method.history) == (0.9, 0.5, 0.999, 128)
+    assert sum(p.numel() for p in build_classifier(cfg, 10).parameters()) == 1_469_642
+
+
+class Linear(nn.Module):
+    """Stands for a classifier: a linear map of what differs from an image's mean; alone, class 0 has 1 more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(192, 3, generator=torch.Generator().manual_seed(3)) * 0.3)
+        self.asked: list[Tensor] = []
+
+    def logits(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return (flat - flat.mean(1, keepdim=True)) @ self.weight
+
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0):
+        self.asked.append(cluster)
+        logits = self.logits(x)
+        return (logits, logits[:alone] + torch.tensor([1.0, 0.0, 0.0])) if alone else logits
+
+
+def prepared(tiny: list[str], *flags: str) -> tuple[AdaMatch, Part, Linear]:
+    """Return a method whose classifier is a linear map, and a part of a batch."""
+    cfg = parse(AdaMatchConfig, [*tiny, *flags]).resolved()
+    method, feed, _ = prepare(AdaMatch, cfg, AdaMatch.load(cfg), torch.device("cpu"), cbda.adamatch.Env())
+    assert isinstance(method, AdaMatch)
+    network = Linear()
+    method.wrapped["adamatch"] = network
+    return method, Part(next(feed.epoch(0, 0, 5))[0], 7, 5), network
+
+
+def forward(batch: Batch, network: Linear) -> list[Tensor]:
+    return [network.logits(to_float(view)) for view in batch.views]
+
+
+def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
+    """AdaMatch's loss, written down once more for each kind."""
+    source, target = part["train"], part["target"]
+    sw, ss = forward(source, network)
+    tw, ts = forward(target, network)
+    mixed = []
+    for view, logits in enumerate((sw, ss)):
+        entries = (source.index[:, None] * 3 + torch.arange(3)).flatten()
+        share = uniform_per_sample(entries, 5, "interpolation", view, 7).view(-1, 3)
+        mixed.append(logits + share * torch.tensor([1.0, 0.0, 0.0]))
+    supervised = F.cross_entropy(mixed[0], source.labels) + F.cross_entropy(mixed[1], source.labels)
+    threshold = 0.9 * mixed[0].softmax(1).max(1).values.mean()
+    p = tw.softmax(1)
+    if kind == "keras":
+        q = p / p.norm(dim=1, keepdim=True)
+        losses = ts.logsumexp(1) - (q.detach() * ts).sum(1)
+        return supervised + mu * ((q.max(1).values >= threshold) * losses).mean()
+    # The first batch: averages start at 1/3.
+    p_source = 0.999 / 3 + 0.001 * mixed[0].softmax(1).mean(0)
+    p_target = (127 / 3 + p.mean(0)) / 128
+    q = p * (1e-6 + p_source) / (1e-6 + p_target)
+    q = (q / q.sum(1, keepdim=True)).detach()
+    losses = F.cross_entropy(ts, q.argmax(1), reduction="none")
+    return supervised / 2 + mu * ((q.max(1).values >= threshold) * losses).mean()
+
+
+@pytest.mark.parametrize("kind", ["official", "keras"])
+def test_the_loss_and_its_gradient_are_the_papers(tiny, kind):
+    method, part, network = prepared(tiny, "--method.kind", kind)
+    loss, values = method.loss(part, 0.7)
+    want = by_hand(part, network, kind, 0.7)
+    torch.testing.assert_close(loss, want)
+    ours, theirs = (torch.autograd.grad(value, network.weight)[0] for value in (loss, want))
+    torch.testing.assert_close(ours, theirs)
+    assert 0 < values["adapt/mask_rate"] < 1  # else half of it was not tested
+    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 18
+
+
+SWITCHES = {
+    "--method.interpolation false": ["interpolation"],
+    "--method.alignment batch": ["alignment"],
+    "--method.alignment none": ["alignment"],
+    "--method.labels soft": ["labels"],
+    "--method.scaling l2": ["scaling"],
+    "--method.source_loss sum": ["source_loss"],
+    "--method.tau 0.5": ["tau"],
+}
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_each_switch_changes_the_loss_and_no_other_setting(tiny, flags):
+    plain, changed = (parse(AdaMatchConfig, [*tiny, *f]).resolved() for f in ([], flags.split()))
+    differ = [k for k, v in vars(changed.method).items() if v != getattr(plain.method, k)]
+    assert differ == SWITCHES[flags]
+    soft = [] if "labels" in flags else ["--method.labels", "soft"]  # hard ones may all stay the same
+    short = [*tiny, *soft, "--method.history", "1"]  # so that running estimates matter in the first step
+    (method, part, _), (other, same, _) = prepared(short), prepared(short, *flags.split())
+    assert method.loss(part, 0.7)[0].item() != other.loss(same, 0.7)[0].item()
+
+
+def test_without_interpolation_there_is_no_second_pass(tiny):
+    method, part, network = prepared(tiny, "--method.interpolation", "false", "--method.alignment", "none")
+    sw, ss = forward(part["train"], network)
+    labels = part["train"].labels
+    loss = method.loss(part, 0.0)[0]
+    torch.testing.assert_close(loss, (F.cross_entropy(sw, labels) + F.cross_entropy(ss, labels)) / 2)
+
+
+def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
+    method, part, network = prepared(tiny, "--target.labelled", "2")
+    assert len(part["target_labelled"].labels) == 6
+    loss = method.loss(part, 0.0)[0]
+    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 12 + [TARGET] * 18
+    source, extra = part["train"], part["target_labelled"]
+    want = torch.zeros(())
+    for view, (logits, more) in enumerate(zip(forward(source, network), forward(extra, network), strict=True)):
+        entries = (source.index[:, None] * 3 + torch.arange(3)).flatten()
+        share = uniform_per_sample(entries, 5, "interpolation", view, 7).view(-1, 3)
+        mixed = logits + share * torch.tensor([1.0, 0.0, 0.0])
+        want = want + F.cross_entropy(torch.cat([mixed, more]), torch.cat([source.labels, extra.labels])) / 2
+    torch.testing.assert_close(loss, want)
+
+
+def test_alignment_by_the_labelled_target(tiny):
+    flags = ["--target.labelled", "2", "--method.alignment", "batch"]
+    by_source, part, _ = prepared(tiny, *flags)
+    by_labelled, same, network = prepared(tiny, *flags, "--method.align_by", "labelled")
+    ratios = [
+        torch.stack([m.loss(p, 0.0)[1][f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")])
+        for m, p in ((by_source, part), (by_labelled, same))
+    ]
+    wanted = forward(same["target_labelled"], network)[0].softmax(1).mean(0)
+    found = forward(same["target"], network)[0].softmax(1).mean(0)
+    torch.testing.assert_close(ratios[1], (wanted / found).detach())
+    assert not torch.allclose(ratios[0], ratios[1])
+
+
+def test_few_labels_of_one_set_are_semi_supervised_learning(tiny, domains):
+    same = ["--target.root", str(domains / "source" / "train"), "--target.test_root", str(domains / "source" / "test")]
+    cfg = parse(AdaMatchConfig, [*tiny, *same, "--source.labelled", "3"])
+    images = AdaMatch.load(cfg)
+    assert (len(images["train"]), len(images["target"])) == (9, 36)
+    labels = images["train"].labels
+    assert labels is not None
+    assert labels.bincount().tolist() == [3, 3, 3]
+    cbda.adamatch.main([*tiny, *same, "--source.labelled", "3", "--epochs", "1"])
+
+
+def test_what_passes_is_counted(tiny):
+    method = prepared(tiny)[0]
+    pseudo = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.6, 0.4, 0.0], [0.7, 0.3, 0.0]])
+    mask, labels = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 0, 1])
+    values = method._noted(pseudo, mask, labels, torch.tensor([1.0, 2.0, 3.0]))
+    shown = method.shown({name: value.item() for name, value in values.items()})
+    assert shown["adapt/mask_rate"] == 0.75
+    assert shown["adapt/pseudo_label_accuracy_oracle"] == pytest.approx(1 / 3)
+    assert shown["adapt/largest_class"] == pytest.approx(2 / 3)
+    assert [shown[f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")] == [1.0, 2.0, 3.0]
+    none = method._noted(pseudo, torch.zeros(4, dtype=torch.bool), labels, torch.ones(3))
+    assert "adapt/pseudo_label_accuracy_oracle" not in method.shown({n: v.item() for n, v in none.items()})
+
+
+@pytest.fixture
+def finished(tiny, tmp_path, capsys) -> Path:
+    """Train two epochs and return the run's folder."""
+    cbda.adamatch.main([*tiny, "--best.keep"])
+    return tmp_path / "cbda" / "imagefolder-imagefolder-scb-seed0"
+
+
+def test_a_run_leaves_everything_behind(finished, capsys):
+    names = set().union(*read_metrics(finished))
+    own = {
+        f"metric/{d}_accuracy{by}"
+        for d in ("source", "target")
+        for by in ("", "_as_source", "_as_target", "_as_unknown")
+    }
+    assert own | {"loss/adamatch", "loss/source_only", "loss/source", "loss/target", "adapt/threshold",
+                  "adapt/mask_rate", "schedule/mu", "schedule/lr", "metric/source_only_target_accuracy",
+                  "metric/target_information", "metric/validation_accuracy"} <= names  # fmt: skip
+    mu = [line["schedule/mu"] for line in read_metrics(finished) if "schedule/mu" in line]
+    steps = [0.5 - math.cos(min(math.pi, 2 * math.pi * i / 8)) / 2 for i in range(8)]
+    assert mu == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2], strict=True)])
+    assert (finished / "samples" / "predictions.png").stat().st_size > 1000
+    summary = capsys.readouterr().out
+    for part in ("source only", "AdaMatch", "as unknown; the paper names the source's", "predictions.png"):
+        assert part in summary
+    assert json.loads((finished / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
+
+
+@pytest.mark.parametrize("cluster", ["source", "target"])
+def test_the_accuracies_of_a_run_are_those_of_its_averaged_weights(finished, cluster):
+    cfg = parse(AdaMatchConfig, ["--config", str(finished / "config.yaml")])
+    network = build_classifier(cfg, 3)
+    network.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
+    images = AdaMatch.load(cfg)["target_test"]
+    assert images.labels is not None
+    with torch.no_grad():
+        logits = network.eval()(
+            to_float(images.images), torch.full((len(images),), SOURCE if cluster == "source" else TARGET)
+        )
+    last = next(line for line in reversed(read_metrics(finished)) if "metric/target_accuracy" in line)
+    assert last[f"metric/target_accuracy_as_{cluster}"] == accuracy_score(images.labels, logits.argmax(1))
+    assert last["metric/target_accuracy"] == last["metric/target_accuracy_as_target"]
+
+
+@pytest.mark.parametrize("kind", ["none", "bn", "in", "dsbn", "scb_base", "ucb", "mn"])
+def test_every_layer_can_be_first(tiny, tmp_path, kind):
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--norm.kind", kind, "--name", "run"])
+    last = [line for line in read_metrics(tmp_path / "cbda" / "run") if "metric/target_accuracy" in line][-1]
+    assert ("metric/target_accuracy_as_target" in last) == (kind in ("dsbn", "scb_base"))
+    assert ("metric/target_accuracy_as_unknown" in last) == (kind == "scb_base")
+
+
+def test_layers_deep_inside(tiny):
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--norm.kind", "ucb", "--model.convert", "norm", "groups.0.0.norm1"])
+
+
+def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
+    flags = [*tiny, "--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--name", "run"]
+    cbda.adamatch.main(flags)
+    names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
+    assert not any("target_accuracy" in name or "oracle" in name for name in names)
+    assert {"metric/source_accuracy", "metric/target_information", "adapt/mask_rate"} <= names
+    assert "AdaMatch     source" in capsys.readouterr().out
+
+
+def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, monkeypatch):
+    sound, runs = AdaMatch.load, []
+
+    def with_garbage(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
+        images = sound(cfg)
+        for name in ("target", "target_test"):
+            labels = images[name].labels
+            assert labels is not None
+            images[name] = replace(images[name], labels=(labels + 1) % 3)
+        return images
+
+    for name in ("right", "garbage"):
+        cbda.adamatch.main([*tiny, "--name", name, "--best.keep", "--best.by", "metric/target_information"])
+        best = json.loads((tmp_path / "cbda" / name / "summary.json").read_text())["best"]
+        runs.append((logged(tmp_path / "cbda" / name), (best["value"], best["epoch"])))
+        monkeypatch.setattr(AdaMatch, "load", with_garbage)
+    (right, best), (garbage, same) = runs
+    assert best == same
+    differ = {k for a, b in zip(right, garbage, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+    assert differ
+    assert all("target_accuracy" in name or "oracle" in name for name in differ)
+
+
+def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):
+    assert run(cbda.adamatch.main, *tiny, "--name", "whole").statuses == [0]
+    run(cbda.adamatch.main, *tiny, "--name", "killed", hit=Hit("step:6"))
+    end = run(cbda.adamatch.main, "--name", "killed", "--resume", "--out", str(tmp_path))
+    assert end.statuses == [0], end.err
+    assert_same_runs(tmp_path / "cbda" / "killed", tmp_path / "cbda" / "whole")
+    longer = run(cbda.adamatch.main, "--name", "killed", "--resume", "--out", str(tmp_path), "--epochs", "3")
+    assert longer.statuses == [2]
+    assert "epochs: the run has 2, got 3" in longer.err
+
+
+@pytest.mark.parametrize("kind", ["scb", "dsbn"])
+def test_two_ranks_learn_one_model(tiny, tmp_path, kind):
+    flags = [*tiny, "--epochs", "1", "--variance_every", "2", "--norm.kind", kind, "--name", "run"]
+    pair = run(cbda.adamatch.main, *flags, ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    assert len(set(pair.weights)) == 1
+    names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
+    assert {"gradient/source_variance_max", "metric/source_only_target_accuracy"} <= names
+
+
+def test_two_ranks_draw_the_shares_of_one(tiny):
+    method, part, _ = prepared(tiny, "--batch_size", "8")
+    shares = method._shares(part, 3)
+    halves = [method._shares(Part({"train": _half(part["train"], rank)}, 7, 5), 3).chunk(2) for rank in (0, 1)]
+    assert torch.equal(torch.cat([halves[rank][view] for view in (0, 1) for rank in (0, 1)]), shares)
+    assert 0 <= shares.min() < 0.2
+    assert 0.8 < shares.max() < 1
+
+
+def _half(batch: Batch, number: int) -> Batch:
+    return Batch(
+        tuple(v.chunk(2)[number] for v in batch.views), batch.labels.chunk(2)[number], batch.index.chunk(2)[number]
+    )
+
+
+def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
+    method, part, network = prepared(tiny, "--variance_every", "4")
+    method.networks["adamatch"] = network
+    for number, sampled in ((6, False), (7, True)):
+        values = method.loss(Part(part.batches, number, 5), 0.1)[1]
+        assert ("gradient/source_variance_mean" in values) == sampled
+    full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
+    for domain, loss in (("source", none), ("target", full - none)):  # without mu
+        variance = torch.autograd.grad(loss, network.weight, retain_graph=True)[0].var(correction=0)
+        for how in ("mean", "max"):  # of one tensor
+            torch.testing.assert_close(values[f"gradient/{domain}_variance_{how}"], variance, rtol=1e-4, atol=0)
+    unsure = prepared(tiny, "--variance_every", "1", "--method.alignment", "none")
+    unsure[0].networks["adamatch"] = unsure[2]
+    batch = unsure[1]["target"]
+    grey = replace(batch, views=tuple(torch.full_like(view, 127) for view in batch.views))
+    values = unsure[0].loss(Part(unsure[1].batches | {"target": grey}, 0, 5), 1.0)[1]
+    assert values["adapt/mask_rate"] == 0
+    assert "gradient/source_variance_mean" in values
+    assert "gradient/target_variance_mean" not in values  # missing, not 0
+
+
+def test_bf16_and_accumulation_run(tiny, tmp_path):
+    cbda.adamatch.main([*tiny, "--precision", "bf16", "--name", "run", "--batch_size", "4", "--accumulate", "2"])
+    assert all(
+        math.isfinite(line["loss/adamatch"])
+        for line in read_metrics(tmp_path / "cbda" / "run")
+        if "loss/adamatch" in line
+    )
+
+
+def test_collapses_are_known():
+    cfg = AdaMatchConfig().resolved()
+    method = AdaMatch(cfg, AdaMatch.load(cfg), torch.device("cpu"))
+    good = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97, "adapt/threshold": 0.87,
+            "adapt/largest_class": 0.2}  # fmt: skip
+    assert method.collapse(good) is None
+    assert "fallen to 0.4" in (method.collapse(good | {"adapt/threshold": 0.4}) or "")
+    assert method.collapse(good | {"adapt/threshold": 0.2, "schedule/mu": 0.1}) is None  # nothing is learnt yet
+    assert method.collapse(good | {"adapt/threshold": 0.4, "adapt/mask_rate": 0.5}) is None
+    assert "95 % of the pseudo-labels" in (method.collapse(good | {"adapt/largest_class": 0.95}) or "")
+    assert "source's loss 5" in (method.collapse(good | {"loss/source": 5.0}) or "")
+
+
+def test_the_applications_list_has_it():
+    assert APPLICATIONS["cbda"].kind is AdaMatch

@@ -1,0 +1,94 @@
+"""Bad input is one line that names the field, the value and what would be right; nothing is written."""
+
+import pytest
+from conftest import write_domain
+from refusals import refused
+
+import cbda.adamatch
+
+FLAGS = {
+    "--norm.kind foo": ["norm.kind", "foo", "scb"],
+    "--norm.num_components 3": ["norm.num_components", "expected 2", "domains", "3"],
+    "--norm.average em": ["norm.average", "em", "scb"],  # a setting of ucb
+    "--norm.kind ucb --norm.groups 2": ["groups", "2", "3"],
+    "--norm.kind bn --model.convert all": ["model.convert", "bn"],
+    "--model.convert nowhere": ["model.convert", "nowhere"],
+    "--model.name resnet": ["model.name", "wrn-DEPTH-WIDTH", "resnet"],
+    "--model.name wrn-11-1": ["model.name", "6 n + 4", "wrn-11-1"],
+    "--model.name timm:nosuchnet": ["model.name", "nosuchnet"],
+    "--model.pretrained": ["model.pretrained", "timm:", "wrn-10-1"],
+    "--model.name timm:resnet18 --model.weights nowhere.pth": ["model.weights", "nowhere.pth"],
+    "--model.momentum 0": ["model.momentum", "more than 0"],
+    "--method.kind foo": ["method.kind", "foo", "official"],
+    "--method.tau 0": ["method.tau", "more than 0"],
+    "--method.warmup 2": ["method.warmup", "0 to 1", "2"],
+    "--method.decay 1": ["method.decay", "1"],
+    "--method.history 0": ["method.history", "at least 1", "0"],
+    "--method.align_by labelled": ["method.align_by", "target.labelled"],
+    "--variance_every -1": ["variance_every", "0 or more", "-1"],
+    "--target_ratio 0": ["target_ratio", "at least 1", "0"],
+    "--batch_size 50": ["batch_size", "36", "source", "50"],
+    "--target_ratio 5": ["batch_size", "36", "target", "45"],
+    "--source.labelled 0": ["source.labelled", "at least 1", "0"],
+    "--source.labelled 50": ["source.labelled", "12", "class cat", "50"],
+    "--target.labelled 50": ["target.labelled", "12", "class cat", "50"],
+    "--source.name foo": ["source.name", "foo", "digits"],
+    "--target.name foo": ["target.name", "foo", "digits"],
+    "--target.name digits": ["target.root", "digits"],
+    "--source.root nowhere": ["source.root", "nowhere"],
+    "--target.root nowhere": ["target.root", "nowhere"],
+    "--target.test_root nowhere": ["target.test_root", "nowhere"],
+    "--data.size 33": ["data.size", "33"],
+    "--data.workers -1": ["data.workers", "-1"],
+    "--best.keep --best.by metric/target_accuracy": ["best.by", "target_test", "--best.oracle"],
+    "--schedule.epoch_steps 0": ["schedule.epoch_steps", "0"],
+    "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_bad_flags(tiny, tmp_path, capsys, flags):
+    line = refused(capsys, cbda.adamatch.main, *tiny, *flags.split())
+    for part in FLAGS[flags]:
+        assert part in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
+    def refuses(*flags: str) -> str:
+        return refused(capsys, cbda.adamatch.main, *tiny, *flags)
+
+    bare = str(domains / "target" / "bare")
+    other = write_domain(tmp_path / "other", 50, classes=("cat", "dog", "owl"))
+    line = refuses("--target.root", str(other), "--target.test_root", "null")
+    assert line.startswith(
+        "error: target.name: other has classes that the source has not (owl); expected some of cat, dog, fox"
+    )
+    assert "source.root: bare has no labels" in refuses("--source.root", bare, "--source.test_root", "null")
+    no_labels = ("--target.root", bare, "--target.test_root", "null")
+    assert "target.labelled: 1 labels a class asked for, but bare has none" in refuses(
+        *no_labels, "--target.labelled", "1"
+    )
+    oracle = ("--best.keep", "--best.by", "metric/target_accuracy", "--best.oracle")
+    assert "best.by: metric/target_accuracy needs labels" in refuses(*no_labels, *oracle)
+    (tmp_path / "empty").mkdir()
+    assert "target.root: no PNG or JPEG files" in refuses("--target.root", str(tmp_path / "empty"))
+    one = write_domain(tmp_path / "one", 50, classes=("cat",))
+    assert "source.root: expected at least 2 classes" in refuses(
+        "--source.root", str(one), "--source.test_root", "null"
+    )
+    assert not (tmp_path / "cbda").exists()
+
+
+def test_a_checkpoint_of_another_layer(tiny, tmp_path, capsys):
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--name", "scb"])
+    weights = tmp_path / "cbda" / "scb" / "checkpoints" / "step-00000004.pt"
+    line = refused(
+        capsys, cbda.adamatch.main, *tiny, "--norm.kind", "ucb", "--name", "ucb", "--init_from", str(weights)
+    )
+    assert "init_from" in line
+    assert "does not fit this configuration" in line
+    line = refused(
+        capsys, cbda.adamatch.main, *tiny, "--epochs", "1", "--norm.kind", "scb_base", "--name", "scb", "--resume"
+    )
+    assert "norm.kind: the run has scb, got scb_base" in line

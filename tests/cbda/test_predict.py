@@ -1,0 +1,107 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+from safetensors.torch import load_file, save_file
+
+import cbda.adamatch
+import cbda.predict
+from cbda import load_model
+from cbda.networks.classifier import SOURCE, TARGET
+from common.data import images_below, read_images, to_float
+from common.errors import UsageError
+from common.runs.checkpoint import load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, domains) -> Path:
+    """Train four steps of a run with clusters."""
+    out = tmp_path_factory.mktemp("run")
+    flags = []
+    for domain in ("source", "target"):
+        flags += [f"--{domain}.name", "imagefolder", f"--{domain}.root", str(domains / domain / "train")]
+    cbda.adamatch.main([*flags, "--data.size", "8", "--batch_size", "9", "--steps_per_epoch", "4", "--epochs", "1",
+                        "--lr", "0.1", "--out", str(out), "--name", "run"])  # fmt: skip
+    return out / "cbda" / "run"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_predictions_are_those_of_the_runs_average(run, domains, tmp_path, capsys):
+    folder = domains / "target" / "test"
+    cbda.predict.main(["--run", str(run), "--images", str(folder), "--out", str(tmp_path), "--all_clusters"])
+    found = rows(tmp_path / "predictions.csv")
+    files = images_below(folder)
+    assert [row["file"] for row in found] == [str(file.relative_to(folder)) for file in files]
+    state = load(run / "checkpoints" / "step-00000004.pt")
+    network = load_model(run).classifier
+    network.load_state_dict(state["averages"]["adamatch"])
+    x = to_float(read_images(files, 8))
+    with torch.no_grad():
+        by = {k: network.eval()(x, torch.full((len(x),), k)).double().softmax(1) for k in (SOURCE, TARGET)}
+    best, said = by[TARGET].max(1)
+    threshold = float(state["networks"]["alignment"]["threshold"])
+    assert 0 < threshold < 1
+    for i, row in enumerate(found):
+        assert row["class"] == ("cat", "dog", "fox")[int(said[i])]
+        assert float(row["probability"]) == pytest.approx(float(best[i]), abs=1e-5)
+        assert row["above_threshold"] == ("yes" if best[i] >= threshold else "no")
+        assert float(row["probability_as_source"]) == pytest.approx(float(by[SOURCE][i, said[i]]), abs=1e-5)
+        assert row["cluster"] == "target"
+        assert "probability_as_unknown" in row
+    with Image.open(tmp_path / "predictions.png") as sheet:
+        assert sheet.size[0] == 4 + 8 * 74
+    assert "classified 12 images as target" in capsys.readouterr().out
+
+
+def test_another_cluster_is_recorded(run, domains, tmp_path):
+    flags = ["--run", str(run), "--images", str(domains / "target" / "bare"), "--out", str(tmp_path)]
+    cbda.predict.main([*flags, "--cluster", "unknown"])
+    assert {row["cluster"] for row in rows(tmp_path / "predictions.csv")} == {"unknown"}
+    assert list(rows(tmp_path / "predictions.csv")[0]) == ["file", "class", "probability", "above_threshold", "cluster"]
+
+
+def test_an_exported_model_says_the_same_without_its_run_or_data(run, tmp_path, domains):
+    cbda.predict.main(["--run", str(run), "--export", str(tmp_path / "model")])
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.yaml", "model.json"}
+    images = read_images(images_below(domains / "target" / "test"), 8)
+    exported, trained = load_model(tmp_path / "model"), load_model(run)
+    assert torch.equal(exported.logits(images), trained.logits(images))
+    assert (exported.classes, exported.threshold) == (("cat", "dog", "fox"), trained.threshold)
+    assert not exported.classifier.training
+    with pytest.raises(UsageError, match=r"out: .* holds a model already"):
+        exported.save(tmp_path / "model")
+    with pytest.raises(UsageError, match="cluster: expected source or target or unknown of scb, got third"):
+        exported.logits(images, "third")
+    weights = tmp_path / "model" / "model.safetensors"
+    state = load_file(weights)
+    save_file({name: value for name, value in state.items() if "stem" not in name}, weights)
+    with pytest.raises(UsageError, match="are not of its config"):
+        load_model(tmp_path / "model")
+    weights.write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="cannot be read as an exported model"):
+        load_model(tmp_path / "model")
+
+
+def test_bad_input(run, domains, tmp_path, capsys):
+    images = str(domains / "target" / "bare")
+
+    def refuses(*flags: str) -> str:
+        return refused(capsys, cbda.predict.main, *flags, "--out", str(tmp_path / "out"))
+
+    assert "run: give the run's folder" in refuses("--images", images)
+    assert "images: give the folder" in refuses("--run", str(run))
+    assert "holds no config.yaml" in refuses("--run", str(tmp_path), "--images", images)
+    assert "images: no folder nowhere" in refuses("--run", str(run), "--images", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "images: no PNG or JPEG files" in refuses("--run", str(run), "--images", str(tmp_path / "empty"))
+    assert "third" in refuses("--run", str(run), "--images", images, "--cluster", "third")
+    assert not (tmp_path / "out").exists()
+    cbda.predict.main(["--run", str(run), "--images", images, "--out", str(tmp_path / "out")])
+    assert "predictions.csv exists" in refuses("--run", str(run), "--images", images)
+    cbda.predict.main(["--run", str(run), "--images", images, "--out", str(tmp_path / "out"), "--force"])

@@ -1,0 +1,128 @@
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+from common.data import DataConfig, Feed, ImageSet, Stream, load
+from common.data.augmentation import Augmentation, strong, weak
+
+VIEWS = (weak(16), strong(16))
+
+
+def coordinates(size: int = 16) -> Tensor:
+    """Return an image whose pixels say where they come from: red the row, green the column."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.stack([rows * 10, columns * 10, torch.zeros(size, size)]).to(torch.uint8)
+
+
+def test_a_weak_view_is_a_crop_of_the_reflected_image():
+    image, size = coordinates(), 16
+    reflected = torch.nn.functional.pad(image[None].float(), (2,) * 4, mode="reflect")[0].to(torch.uint8)
+    crops = {reflected[:, y : y + size, x : x + size].numpy().tobytes(): (y, x) for y in range(5) for x in range(5)}
+    found = {crops[Augmentation("weak", 16)(image, seed).numpy().tobytes()] for seed in range(200)}
+    assert found == {(y, x) for y in range(5) for x in range(5)}
+
+
+def test_half_of_the_images_are_mirrored_where_that_was_asked_for():
+    image = coordinates()
+
+    def rising(flip: bool) -> list[bool]:
+        views = [Augmentation("weak", 16, flip)(image, seed)[1, 8] for seed in range(200)]
+        return [bool(view[12] > view[4]) for view in views]
+
+    assert all(rising(False))
+    assert 70 < sum(rising(True)) < 130
+
+
+def test_equal_images_of_one_batch_are_seen_differently():
+    images, index = coordinates()[None].repeat(40, 1, 1, 1), torch.arange(40)
+    for view, at_least in zip(VIEWS, (15, 39), strict=True):
+        seen = {image.numpy().tobytes() for image in view(images, index, 0, 0)}
+        assert len(seen) >= at_least  # of 25 crops, or of any number of strong views
+
+
+def test_a_view_follows_from_seed_position_and_index_alone():
+    images, index = load(DataConfig(size=16)).train.images[:8], torch.arange(8)
+    for view in VIEWS:
+        whole = view(images, index, 5, "view", 1, 3)
+        some = index.flip(0)[:3]
+        assert torch.equal(view(images[some], some, 5, "view", 1, 3), whole[some])
+        assert not torch.equal(view(images, index, 5, "view", 1, 4), whole)
+        assert not torch.equal(view(images, index, 6, "view", 1, 3), whole)
+
+
+def strong_views(image: Tensor, count: int = 400) -> list[Tensor]:
+    return [Augmentation("strong", image.shape[-1])(image, seed) for seed in range(count)]
+
+
+def test_a_strong_view_cuts_out_a_rectangle_of_at_most_half_a_side():
+    # Of a black image nothing but inversion and the like shows; what they leave of one colour is not the rectangle's.
+    sides = []
+    for view in strong_views(torch.zeros(3, 16, 16, dtype=torch.uint8)):
+        if (corners := view[:, [0, 0, -1, -1], [0, -1, 0, -1]].unique()).numel() != 1 or corners == 127:
+            continue
+        rows, columns = (view != corners).any(0).nonzero(as_tuple=True)
+        if len(rows):
+            sides.append((int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1))
+            assert (view != corners).any(0).sum() == sides[-1][0] * sides[-1][1]
+    assert len(sides) > 300
+    assert {max(s) for s in zip(*sides, strict=True)} == {8}
+    assert {min(s) for s in zip(*sides, strict=True)} == {1}
+
+
+def test_strong_views_are_many_and_few_are_inverted():
+    image = load(DataConfig(size=32)).train.images[0]
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).repeat(3, 32, 1)
+    views = strong_views(ramp)
+    falling = sum(bool(v[0, 16, 2] > v[0, 16, 29]) for v in views)
+    assert 0.08 * len(views) < falling < 0.25 * len(views)  # 2 of 13 are inverted
+    assert len({v.numpy().tobytes() for v in strong_views(image)}) > 390
+    assert all(v.shape == (3, 32, 32) and v.dtype == torch.uint8 for v in views)
+
+
+def test_grey_images_stay_grey():
+    views = strong_views(load(DataConfig(size=32)).train.images[3])
+    assert all(torch.equal(v[0], v[1]) and torch.equal(v[1], v[2]) for v in views)
+
+
+def test_the_input_is_left_as_it_is():
+    image = coordinates()
+    before = image.clone()
+    for view in VIEWS:
+        view(image[None], torch.tensor([0]), 0)
+    assert torch.equal(image, before)
+
+
+def digits() -> ImageSet:
+    return load(DataConfig(size=16)).train.select(torch.arange(64))
+
+
+def steps(workers: int = 0, rank: int = 0, world: int = 1) -> list[tuple[Tensor, ...]]:
+    feed = Feed({"train": Stream(digits(), 16 // world, VIEWS)}, workers=workers, rank=rank, world=world)
+    return [step[0]["train"].views for step in feed.epoch(1, 0, 7)]
+
+
+def test_workers_and_ranks_show_the_same():
+    alone = steps()
+    for ours, theirs in zip(steps(workers=2), alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for *shares, whole in zip(steps(rank=0, world=2), steps(rank=1, world=2), alone, strict=True):
+        for view in range(2):
+            assert torch.equal(torch.cat([share[view] for share in shares]), whole[view])
+
+
+def test_the_library_is_imported_by_the_first_view_only_and_asks_no_network():
+    lines = """
+import os, sys, socket
+import common.data, torch
+from common.data.augmentation import Augmentation
+assert "albumentations" not in sys.modules
+def refuse(*_, **__):
+    raise AssertionError("a connection")
+socket.socket.connect = refuse
+Augmentation("weak", 16)(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)
+assert "albumentations" in sys.modules
+"""
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "error", "-c", lines], check=True, env=environment)

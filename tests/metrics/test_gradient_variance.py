@@ -1,0 +1,33 @@
+import pytest
+import torch
+from torch import nn
+
+from common.metrics.gradient_variance import gradient_variance
+
+
+def test_mean_and_maximum_counted_by_hand():
+    # d/dw sum(w c) is c: variances of (1, 3) and (0, 0, 6) are 1 and 8.
+    a, b, one, unused = (nn.Parameter(torch.ones(n)) for n in (2, 3, 1, 4))
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    loss = (a * torch.tensor([1.0, 3.0])).sum() + (b * torch.tensor([0.0, 0.0, 6.0])).sum() + 5 * one.sum()
+    mean, largest = gradient_variance(loss, [a, b, one, unused, frozen])
+    assert (mean.item(), largest.item()) == (4.5, 8.0)
+    assert a.grad is None
+    loss.backward()  # the graph is still there
+    assert a.grad is not None
+    assert a.grad.tolist() == [1.0, 3.0]
+
+
+def test_it_is_what_backward_and_numpy_say():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    loss = network(torch.randn(5, 3, 4, 4)).square().mean()
+    found = gradient_variance(loss, network.parameters())
+    loss.backward()
+    variances = [p.grad.numpy().var() for p in network.parameters() if p.grad is not None]
+    assert [v.item() for v in found] == pytest.approx([sum(variances) / len(variances), max(variances)], rel=1e-5)
+
+
+def test_a_loss_of_other_parameters_is_refused():
+    with pytest.raises(ValueError, match="parameters: expected some that the loss depends on"):
+        gradient_variance(nn.Parameter(torch.ones(2)).sum(), [nn.Parameter(torch.ones(2))])

@@ -1,0 +1,40 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from common.reports.diagrams import confusion, reliability
+
+
+def dark(path, box) -> float:
+    """Return how dark a share of a picture is, 0 white to 1 black."""
+    with Image.open(path) as image:
+        wide, high = image.size
+        left, top, right, bottom = (int(v * s) for v, s in zip(box, (wide, high) * 2, strict=True))
+        part = image.convert("L").crop((left, top, right, bottom))
+    return 1 - float(np.asarray(part).mean()) / 255
+
+
+def test_a_confusion_matrix_is_shaded_where_classes_are_taken_for_each_other(tmp_path):
+    names, counts = list("abcd"), torch.diag(torch.tensor([5, 5, 5, 5]))
+    png, svg = confusion(tmp_path / "right", counts, names, "title")
+    wrong, _ = confusion(tmp_path / "wrong", counts.flip(0), names, "title")
+    assert (png.suffix, svg.suffix) == (".png", ".svg")
+    for name in ("title", "taken for", "true class"):
+        assert name in svg.read_text()
+    corner = (0.75, 0.7, 0.88, 0.82)  # the last class taken for itself
+    assert dark(png, corner) > 0.5 > dark(wrong, corner)
+    again, _ = confusion(tmp_path / "again", counts, names, "title")
+    assert again.read_bytes() == png.read_bytes()
+
+
+def test_many_classes_and_one_without_samples_are_drawn(tmp_path):
+    png, _ = confusion(tmp_path / "many", torch.zeros(60, 60, dtype=torch.int64), [f"c{i}" for i in range(60)], "")
+    assert png.exists()
+
+
+def test_reliability_has_a_bar_for_each_bin_that_is_not_empty(tmp_path):
+    counts = torch.tensor([0, 3, 0, 2])
+    _, svg = reliability(tmp_path / "r", counts, torch.tensor([0.0, 0.5, 0.0, 1.0]), 0.123, "target")
+    text = svg.read_text()
+    assert "target, ECE 0.123" in text
+    assert text.count("#56b4e9") == 2

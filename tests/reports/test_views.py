@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+
+from common.data import DataConfig, Feed, Stream, load
+from common.data.augmentation import strong, weak
+from common.machine.seeding import permutation
+from common.reports.views import main
+
+
+def tiles(path) -> torch.Tensor:
+    """Return the images of a sheet of 8 columns, (rows, 8, 3, 64, 64)."""
+    with Image.open(path) as image:
+        sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    rows = [
+        torch.stack([sheet[:, top + 7 : top + 71, left + 7 : left + 71] for left in range(0, 8 * 74, 74)])
+        for top in range(0, sheet.shape[1] - 4, 88)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_sheet_shows_what_training_sees(tmp_path, epoch):
+    flags = ["--name", "digits_m", "--size", "32", "--out", str(tmp_path), "--seed", "3", "--epoch", str(epoch)]
+    main(flags)
+    found = tiles(tmp_path / "views-digits_m.png")[:, :, :, ::2, ::2]  # each pixel twice
+    train = load(DataConfig(name="digits_m")).train
+    index = permutation(400, 3, "shown")[:8]
+    assert torch.equal(found[0], train.images[index])
+    assert len(found) == 7
+    feed = Feed({"train": Stream(train, 400, (weak(32), strong(32)))})
+    for later in range(3):
+        (step,) = feed.epoch(epoch + later, 0, 3)
+        batch = step[0]["train"]
+        at = torch.stack([(batch.index == i).nonzero()[0, 0] for i in index])
+        for row, view in ((1 + later, 0), (4 + later, 1)):
+            assert torch.equal(found[row], batch.views[view][at])
+
+
+def test_bad_input(tmp_path, capsys):
+    flags = ["--out", str(tmp_path)]
+    assert "epoch: expected 0 or more, got -1" in refused(capsys, main, *flags, "--epoch", "-1")
+    assert refused(capsys, main, *flags, "--size", "33").startswith("error: size: expected a multiple of 4")
+    main(flags)
+    assert "exists; choose another folder" in refused(capsys, main, *flags)
+    main([*flags, "--force"])
