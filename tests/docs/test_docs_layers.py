@@ -42,6 +42,7 @@ LAYER1 = [f"layer1.{block}.bn{norm}" for block in (0, 1) for norm in (1, 2)]
         "converted",
         "log_scalars",
         "norm_act",
+        "recalibrate",
         "revert_norms",
         "scb_state_from_base",
         "ucb_state_from_batch_norm",
