@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from common.data.image_set import ImageSet, to_float
+from common.data.image_set import ImageSet, to_input
 from common.errors import NonFiniteError, UsageError
-from common.machine.device import autocast, memory_format
+from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify
-from common.metrics.scores import classification_scores
+from common.metrics.scores import measure_all
 
 
 class Evaluation:
@@ -55,24 +55,18 @@ class Evaluation:
         logits = self._logits(network, images.images, images.num_classes, go_on)
         if not logits.isfinite().all():
             raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
-        found = classification_scores(images.labels, logits, images.num_classes)
         prefix = "" if split == "test" else f"{split}_"
-        values = {
-            f"loss/{split}": float(F.cross_entropy(logits, images.labels)),
-            f"metric/{prefix}accuracy": found.accuracy,
-            f"metric/{prefix}macro_precision": found.macro.precision,
-            f"metric/{prefix}macro_recall": found.macro.recall,
-            f"metric/{prefix}macro_f1": found.macro.f1,
-        }
-        return values if found.top5 is None else values | {f"metric/{prefix}top5": found.top5}
+        found = measure_all(images.labels, logits)
+        scores = {f"metric/{prefix}{name}": value for name, value in found.items()}
+        return {f"loss/{split}": float(F.cross_entropy(logits, images.labels)), **scores}
 
     def _logits(self, network: nn.Module, images: Tensor, classes: int, go_on: Callable[[], None]) -> Tensor:
         """Return logits (N, classes) in float64."""
 
         def classifier(batch: Tensor) -> Tensor:
-            x = to_float(batch.to(self.device, non_blocking=True))
+            x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
             with autocast(self.device, self.cfg.precision):
-                return network(x.contiguous(memory_format=memory_format(self.cfg.channels_last)))
+                return network(x)
 
         training = network.training
         network.eval()

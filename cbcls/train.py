@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation, check_labels
 from cbcls.shallow_cnn import ShallowCNN
 from common.data import ImageSet
+from common.metrics.scores import METRICS
 from common.runs.log import listed
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
@@ -36,10 +37,13 @@ class Classification(Method[ClassifierConfig]):
     @classmethod
     def tracked(cls, cfg: ClassifierConfig) -> dict[str, Tracked]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
+        chosen: list[tuple[str, Literal["higher", "lower"]]] = [
+            (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
+        ]
         return {
-            "metric/validation_accuracy": Tracked("validation", "higher"),
+            **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
             "loss/validation": Tracked("validation", "lower"),
-            "metric/accuracy": Tracked("test", "higher", chosen_by_test=True),
+            **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
             "loss/test": Tracked("test", "lower", chosen_by_test=True),
         }
 
@@ -93,7 +97,7 @@ class Classification(Method[ClassifierConfig]):
         scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
         return [
             ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
-            ("paper's run", "python -m cbcls.train --config configs/cbcls/shallow_cifar10.yaml --device cuda"),
+            ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
         ]
 
 

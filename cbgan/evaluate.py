@@ -5,11 +5,16 @@ from common.cli.command import start
 if __name__ == "__main__":
     start("cbgan.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
 
+import errno
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
@@ -18,9 +23,11 @@ from cbgan.noise import fixed_noise
 from cbgan.train import Gan
 from common.cli.arguments import parse
 from common.errors import UsageError
+from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.runs.log import read_metrics
+from common.training.config import stored_config
 from common.training.parts import upgraded
 
 _FALL = 10
@@ -39,6 +46,8 @@ class EvaluateConfig:
     """Images to generate; null takes as many as the run itself did."""
     grid: Path | None = None
     """Write a grid of 64 generated images to this PNG file."""
+    force: bool = False
+    """Replace a grid that exists."""
     check: bool = False
     """Exit with status 1 unless the last FID is below a tenth of the first and every class was found."""
     device: str = "auto"
@@ -55,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: if there is no such run or checkpoint, or the run measures no FID.
+        UsageError: if there is no such run or checkpoint, it is no GAN's, the run measures no FID, or a picture is in
+            the way of the grid.
         SystemExit: with status 1 if ``check`` fails.
     """
     options = parse(EvaluateConfig, argv, prog="python -m cbgan.evaluate")
@@ -63,29 +73,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert folder is not None  # EvaluateConfig refuses otherwise
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"run: {folder} is not a run's folder (it holds no config.yaml)")
-    cfg = parse(GanConfig, ["--config", str(folder / "config.yaml")])
+    if options.grid is not None and options.grid.exists() and not options.force:
+        raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
+    state = upgraded(_load(folder, options.checkpoint))
+    if "g" not in state["networks"]:
+        held = ", ".join(state["networks"])
+        raise UsageError(f"run: {folder} is no run of a GAN (its networks: {held}); expected one of runs/cbgan")
+    cfg = stored_config(GanConfig, folder)
     if not cfg.fid.every:
         raise UsageError("run: its fid.every is 0, so there is no FID to compare with")
     set_threads(cfg.threads)
     device = resolve_device(options.device)
-    state = upgraded(_load(folder, options.checkpoint))
     images = Gan.load(cfg)
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
     g.load_state_dict(state["averages"].get("g", state["networks"]["g"]))
-    evaluation, epoch = Evaluation(cfg, images, device), state["at"]["epoch"]
-    result = evaluation.measure(g, options.samples or evaluation.count(epoch))
+    evaluation, at = Evaluation(cfg, images, device), state["at"]
+    result = evaluation.measure(g, options.samples or evaluation.count(at["epoch"]))
     series = fid_series(read_metrics(folder), evaluation.fid.tag) if evaluation.fid else []
-    print(f"epoch {epoch}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
+    print(f"epoch {at['epoch']}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
     if evaluation.fid is not None and evaluation.fid.floor is not None:
         print(f"real test images: {evaluation.fid.floor:.4g}")
     if series:
         print("logged: " + ", ".join(f"{fid:.4g} (epoch {epoch})" for epoch, fid in series))
-    if result.classes is not None:
-        found = sum(n > 0 for n in result.classes)
-        print(f"classes: {found} of {len(result.classes)} found; counts {', '.join(map(str, result.classes))}")
+    classes = evaluation.named_classes(result)
+    if classes is not None:
+        found = sum(n > 0 for n in classes.values())
+        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
+        print(f"classes: {found} of {len(classes)} found; samples of {counts}")
     if options.grid is not None:
         save_grid(evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
+    record = {"epoch": at["epoch"], "step": at["step"], "weights": _digest(g), **evaluation.record(result)}
+    _note(folder, record | {"device": str(device)})
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)
         learnt = result.fid < first / _FALL
@@ -95,7 +114,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
 
 
-def _load(folder: Path, which: str) -> dict[str, object]:
+def _note(folder: Path, record: dict[str, Any]) -> None:
+    """Write a measurement beside the run; what is measured again alike has the same file.
+
+    The name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
+    """
+    follows = json.dumps({name: record[name] for name in ("weights", "samples", "passport")}, sort_keys=True)
+    key = hashlib.sha256(follows.encode()).hexdigest()[:8]
+    file = folder / "evaluations" / f"epoch-{record['epoch']:04d}-{record['samples']}-samples-{key}.json"
+    try:
+        write_text_atomic(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"warning: not written to {file} ({error.strerror})", file=sys.stderr)
+    else:
+        print(f"written: {file}")
+
+
+def _digest(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's names and tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(folder: Path, which: str) -> dict[str, Any]:
     checkpoints = Checkpoints(folder / "checkpoints")
     if which == "best":
         try:

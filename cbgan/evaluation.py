@@ -116,6 +116,23 @@ class Evaluation:
             self._draw(g, moment)
         return values
 
+    def named_classes(self, result: FidResult) -> dict[str, int] | None:
+        """Return how many samples the classifier puts in each class, by name; None with another extractor."""
+        if result.classes is None:
+            return None
+        return dict(zip(self.images["train"].classes, result.classes, strict=True))
+
+    def record(self, result: FidResult) -> dict[str, Any]:
+        """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
+        assert self.fid is not None
+        other = {} if result.other is None else {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
+        return {
+            "samples": result.count,
+            "values": {self.fid.tag: result.fid, **other},
+            "classes": self.named_classes(result),
+            "passport": self.passport(),
+        }
+
     def _draw(self, g: Generator, moment: Moment) -> None:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard."""
         samples = moment.folder / "samples"
@@ -150,7 +167,7 @@ class Evaluation:
             *rows,
             ("pictures", str(folder / "samples")),
             ("evaluate", f"python -m cbgan.evaluate --run {folder}"),
-            ("paper's run", "python -m cbgan.train --config configs/cbgan/paper_ucb.yaml --device cuda"),
+            ("paper's run", "python -m cbgan.train --config paper_ucb --device cuda"),
         ]
 
 

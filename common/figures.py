@@ -1,4 +1,4 @@
-"""``python -m common.figures``, see `common.reports.figures`."""
+"""Draw what runs logged: ``python -m common.figures``, see `common.reports.figures`."""
 
 from common.cli.command import start
 

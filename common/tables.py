@@ -1,4 +1,4 @@
-"""``python -m common.tables``, see `common.reports.tables`."""
+"""Print a table of what runs logged in the end: ``python -m common.tables``, see `common.reports.tables`."""
 
 from common.cli.command import start
 

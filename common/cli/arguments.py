@@ -4,6 +4,7 @@ jsonargparse reads files and flags and checks types; this module turns each of i
 names the field, the value and what would be right, and builds the (frozen, nested) dataclasses.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
+from common.cli.configurations import with_own_files
 from common.cli.fields import names_of
+from common.cli.plugins import MissingPlugin, load_plugins
 from common.errors import UsageError
 
 T = TypeVar("T")
@@ -67,6 +70,8 @@ _TYPE_NAMES = {
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None) -> T:
     """Build a configuration from its dataclass defaults, ``--config`` files and flags, in this order.
 
+    Where it has a setting ``plugins``, these modules are imported before the other settings are checked.
+
     Args:
         cls: a frozen dataclass; fields may be dataclasses. A ``__post_init__`` that raises ValueError names the
             field with its full dotted path.
@@ -78,7 +83,12 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None =
         SystemExit: with status 0, after ``--help`` or ``--print_config``.
     """
     try:
-        return _build(cls, read(cls, argv, prog=prog))
+        values = read(cls, argv, prog=prog)
+        if isinstance(plugins := values.get("plugins"), list):
+            load_plugins(plugins)
+        return _build(cls, values)
+    except MissingPlugin as error:
+        raise MissingPlugin(_printable(str(error))) from error
     except UsageError as error:
         raise UsageError(_printable(str(error))) from None
 
@@ -89,9 +99,12 @@ def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = Non
     Raises:
         UsageError, SystemExit: as ``parse``, but for what only the whole configuration can refuse.
     """
+    given = with_own_files(sys.argv[1:] if argv is None else argv, cls.__module__.partition(".")[0])
+    if {"-h", "--help"} & set(given) and any(field.name == "plugins" for field in dataclasses.fields(cls)):
+        load_plugins(_plugins_in(given))  # so that the help lists what they add
     parser = _parser(cls, prog)
     try:
-        return parser.parse_args(argv).as_dict()
+        return parser.parse_args(given).as_dict()
     except RecursionError:
         raise UsageError("config: a YAML file refers to itself; expected plain values") from None
     except (AttributeError, IndexError):  # of flags, jsonargparse reads some without the loader above
@@ -126,7 +139,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _parser(cls: type, prog: str | None) -> "_Parser":
     parser = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML file; may be given again, the later wins")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML file, or one of the command's own by its name; may be given again, the later wins",
+    )
     parser.add_class_arguments(cls)
     names = dict(names_of(cls))
     for action in parser._actions:
@@ -140,6 +157,15 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
             action.nargs, action.metavar = "+", action.dest.upper()
             action.option_strings = [f"--{action.dest}"]
     return parser
+
+
+def _plugins_in(argv: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugins", nargs="+", default=[])
+    try:
+        return parser.parse_known_args(argv)[0].plugins
+    except argparse.ArgumentError:
+        return []
 
 
 class _Parser(ArgumentParser):
@@ -179,7 +205,8 @@ def _one_line(message: str, known: Sequence[str]) -> str:
     """Reword a jsonargparse message as one line: field, value, what would be right."""
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         name = match[1].split("=")[0]
-        return f"{name}: no such option{_hint(name, known)}"
+        hint = _hint(name, known) if name.startswith("-") else _option_for(match[1], known)
+        return f"{name}: no such option{hint}"
     if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
         name = f"{match[1]}.{match[2]}"
         return f"{name}: no such setting{_hint(name, [option[2:] for option in known])}"
@@ -224,7 +251,8 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a plain value as a YAML file would have it."""
     return "null" if value is None else str(value)
 
 
@@ -236,8 +264,57 @@ def _type_name(text: str) -> str:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "; see --help"
+    return f"; did you mean {' or '.join(near)}?" if (near := _near(name, known)) else "; see --help"
+
+
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """Return the few known names that a wrong one may stand for: another spelling, a part, or initials of one."""
+    parts = _parts(name)
+    spelt = {other: _likeness(parts, _parts(other)) for other in known}
+    if spelt and max(spelt.values()) >= _LIKE:
+        return [max(spelt, key=lambda other: spelt[other])]
+    text = ".".join(parts)
+    last = [other for other in known if _parts(other)[-1] == text]  # kind, of norm.kind
+    initials = [other for other in known if len(text) > 1 and _initials(other) == text]
+    begins = [other for other in known if len(text) > 1 and ".".join(_parts(other)).startswith(text)]
+    return next((found for found in (last, initials, begins) if 0 < len(found) <= _MOST_HINTS), [])
+
+
+_LIKE = 0.75
+"""Share of letters that two spellings of one word have in common, in order; two letters swapped in four are this."""
+_MOST_HINTS = 3
+
+
+def _parts(name: str) -> list[str]:
+    """Return ["fid", "batch_size"] of --fid.batch-size."""
+    return name.lstrip("-").replace("-", "_").split(".")
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in re.split(r"[._]", ".".join(_parts(name))))
+
+
+def _likeness(parts: list[str], others: list[str]) -> float:
+    """Return how alike two names are, 0 to 1: as much as the part in which they are least so."""
+    if len(parts) != len(others):
+        return float("_".join(parts) == "_".join(others))
+    pairs = zip(parts, others, strict=True)
+    return min(difflib.SequenceMatcher(None, part, other).ratio() for part, other in pairs)
+
+
+def _option_for(value: str, known: Sequence[str]) -> str:
+    """Return a hint at the option that a value was probably meant for, which was given without any."""
+    path = Path(value)
+    for option in ("--run", "--runs"):
+        if option in known:
+            return f"; did you mean {option} {value}?"
+    if path.suffix in (".yaml", ".yml"):
+        return f"; did you mean --config {value}?"
+    if "--resume" in known and len(path.parts) > 2:
+        out = path.parent.parent
+        place = "" if out == Path("runs") else f" --out {out}"
+        return f"; did you mean --name {path.name} --resume{place}?"
+    return "; see --help"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -249,7 +326,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 inner = ", ".join(f.name for f in dataclasses.fields(hint))
-                raise UsageError(f"{name}: expected a group of settings ({inner}), got {_shown(value)}")
+                raise UsageError(f"{name}: expected a group of settings ({inner}), got {shown(value)}")
             arguments[field.name] = _build(typing.cast(type, hint), value, f"{name}.")
         elif value is None and types.NoneType not in (hint, *typing.get_args(hint)):
             raise UsageError(f"{name}: expected {_type_name(str(hint))}, got null")

@@ -1,7 +1,7 @@
 """Image sets: real digits, image folders, CIFAR, and the batches drawn from them."""
 
 from common.data.config import DataConfig
-from common.data.image_set import ImageSet, Splits, to_float, to_uint8
+from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.names import register_data_set
 from common.data.reading.image_folder import check_folder, images_below, read_images
 from common.data.sets.registry import load
@@ -25,5 +25,6 @@ __all__ = [
     "read_images",
     "register_data_set",
     "to_float",
+    "to_input",
     "to_uint8",
 ]

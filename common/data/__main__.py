@@ -1,4 +1,4 @@
-"""``python -m common.data``: look at a data set, see `common.reports.data_set`."""
+"""Look at a data set before training on it: ``python -m common.data``, see `common.reports.data_set`."""
 
 from common.cli.command import start
 

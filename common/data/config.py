@@ -21,7 +21,8 @@ class DataConfig:
     photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
     blended with photographs; the others as published (docs/data.md), or a set of your own (register_data_set)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
-    """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""
+    """Folder of the data set: the images of imagefolder, or train/ and test/ with them; or where a published set is,
+    there or in a sub-folder, or goes to (null: data)."""
     test_root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """imagefolder: images held apart from training, for the FID floor and the classifier's accuracy."""
     size: int = 32

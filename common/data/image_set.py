@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.machine.device import memory_format
+
 _RESIZE_VALUES = 2**24  # floats in memory at once
 
 
@@ -103,6 +105,11 @@ class Splits:
 def to_float(images: Tensor) -> Tensor:
     """Map uint8 images, 0..255, to float32 in [-1, 1]: ``x / 127.5 - 1``."""
     return images.float().div_(127.5).sub_(1)
+
+
+def to_input(images: Tensor, device: torch.device, *, channels_last: bool) -> Tensor:
+    """Bring uint8 images (N, 3, S, S) to a device, in [-1, 1], there as NHWC in memory where asked for."""
+    return to_float(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format(channels_last))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """What turns images into the features a Fréchet distance compares."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from common.registry import Registry
 
 
 class Extractor(Protocol):
     """A frozen network, in evaluation mode and without gradients, on a device of its own.
 
     Attributes:
-        name: what charts call it.
+        name: what charts call it, and `fid.extractor`.
         id: identifies the network and its weights; goes into cache keys.
         resize: how images are brought to the size the network reads.
         dim: features D of an image.
@@ -32,6 +34,34 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (B, 3, H, W), on any device, to features float32 (B, D)."""
         ...
+
+
+class Known(NamedTuple):
+    """How an extractor is made, and whether it reads `fid.weights`."""
+
+    build: Callable[..., Extractor]
+    reads_weights: bool
+
+
+EXTRACTORS: Registry[Known] = Registry("fid.extractor")
+
+
+def register_extractor(name: str, build: Callable[..., Any], *, reads_weights: bool = False) -> None:
+    """Add a feature extractor, which `fid.extractor` then knows; its distance is logged as metric/fid_NAME.
+
+    Args:
+        name: what it is called, by its own ``name`` too: lower-case letters, digits and underscores, a letter first.
+        build: called as ``build(config, splits, cache, device)`` with the `FidConfig`, the run's images, a folder that
+            runs share, and a device; returns an `Extractor`. Where that has a ``warning`` other than None, the user
+            is told it.
+        reads_weights: it reads ``config.weights``, which is refused with the others.
+
+    Raises:
+        ValueError: the name is taken or none, or build is no function.
+    """
+    if not callable(build):
+        raise ValueError(f"build: expected a function that makes an extractor, got {type(build).__name__}")
+    EXTRACTORS.add(name, Known(build, reads_weights))
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

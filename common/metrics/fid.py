@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from common.errors import Interrupted, UsageError
 from common.machine.dist import Env
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
-from common.metrics.extractors import Extractor
+from common.metrics.extractors import EXTRACTORS, Extractor, register_extractor
 from common.metrics.frechet import Statistics, frechet_distance, statistics
 from common.metrics.inception import Inception
 
@@ -40,9 +40,10 @@ class FidConfig:
     """Generated images in a measurement; few of them bias the distance upwards."""
     final_samples: int | None = None
     """Generated images in the measurement at the end (null: as samples)."""
-    extractor: Literal["inception", "classifier"] = "classifier"
+    extractor: str = field(default="classifier", metadata={"names": EXTRACTORS.names})
     """inception: the network of published numbers, 96 MB to download, slow on a CPU; classifier: trained in
-    seconds on the labelled training images, comparable between runs on the same images only."""
+    seconds on the labelled training images, comparable between runs on the same images only; or one of your own
+    (register_extractor)."""
     weights: Path | None = None
     """inception: its weights file (null: download the official one into the cache)."""
     weights_sha256: str | None = None
@@ -53,13 +54,15 @@ class FidConfig:
     """Which real images generated ones are compared with."""
 
     def __post_init__(self) -> None:
+        reads_weights = EXTRACTORS[self.extractor].reads_weights
         for name, least in (("every", 0), ("samples", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"fid.{name}: expected {least} or more, got {getattr(self, name)}")
         if self.final_samples is not None and self.final_samples < 2:
             raise ValueError(f"fid.final_samples: expected null, or 2 or more, got {self.final_samples}")
-        if self.weights is not None and self.extractor != "inception":
-            raise ValueError(f"fid.weights: {self.extractor} reads none, expected null or fid.extractor inception")
+        if self.weights is not None and not reads_weights:
+            others = " or ".join(name for name, known in EXTRACTORS.items() if known.reads_weights)
+            raise ValueError(f"fid.weights: {self.extractor} reads none, expected null or fid.extractor {others}")
         if self.weights_sha256 is not None:
             if not re.fullmatch(r"[0-9a-fA-F]{64}", self.weights_sha256):
                 raise ValueError(f"fid.weights_sha256: expected 64 hexadecimal digits, got {self.weights_sha256!r}")
@@ -231,7 +234,19 @@ class Fid:
 def _extractor(
     config: FidConfig, splits: Splits, cache: Path, device: torch.device | str
 ) -> tuple[Extractor, str | None]:
-    if config.extractor == "inception":
-        return Inception(config.weights, config.weights_sha256, cache, device), None
-    classifier = Classifier(splits.train, splits.test, cache, device)
-    return classifier, classifier.warning
+    extractor = EXTRACTORS[config.extractor].build(config, splits, cache, device)
+    if extractor.name != config.extractor:
+        raise UsageError(f"fid.extractor: expected {config.extractor} to have that name, it has {extractor.name}")
+    return extractor, getattr(extractor, "warning", None)
+
+
+def _inception(config: FidConfig, _splits: Splits, cache: Path, device: torch.device | str) -> Inception:
+    return Inception(config.weights, config.weights_sha256, cache, device)
+
+
+def _classifier(_config: FidConfig, splits: Splits, cache: Path, device: torch.device | str) -> Classifier:
+    return Classifier(splits.train, splits.test, cache, device)
+
+
+register_extractor("inception", _inception, reads_weights=True)
+register_extractor("classifier", _classifier)

@@ -1,12 +1,15 @@
 """Classification scores: the usual ones by argmax, what Keras' Precision and Recall count, and two without labels."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from common.registry import Registry
 
 _TOP = 5
 _TEMPERATURE = 0.05  # of soft neighbourhood density, as published
@@ -77,9 +80,7 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
         if len(predictions) != len(labels):
             raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(predictions)}")
     true, found = labels.cpu().numpy(), predictions.cpu().numpy()
-    top5 = None
-    if logits is not None and num_classes > _TOP:
-        top5 = float(metrics.top_k_accuracy_score(true, logits, k=_TOP, labels=np.arange(num_classes)))
+    top5 = None if logits is None else _top5(labels.cpu(), torch.from_numpy(logits))
     return Scores(
         count=len(true),
         accuracy=float(metrics.accuracy_score(true, found)),
@@ -88,6 +89,75 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
         weighted=_averages(true, found, "weighted"),
         confusion=torch.from_numpy(metrics.confusion_matrix(true, found, labels=np.arange(num_classes))),
     )
+
+
+class Metric(NamedTuple):
+    """A number that says how well a classifier did, and whether epochs can be chosen by it."""
+
+    measure: Callable[[Tensor, Tensor], float | None]
+    better: Literal["higher", "lower"] | None
+
+
+METRICS: Registry[Metric] = Registry("metrics")
+
+
+def register_metric(
+    name: str,
+    measure: Callable[[Tensor, Tensor], float | None],
+    *,
+    better: Literal["higher", "lower"] | None = None,
+) -> None:
+    """Add a metric of classifiers; a classifier's run logs it as metric/NAME and, held out, metric/validation_NAME.
+
+    Args:
+        name: what it is called: lower-case letters, digits and underscores, a letter first.
+        measure: from true classes, int64 (N,) in [0, C), and logits, float64 (N, C), both on the CPU, to a number;
+            None where it says nothing, which is not logged.
+        better: "higher" or "lower" for one that `best.by` can choose epochs by.
+
+    Raises:
+        ValueError: the name is taken or none, measure is no function, or better is something else.
+    """
+    if not callable(measure):
+        raise ValueError(f"measure: expected a function of labels and logits, got {type(measure).__name__}")
+    if better not in ("higher", "lower", None):
+        raise ValueError(f"better: expected higher, lower or None, got {better!r}")
+    METRICS.add(name, Metric(measure, better))
+
+
+def measure_all(labels: Tensor, logits: Tensor) -> dict[str, float]:
+    """Return what each metric there is says of logits, by name.
+
+    Args:
+        labels: true classes, integers (N,) in [0, C).
+        logits: floating (N, C).
+
+    Raises:
+        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected floating (N, C), got {logits.dtype} {tuple(logits.shape)}")
+    _check_classes("labels", labels, logits.shape[1])
+    _check_scores("logits", logits, len(labels), logits.shape[1])
+    labels, logits = labels.cpu(), logits.detach().cpu().double()
+    found = {name: metric.measure(labels, logits) for name, metric in METRICS.items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _accuracy(labels: Tensor, logits: Tensor) -> float:
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def _macro(which: str) -> Callable[[Tensor, Tensor], float]:
+    return lambda labels, logits: getattr(_averages(labels.numpy(), logits.argmax(dim=1).numpy(), "macro"), which)
+
+
+def _top5(labels: Tensor, logits: Tensor) -> float | None:
+    if logits.shape[1] <= _TOP:
+        return None
+    from sklearn.metrics import top_k_accuracy_score  # noqa: PLC0415 - as above
+
+    return float(top_k_accuracy_score(labels.numpy(), logits.numpy(), k=_TOP, labels=np.arange(logits.shape[1])))
 
 
 def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> PrecisionRecall:
@@ -232,3 +302,10 @@ def _check_scores(name: str, scores: Tensor, count: int, num_classes: int) -> np
 
 def _entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1)
+
+
+register_metric("accuracy", _accuracy, better="higher")
+register_metric("macro_precision", _macro("precision"))
+register_metric("macro_recall", _macro("recall"))
+register_metric("macro_f1", _macro("f1"))
+register_metric("top5", _top5)

@@ -6,8 +6,9 @@ from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm, regist
 from .functional import cluster_norm, mixture_norm
 from .health import Health, collect_health, health, log_scalars, mixture_layers
 from .supervised import SCBNorm, SCBNormBase
-from .surgery.calibration import calibrate
-from .surgery.convert import convert_norms, revert_norms
+from .surgery.calibration import calibrate, recalibrate
+from .surgery.convert import convert_norms, converted, revert_norms
+from .surgery.norm_act import NormAct, norm_act
 from .surgery.routing import clusters
 from .surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
 from .unsupervised import UCBNorm
@@ -19,6 +20,7 @@ __all__ = [
     "InstanceNorm",
     "MixtureNorm",
     "Moments",
+    "NormAct",
     "SCBNorm",
     "SCBNormBase",
     "UCBNorm",
@@ -27,11 +29,14 @@ __all__ = [
     "clusters",
     "collect_health",
     "convert_norms",
+    "converted",
     "health",
     "log_scalars",
     "make_norm",
     "mixture_layers",
     "mixture_norm",
+    "norm_act",
+    "recalibrate",
     "register_norm",
     "revert_norms",
     "scb_state_from_base",

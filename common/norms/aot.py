@@ -1,4 +1,4 @@
-"""``python -m common.norms.aot``, see `common.norms.tools.aot`."""
+"""Compile every kernel ahead of time: ``python -m common.norms.aot``, see `common.norms.tools.aot`."""
 
 from common.cli.command import start
 

@@ -1,4 +1,4 @@
-"""``python -m common.norms.bench``, see `common.norms.tools.bench`."""
+"""Time the layers against BatchNorm: ``python -m common.norms.bench``, see `common.norms.tools.bench`."""
 
 from common.cli.command import start
 

@@ -49,6 +49,12 @@ def check_momentum(momentum: object) -> None:
         raise ValueError(f"momentum: expected 0 to 1, got {momentum!r}")
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise ValueError unless dtype is None or a real floating-point one."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
+
+
 def _describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import checks
-from .factory import BUILT_IN, check_kind, default_options, kinds, make_norm
+from .factory import BUILT_IN, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class NormConfig:
     update: Literal["moving_average", "weight"] | None = None
     """ucb: parameters by moving averages, or learned as weights."""
     statistics: Literal["batch", "learned"] | None = None
-    """ucb: normalise by the batch's moments (Eqs. 7-9) or by the learned parameters (Eq. 15) in training."""
+    """ucb: normalise by the batch's moments (Eqs. 7-9) or the learned parameters (Eq. 15) in training; scb, scb_base:
+    batch standardises each channel first."""
     average: Literal["em", "paper"] | None = None
     """ucb: stepwise EM, or the plain rule of Algorithm 2."""
     scale: Literal["paper", "sqrt_k"] | None = None
@@ -105,3 +106,13 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
+
+
+def settings_of(kind: str) -> set[str]:
+    """Return the names of the settings that mean something to a kind of layer.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    names = {"kind", "backend", *(name for name in _FIELDS if name in default_options(kind))}
+    return names if kind in WITHOUT_COMPONENTS else {*names, "num_components"}

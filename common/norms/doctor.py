@@ -1,4 +1,4 @@
-"""``python -m common.norms.doctor``, see `common.norms.tools.doctor`."""
+"""Check how this machine computes the layers: ``python -m common.norms.doctor``, see `common.norms.tools.doctor`."""
 
 from common.cli.command import start
 

@@ -1,15 +1,14 @@
 """Mixture Normalization: UCB-Norm's transforms under a mixture that EM fits to the batch."""
 
-from collections.abc import Iterable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .estimation import averages, em
+from .backends import reference
+from .estimation import em, operators
 from .estimation.averages import Stored
-from .estimation.draws import generator
 from .estimation.em import Fit
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
@@ -29,9 +28,9 @@ class MixtureNorm(MixtureLayer):
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
         refit_every: training batches between fits.
         em_steps: EM steps of a fit.
-        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim and
-            backend; seed, here of the sampled locations too; process_group, here None, since each rank uses
-            its own statistics.
+        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim,
+            backend, device and dtype; seed, here of the sampled locations too; process_group, here None, since
+            each rank uses its own statistics.
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
@@ -73,7 +72,7 @@ class MixtureNorm(MixtureLayer):
         self.refit_every, self.em_steps = refit_every, em_steps
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
-        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("step", torch.tensor(0, device=self.mean.device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -81,79 +80,50 @@ class MixtureNorm(MixtureLayer):
         """Return to equal weights, unit variances and unseeded means."""
         super().reset_parameters()
         self._write_fit(Stored(self.logits, self.mean, self.log_var))
-        self.step.zero_()
+        self._reset_step()
 
     def _write_fit(self, new: Stored, where: Tensor | None = None) -> None:
         for name, value in zip(Stored._fields, new, strict=True):
             old = getattr(self, f"fit_{name}")
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        finite = finite & fit.is_finite()
-        self._write_fit(self._stored(fit), where=finite)
-        self._write(self._stored(fit), where=finite)
-        self.initialized |= finite
+    def _seeding_steps(self) -> int:
+        return self.em_steps
 
-    def _stored(self, fit: Fit) -> Stored:
-        weight = fit.weight.clamp(min=self.min_weight)
-        return Stored(weight.log().log_softmax(0), fit.mean, averages.log_of(fit.var))
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
+        self._write_fit(self._stored(fit), where=found)
+        self._write(self._stored(fit), where=found)
+        self.initialized |= found
 
-    def _last_fit(self, dtype: torch.dtype) -> Fit:
-        weight = self.fit_logits.to(dtype).softmax(0)
-        return Fit(weight, self.fit_mean.to(dtype), self.fit_log_var.to(dtype).exp())
+    def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
+        return self._fit(dtype, "fit_"), 2 * self.em_steps
+
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        super()._store_calibrated(points, fit)
+        self._write_fit(self._stored(fit))
 
     @torch.no_grad()
-    def _refit(self, x: Tensor, step: int) -> None:
-        points = em.sample_points(x, self.seed, "fit", step)
-        fit = self._last_fit(points.dtype)
-        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, self.em_steps)
-        self._write_fit(self._stored(fit), where=x.isfinite().all() & fit.is_finite())
+    def _refit(self, x: Tensor, step: Tensor, seeded: bool | Tensor) -> None:
+        """Fit anew if this step, counted on the CPU but in an exported graph, is one to do so."""
+        how, dtype = (self.groups, self.seed, self.eps, self.em_steps), reference.compute_dtype(x)
+        if self._in_graph():
+            ready = seeded if isinstance(seeded, Tensor) else None
+            last, due = self._fit(dtype, "fit_"), (ready, step, self.refit_every)
+            *new, found = operators.refit_mixture(x.detach(), *last, *due, *how)
+            self._write_fit(self._stored(Fit(*new)), where=found)
+        elif seeded and int(step) % self.refit_every == 0:
+            fit, found = em.refit(x, self._fit(dtype, "fit_"), int(step), *how)
+            self._write_fit(self._stored(fit), where=found)
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
         if x.numel():
-            step, seeded = self._count_step(), self.is_initialized()
-            self.seed_from(x)
-            if seeded and step % self.refit_every == 0:
-                self._refit(x, step)
+            self._refit(x, self._count_step(), self._seed(x))
         log_lambda = self.fit_logits.log_softmax(0)
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():
             self._average_in(moments)
         return y
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
-
-        Training afterwards moves it again. ``common.norms.calibrate`` does this to a whole model.
-
-        Args:
-            batches: inputs of this layer, each as ``forward`` takes them.
-
-        Raises:
-            ValueError: no batch, a batch of the wrong shape, or one with a value that is not finite.
-        """
-        points = []
-        for i, x in enumerate(batches):
-            own = self._channels_first(x).to(self.mean.device)
-            if not own.isfinite().all():
-                raise ValueError(f"batches: expected finite values, got others in batch {i}")
-            points.append(em.sample_points(own, self.seed, "calibrate", i))
-        pooled = torch.cat(points) if points else torch.empty(0)
-        if len(pooled) < 2:
-            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
-        if self.is_initialized():
-            fit = self._last_fit(pooled.dtype)
-        else:
-            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
-            rng = generator(self.seed, "kmeans++")
-            fit = em.seed_mixture(some, self.num_components, self.groups, rng)
-        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, 2 * self.em_steps)
-        self._write(self._stored(fit))
-        self._write_fit(self._stored(fit))
-        self.initialized.fill_(True)
 
     def _options(self) -> dict[str, Any]:
         return {

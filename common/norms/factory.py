@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import checks
+from .backends import reference
 from .em_norm import MixtureNorm
+from .layer import DeviceLike, leaf
 from .supervised import SCBNorm, SCBNormBase
 from .unsupervised import UCBNorm
 
@@ -28,16 +30,23 @@ class BatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        _check_options(num_features, eps, momentum, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
         if (self.training or self.running_mean is None) and input.numel() == self.num_features:
             shape = tuple(input.shape)
             raise ValueError(f"x: expected more than one value per channel to take statistics of, got {shape}")
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        r"""Normalise x (N, C, \*)."""
+        return super().forward(input)
 
 
 class InstanceNorm(_InstanceNorm):
@@ -50,23 +59,27 @@ class InstanceNorm(_InstanceNorm):
         momentum: float = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        _check_options(num_features, eps, momentum, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
         if (self.training or self.running_mean is None) and math.prod(input.shape[2:]) == 1:
             raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(input.shape)}")
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*); every input has a batch dimension."""
         self._check_input_dim(input)
         return self._apply_instance_norm(input)
 
 
-def _check_options(num_features: object, eps: object, momentum: object) -> None:
+def _check_options(num_features: object, eps: object, momentum: object, dtype: object) -> None:
+    checks.check_dtype(dtype)
     checks.check_size("num_features", num_features)
     checks.check_eps(eps)
     if momentum is not None:
@@ -97,6 +110,9 @@ class DomainBatchNorm(nn.Module):
             another device than the layer, or a domain holds one value per channel in training.
         IndexError: an id outside [0, K), on the CPU.
 
+    A graph of torch.compile or torch.export cannot hold shapes that follow from ids. There all domains are weighed by
+    membership, with equal results; a wrong id, and in training a domain with one value per channel, give NaN.
+
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
     """
 
@@ -112,6 +128,7 @@ class DomainBatchNorm(nn.Module):
             assert isinstance(domain, BatchNorm)
             domain.reset_parameters()
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by domain."""
         first = self.domains[0]
@@ -119,11 +136,61 @@ class DomainBatchNorm(nn.Module):
         _check_input(first, x)
         checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
+        if torch.compiler.is_compiling():
+            with torch.autocast(x.device.type, enabled=False):
+                return self._by_membership(reference.flatten(x), cluster).to(x.dtype).reshape(x.shape)
         order = cluster.argsort(stable=True)
         counts = torch.bincount(cluster, minlength=len(self.domains)).tolist()
         shares = x[order].split(counts)
         done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
         return torch.cat(done)[order.argsort()]
+
+    def _by_membership(self, x: Tensor, cluster: Tensor) -> Tensor:
+        """Normalise x (N, C, L) by domain, in the compute dtype."""
+        x = x.to(reference.compute_dtype(x))
+        cluster = cluster.masked_fill(cluster < 0, len(self.domains))  # no domain's: NaN
+        first = self.domains[0]
+        assert isinstance(first, BatchNorm)
+        if self.training or first.running_mean is None:
+            mean, var, count = _domain_moments(x, cluster, len(self.domains))
+            if self.training and first.running_mean is not None:
+                for domain, *moments in zip(self.domains, mean.detach(), var.detach(), count, strict=True):
+                    _track(domain, *moments)
+            var = var.masked_fill(count < 2, math.nan)
+        else:
+            mean, var = (self._table(name, x) for name in ("running_mean", "running_var"))
+        tables = [mean, (var + first.eps).rsqrt()]
+        if first.weight is not None:
+            tables += [self._table("weight", x), self._table("bias", x)]
+        centre, rho, *affine = (reference.gather_rows(table, cluster)[..., None] for table in tables)
+        y = (x - centre) * rho
+        return torch.addcmul(affine[1], y, affine[0]) if affine else y
+
+    def _table(self, name: str, x: Tensor) -> Tensor:
+        """Return a parameter or buffer of all domains, (K, C)."""
+        return torch.stack([getattr(domain, name) for domain in self.domains]).to(x.dtype)
+
+
+def _domain_moments(x: Tensor, cluster: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance (K, C) of x (N, C, L) by domain, and how many values a channel has, (K, 1)."""
+    member = (cluster == torch.arange(num, device=x.device)[:, None])[..., None]  # (K, N, 1)
+    count = member.sum(1).to(x.dtype) * x.shape[2]
+
+    def average(t: Tensor) -> Tensor:  # by selection, since a product with 0 would spread NaN over all domains
+        return torch.where(member, t.sum(2), 0).sum(1) / count.clamp(min=1)
+
+    mean = average(x)
+    return mean, average((x - mean[cluster.clamp(max=num - 1)][..., None]).square()), count
+
+
+@torch.no_grad()
+def _track(norm: Any, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Move a BatchNorm's running statistics by moments (C,) of count (1,) values, if these are more than one."""
+    norm.num_batches_tracked += (count[0] > 1).to(torch.int64)
+    weight = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+    for running, new in ((norm.running_mean, mean), (norm.running_var, var * count / (count - 1))):
+        moved = running + weight * (new - running)
+        running.copy_(torch.where(count > 1, moved, running))
 
 
 class NoNorm(nn.Identity):
@@ -260,3 +327,4 @@ register_norm("scb_base", SCBNormBase, takes_clusters=True)
 register_norm("ucb", UCBNorm)
 register_norm("none", _none)
 BUILT_IN = kinds()
+WITHOUT_COMPONENTS = ("bn", "in", "none")

@@ -29,6 +29,10 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_chann
         ValueError: backend is no backend, or one that cannot run here, with the reason.
     """
     check_choice("backend", backend, BACKENDS)
+    if torch.compiler.is_exporting() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
+        return "reference"  # the equations themselves: operators of torch alone
+    if backend == "compiled" and torch.compiler.is_compiling():
+        return backend  # whose passes join the graph; what compiles that is not this backend's affair
     if backend == "compiled" and (reason := compiled.refusal(x.device)):
         raise ValueError(f"backend: 'compiled' {reason}")
     if backend not in ("auto", "triton"):
@@ -115,7 +119,7 @@ def cluster_norm(
     options = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
-            return reference.cluster_norm(x, cluster, mean, var, **options)
+            return reference.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
         if backend == "triton":
             return operators.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
         return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, backend=backend, **options)

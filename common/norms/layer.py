@@ -1,11 +1,32 @@
 """What every normalization layer of this package shares: checks, channel order, affine, printing."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, functional
+
+P = ParamSpec("P")
+R = TypeVar("R")
+DeviceLike = torch.device | str | int | None
+
+
+def leaf(forward: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.fx see a layer, by its forward, as one step, which is what it makes of torch's own layers."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        layer: Any = args[0]
+        for value in (*args[1:], *kwargs.values()):
+            if isinstance(value, torch.fx.Proxy):
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(layer), args[1:], kwargs)
+        return forward(*args, **kwargs)
+
+    return wrapped
 
 
 class NormLayer(nn.Module):
@@ -13,35 +34,66 @@ class NormLayer(nn.Module):
 
     initialized: Tensor
 
-    def __init__(self, num_features: int, *, eps: float, affine: bool, channel_dim: int, backend: str) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        affine: bool,
+        channel_dim: int,
+        backend: str,
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         checks.check_choice("backend", backend, functional.BACKENDS)
         checks.check_size("num_features", num_features)
         checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
+        checks.check_dtype(dtype)
         self.num_features, self.eps, self.affine = num_features, eps, affine
         self.channel_dim, self.backend = channel_dim, backend
-        self.weight = nn.Parameter(torch.empty(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.empty(num_features)) if affine else None
-        self._seen_initialized = False  # on the host, so that a seeded layer never asks the device
+        shape, placed = (num_features,), {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **placed)) if affine else None
+        self.bias = nn.Parameter(torch.empty(shape, **placed)) if affine else None
+        self.forget_initialized()
 
     def reset_parameters(self) -> None:
         """Set the affine map to the identity."""
         if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
-        self.forget_initialized()
+
+    def set_initialized(self, value: bool) -> None:
+        """Write ``initialized``, all of it, and know what was written."""
+        self.initialized.fill_(value)
+        self._seen_initialized = value
+        self._ready = torch.tensor(value, device="cpu")
 
     def forget_initialized(self) -> None:
         """Look at ``initialized`` again when next asked: it was written from outside."""
-        self._seen_initialized = False
+        self._seen_initialized = False  # on the host, so that a seeded layer never asks the device
+        # The same for graphs, which were compiled before the layer was seeded.
+        self._ready: Tensor = torch.tensor(False, device="cpu")
 
     def is_initialized(self) -> bool:
         """Say whether nothing is left to seed from data."""
         if not self._seen_initialized:
             self._seen_initialized = bool(self.initialized.all())
         return self._seen_initialized
+
+    def _may_seed(self) -> bool:
+        """Say whether something may be left to seed; a graph cannot ask the device."""
+        return not self._seen_initialized and (torch.compiler.is_compiling() or not self.is_initialized())
+
+    def _known_ready(self) -> Tensor | None:
+        """Return what a graph is to know of the seeding; an exported one has only what the state dict holds."""
+        return None if torch.compiler.is_exporting() else self._ready
+
+    def _learn_ready(self, ready: Tensor) -> None:
+        if not torch.compiler.is_exporting():
+            self._ready = ready
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_initialized()

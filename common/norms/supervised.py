@@ -1,29 +1,36 @@
 """SCB-Norm: each sample is normalised with the learned mean and deviation of its own cluster."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import checks, functional
 from .backends import reference
 from .backends.reference import UnknownPosterior, UnknownScale
-from .layer import NormLayer
+from .estimation import em, operators
+from .layer import DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
+SupervisedStatistics = Literal["learned", "batch"]
 
 
 class _SupervisedNorm(NormLayer):
     """What SCBNorm and SCBNormBase share: all but where the rows come from."""
 
     initialized: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(
         self,
         num_features: int,
         num_clusters: int,
         *,
+        statistics: SupervisedStatistics = "learned",
+        momentum: float = 0.1,
         eps: float = 1e-5,
         affine: bool = False,
         init: SupervisedInit = "identity",
@@ -31,21 +38,31 @@ class _SupervisedNorm(NormLayer):
         unknown_posterior: UnknownPosterior = "location",
         channel_dim: int = 1,
         backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        checks.check_choice("statistics", statistics, get_args(SupervisedStatistics))
+        checks.check_momentum(momentum)
         checks.check_choice("init", init, get_args(SupervisedInit))
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
         checks.check_size("num_clusters", num_clusters)
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
+        placed: Any = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         self.num_clusters = num_clusters
+        self.statistics: SupervisedStatistics = statistics
+        self.momentum = momentum
         self.init: SupervisedInit = init
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
-        self._build()
-        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool))
+        self._build(**placed)
+        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool, device=device))
+        if statistics == "batch":
+            for name in ("running_mean", "running_var"):
+                self.register_buffer(name, torch.empty(num_features, **placed))
         self.reset_parameters()
 
-    def _build(self) -> None:
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
         raise NotImplementedError
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -61,16 +78,36 @@ class _SupervisedNorm(NormLayer):
         """Return to the identity; with init="data" the next training batches seed the clusters anew."""
         super().reset_parameters()
         self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
-        self.initialized.fill_(self.init == "identity")
+        self.set_initialized(self.init == "identity")
+        if self.statistics == "batch":
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+
+    def _standardise(self, x: Tensor) -> Tensor:
+        r"""Give each channel of x (N, C, \*) mean 0 and variance 1, as BatchNorm does before its affine map."""
+        if self.training and x.numel() == self.num_features:
+            raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+        old = self.running_mean, self.running_var
+        mean, var = (t.to(reference.compute_dtype(x), copy=True) for t in old)
+        y = F.batch_norm(x, mean, var, None, None, self.training, self.momentum, self.eps)
+        if self.training:
+            with torch.no_grad():
+                finite = mean.isfinite().all() & var.isfinite().all()
+                for buffer, new in zip(old, (mean, var), strict=True):
+                    buffer.copy_(torch.where(finite, new.to(buffer), buffer))
+        return y
 
     @torch.no_grad()
     def _seed(self, x: Tensor, cluster: Tensor) -> None:
         """Give each cluster that is seen for the first time its moments in this batch."""
-        flat = reference.flatten(x).to(reference.compute_dtype(x))
-        tau = (cluster == torch.arange(self.num_clusters, device=x.device)[:, None]).to(flat.dtype)
-        mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
-        fresh = ~self.initialized & (mass[:, 0] > 0) & x.isfinite().all()
-        log_var = var.clamp(min=self.eps).log()  # not log(0), which no gradient could leave
+        if torch.compiler.is_compiling():
+            mean, log_var, fresh, ready = operators.seed_clusters(
+                x.detach(), cluster, self.initialized, self._known_ready(), self.eps
+            )
+            self._learn_ready(ready)
+        else:
+            mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
+            fresh = found & ~self.initialized
         self._write(
             lambda old_mean, old_log_var: (
                 torch.where(fresh[:, None], mean.to(old_mean), old_mean),
@@ -79,11 +116,14 @@ class _SupervisedNorm(NormLayer):
         )
         self.initialized |= fresh
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
         checks.check_device("x", x, self.initialized.device, "the layer")
-        if self.training and not self.is_initialized() and cluster is not None and x.numel():
+        if self.statistics == "batch" and x.numel():
+            x = self._standardise(x)
+        if self.training and cluster is not None and x.numel() and self._may_seed():
             checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
         mean, log_var = self.rows()
@@ -102,6 +142,8 @@ class _SupervisedNorm(NormLayer):
 
     def _options(self) -> dict[str, object]:
         return {
+            "statistics": (self.statistics, "learned"),
+            "momentum": (self.momentum, 0.1),
             "affine": (self.affine, False),
             "init": (self.init, "identity"),
             "unknown_scale": (self.unknown_scale, "match"),
@@ -120,9 +162,17 @@ class SCBNorm(_SupervisedNorm):
     No batch statistics: training and evaluation agree, and any batch size works. In evaluation a cluster of
     -1 or None is unknown, and Eq. 12 weighs all clusters by their posteriors under equal priors.
 
+    Nothing in the layer holds the scale of activations while weights change. One such layer among others that do
+    (BatchNorm, UCBNorm) trains at their learning rates; where every layer of a deep network is one, training
+    diverges at BatchNorm's rates, and statistics="batch" holds the scale: each channel is standardised over the
+    batch, as by BatchNorm, and the clusters' means and deviations are those of standardised activations.
+
     Args:
         num_features: channels C.
         num_clusters: clusters K.
+        statistics: "learned" is the paper's; "batch" standardises each channel first, over the batch in training and
+            by moving averages in evaluation.
+        momentum: weight of the new batch in these averages, PyTorch's orientation.
         eps: added to the variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
@@ -132,14 +182,18 @@ class SCBNorm(_SupervisedNorm):
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
         backend: "auto", "reference", "eager", "compiled" or "triton".
+        device: of all parameters and buffers, as of any ``torch.nn`` layer.
+        dtype: of all of them that are floating-point.
 
     Shape:
         x (N, C, \*) float; cluster (N,) int64 in [0, K); output as x. Parameters ``mean`` and ``log_var``,
-        each (K, C), stay float32 under autocast.
+        each (K, C), stay float32 under autocast. With statistics="batch" also buffers ``running_mean`` and
+        ``running_var`` (C,), which a batch with a non-finite value leaves as they are.
 
     Raises:
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, or it is None in
-            training; x, cluster and the layer are not on one device.
+            training; x, cluster and the layer are not on one device; x holds one value per channel in training with
+            statistics="batch".
         IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
 
     Source: arXiv:2403.16798, Eqs. 10 and 12. Unlike the authors' code, log_var starts at 0 and eps is added
@@ -149,9 +203,9 @@ class SCBNorm(_SupervisedNorm):
     mean: nn.Parameter
     log_var: nn.Parameter
 
-    def _build(self) -> None:
-        self.mean = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
-        self.log_var = nn.Parameter(torch.empty(self.num_clusters, self.num_features))
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
+        self.mean = nn.Parameter(torch.empty(self.num_clusters, self.num_features, device=device, dtype=dtype))
+        self.log_var = nn.Parameter(torch.empty(self.num_clusters, self.num_features, device=device, dtype=dtype))
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return ``mean`` and ``log_var``."""
@@ -178,10 +232,11 @@ class SCBNormBase(_SupervisedNorm):
     mean: nn.Linear
     log_var: nn.Linear
 
-    def _build(self) -> None:
-        # skip_init: all is zeroed below, and drawing first would move the global generator.
+    def _build(self, device: DeviceLike, dtype: torch.dtype | None) -> None:
+        # First on meta: all is zeroed below, and drawing would move the global generator.
         for name in ("mean", "log_var"):
-            setattr(self, name, nn.utils.skip_init(nn.Linear, self.num_clusters, self.num_features))
+            layer = nn.Linear(self.num_clusters, self.num_features, device="meta", dtype=dtype)
+            setattr(self, name, layer.to_empty(device=torch.get_default_device() if device is None else device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

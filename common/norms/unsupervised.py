@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from . import checks, functional
 from .backends import closed_form, compiled, reference, sync
 from .backends.reference import Moments, Scale, Statistics
-from .estimation import averages, em
+from .estimation import averages, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
-from .layer import NormLayer
+from .layer import DeviceLike, NormLayer, leaf
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
 Variance = Literal["component", "shared"]
 MIN_WEIGHT = 1e-3
 """Floor of a mixture weight, relative to 1 / K: a weight of 1e-6 gave outputs of 4,000 (measured)."""
+CALIBRATION_STEPS = 1
+"""EM steps of ``calibrate``, as many as MixtureNorm's two fits of ten."""
 CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
@@ -39,6 +41,8 @@ class MixtureOptions(TypedDict, total=False):
     process_group: object
     seed: int
     backend: str
+    device: DeviceLike
+    dtype: torch.dtype | None
 
 
 class MixtureLayer(NormLayer):
@@ -67,8 +71,11 @@ class MixtureLayer(NormLayer):
         process_group: object = None,
         seed: int = 0,
         backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend)
+        placed: Any = {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         checks.check_choice("average", average, get_args(Average))
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
@@ -89,16 +96,16 @@ class MixtureLayer(NormLayer):
         self.momentum, self.seed = momentum, seed
         self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
         stored = Stored(
-            torch.empty(num_components),
-            torch.empty(num_components, num_features),
-            torch.empty(num_components, num_features),
+            torch.empty(num_components, **placed),
+            torch.empty(num_components, num_features, **placed),
+            torch.empty(num_components, num_features, **placed),
         )
         for name, tensor in zip(Stored._fields, stored, strict=True):
             if learned:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(False, device=device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -111,51 +118,79 @@ class MixtureLayer(NormLayer):
         super().reset_parameters()
         nn.init.zeros_(self.logits)
         nn.init.zeros_(self.log_var)
-        spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean")) * 2 - 1
+        spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
         # One component is BatchNorm, which starts at 0 and has no symmetry to break.
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
-        self.initialized.fill_(self.init == "uniform" or self.num_components == 1)
+        self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def forget_initialized(self) -> None:
         """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
         super().forget_initialized()
         self._host_step: Tensor | None = None
 
-    def _count_step(self) -> int:
+    def _reset_step(self) -> None:
+        self.step.zero_()
+        self._host_step = torch.tensor(0, device="cpu")
+
+    def _count_step(self) -> Tensor:
         """Count a training batch, in ``step`` and on the host; return how many came before.
 
         Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
-        device is asked after ``step`` was written from outside, never from one step to the next.
+        device is asked after ``step`` was written from outside, never from one step to the next; but an exported
+        graph, which has ``step`` alone, asks in every one.
         """
-        if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
-            self._host_step = self.step.to("cpu", copy=True)
-        before = int(self._host_step)
-        self._host_step = self._host_step + 1  # in place fails after a step in inference mode
+        if torch.compiler.is_exporting():
+            before = self.step.clone()
+        else:
+            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+                self._host_step = self.step.to("cpu", copy=True)
+            before = self._host_step
+            self._host_step = before + 1  # in place fails after a step in inference mode
         self.step += 1
         return before
+
+    def _in_graph(self) -> bool:
+        """Say whether what looks at values has to be an operator; no operator exchanges anything between ranks."""
+        return torch.compiler.is_compiling() and sync.active(self.process_group) is None
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at ``min_weight``."""
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         return logits.log_softmax(0).clamp(min=math.log(self.min_weight))
 
-    @torch.no_grad()
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
+        self._seed(x)
+
+    @torch.no_grad()
+    def _seed(self, x: Tensor) -> bool | Tensor:
+        """Seed as ``seed_from``; return whether that was done before: in a graph this is a tensor on the CPU."""
+        if self._seen_initialized:
+            return True
+        seeding = self.num_components, self.groups, self.seed, self.eps, self._seeding_steps()
+        if self._in_graph():
+            *fit, found, ready = operators.seed_mixture(x.detach(), self.initialized, self._known_ready(), *seeding)
+            self._store_seed(Fit(*fit), found)
+            self._learn_ready(ready)
+            return ready
         if self.is_initialized():
-            return
+            return True
         points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
         group = sync.active(self.process_group)
         if group is not None:
             points, finite = sync.join_points(points, finite, group)
             points = em.sample_points(points, self.seed, "seed", "joined")
-        if len(points) == 0:
-            return
-        rng = generator(self.seed, "kmeans++")
-        fit = em.seed_mixture(points, self.num_components, self.groups, rng)
-        self._store_seed(points, fit, finite)
+        if len(points):
+            fit = em.seed_and_fit(points, *seeding)
+            self._store_seed(fit, finite & fit.is_finite())
+        return False
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
+    def _seeding_steps(self) -> int:
+        """Return how many steps of EM the seeding takes after k-means++."""
+        return 0
+
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
+        """Store a fit as the seed where found, and that the layer is seeded."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -164,11 +199,68 @@ class MixtureLayer(NormLayer):
             old = getattr(self, name)
             old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
+    def _fit(self, dtype: torch.dtype, prefix: str = "") -> Fit:
+        logits, mean, log_var = (getattr(self, prefix + name).to(dtype) for name in Stored._fields)
+        return Fit(logits.softmax(0), mean, log_var.exp())
+
+    def _stored(self, fit: Fit) -> Stored:
+        weight = fit.weight.clamp(min=self.min_weight)
+        return Stored(weight.log().log_softmax(0), fit.mean, averages.log_of(fit.var))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Fit the mixture of evaluation once, by EM, to up to 4,096 locations of each batch.
+
+        EM starts from the mixture the layer has, shifted and scaled to the locations' mean and variance, or from
+        k-means++ where nothing has seeded the layer yet. Training afterwards moves the mixture again.
+        ``common.norms.calibrate`` and ``recalibrate`` do this to a whole model.
+
+        Args:
+            batches: inputs of this layer, each as ``forward`` takes them.
+
+        Raises:
+            ValueError: no batch, a batch of the wrong shape, one with a value that is not finite, or a layer whose
+                mixture is learned by gradients.
+        """
+        if not self.averages_mixture():
+            raise ValueError("update: expected 'moving_average', since a mixture learned by gradients is no estimate")
+        points = []
+        for i, x in enumerate(batches):
+            own = self._channels_first(x).to(self.mean.device)
+            if not own.isfinite().all():
+                raise ValueError(f"batches: expected finite values, got others in batch {i}")
+            points.append(em.sample_points(own, self.seed, "calibrate", i))
+        pooled = torch.cat(points) if points else torch.empty(0)
+        if len(pooled) < 2:
+            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
+        start, steps = self._calibration_start(pooled.dtype)
+        if self.is_initialized():
+            fit = em.moved_onto(points=pooled, fit=start)
+        else:
+            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
+            rng = generator(self.seed, "kmeans++")
+            fit = em.seed_mixture(some, self.num_components, self.groups, rng)
+        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, steps)
+        self._store_calibrated(pooled, fit)
+        self.set_initialized(True)
+
+    def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
+        """Return the mixture from which EM starts, and how many steps it takes."""
+        return self._fit(dtype), CALIBRATION_STEPS
+
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        """Store what EM found for points (P, C)."""
+        self._write(self._stored(fit))
+
+    def averages_mixture(self) -> bool:
+        """Say whether the mixture is estimated from activations, not learned by gradients."""
+        return not isinstance(self.mean, nn.Parameter)
+
     def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
         old = Stored(self.logits, self.mean, self.log_var)
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
-        if self.backend == "compiled":
+        if self.backend == "compiled" and not torch.compiler.is_compiling():
             new = Stored(*compiled.run(_moved, rule, *old, *moments))
         else:
             new = averages.moved(old, moments, rule)
@@ -200,6 +292,7 @@ class MixtureLayer(NormLayer):
         log_lambda, mean, var = (t.to(flat.dtype) for t in (self.log_weights(), self.mean, self.log_var.exp()))
         return reference.posterior(flat, log_lambda, mean, var + self.eps, self.groups)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
@@ -281,6 +374,8 @@ class UCBNorm(MixtureLayer):
             torch's cannot; with "world" it can.
         seed: of the means, of k-means++ and of re-seeding, apart from the global generator.
         backend: "auto", "reference", "eager", "compiled" or "triton".
+        device: of all parameters and buffers, as of any ``torch.nn`` layer; the means are the same on each.
+        dtype: of all of them that are floating-point.
 
     Shape:
         x (N, C, \*) float; output as x. Parameters or buffers ``logits`` (K,), ``mean`` and ``log_var`` (K,
@@ -330,8 +425,8 @@ class UCBNorm(MixtureLayer):
         self.variance: Variance = variance
         self.reseed = reseed
         if reseed:
-            self.register_buffer("usage", torch.empty(num_components, self.groups))
-            self.register_buffer("step", torch.tensor(0))
+            self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))
+            self.register_buffer("step", torch.tensor(0, device=self.mean.device))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -340,22 +435,29 @@ class UCBNorm(MixtureLayer):
         super().reset_parameters()
         if self.reseed:
             self.usage.fill_(1 / self.num_components)
-            self.step.zero_()
+            self._reset_step()
 
-    def _store_seed(self, points: Tensor, fit: Fit, finite: Tensor) -> None:
-        finite = finite & fit.is_finite()
+    def _store_seed(self, fit: Fit, found: Tensor) -> None:
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
-        self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=finite)
-        self.initialized |= finite
+        self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
+        self.initialized |= found
+
+    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+        if self.variance == "shared":
+            fit = fit._replace(var=averages.pooled(fit.var, fit.weight[:, None]).expand_as(fit.var))
+        super()._store_calibrated(points, fit)
+        if self.reseed:
+            self.usage.copy_(em.component_shares(points, fit, self.groups, self.eps))
 
     def _train(self, x: Tensor) -> Tensor:
         self.seed_from(x)
         if self.statistics == "batch":
             self._check_training_batch(x)
-        # A copy, because the average moves the buffer before the backward pass needs it.
-        mean = self.mean if self.update == "weight" else self.mean.clone()
-        y, moments = self._normalise(x, self.log_weights(), mean, self.log_var.exp(), self.statistics)
+        mixture = self.log_weights(), self.mean, self.log_var.exp()
+        if self.update == "moving_average":  # which moves the buffers before the backward pass needs them
+            mixture = self._snapshot(*mixture)
+        y, moments = self._normalise(x, *mixture, self.statistics)
         if moments is None or self.update == "weight":
             return y
         if x.numel() or sync.active(self.process_group) is not None:
@@ -363,6 +465,13 @@ class UCBNorm(MixtureLayer):
         if self.reseed and x.numel():
             self._reseed_dead(x, moments)
         return y
+
+    @staticmethod
+    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy what a gradient may need after the buffers behind it have moved."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return operators.snapshot(log_lambda, mean, var)
+        return log_lambda, mean.clone(), var  # the others are no buffers
 
     @torch.no_grad()
     def _reseed_dead(self, x: Tensor, moments: Moments) -> None:
@@ -372,7 +481,11 @@ class UCBNorm(MixtureLayer):
         dead = (usage < self.reseed) & finite  # (K, G)
         weight, mean, var = self.log_weights().exp(), self.mean, self.log_var.exp()
         new_var = averages.pooled(var, usage * ~dead)
-        drawn = em.draw_locations(x, num * CANDIDATES, self.seed, "reseed", self._count_step())
+        step, draw = self._count_step(), (num * CANDIDATES, self.seed, "reseed")
+        if self._in_graph():
+            drawn = operators.draw_locations(x.detach(), *draw, step)
+        else:
+            drawn = em.draw_locations(x, *draw, int(step))
         candidates = drawn.unflatten(0, (num, -1))
         new_mean = em.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
         moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,9 +29,9 @@ class InspectConfig(DataConfig):
     """Print what a data set holds and draw some of its training images."""
 
     out: Path = Path(".")
-    """Folder for the contact sheet, contact-NAME.png."""
-    force: bool = False
-    """Write over a contact sheet that is there."""
+    """Folder for the contact sheet, contact-NAME-CONTENT.png: other images have another one."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes, which add data sets of your own."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,13 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _inspect(config: InspectConfig) -> None:
-    sheet = config.out / f"contact-{config.name}.png"
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"out: {config.out} is a file, expected a folder")
-    if sheet.exists() and not config.force:
-        raise UsageError(f"out: {sheet} exists; choose another folder, or write over it with --force")
     splits = load(config)
     print(describe(config.name, splits.train, splits.test))
+    sheet = config.out / f"contact-{config.name}-{splits.train.content_hash[:8]}.png"
     picture = Image.fromarray(contact_sheet(splits.train).permute(1, 2, 0).numpy())
     try:
         write_atomic(sheet, lambda file: picture.save(file, "PNG"))

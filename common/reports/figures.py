@@ -7,7 +7,6 @@ matplotlibrc: the same input gives the same bytes.
 import io
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
-from common.cli.arguments import parse
+from common.cli.arguments import parse, shown
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
-from common.reports.records import LoggedRun, group_by_seed, read_run
+from common.reports.records import LoggedRun, differing, floor, floor_tag, group_by_seed, read_run, refuse_unlike
 
 Run = tuple[Sequence[float], Sequence[float]]
 """x and y of one run, equally long."""
@@ -221,7 +219,6 @@ def drawing_style() -> Iterator[None]:
 
 def write_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write a figure as PNG and SVG, the same bytes for the same figure, and return their paths."""
-    FigureCanvasAgg(figure)
     paths = stems(path)
     contents = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
@@ -241,6 +238,8 @@ class FiguresConfig:
     """Folders of runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
     tag: str = "metric/fid_classifier"
     """Which value; TAG_floor, where it was logged, becomes a horizontal line."""
+    label: list[str] = field(default_factory=list)
+    """The lines' names in the order of their first runs; without any, the settings in which they differ."""
     out: Path | None = None
     """The figure: OUT.png and OUT.svg."""
     x: Literal["epoch", "step"] = "epoch"
@@ -272,17 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if path.exists() and not cfg.force:
             raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
     runs = [read_run(path) for path in cfg.runs]
-    groups = _labelled(group_by_seed(runs))
+    groups = _labelled(group_by_seed(runs), cfg.label)
     series = {label: [_points(run, cfg.tag, cfg.x) for run in group] for label, group in groups.items()}
-    floors = _floors(runs, f"{cfg.tag}_floor")
-    # Another machine's classifier may differ in the last digits; other images or another extractor differ by far more.
-    agree = bool(floors) and max(floors) - min(floors) <= 0.01 * abs(max(floors))
-    if floors and not agree:
-        print(
-            f"warning: {cfg.tag}_floor is between {min(floors):.4g} and {max(floors):.4g}: these runs were measured "
-            "against different images, so their values do not compare",
-            file=sys.stderr,
-        )
+    refuse_unlike(runs, [cfg.tag])
+    floors = [found for run in runs if (found := floor(run, floor_tag(cfg.tag))) is not None]
     try:
         written = curves(
             cfg.out,
@@ -291,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ylabel=cfg.tag,
             title=cfg.title,
             log_y=cfg.log_y,
-            floor=floors[0] if agree else None,
+            floor=floors[0] if floors else None,
             floor_label="real test images" if cfg.tag.startswith("metric/fid") else "floor",
         )
     except ValueError as error:
@@ -315,17 +307,37 @@ def _points(run: LoggedRun, tag: str, x: str) -> Run:
     return xs, ys
 
 
-def _floors(runs: Sequence[LoggedRun], tag: str) -> list[float]:
-    """Return the first floor that each run logged, where it did."""
-    found = ([line[tag] for line in run.lines if line.get(tag) is not None] for run in runs)
-    return [floors[0] for floors in found if floors]
+def _labelled(groups: list[list[LoggedRun]], names: Sequence[str]) -> dict[str, list[LoggedRun]]:
+    """Give each line its name: the one asked for, or what tells it from the others."""
+    if names and (len(names) != len(groups) or len(set(names)) < len(names)):
+        found = "; ".join(_label(group) for group in groups)
+        raise UsageError(f"label: expected {len(groups)} different names, for {found}; got {', '.join(names)}")
+    return dict(zip(names or _told_apart(groups), groups, strict=True))
 
 
-def _labelled(groups: list[list[LoggedRun]]) -> dict[str, list[LoggedRun]]:
-    labels = [_label(group) for group in groups]
-    if len(set(labels)) < len(labels):
-        labels = [", ".join(str(run.path) for run in group) for group in groups]
-    return dict(zip(labels, groups, strict=True))
+def _told_apart(groups: list[list[LoggedRun]]) -> list[str]:
+    """Return for each line what its settings are where the lines differ, or for a single one its runs' name."""
+    if len(groups) == 1:
+        return [_label(groups[0])]
+    differ = differing([group[0] for group in groups])
+    labels: list[str] = []
+    for names in ([name for name in differ if name not in _OF_PLACE], differ):
+        labels = [_values(group[0], names) for group in groups]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({_label(group)})" for label, group in zip(labels, groups, strict=True)]
+
+
+_OF_PLACE = ("cache", "device", "threads", "log_every", "checkpoint_every", "checkpoint_keep", "data.root",
+             "data.test_root", "data.download", "data.workers", "norm.backend", "compile")  # fmt: skip
+"""Settings of where and how a run executes, not of what it computes: not worth a word beside those that are."""
+
+
+def _values(run: LoggedRun, names: Sequence[str]) -> str:
+    """Return "ucb, lr 0.001" of norm.kind and lr."""
+    own = [name for name in names if name not in run.unused]
+    values = ((name, shown(run.settings.get(name))) for name in own)
+    return ", ".join(value if name == "norm.kind" else f"{name} {value}" for name, value in values)
 
 
 def _label(group: list[LoggedRun]) -> str:

@@ -1,8 +1,9 @@
 """Runs as reports read them: settings, seed, logged values and where they ran."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from common.cli.arguments import flatten
 from common.errors import UsageError
+from common.norms.config import NormConfig, settings_of
 from common.runs.log import read_metrics
 
 
@@ -19,10 +21,12 @@ class LoggedRun:
 
     Attributes:
         path: the folder.
-        settings: values by dotted name ("norm.kind"), without the seed.
+        settings: values by dotted name ("norm.kind"), without the seed and what the run's layer has no use for.
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
         sessions: of environment.json, a dict for each start and resumption; empty without that file.
+        passport: of summary.json, what values are comparable by; empty where that is not known.
+        unused: names of settings that mean nothing to the run's layer.
     """
 
     path: Path
@@ -30,6 +34,31 @@ class LoggedRun:
     seed: object
     lines: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
+    passport: dict[str, Any]
+    unused: frozenset[str]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return max((line.get("epoch") or 0 for line in self.lines), default=0)
+
+    def values(self, tag: str, epoch: int | None = None) -> list[float]:
+        """Return what was logged under a tag, nan where it was not finite; up to the end of an epoch, if one is given.
+
+        Raises:
+            UsageError: if the run never logged the tag, or not by then, or did not come so far.
+        """
+        self.require(tag)
+        lines = self.lines
+        if epoch is not None:
+            if self.epochs < epoch:
+                raise UsageError(f"at: {self.path} has {self.epochs} epochs, expected at most that, got {epoch}")
+            end = min(line["step"] for line in lines if line["epoch"] >= epoch)  # lines of the next one have its number
+            lines = [line for line in lines if line["step"] <= end]
+        values = [math.nan if line[tag] is None else line[tag] for line in lines if tag in line]
+        if not values:
+            raise UsageError(f"at: {self.path} has no {tag} by epoch {epoch}; expected a later one")
+        return values
 
     def require(self, tag: str) -> None:
         """Raise UsageError if the run never logged a tag."""
@@ -49,9 +78,10 @@ def read_run(path: Path) -> LoggedRun:
         lines = read_metrics(path)
         environment = path / "environment.json"
         sessions = json.loads(environment.read_text(encoding="utf-8"))["sessions"] if environment.exists() else []
+        passport = _passport(path / "summary.json")
     except FileNotFoundError as error:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
     numbers = all(
         isinstance(line, dict) and all(isinstance(value, int | float | None) for value in line.values())
@@ -62,7 +92,85 @@ def read_run(path: Path) -> LoggedRun:
             f"runs: {path} is not a run's folder (config.yaml, metrics.jsonl or environment.json holds something else)"
         )
     named = dict(flatten(settings))
-    return LoggedRun(path, named, named.pop("seed", None), lines, sessions)
+    seed, unused = named.pop("seed", None), _unused(named)
+    meant = {name: value for name, value in named.items() if name not in unused}
+    return LoggedRun(path, meant, seed, lines, sessions, passport, unused)
+
+
+def _passport(file: Path) -> dict[str, Any]:
+    """Return the passport of a summary; earlier versions wrote the images' content alone."""
+    if not file.exists():
+        return {}
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    images = {f"content_{name}": each["content_hash"] for name, each in summary.get("images", {}).items()}
+    return images | dict(summary.get("passport", {}))
+
+
+def _unused(settings: Mapping[str, Any]) -> frozenset[str]:
+    try:
+        known = settings_of(str(settings.get("norm.kind")))
+    except ValueError:  # a layer of somebody's own, or none
+        return frozenset()
+    return frozenset(f"norm.{field.name}" for field in fields(NormConfig) if field.name not in known)
+
+
+def differing(runs: Sequence[LoggedRun]) -> list[str]:
+    """Return the settings in which any of the runs differ, of those that mean something to them."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: [run.settings.get(name) for run in runs if name not in run.unused] for name in names}
+    return [name for name, found in values.items() if any(value != found[0] for value in found)]
+
+
+def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequence[str] = ()) -> None:
+    """Refuse runs whose values of these tags do not compare, by their passports and by the floors they logged.
+
+    The images that runs were trained on may differ, those they are measured on not. Runs that differ in a named
+    setting of data or FID stand in rows of their own, and are not compared.
+
+    Raises:
+        UsageError: naming two runs and what differs.
+    """
+    telling = [name for name in named if name.startswith(("data.", "fid."))]
+    firsts: dict[str, LoggedRun] = {}
+    for run in runs:
+        first = firsts.setdefault(repr([run.settings.get(name) for name in telling]), run)
+        ours, theirs = (_measured_by(each, tags) for each in (first, run))
+        differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+        if differ:
+            raise UsageError(
+                f"runs: {first.path} and {run.path} were measured otherwise ({', '.join(differ)} differ), so their "
+                "values do not compare; take them apart"
+            )
+        for tag in dict.fromkeys(map(floor_tag, tags)):
+            one, other = floor(first, tag), floor(run, tag)
+            # Another machine's classifier may differ in the last digits; other images or another extractor by far more.
+            if one is not None and other is not None and abs(one - other) > 0.01 * max(abs(one), abs(other)):
+                raise UsageError(
+                    f"runs: {tag} is {one:.4g} in {first.path} and {other:.4g} in {run.path}: they were measured "
+                    "against different images, so their values do not compare; take them apart"
+                )
+
+
+def floor_tag(tag: str) -> str:
+    """Return the tag of a value's floor: metric/fid_x_floor, of metric/fid_x and of its distance to the other split."""
+    return f"{tag.removesuffix('_train').removesuffix('_test')}_floor"
+
+
+def floor(run: LoggedRun, tag: str) -> float | None:
+    """Return the first floor that a run logged, if it did."""
+    return next((line[tag] for line in run.lines if line.get(tag) is not None), None)
+
+
+def _measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
+    """Return what of a run's passport these tags depend on."""
+    passport, names = run.passport, set()
+    if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
+        names.add("content_test")
+    if any("fid" in tag for tag in tags):
+        names |= passport.keys() - {"content_train", "content_validation"}
+        if passport.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
+            names.discard("extractor_id")
+    return {name: value for name, value in passport.items() if name in names}
 
 
 def group_by_seed(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from common.cli.arguments import flatten
+from common.cli.plugins import installed_plugins
 from common.errors import UsageError
 from common.machine.atomic import umask, write_text_atomic
 
@@ -109,7 +110,7 @@ def find_run(parent: Path, name: str) -> Path:
 
 
 def environment(device: torch.device, **more: Any) -> dict[str, Any]:
-    """Describe where a run executes: versions, commit, hardware, threads, time and command.
+    """Describe where a run executes: versions, plugins by entry points, commit, hardware, threads, time and command.
 
     Args:
         device: the run's device.
@@ -121,6 +122,7 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
+        "plugins": installed_plugins(),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
@@ -178,7 +180,19 @@ def environment_json(sessions: list[dict[str, Any]]) -> str:
     return json.dumps({"sessions": sessions}, indent=2) + "\n"
 
 
-_TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "backend", "python", "versions.")
+def missing_plugins(path: Path) -> list[str]:
+    """Return what a run's last session had of plugins by entry points, with versions, and this process has not."""
+    try:
+        noted = _sessions(path)[-1].get("plugins")
+    except UsageError:
+        return []
+    known = installed_plugins()
+    return (
+        [f"{name} {version}" for name, version in noted.items() if name not in known] if isinstance(noted, dict) else []
+    )
+
+
+_TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "backend", "python", "versions.", "plugins.")
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,12 +11,40 @@ from typing import Any
 import torch
 
 from common.machine.atomic import write_text_atomic
-from common.runs.log import METRICS, listed, read_metrics
+from common.runs.log import listed, read_metrics
 from common.training.config import RunConfig
 from common.training.method import Method, Tracked
 from common.training.parts import Parts
 
 SUMMARY = "summary.json"
+
+
+class Measured:
+    """The values a run has measured so far.
+
+    Args:
+        tracked: the values that epochs can be chosen by; every ``metric/`` counts beside them.
+        folder: of a run that goes on, whose log is read once.
+
+    Attributes:
+        last: by tag, the last value with its epoch and split; None where it was not finite.
+        of_epoch: by epoch, the last value of each tag.
+    """
+
+    def __init__(self, tracked: Mapping[str, Tracked], folder: Path | None = None) -> None:
+        self._tracked = tracked
+        self.last: dict[str, dict[str, Any]] = {}
+        self.of_epoch: dict[int, dict[str, float | None]] = {}
+        for line in [] if folder is None else read_metrics(folder):
+            self.note(line["epoch"], line)
+
+    def note(self, epoch: int, values: Mapping[str, float | None]) -> None:
+        """Take over what is logged at an epoch, other values left aside."""
+        for tag, value in values.items():
+            if tag in self._tracked or tag.startswith("metric/"):
+                split = self._tracked[tag].split if tag in self._tracked else None
+                self.last[tag] = {"value": value, "epoch": epoch, "split": split}
+                self.of_epoch.setdefault(epoch, {})[tag] = value
 
 
 def write_summary(
@@ -26,33 +55,28 @@ def write_summary(
     method: Method[Any],
     parts: Parts,
     choice: tuple[str, Tracked] | None,
+    measured: Measured,
 ) -> None:
     """Write summary.json, whole or not at all.
 
     It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
-    ``last`` measured values and the ``best`` one with their epochs and splits; content hash and size of each of the
-    ``images`` sets; ``seconds`` of training and evaluation; ``peak_memory_mib``; and the ``rewinds`` there were.
+    ``last`` measured values and the ``best`` one with their epochs and splits; the ``passport`` that says which runs'
+    values compare, content hash and size of each of the ``images`` sets; ``seconds`` of training and evaluation;
+    ``peak_memory_mib``; and the ``rewinds`` there were.
     """
-    at, tracked, epoch_values = parts.at, method.tracked(cfg), {}
-    lines = read_metrics(folder) if (folder / METRICS).exists() else []
-    last: dict[str, Any] = {}
-    for line in lines:
-        for tag, value in line.items():
-            if tag in tracked or tag.startswith("metric/"):
-                split = tracked[tag].split if tag in tracked else None
-                last[tag] = {"value": value, "epoch": line["epoch"], "split": split}
-                epoch_values.setdefault(line["epoch"], {})[tag] = value
+    at = parts.at
     best = at["best"]
     if best is not None and choice is not None:
         best = {**best, "tag": choice[0], "split": choice[1].split, "oracle": choice[1].chosen_by_test,
-                "with": epoch_values.get(best["epoch"], {})}  # fmt: skip
+                "with": measured.of_epoch.get(best["epoch"], {})}  # fmt: skip
     content = {
         "state": state,
         "why": why,
         "epochs": {"done": at["epoch"], "wanted": cfg.epochs},
         "step": at["step"],
-        "last": last,
+        "last": measured.last,
         "best": best,
+        "passport": method.passport(),
         "images": {
             name: {"content_hash": images.content_hash, "count": len(images)} for name, images in method.images.items()
         },

@@ -1,16 +1,18 @@
 """What every run can be told: where it is kept, how it executes, and how it trains."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from common.cli.arguments import flatten, parse, to_dict, to_yaml
+from common.cli.arguments import flatten, parse, read, shown, to_dict, to_yaml
 from common.cli.fields import MAY_CHANGE, changeable
+from common.cli.plugins import MissingPlugin
 from common.errors import UsageError
 from common.machine.device import Precision
 from common.norms.config import NormConfig
+from common.runs.folder import missing_plugins
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -107,6 +109,9 @@ class RunConfig:
     """The folder that holds all runs."""
     resume: bool | Literal["auto"] = False
     """Go on with the run NAME from its newest whole checkpoint; auto starts it where there is none yet."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes, which add kinds of layers, data sets or metrics of your
+    own (docs/configuration.md)."""
     init_from: Path | None = None
     """A checkpoint file whose weights (not optimizer or position) a new run starts from."""
     dry_run: bool = False
@@ -198,25 +203,55 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
     Raises:
         UsageError: if the command line changes what a resumed run keeps, or config.yaml holds no such configuration.
     """
-    file = path / "config.yaml"
-    stored_file = ["--config", str(file)]
-    try:
-        stored = parse(cls, stored_file)
-    except UsageError as error:
-        place = "" if str(file) in str(error) else f"config: {file}: "
-        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
-    before = dict(flatten(to_dict(stored.resolved())))
-    config = parse(cls, [*stored_file, *(sys.argv[1:] if argv is None else argv)])
-    free = set(changeable(cls))
+    stored = stored_config(cls, path)
+    given = ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)]
+    before, free = dict(flatten(to_dict(stored.resolved()))), set(changeable(cls))
     if stored.follows_length:
         free.remove("epochs")
-    for field_name, now in flatten(to_dict(config.resolved())):
-        if field_name not in (*NOT_STORED, *free, "init_from") and now != before[field_name]:
-            raise UsageError(
-                f"{field_name}: the run has {before[field_name]}, got {now}; a resumed run keeps its settings "
-                f"(free to change: {', '.join(sorted(free))})"
-            )
+    try:
+        config = parse(cls, given)
+    except MissingPlugin:
+        raise
+    except UsageError:  # what a changed setting makes of the others would hide that it may not change
+        _refuse_changes(before, _asked(cls, given), free)
+        raise
+    _refuse_changes(before, dict(flatten(to_dict(config.resolved()))), free)
     return config
+
+
+def stored_config(cls: type[C], path: Path) -> C:
+    """Read the configuration of a run, and import its plugins.
+
+    Raises:
+        UsageError: if a plugin of the run is missing, or its config.yaml holds no such configuration.
+    """
+    file = path / "config.yaml"
+    try:
+        return parse(cls, ["--config", str(file)])
+    except MissingPlugin:
+        raise
+    except UsageError as error:
+        if missing := missing_plugins(path):
+            raise MissingPlugin(
+                f"plugins: the run had {' and '.join(missing)}, which is not installed here; install it"
+            ) from error
+        place = "" if str(file) in str(error) else f"config: {file}: "
+        raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
+
+
+def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
+    """Return what files and flags say, by dotted name, whether or not it makes a configuration; no nulls."""
+    values = {name: value for name, value in flatten(read(cls, given)) if value is not None and name != "config"}
+    return {name: str(value.expanduser()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
+    for name, value in now.items():
+        if name not in (*NOT_STORED, *free, "init_from") and value != before[name]:
+            raise UsageError(
+                f"{name}: the run has {shown(before[name])}, got {shown(value)}; leave it out, or start a new run by "
+                f"another --name, since a resumed one keeps its settings (free to change: {', '.join(sorted(free))})"
+            )
 
 
 def stored_yaml(config: RunConfig) -> str:

@@ -16,7 +16,7 @@ from common.machine.device import resolve_device
 from common.machine.dist import Env, group, local_device
 from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
-from common.training.closing import closing_lines, write_summary
+from common.training.closing import Measured, closing_lines, write_summary
 from common.training.config import RunConfig
 from common.training.dry_run import estimate
 from common.training.method import Method, Moment
@@ -147,7 +147,7 @@ class Training:
         self._check()
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
-        self.log.scalars(at["step"], at["epoch"], values)
+        self._record(at["step"], at["epoch"], values)
         if self._scheduled():
             self._save(scheduled=True)
         self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
@@ -180,7 +180,7 @@ class Training:
                 self._save()
             self._stop()
         self._count_seconds("evaluation")
-        self.log.scalars(at["step"], at["epoch"], values)
+        self._record(at["step"], at["epoch"], values)
         at["evaluated"] = at["epoch"]
         best = self._is_best(values)
         scheduled = self._scheduled() or self._done()
@@ -215,7 +215,7 @@ class Training:
         means = dict(self.method.shown(self.env.mean(self.parts.means.pop())))
         steps = at["step"] - self.clock_step
         speed = steps * self.feed.batch_size * self.cfg.accumulate * self.env.world / self._count_seconds("training")
-        self.log.scalars(at["step"], at["epoch"], means | {"schedule/lr": self.rate, "time/images_per_second": speed})
+        self._record(at["step"], at["epoch"], means | {"schedule/lr": self.rate, "time/images_per_second": speed})
         self.shown = {name: value for name, value in means.items() if name.startswith("loss/")} | {"images/s": speed}
         shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
         self.bar.set_postfix({"epoch": at["epoch"] + 1, **shown})
@@ -267,16 +267,23 @@ class Training:
         self.warnings: list[str] = []
         opened: dict[str, Any] = {"settings": self.place.settings(), "results": list(self.method.tracked(self.cfg))}
         if state is None:
-            return Log(self.folder, active=self.env.first, **opened)
-        self.method.accept(state.get("passport", {}))
-        self.parts.load_state_dict(state)
-        return Log(self.folder, self.parts.at["step"], state["log_position"], active=self.env.first, **opened)
+            log = Log(self.folder, active=self.env.first, **opened)
+        else:
+            self.method.accept(state.get("passport", {}))
+            self.parts.load_state_dict(state)
+            log = Log(self.folder, self.parts.at["step"], state["log_position"], active=self.env.first, **opened)
+        self.results = Measured(self.method.tracked(self.cfg), self.folder if self.env.first else None)
+        return log
+
+    def _record(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        self.log.scalars(step, epoch, values)
+        self.results.note(epoch, values)
 
     def _summarise(self, state: str, why: str | None) -> None:
         # A disk that is full has ended the run already; it shall not hide why.
         with contextlib.suppress(*([OSError] if state == "failed" else [])):
             if self.env.first:
-                write_summary(self.folder, state, why, self.cfg, self.method, self.parts, self.choice)
+                write_summary(self.folder, state, why, self.cfg, self.method, self.parts, self.choice, self.results)
 
     def _start_clock(self) -> None:
         self.clock, self.clock_step = time.monotonic(), self.parts.at["step"]

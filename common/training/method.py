@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.data import ImageSet, Stream, hold_out, load, mirrored, plain, to_float
+from common.data import ImageSet, Stream, hold_out, load, mirrored, plain, to_input
 from common.errors import Interrupted, UsageError
-from common.machine.device import autocast, memory_format
+from common.machine.device import autocast
 from common.machine.dist import Env
 from common.norms import collect_health, log_scalars, mixture_layers
 from common.runs.log import Log, listed
@@ -237,8 +237,7 @@ class Method(ABC, Generic[C]):
 
     def to_input(self, images: Tensor) -> Tensor:
         """Bring uint8 images (N, 3, S, S) to the device, in [-1, 1] and in the run's memory layout."""
-        x = to_float(images.to(self.device, non_blocking=True))
-        return x.contiguous(memory_format=memory_format(self.cfg.channels_last))
+        return to_input(images, self.device, channels_last=self.cfg.channels_last)
 
     def autocast(self) -> Any:
         """Return the autocast context of the run's precision."""

@@ -112,7 +112,6 @@ class RunPlace:
         """Let go of the folder."""
         if self._folder is not None:
             self._folder.close()
-            self._folder = None
 
     def _create(self) -> None:
         files = {"config.yaml": stored_yaml(self.cfg), "environment.json": environment_json([self.session])}

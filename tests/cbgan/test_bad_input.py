@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
+import cbcls.train
 import cbgan.evaluate
 import cbgan.train
 
@@ -156,10 +157,19 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     folder = str(tmp_path / "cbgan" / "run")
     assert "fid.every" in refused(capsys, cbgan.evaluate.main, "--run", folder)
     assert "samples" in refused(capsys, cbgan.evaluate.main, "--run", folder, "--samples", "1")
+    (tmp_path / "mine.png").write_text("mine")
+    line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--grid", str(tmp_path / "mine.png"))
+    assert "mine.png exists; add --force" in line
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    flags = ["--epochs", "1", "--batch_size", "120", "--data.size", "8", "--out", str(tmp_path), "--name", "classifier"]
+    cbcls.train.main(flags)
+    classifier = str(tmp_path / "cbcls" / "classifier")
+    line = refused(capsys, cbgan.evaluate.main, "--run", classifier)
+    assert line == f"error: run: {classifier} is no run of a GAN (its networks: network); expected one of runs/cbgan"
 
 
 def test_the_real_command_prints_the_line_and_exits_with_2(launch, tmp_path):
     done = launch("cbgan.train", "--out", str(tmp_path), "--norm.kind", "foo")
     assert done.returncode == 2
-    assert done.stderr == "error: norm.kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, got foo\n"
+    assert done.stderr == "error: norm.kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, none, got foo\n"
     assert done.stdout == ""

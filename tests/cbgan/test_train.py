@@ -20,9 +20,10 @@ from cbgan.noise import noise
 from cbgan.train import Gan
 from common.cli.arguments import parse
 from common.data.image_set import to_float
+from common.data.sets.digits import digits
 from common.errors import UsageError
 from common.machine.dist import Env
-from common.runs.checkpoint import load
+from common.runs.checkpoint import load, save
 from common.runs.log import chart_name, read_metrics
 from common.training.opening import prepare
 from common.training.update import Part, StepGuard, Update
@@ -80,7 +81,7 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.pt", "step-00000008.pt", "step-00000016.pt"}
     summary = capsys.readouterr().out
     for part in ("FID (classifier)  first", "of 10 found among 60 samples", "images/s on cpu", "health norm1",
-                 "tensorboard --logdir", "paper_ucb.yaml", str(folder / "samples")):  # fmt: skip
+                 "tensorboard --logdir", "--config paper_ucb ", str(folder / "samples")):  # fmt: skip
         assert part in summary
 
 
@@ -104,6 +105,36 @@ def test_evaluating_the_last_checkpoint_gives_the_logged_fid(tiny, tmp_path, cap
     assert (tmp_path / "grid.png").read_bytes() == (folder / "samples" / "epoch-0001.png").read_bytes()
     with pytest.raises(SystemExit, match="1"):  # one epoch teaches nothing, and the check must say so
         cbgan.evaluate.main(["--run", str(folder), "--check"])
+
+
+def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(tiny, tmp_path, capsys):
+    cbgan.train.main([*tiny, "--epochs", "1", "--name", "run"])
+    folder = tmp_path / "cbgan" / "run"
+    passport = json.loads((folder / "summary.json").read_text())["passport"]
+    (line,) = [line for line in read_metrics(folder) if "metric/fid_classifier" in line and line["epoch"] == 1]
+    capsys.readouterr()
+    cbgan.evaluate.main(["--run", str(folder)])
+    (file,) = (folder / "evaluations").iterdir()
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"written: {file}"
+    record = json.loads(file.read_text())
+    assert record["values"] == {name: value for name, value in line.items() if "fid" in name}
+    assert (record["epoch"], record["step"], record["samples"]) == (1, 8, 60)
+    assert record["passport"].items() <= passport.items()
+    assert list(record["classes"]) == list(digits(32).train.classes)
+    assert sum(record["classes"].values()) == 60
+    assert sum(n > 0 for n in record["classes"].values()) == line["metric/classes_found"]
+    assert f"samples of 0: {record['classes']['0']}, 1: {record['classes']['1']}, " in out
+    before = file.read_bytes()
+    cbgan.evaluate.main(["--run", str(folder)])  # the same again
+    assert [path.read_bytes() for path in (folder / "evaluations").iterdir()] == [before]
+    cbgan.evaluate.main(["--run", str(folder), "--samples", "50"])  # another one
+    state = load(folder / "checkpoints" / "step-00000008.pt")
+    state["networks"]["g"]["deconv4.bias"] += 1.0  # other weights at the same step
+    save(folder / "checkpoints" / "step-00000008.pt", state)
+    cbgan.evaluate.main(["--run", str(folder)])
+    assert len({path.read_bytes() for path in (folder / "evaluations").iterdir()}) == 3
+    assert file.read_bytes() == before
 
 
 def test_a_dry_run_writes_nothing_and_states_the_cost(tiny, tmp_path, capsys):

@@ -92,6 +92,62 @@ def test_a_bad_flag_is_one_line_that_names_field_value_and_what_is_right(flags):
         assert part in line, line
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training(Outer):
+    """A configuration with names that are easily mixed up."""
+
+    name: str | None = None
+    """The run's."""
+    seed: int = 0
+    """Of all draws."""
+    best: bool = False
+    """Keep it."""
+    batch_size: int = 2
+    """Images a step."""
+    schedule: Inner = field(default_factory=Inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What reads a run."""
+
+    run: Path | None = None
+    """Its folder."""
+
+
+HINTS = {  # what was typed, and all that may be suggested: only what is near
+    "--bs 4": "did you mean --batch_size?",  # by its initials; neither --best nor --seed
+    "--batch 4": "did you mean --batch_size?",
+    "--batch-size 4": "did you mean --batch_size?",
+    "--sede 1": "did you mean --seed?",
+    "--nmae x": "did you mean --name?",
+    "--kind bn": "did you mean --norm.kind or --schedule.kind?",
+    "--norm_kind bn": "did you mean --norm.kind?",
+    "--norm.kin bn": "did you mean --norm.kind?",
+    "--norm.foo 1": "see --help",  # shares its group alone with --norm.kind
+    "--ls 1": "see --help",
+    "--x 1": "see --help",
+    "runs/cbgan/first": "did you mean --name first --resume?",
+    "/disk/runs/cbgan/first": "did you mean --name first --resume --out /disk/runs?",
+    "bn.yaml": "did you mean --config bn.yaml?",
+    "first": "see --help",
+}
+
+
+@pytest.mark.parametrize("flags", HINTS)
+def test_only_what_is_near_is_suggested(flags):
+    with pytest.raises(UsageError) as caught:
+        parse(Training, flags.split())
+    assert str(caught.value) == f"{flags.split()[0]}: no such option; {HINTS[flags]}"
+
+
+def test_a_run_given_without_an_option_is_told_the_option():
+    with pytest.raises(UsageError, match=r"^runs/cbgan/first: no such option; did you mean --run runs/cbgan/first\?$"):
+        parse(Measuring, ["runs/cbgan/first"])
+    with pytest.raises(UsageError, match=r"^--bs: no such option; see --help$"):
+        parse(Measuring, ["--bs", "3"])
+
+
 BAD_FILES = {
     "epochs: abc": ["epochs", "whole number", "abc"],
     "epochs: null": ["epochs", "whole number", "null"],

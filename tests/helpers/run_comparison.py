@@ -1,5 +1,6 @@
 """What two runs must share to count as the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,14 @@ def charted(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
 
 
+def summarised(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if name not in ("seconds", "peak_memory_mib")}
+
+
 def assert_same_runs(ours: Path, theirs: Path) -> None:
-    """Compare the last checkpoints, logs, charts and pictures of two runs."""
+    """Compare the last checkpoints, logs, summaries, charts and pictures of two runs."""
+    assert summarised(ours) == summarised(theirs)
     assert_same(final_state(ours), final_state(theirs))
     assert logged(ours) == logged(theirs)
     assert charted(ours) == charted(theirs)

@@ -131,3 +131,17 @@ def test_an_interruption_leaves_no_temporary_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "file", interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_after_the_renaming_stays_that_interruption(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def interrupted(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_text_atomic(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

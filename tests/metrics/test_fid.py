@@ -170,6 +170,8 @@ def test_stops_between_the_two_splits_when_asked(pixels, tmp_path):
 @pytest.mark.parametrize("warning", [None, "it says little"])
 def test_what_the_classifier_warns_of_is_passed_on(tmp_path, monkeypatch, warning):
     class Warned(Pixels):
+        name = "classifier"
+
         def __init__(self, *_):
             super().__init__()
             self.warning = warning

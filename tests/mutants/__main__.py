@@ -51,6 +51,12 @@ def tracked() -> list[str]:
     return sorted({name for name in names if name and (ROOT / name).is_file() and not (ROOT / name).is_symlink()})
 
 
+def links() -> list[str]:
+    """Return the links inside the tree, such as that to a package's configurations."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_symlink()]
+
+
 def copy_tree(target: Path) -> None:
     """Copy the tree, in the past, so that a fault written later is newer, and make it a checkout of its own."""
     shutil.rmtree(target, ignore_errors=True)
@@ -58,6 +64,8 @@ def copy_tree(target: Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target / name)
         os.utime(target / name, (1e9, 1e9))
+    for name in links():
+        (target / name).symlink_to((ROOT / name).readlink())
     identity = ["-c", "user.name=mutants", "-c", "user.email=mutants@localhost", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "A copy"]):
         subprocess.run(["git", *command], cwd=target, check=True)
@@ -76,7 +84,7 @@ def is_shared(name: str) -> bool:
 def files_below(tree: Path) -> list[str]:
     """Return the files of a copy of the tree."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=tree, capture_output=True, check=True, text=True)
-    return [name for name in listed.stdout.split("\0") if name]
+    return [name for name in listed.stdout.split("\0") if name and not (tree / name).is_symlink()]
 
 
 def packages(tree: Path) -> list[str]:

@@ -52,6 +52,12 @@ def mirrored(file: str, folders: Iterable[str]) -> str:
     return "/".join(("tests", *parts))
 
 
+def is_near(test: str, home: str) -> bool:
+    """Whether a test is in a folder or one below it; of the outermost, which holds all, the files of its own count."""
+    folder = Path(test.split("::", maxsplit=1)[0]).parent
+    return folder == Path(home) if home == "tests" else folder.is_relative_to(home)
+
+
 def session_job(file: str, **more: Any) -> Job:
     """Return a job for one file, in the environment it needs."""
     environment = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_STORAGE_DIRECTORY": "/dev/null/none"}
@@ -151,7 +157,7 @@ class Selection:
     def tests(self, fault: Fault) -> set[str]:
         """Return every test that may notice a fault."""
         home = mirrored(fault.file, self.folders)
-        near = {test for test in self.durations if Path(test.split("::")[0]).parent.is_relative_to(home)}
+        near = {test for test in self.durations if is_near(test, home)}
         rows = self.executed.get(fault.file, {})
         if is_kernel(fault.file):
             return self._expand(rows.get(fault.line, ())) or {test for test in near if is_cold(test.split("::")[0])}
@@ -167,12 +173,11 @@ class Selection:
 
     def stages(self, fault: Fault) -> list[tuple[list[str], dict[str, float]]]:
         """Return sessions as (files, tests with their durations): near tests first, those of Triton apart."""
-        home = Path(mirrored(fault.file, self.folders))
+        home = mirrored(fault.file, self.folders)
         groups: dict[int, dict[str, float]] = {}
         for test in self.tests(fault):
             file = test.split("::")[0]
-            near = Path(file).parent.is_relative_to(home)
-            groups.setdefault(2 if is_cold(file) else 0 if near else 1, {})[test] = self.durations[test]
+            groups.setdefault(2 if is_cold(file) else 0 if is_near(test, home) else 1, {})[test] = self.durations[test]
         left, result = self.patience * BUDGET, []
         for number, group in sorted(groups.items()):
             left = self.patience * COLD_BUDGET if number == 2 else left

@@ -152,6 +152,7 @@ def test_each_batch_draws_locations_of_its_own():
         layer = UCBNorm(2, 3, groups=1, reseed=0.1)
         layer.mean[2] = 1e3
         layer.usage[2] = layer.step.fill_(step) * 0
+        layer.forget_initialized()
         layer(clouds(0))
         moved.append(layer.mean[2].tolist())
     assert len({tuple(mean) for mean in moved}) > 1

@@ -9,7 +9,7 @@ import torch
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.norms import DomainBatchNorm
-from common.norms.config import NormConfig
+from common.norms.config import NormConfig, settings_of
 
 KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
 
@@ -30,6 +30,29 @@ def test_wrong_values_are_named(name, value):
     wrong: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=rf"^norm\.{name}: expected |^norm\.{name}: 'learned' needs"):
         NormConfig(**wrong)
+
+
+SETTINGS: dict[str, Any] = {
+    "groups": 1, "update": "moving_average", "statistics": "batch", "average": "em", "scale": "paper",
+    "init": "uniform", "momentum": 0.1, "min_weight": 0.01, "variance": "component", "reseed": 0.0,
+    "eps": 1e-5, "affine": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_mean_something_are_those_a_kind_does_not_refuse(kind):
+    meant = settings_of(kind)
+    for name, value in SETTINGS.items():
+        given: dict[str, Any] = {name: "identity" if name == "init" and kind.startswith("scb") else value}
+        if name in meant:
+            NormConfig(kind=kind, **given)
+        else:
+            with pytest.raises(ValueError, match=f"means nothing to norm.kind {kind}"):
+                NormConfig(kind=kind, **given)
+    few, many = (sum(p.numel() for p in NormConfig(kind=kind, num_components=k).build(4).state_dict().values())
+                 for k in (2, 3))  # fmt: skip
+    assert ("num_components" in meant) == (few != many)
+    assert {"kind", "backend"} <= meant <= {"kind", "backend", "num_components", *SETTINGS}
 
 
 @pytest.mark.parametrize("kind", ["bn", "in", "dsbn"])

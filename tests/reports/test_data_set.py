@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def test_prints_what_the_set_holds(tmp_path, capsys):
     pixels = splits.train.images.numpy()[:, 0] / 255
     assert got["mean"].split()[:3] == [f"{pixels.mean():.5f}"] * 3
     assert got["std"].split() == [f"{pixels.std():.5f}"] * 3
-    sheet = tmp_path / "new" / "contact-digits.png"
+    sheet = tmp_path / "new" / f"contact-digits-{splits.train.content_hash[:8]}.png"
     assert got["contact sheet"] == str(sheet)
     with Image.open(sheet) as image:
         assert image.size == (8 * (64 + 2) + 2,) * 2
@@ -86,14 +87,19 @@ def test_contact_sheet_of_few_images_holds_each_once():
     assert sheet[0, 34, 34::66].tolist() == [0, 1, 2]
 
 
-def test_a_sheet_that_is_there_is_kept_without_force(tmp_path):
-    sheet = tmp_path / "contact-digits.png"
-    sheet.write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"^out: .*contact-digits\.png exists; .*--force"):
-        main(["--size", "8", "--out", str(tmp_path)])
-    assert sheet.read_bytes() == b"mine"
-    main(["--size", "8", "--out", str(tmp_path), "--force"])
-    assert sheet.read_bytes().startswith(b"\x89PNG")
+def test_sheets_of_other_images_do_not_collide(tmp_path, capsys):
+    for number, name in enumerate(("here/photos", "there/photos")):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 40 * number, dtype=np.uint8)).save(tmp_path / name / "1.png")
+    sheets = []
+    for name, size in (("here/photos", "8"), ("there/photos", "8"), ("here/photos", "16"), ("here/photos", "8")):
+        flags = ["--name", "imagefolder", "--root", str(tmp_path / name), "--size", size]
+        main([*flags, "--out", str(tmp_path / "sheets")])
+        sheets.append(table(capsys.readouterr().out)["contact sheet"])
+    assert sheets[0] == sheets[3]
+    assert len(set(sheets)) == len(list((tmp_path / "sheets").iterdir())) == 3
+    with Image.open(sheets[0]) as here, Image.open(sheets[1]) as there:
+        assert (here.getpixel((34, 34)), there.getpixel((34, 34))) == ((0, 0, 0), (40, 40, 40))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,9 @@ def test_a_mistake_ends_the_command_with_status_2(tmp_path):
 def test_the_command_ends_with_status_0(tmp_path):
     done = run(tmp_path, "--name", "digits_m", "--size", "8")
     assert (done.returncode, done.stderr) == (0, "")
-    assert os.listdir(tmp_path) == ["contact-digits_m.png"]
+    assert [re.sub("-[0-9a-f]{8}", "-CONTENT", name) for name in os.listdir(tmp_path)] == [
+        "contact-digits_m-CONTENT.png"
+    ]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):

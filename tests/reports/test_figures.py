@@ -215,18 +215,49 @@ def test_the_command_joins_runs_that_differ_by_seed_alone(tmp_path, capsys):
     assert "ucb-seed0, ucb-seed1, odd (n = 3)" in (tmp_path / "all.svg").read_text()
 
 
-def test_labels_that_would_be_equal_become_paths(tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    runs = [make_run(tmp_path, "a", seed=0), make_run(tmp_path / "other", "a", seed=0, kind="bn")]
+def test_the_legend_names_what_differs(tmp_path, capsys):
+    norms = {"a": "kind: ucb, num_components: 3, groups: null", "b": "kind: ucb, num_components: 3, groups: 1",
+             "c": "kind: bn, num_components: 5"}  # fmt: skip
+    runs = [make_run(tmp_path, name, seed=0) for name in norms]
+    for run, norm in zip(runs, norms.values(), strict=True):
+        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{{norm}}}\ncache: /{Path(run).name}\n")
+    out = ["--out", f"{tmp_path}/f", "--force"]
+    common.reports.figures.main(["--runs", *runs, *out])
+    names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
+    assert names == [
+        "ucb, norm.groups null",
+        "ucb, norm.groups 1",
+        "bn",
+    ]  # neither components nor groups mean it a thing
+    common.reports.figures.main(["--runs", *runs, *out, "--label", "joint", "1", "BatchNorm"])
+    names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
+    assert names == ["joint", "1", "BatchNorm"]
+    for label in ("joint (n = 1)", "BatchNorm (n = 1)"):
+        assert label in (tmp_path / "f.svg").read_text()
+    for wrong in (["joint"], ["a", "b", "a"]):
+        line = refused(capsys, "--runs", *runs, *out, "--label", *wrong)
+        assert f"label: expected 3 different names, for a; b; c; got {', '.join(wrong)}" in line
+
+
+def test_lines_that_differ_by_place_alone_are_told_apart_by_it(tmp_path, capsys):
+    runs = [make_run(tmp_path, name, seed=0) for name in ("a", "b")]
+    for run in runs:
+        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{kind: bn}}\ndevice: {Path(run).name}\n")
     common.reports.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
-    assert capsys.readouterr().out.splitlines()[:2] == [f"{run}: {run}" for run in runs]
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["device a", "device b"]
 
 
-def test_floors_that_differ_are_told_and_not_drawn(tmp_path, capsys):
+def test_unlike_runs_are_refused_as_tables_do(tmp_path, capsys):
     runs = [make_run(tmp_path, "a", seed=0), make_run(tmp_path, "b", seed=0, kind="bn", floor=4.0)]
-    common.reports.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
-    assert "between 3 and 4" in capsys.readouterr().err
-    assert "real test images" not in (tmp_path / "f.svg").read_text()
+    argv = ["--runs", *runs, "--out", f"{tmp_path}/f"]
+    assert f"{TAG}_floor is 3 in {runs[0]} and 4 in {runs[1]}" in refused(capsys, *argv)
+    runs[1] = make_run(tmp_path, "c", seed=0, kind="bn", floor=3.02)
+    for run, count in zip(runs, (1000, 500), strict=True):
+        Path(run, "summary.json").write_text(json.dumps({"passport": {"n_real": count}}))
+    argv[1:3] = runs
+    assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(capsys, *argv)
+    assert not list(tmp_path.glob("f.*"))
+    common.reports.figures.main([*argv, "--tag", "loss/d", "--x", "step"])  # which does not depend on it
 
 
 def refused(capsys, *argv: str) -> str:

@@ -1,6 +1,9 @@
+import csv
 import json
+import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import common.reports.tables
@@ -39,27 +42,37 @@ def runs(tmp_path) -> list[str]:
 def test_rows_are_means_over_seeds_of_what_was_logged_last(runs, capsys):
     argv = ["--runs", *runs, "--settings", "norm.kind", "norm.groups", "--tags", "metric/accuracy", "health/usage"]
     common.reports.tables.main(argv)
+    deviation = {"ucb": statistics.stdev([0.5, 0.6, 0.75]), "usage": statistics.stdev([1e-9, 0.2, 0.1])}
     assert capsys.readouterr().out.splitlines() == [
         "| norm.kind | norm.groups | seeds | metric/accuracy | health/usage |",
         "| --- | --- | --- | --- | --- |",
-        "| ucb | null | 0 1 2 | 0.617 (0.5 to 0.75) | 0.1 (1e-09 to 0.2) |",
-        "| bn | null | 0 | 0.25 | - |",
+        f"| ucb | null | 0 1 2 | 0.6167 ± {deviation['ucb']:.2g} | 0.1 ± {deviation['usage']:.2g} |",
+        "| bn | - | 0 | 0.25 | - |",
         "",
-        "4 runs, each with its last value; a cell is the mean over seeds (least to largest).",
+        "4 runs, each with its last value; a cell is mean ± standard deviation over seeds.",
         "epochs: 2; data: digits; commit: abc123; torch: 2.99; hardware: A processor, 1 of 8 cores.",
     ]
 
 
-def test_what_rows_differ_in_without_being_named_is_told(tmp_path, runs, capsys):
-    grouped = make_run(tmp_path, "e", seed=0, norm="{kind: in, groups: 4, affine: true}", accuracy=0.5)
-    common.reports.tables.main(["--runs", *runs, grouped, "--tags", "metric/accuracy"])
-    assert capsys.readouterr().out.splitlines()[-1] == "The rows differ in norm.groups, norm.affine too."
+def test_what_rows_differ_in_without_being_named_is_told_but_for_what_a_layer_has_not(tmp_path, runs, capsys):
+    norm = "{kind: ucb, groups: 4, num_components: 3, update: weight}"
+    grouped = make_run(tmp_path, "e", seed=0, norm=norm, accuracy=0.5)
+    plain = make_run(tmp_path, "f", seed=0, norm="{kind: bn, num_components: 9, update: null}", accuracy=0.5)
+    tags = ["--tags", "metric/accuracy"]
+    common.reports.tables.main(["--runs", grouped, plain, *tags])
+    assert "differ in" not in capsys.readouterr().out
+    other = make_run(tmp_path, "g", seed=0, norm="{kind: mn, groups: 1, num_components: 3}", accuracy=0.5, lr=1)
+    common.reports.tables.main(["--runs", other, grouped, plain, *tags])
+    assert capsys.readouterr().out.splitlines()[-1] == "The rows differ in norm.groups too."
+    common.reports.tables.main(["--runs", plain, *tags, "--settings", "norm.num_components", "norm.kind"])
+    assert capsys.readouterr().out.splitlines()[0] == "| norm.kind | seeds | metric/accuracy |"
 
 
 def test_a_run_counts_with_the_mean_of_its_last_values(runs, capsys):
     common.reports.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--last", "2"])
     out = capsys.readouterr().out
-    assert "| ucb | 0 1 2 | 0.308 (0.25 to 0.375) |" in out  # the accuracy before the last was 0
+    deviation = statistics.stdev([0.25, 0.3, 0.375])
+    assert f"| ucb | 0 1 2 | 0.3083 ± {deviation:.2g} |" in out  # the accuracy before the last was 0
     assert "the mean of its 2 last values" in out
 
 
@@ -69,7 +82,164 @@ def test_a_value_that_was_not_finite_stays_visible(tmp_path, runs, capsys):
     assert "| bn | 0 1 | nan |" in capsys.readouterr().out
 
 
+def long_run(folder: Path, name: str, *, seed: int, accuracies: list[float | None], data: str = "name: digits") -> str:
+    """Write a run of steps 1, 2, ..., two an epoch, with a loss each; accuracy is measured after each epoch."""
+    path = folder / name
+    path.mkdir()
+    (path / "config.yaml").write_text(f"seed: {seed}\nepochs: 9\nnorm: {{kind: bn}}\ndata: {{{data}}}\n")
+    lines: list[dict[str, float | None]] = []
+    for epoch, accuracy in enumerate(accuracies):
+        lines += [{"step": step, "epoch": epoch, "loss/train": 100.0 - step} for step in (2 * epoch + 1, 2 * epoch + 2)]
+        lines.append({"step": 2 * epoch + 2, "epoch": epoch + 1, "metric/accuracy": accuracy})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def columns(out: str) -> dict[str, str]:
+    head, _, row = (line.strip("| ").split(" | ") for line in out.splitlines()[:3])
+    return dict(zip(head, row, strict=True))
+
+
+def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
+    first = long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95])
+    tags = ["--tags", "metric/accuracy", "loss/train"]
+    common.reports.tables.main(["--runs", first, *tags, "--at", "1", "3"])  # of a run that is not finished
+    out = capsys.readouterr().out
+    assert columns(out) == {
+        "norm.kind": "bn", "seeds": "0",
+        "metric/accuracy at 1": "0.3", "metric/accuracy best to 1": "0.3",
+        "metric/accuracy at 3": "0.5", "metric/accuracy best to 3": "0.9",
+        "loss/train at 1": "98", "loss/train best to 1": "98",  # steps 1 and 2 are epoch 1, whose lines say 0
+        "loss/train at 3": "94", "loss/train best to 3": "94",
+    }  # fmt: skip
+    assert "its last value by the end of epoch 1 or 3 and its best so far" in out
+    second = long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4])
+    common.reports.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "3", "--last", "3"])
+    got = columns(capsys.readouterr().out)
+    assert got["metric/accuracy at 3"] == "nan"  # one of its last three was not finite
+    assert got["metric/accuracy best to 3"] == f"0.65 ± {statistics.stdev([0.9, 0.4]):.2g}"
+    assert f"at: {second} has 3 epochs, expected at most that, got 4" in refused(
+        capsys, "--runs", first, second, "--tags", "metric/accuracy", "--at", "4"
+    )
+    assert "at: expected epochs from 0 on, got -1" in refused(capsys, "--runs", first, *tags, "--at", "-1")
+    assert f"at: {first} has no metric/accuracy by epoch 0" in refused(capsys, "--runs", first, *tags, "--at", "0")
+
+
+def test_the_folder_of_the_data_is_named(tmp_path, capsys):
+    data = "name: imagefolder, root: photos/train, test_root: photos/test"
+    run = long_run(tmp_path, "a", seed=0, accuracies=[0.5], data=data)
+    common.reports.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
+    assert "data: imagefolder in photos/train and photos/test; " in capsys.readouterr().out
+
+
+def test_a_csv_holds_unrounded_means_and_deviations(tmp_path, runs, capsys):
+    argv = ["--runs", *runs, "--tags", "metric/accuracy", "health/usage"]
+    common.reports.tables.main([*argv, "--out", f"{tmp_path}/t.csv"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path}/t.csv"
+    with open(tmp_path / "t.csv", newline="") as file:
+        ucb, bn = csv.DictReader(file)
+    accuracies = [0.5, 0.6, 0.75]
+    assert (ucb["norm.kind"], ucb["seeds"], bn["norm.kind"], bn["seeds"]) == ("ucb", "0 1 2", "bn", "0")
+    assert float(ucb["metric/accuracy mean"]) == pytest.approx(sum(accuracies) / 3, rel=1e-15)
+    assert float(ucb["metric/accuracy deviation"]) == pytest.approx(np.std(accuracies, ddof=1), rel=1e-14)
+    assert (bn["metric/accuracy mean"], bn["metric/accuracy deviation"]) == ("0.25", "")
+    assert (bn["health/usage mean"], bn["health/usage deviation"]) == ("", "")
+
+
+def test_latex_escapes_what_it_would_take_for_commands(tmp_path, runs, capsys):
+    odd = make_run(tmp_path, "odd", seed=0, norm="{kind: 'a_b&50%$#{}~^\\c', groups: null}", accuracy=2e-9)
+    common.reports.tables.main(["--runs", *runs, odd, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.tex"])
+    lines = (tmp_path / "t.tex").read_text().splitlines()
+    deviation = statistics.stdev([0.5, 0.6, 0.75])
+    assert lines[:6] == [
+        r"\begin{tabular}{llr}",
+        r"\hline",
+        r"norm.kind & seeds & metric/accuracy \\",
+        r"\hline",
+        rf"ucb & 0 1 2 & $0.6167 \pm {deviation:.2g}$ \\",
+        r"bn & 0 & $0.25$ \\",
+    ]
+    name = r"a\_b\&50\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}c"
+    assert lines[6] == name + r" & 0 & $2 \cdot 10^{-9}$ \\"
+    assert lines[7:9] == [r"\hline", r"\end{tabular}"]
+    assert all(line.startswith("% ") for line in lines[9:])
+    tag = make_run(tmp_path, "tag", seed=0, norm="{kind: bn}", accuracy=1.0)
+    Path(tag, "metrics.jsonl").write_text('{"step": 1, "epoch": 2, "metric/macro_f1": 0.5}\n')
+    common.reports.tables.main(["--runs", tag, "--tags", "metric/macro_f1", "--out", f"{tmp_path}/u.tex"])
+    assert r"metric/macro\_f1" in (tmp_path / "u.tex").read_text()
+    capsys.readouterr()
+    common.reports.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.md"])
+    assert capsys.readouterr().out == (tmp_path / "t.md").read_text() + f"written: {tmp_path}/t.md\n"
+
+
+def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs, capsys):
+    (tmp_path / "t.csv").write_text("mine")
+    argv = ["--runs", *runs, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.csv"]
+    assert f"out: {tmp_path}/t.csv exists; add --force" in refused(capsys, *argv)
+    assert (tmp_path / "t.csv").read_text() == "mine"
+    common.reports.tables.main([*argv, "--force"])
+    assert (tmp_path / "t.csv").read_text().startswith("norm.kind,")
+    line = refused(capsys, *argv[:-1], f"{tmp_path}/t.xlsx")
+    assert f"out: expected a file that ends in .csv, .tex, .md, got {tmp_path}/t.xlsx" in line
+    assert "out: cannot write" in refused(capsys, *argv[:-1], f"{tmp_path}/t.csv/u.csv")
+
+
+def note_passport(run: str, **passport: object) -> str:
+    Path(run, "summary.json").write_text(json.dumps({"images": {}, "passport": passport}))
+    return run
+
+
+def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
+    sound = {"extractor": "classifier", "extractor_id": "a", "n_real": 1000, "content_test": "x", "content_train": "x"}
+    changes = {"n_real": 500, "content_test": "y", "content_train": "y", "extractor_id": "b", "resize": "none"}
+    logged = {"metric_fid": 1, "loss_train": 2}
+    first = note_passport(make_run(tmp_path, "first", seed=0, norm="{kind: bn}", accuracy=0.5, **logged), **sound)
+    others = {}
+    for name, value in changes.items():
+        run = make_run(tmp_path, name, seed=0, norm="{kind: ucb}", accuracy=0.5, **logged)
+        others[name] = note_passport(run, **(sound | {name: value}))
+    fid, accuracy = ["--tags", "metric/fid"], ["--tags", "metric/accuracy"]
+    for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy)):
+        line = refused(capsys, "--runs", first, others[name], *tags)
+        assert f"runs: {first} and {others[name]} were measured otherwise ({name} differ)" in line
+    # Accuracy does not depend on how FID is measured, nor a value on what was held out of training by another seed;
+    # a classifier trained anew has other weights, and what one of them does not know is not compared.
+    for name, tags in (("n_real", accuracy), ("content_train", accuracy), ("extractor_id", fid), ("resize", fid)):
+        common.reports.tables.main(["--runs", first, others[name], *tags])
+    common.reports.tables.main(["--runs", first, others["content_test"], "--tags", "loss/train"])
+    Path(others["content_test"], "config.yaml").write_text("seed: 0\nepochs: 2\nnorm: {kind: bn}\ndata: {name: svhn}\n")
+    argv = ["--runs", first, others["content_test"], *accuracy, "--settings", "data.name"]
+    capsys.readouterr()
+    common.reports.tables.main(argv)  # rows of two data sets
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
+
+
+def test_images_of_an_older_summary_count_as_a_passport(tmp_path, capsys):
+    runs = []
+    for kind in ("bn", "ucb"):
+        runs.append(make_run(tmp_path, kind, seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5))
+        images = {"test": {"content_hash": kind, "count": 3}}
+        Path(runs[-1], "summary.json").write_text(json.dumps({"images": images}))
+    assert "(content_test differ)" in refused(capsys, "--runs", *runs, "--tags", "metric/accuracy")
+    Path(runs[0], "summary.json").write_text("[]")
+    assert f"runs: {runs[0]} cannot be read" in refused(capsys, "--runs", *runs, "--tags", "metric/accuracy")
+
+
+def test_floors_that_differ_are_refused(tmp_path, capsys):
+    runs = []
+    for kind, floor in (("bn", 3.0), ("ucb", 4.0), ("mn", 3.01)):
+        runs.append(make_run(tmp_path, kind, seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5))
+        line = {"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_test": 9.0, "metric/fid_x_floor": floor}
+        with open(Path(runs[-1], "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+    for tag in ("metric/fid_x", "metric/fid_x_test"):
+        line = refused(capsys, "--runs", *runs, "--tags", tag)
+        assert f"runs: metric/fid_x_floor is 3 in {runs[0]} and 4 in {runs[1]}" in line
+    common.reports.tables.main(["--runs", runs[0], runs[2], "--tags", "metric/fid_x"])  # another machine's rounding
+
+
 def refused(capsys, *argv: str) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as left:
         run_command(lambda: common.reports.tables.main(argv))
     captured = capsys.readouterr()

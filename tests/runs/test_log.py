@@ -1,9 +1,10 @@
 import json
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.runs.log import Log, Means, read_metrics
+from common.runs.log import Log, Means, chart_name, listed, read_metrics
 
 
 def test_the_same_names_and_values_in_both_places(tmp_path):
@@ -58,3 +59,86 @@ def test_means_go_on_after_their_state_was_restored():
         restored.add({"loss/d": value})
     assert whole.pop() == restored.pop() == {"loss/d": 3.0}
     assert whole.pop() == {}
+
+
+def test_values_are_listed_by_their_last_names_and_those_that_are_none_left_out():
+    values = {"metric/accuracy": 0.9349, "metric/macro_f1": 0.92, "health/norm1/usage_min": 12345.0, "loss/d": None}
+    assert listed(values) == "accuracy 0.935, macro f1 0.92, usage min 1.23e+04"
+    assert listed({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ("metric/accuracy", "1_result/accuracy"), ("loss/d", "2_loss/d"), ("samples/generated", "3_samples/generated"),
+        ("gradient/d", "5_gradient/d"), ("schedule/lr", "6_schedule/lr"), ("time/x", "7_time/x"),
+        ("health/norm1/usage_min", "9_health/norm1/usage_min"), ("other/x", "other/x"), ("loss", "loss"),
+    ],
+)  # fmt: skip
+def test_charts_sort_as_they_are_read(tag, name):
+    assert chart_name(tag) == name
+
+
+def test_pages_of_settings_charts_and_pictures(tmp_path):
+    settings = {"lr": 0.5, "norm.kind": "ucb", "flip": True, "clip": None, "keep": [1, 2]}
+    log = Log(tmp_path, settings=settings, results=["metric/accuracy"])
+    log.charts({"FID": ["metric/fid_x", "metric/fid_x_floor"]})
+    picture = torch.arange(3 * 4 * 5).reshape(3, 4, 5).to(torch.uint8)
+    log.image(7, "samples/generated", picture)
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.split("\n") == [f"    {name}: {value}" for name, value in settings.items()]
+    from tensorboard.plugins.custom_scalar import layout_pb2  # noqa: PLC0415 - heavy
+    from tensorboard.plugins.hparams import plugin_data_pb2  # noqa: PLC0415 - heavy
+
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
+    (category,) = layout.category
+    (chart,) = category.chart
+    assert (category.title, chart.title) == ("FID", "FID")
+    assert list(chart.multiline.tag) == ["1_result/fid_x", "1_result/fid_x_floor"]
+    plugin = {name: events.summary_metadata[f"_hparams_/{name}"].plugin_data.content
+              for name in ("experiment", "session_start_info")}  # fmt: skip
+    parse = plugin_data_pb2.HParamsPluginData.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    read = {name: parse(content) for name, content in plugin.items()}
+    started = read["session_start_info"].session_start_info.hparams
+    assert started["lr"].number_value == 0.5
+    assert {name: started[name].string_value for name in ("norm.kind", "clip", "keep")} == {
+        "norm.kind": "ucb", "clip": "None", "keep": "[1, 2]"}  # fmt: skip
+    metrics = read["experiment"].experiment.metric_infos
+    assert [info.name.tag for info in metrics] == ["1_result/accuracy"]
+    (image,) = events.Images("3_samples/generated")
+    assert (image.step, image.width, image.height) == (7, 5, 4)
+
+
+def test_a_rank_that_writes_nothing_takes_everything(tmp_path):
+    log = Log(tmp_path, active=False, settings={"lr": 1})
+    log.scalars(1, 1, {"loss/d": 1.0})
+    log.charts({"FID": ["loss/d"]})
+    log.image(1, "samples/x", torch.zeros(3, 2, 2, dtype=torch.uint8))
+    assert log.sync() == 0
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_averaged_over_the_steps_that_had_it():
+    means = Means()
+    for step in ({"a": 1.0, "b": 5.0}, {"a": 3.0}, {"a": 8.0, "c": 2.0}):
+        means.add({name: torch.tensor(value) for name, value in step.items()})
+    assert means.pop() == {"a": 4.0, "b": 5.0, "c": 2.0}
+
+
+def test_sums_of_schema_1_have_one_count_for_all():
+    means = Means()
+    means.load_state_dict({"sums": {"a": torch.tensor(6.0), "b": torch.tensor(3.0)}, "count": 3})
+    assert means.pop() == {"a": 2.0, "b": 1.0}
+
+
+def test_the_position_is_the_length_of_what_was_written(tmp_path):
+    log = Log(tmp_path)
+    log.scalars(1, 1, {"loss/d": 1.0})
+    assert log.sync() == (tmp_path / "metrics.jsonl").stat().st_size == len('{"step": 1, "epoch": 1, "loss/d": 1.0}\n')
+    log.close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}]  # what follows a broken line belongs to no run

@@ -267,6 +267,8 @@ def test_a_summary_says_how_a_run_went(train):
     assert summary["seconds"]["training"] + summary["seconds"]["evaluation"] < 60
     assert summary["peak_memory_mib"] > 50
     assert summary["rewinds"] == []
+    assert summary["passport"] == load(folder / "checkpoints" / "step-00000014.pt")["passport"]
+    assert summary["passport"]["content_test"] == digits(8).test.content_hash  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_tensorboard_shows_results_first_and_the_settings(train):

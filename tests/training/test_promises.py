@@ -264,6 +264,7 @@ def test_a_signal_before_the_run_began_writes_nothing(application, tiny, tmp_pat
             raise Interrupted
 
     monkeypatch.setattr(application.kind, "prepare", signalled)
-    with pytest.raises(Stopped, match="before the run began"):
+    with pytest.raises(Stopped, match="before the run began") as stopped:
         application.main(tiny)
+    assert stopped.value.signum == signal.SIGINT
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from common.errors import UsageError
+from common.norms.config import NormConfig
 from common.training.config import RunConfig, resume_config, stored_yaml
 
 
@@ -27,6 +28,18 @@ def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path
     assert resume_config(RunConfig, [*argv, "--seed", "3"], tmp_path).seed == 3
     with pytest.raises(UsageError, match=r"^seed: the run has 3, got 4; .*free to change: cache, .*threads\)$"):
         resume_config(RunConfig, [*argv, "--seed", "4"], tmp_path)
+
+
+def test_a_change_that_may_not_be_is_told_whatever_it_makes_of_other_settings(tmp_path):
+    stored = RunConfig(norm=NormConfig(kind="ucb")).resolved()  # norm.update and others are written out, bn has none
+    (tmp_path / "config.yaml").write_text(stored_yaml(stored))
+    argv = ["--name", "run", "--resume"]
+    with pytest.raises(UsageError, match=r"^norm\.kind: the run has ucb, got bn; leave it out, .* --name.*threads\)$"):
+        resume_config(RunConfig, [*argv, "--norm.kind", "bn"], tmp_path)
+    with pytest.raises(UsageError, match=r"^norm\.groups: the run has null, got 1; "):
+        resume_config(RunConfig, [*argv, "--norm.groups", "1"], tmp_path)
+    with pytest.raises(UsageError, match=r"^log_every: expected at least 1, got 0$"):  # may change, but not to this
+        resume_config(RunConfig, [*argv, "--log_every", "0"], tmp_path)
 
 
 @pytest.mark.parametrize(

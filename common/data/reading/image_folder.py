@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from common.data.image_set import ImageSet
+from common.data.reading.layout import refuse_splits, subfolders
 from common.errors import UsageError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
-_SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
 
 
 def read_folder(
@@ -44,18 +44,17 @@ def read_folder(
         classes: the only class names allowed, in the order of their labels; by default the sub-folders found.
 
     Raises:
-        UsageError: if the folder or a class has no images, a file cannot be read, or a class is unknown.
+        UsageError: if the folder or a class has no images, a file cannot be read, a class is unknown, or the
+            sub-folders are splits.
     """
     check_folder(root, field)
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    found = [folder.name for folder in subfolders(root)]
     if not found:
         files = [Path(entry.path) for entry in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(entry.name)]
         if not files:
             raise UsageError(f"{field}: no PNG or JPEG files in {root}")
         return ImageSet(read_images(files, size), None, (), root.name, split)
-    if set(found) <= _SPLIT_NAMES:
-        raise UsageError(f"{field}: {root} holds splits ({', '.join(found)}), not classes; name one of these folders")
-
+    refuse_splits(field, root, found)
     known = classes or tuple(found)
     files, labels = [], []
     for name in found:

@@ -6,6 +6,7 @@ from common.data.config import DataConfig
 from common.data.image_set import Splits
 from common.data.names import DATA_SETS, register_data_set
 from common.data.reading.image_folder import read_folder
+from common.data.reading.layout import own_folders, published_root
 from common.data.superclasses import read_superclasses, with_superclasses
 from common.errors import UsageError
 
@@ -47,17 +48,16 @@ def _digits_m(config: DataConfig) -> Splits:
 def _folders(config: DataConfig) -> Splits:
     if config.root is None:
         raise UsageError("data.root: expected the folder that holds the images, as in --data.root PATH")
-    train, test = read_folder(config.root, config.size), None
-    if config.test_root is not None:
-        if config.test_root.resolve() == config.root.resolve():
-            raise UsageError(f"data.test_root: {config.test_root} is data.root, expected images held apart from it")
-        test = read_folder(
-            config.test_root, config.size, field="data.test_root", split="test", classes=train.classes or None
-        )
+    root, test_root = own_folders(config.root, config.test_root)
+    train, test = read_folder(root, config.size), None
+    if test_root is not None:
+        if test_root.resolve() == root.resolve():
+            raise UsageError(f"data.test_root: {test_root} is data.root, expected images held apart from it")
+        test = read_folder(test_root, config.size, field="data.test_root", split="test", classes=train.classes or None)
     if config.superclasses is None:
         return Splits(train, test)
     if train.labels is None:
-        raise UsageError(f"data.superclasses: the images in {config.root} have no classes, expected null")
+        raise UsageError(f"data.superclasses: the images in {root} have no classes, expected null")
     superclass_of = read_superclasses(config.superclasses, train.classes)
     return Splits(
         with_superclasses(train, superclass_of), None if test is None else with_superclasses(test, superclass_of)
@@ -103,7 +103,7 @@ def _oxford_pet(config: DataConfig) -> Splits:
 
 def _published(config: DataConfig) -> Path:
     """Return where a published set is or goes to."""
-    return config.root or Path("data")
+    return published_root(config.name, config.root or Path("data"))
 
 
 register_data_set("digits", _digits)

@@ -91,6 +91,7 @@ def cluster_norm(
     eps: float = 1e-5,
     unknown_scale: UnknownScale = "match",
     unknown_posterior: UnknownPosterior = "location",
+    any_unknown: bool = True,
 ) -> Tensor:
     """Normalise each sample by its cluster (Eq. 10), or by all clusters where it is unknown (Eqs. 12, 13).
 
@@ -104,6 +105,7 @@ def cluster_norm(
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: "location" takes Eq. 13 at each location; "sample" sums the log densities over the
             sample's locations first, since a cluster is a property of the sample.
+        any_unknown: whether ids of -1 have to be expected.
 
     Returns:
         Like x.
@@ -114,7 +116,7 @@ def cluster_norm(
         y = _unknown_cluster(flat, mean, s, unknown_scale, unknown_posterior)
     else:
         y = (flat - gather_rows(mean, cluster)[..., None]) * gather_rows(s.rsqrt(), cluster)[..., None]
-        if (cluster == -1).any():
+        if any_unknown:
             other = _unknown_cluster(flat, mean, s, unknown_scale, unknown_posterior)
             y = torch.where((cluster == -1)[:, None, None], other, y)
     return y.to(x.dtype).reshape(x.shape)

@@ -40,7 +40,7 @@ def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
     """
     points = reference.flatten(x.detach()).movedim(1, 2).flatten(0, 1)
     if len(points) > MAX_POINTS:
-        order = torch.randperm(len(points), generator=generator(seed, "points", *position))
+        order = torch.randperm(len(points), generator=generator(seed, "points", *position), device="cpu")
         points = points[order[:MAX_POINTS].to(x.device, non_blocking=True)]
     return points.to(reference.compute_dtype(x))
 
@@ -52,7 +52,7 @@ def draw_locations(x: Tensor, count: int, seed: int, *position: int | str) -> Te
     """
     flat = reference.flatten(x.detach())
     length = flat.shape[2]
-    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position))
+    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position), device="cpu")
     index = index.to(x.device, non_blocking=True)
     return flat[index // length, :, index % length].to(reference.compute_dtype(x))
 
@@ -81,7 +81,7 @@ def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
     is scikit-learn's.
     """
     sets, count, _ = points.shape
-    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng).to(points, non_blocking=True)
+    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng, device="cpu").to(points, non_blocking=True)
     rows = torch.arange(sets, device=points.device)
     centres = [points[rows, (draws[0, :, 0] * count).long().clamp(max=count - 1)]]
     distance = (points - centres[0][:, None]).square().sum(2)
@@ -120,6 +120,30 @@ def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) ->
     own = centres.flatten(1) * spread + offset
     mean, var = torch.where(empty, own, mean), torch.where(empty, spread.square(), var)
     return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
+
+
+def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, steps: int) -> Fit:
+    """Seed a mixture of num components from points (P, C) by ``seed_mixture``, and take EM steps from there."""
+    fit = seed_mixture(points, num, groups, generator(seed, "kmeans++"))
+    return expectation_maximisation(points, fit, groups, eps, steps)
+
+
+def refit(x: Tensor, fit: Fit, step: int, groups: int, seed: int, eps: float, steps: int) -> tuple[Fit, Tensor]:
+    r"""Take EM steps from fit on locations of x (N, C, \*); say, on the device, whether x and the result are finite."""
+    points = sample_points(x, seed, "fit", step)
+    fit = expectation_maximisation(points, fit, groups, eps, steps)
+    return fit, x.isfinite().all() & fit.is_finite()
+
+
+def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return each cluster's mean and log variance (K, C) in x (N, C, \*), and which clusters x tells them of, (K,).
+
+    A variance is at least eps: no gradient could leave log(0).
+    """
+    flat = reference.flatten(x).to(reference.compute_dtype(x))
+    tau = (cluster == torch.arange(num, device=x.device)[:, None]).to(flat.dtype)
+    mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
+    return mean, var.clamp(min=eps).log(), (mass[:, 0] > 0) & x.isfinite().all()
 
 
 def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:
@@ -174,6 +198,23 @@ def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
     weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
     var = torch.maximum(var, variance_floor(points))
     return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
+
+
+def component_shares(points: Tensor, fit: Fit, groups: int, eps: float) -> Tensor:
+    """Return the share of points (P, C) that each component holds in each group, (K, G)."""
+    return _moments(points, fit, groups, eps).mass / len(points)
+
+
+def moved_onto(points: Tensor, fit: Fit) -> Fit:
+    """Shift and scale a mixture, channel by channel, to the mean and the variance of points (P, C).
+
+    So that EM starts in the right place after the inputs have moved as a whole, as when weights were averaged.
+    """
+    share = (fit.weight / fit.weight.sum())[:, None]
+    centre = (share * fit.mean).sum(0)
+    total = (share * (fit.var + (fit.mean - centre).square())).sum(0)
+    scale = points.var(0, correction=0) / total
+    return Fit(fit.weight, points.mean(0) + scale.sqrt() * (fit.mean - centre), scale * fit.var)
 
 
 def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import closed_form, reference
+from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from . import launch
 
@@ -33,7 +34,7 @@ def _mixture_kernels() -> Any:
     return mixture_kernels
 
 
-@custom_op("cbnorm::scb_forward", mutates_args=())
+@custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
 def scb_forward(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Eq. 10 for x (N, C, L), cluster (N,), mean and var (K, C) in float32."""
     y = torch.empty_like(x)
@@ -53,7 +54,7 @@ def _(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tens
     return torch.empty_like(x)
 
 
-@custom_op("cbnorm::scb_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::scb_backward", mutates_args=())
 def scb_backward(
     x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _gather(name: str, sums: Tensor, tables: Sequence[Tensor], numbers: Sequence
     )  # fmt: skip
 
 
-@custom_op("cbnorm::mixture_forward", mutates_args=())
+@custom_op(f"{NAMESPACE}::mixture_forward", mutates_args=())
 def mixture_forward(
     x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +164,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
 
 
-@custom_op("cbnorm::mixture_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::mixture_backward", mutates_args=())
 def mixture_backward(
     x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, mass: Tensor, m: Tensor, v: Tensor,
     groups: int, eps: float, kappa: float, parameters: bool,
@@ -200,7 +201,7 @@ def _(
     return torch.empty_like(x), mean.new_empty(3, *mean.shape) if parameters else mean.new_empty(0)
 
 
-@custom_op("cbnorm::learned_forward", mutates_args=())
+@custom_op(f"{NAMESPACE}::learned_forward", mutates_args=())
 def learned_forward(
     x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
 ) -> Tensor:
@@ -215,7 +216,7 @@ def _(x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps
     return torch.empty_like(x)
 
 
-@custom_op("cbnorm::learned_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::learned_backward", mutates_args=())
 def learned_backward(
     x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor,
     groups: int, eps: float, kappa: float, parameters: bool,

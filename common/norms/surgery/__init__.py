@@ -1,1 +1,1 @@
-"""Layers of this package in models that exist: conversion, cluster ids, state dicts, calibration."""
+"""Layers of this package in models of others: conversion, activations, cluster ids, state dicts, calibration."""

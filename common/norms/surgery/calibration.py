@@ -1,6 +1,6 @@
-"""Fitting the mixtures that a model's MixtureNorm layers evaluate with."""
+"""Fitting the mixtures that a model's layers evaluate with."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -9,9 +9,35 @@ from torch import Tensor, nn
 
 from ..em_norm import MixtureNorm
 from ..health import mixture_layers
+from ..unsupervised import MixtureLayer
 
 
-@torch.no_grad()
+def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> list[str]:
+    """Estimate anew the stored mixtures of every UCBNorm and MixtureNorm in a model, from what they are fed.
+
+    What ``torch.optim.swa_utils.update_bn`` is for BatchNorm, which it leaves as it is: after weights were averaged
+    (EMA, SWA), changed or converted, the mixtures describe activations that are no more. Everything that
+    ``calibrate`` says holds here: one layer after the other in evaluation mode, one pass over the batches each.
+    In a model that has BatchNorm too, call ``update_bn`` first.
+
+    Args:
+        model: holds the layers, or is one; called as ``model(input)``. A layer that does not run stays as it is, and
+            so does one whose mixture is learned by gradients (``update="weight"``).
+        loader: as for ``calibrate``.
+        batches: the most that are taken each time.
+
+    Returns:
+        The qualified names of the layers, in the order of fitting.
+
+    Raises:
+        ValueError: as ``calibrate``, and where the model has neither UCBNorm with moving averages nor MixtureNorm.
+    """
+    layers = {layer: name for name, layer in mixture_layers(model).items() if layer.averages_mixture()}
+    if not layers:
+        raise ValueError("model: expected at least one UCBNorm with moving averages or MixtureNorm, found none")
+    return _fit(model, layers, loader, batches)
+
+
 def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> list[str]:
     """Fit the stored mixture of each MixtureNorm in a model once, by EM, to what it is fed in evaluation.
 
@@ -38,9 +64,15 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> li
 
     Source: arXiv:2403.16798, section III-B: process T mini-batches, run EM, store for inference.
     """
-    layers = {layer: name for name, layer in mixture_layers(model).items() if isinstance(layer, MixtureNorm)}
+    found = mixture_layers(model).items()
+    layers: dict[MixtureLayer, str] = {layer: name for name, layer in found if isinstance(layer, MixtureNorm)}
     if not layers:
         raise ValueError("model: expected at least one MixtureNorm layer, found none")
+    return _fit(model, layers, loader, batches)
+
+
+@torch.no_grad()
+def _fit(model: nn.Module, layers: Mapping[MixtureLayer, str], loader: Iterable[Any], batches: int) -> list[str]:
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches: expected a whole number of at least 1, got {batches}")
     if not isinstance(loader, Iterable) or isinstance(loader, Iterator | Tensor):
@@ -66,7 +98,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> li
     return fitted
 
 
-def _in_order(model: nn.Module, layers: list[MixtureNorm], loader: Iterable[Any]) -> list[MixtureNorm]:
+def _in_order(model: nn.Module, layers: list[MixtureLayer], loader: Iterable[Any]) -> list[MixtureLayer]:
     """Return the layers in the order in which the first batch reaches them."""
     reached: dict[Any, None] = {}
     handles = [layer.register_forward_pre_hook(lambda layer, _: reached.setdefault(layer)) for layer in layers]
@@ -80,7 +112,7 @@ def _in_order(model: nn.Module, layers: list[MixtureNorm], loader: Iterable[Any]
     raise ValueError("loader: expected at least one batch, got none")
 
 
-def _inputs(model: nn.Module, layer: MixtureNorm, name: str, batches: Iterable[Any]) -> Iterator[Tensor]:
+def _inputs(model: nn.Module, layer: MixtureLayer, name: str, batches: Iterable[Any]) -> Iterator[Tensor]:
     """Run the model on each batch and yield what it fed the layer: several times if it runs several times."""
     caught: list[Tensor] = []
 

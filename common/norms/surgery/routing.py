@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factory import DomainBatchNorm
+from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
@@ -51,6 +52,7 @@ def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
 class RoutedSCBNorm(SCBNorm):
     """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(cluster, x))
@@ -59,6 +61,7 @@ class RoutedSCBNorm(SCBNorm):
 class RoutedSCBNormBase(SCBNormBase):
     """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(cluster, x))
@@ -67,6 +70,7 @@ class RoutedSCBNormBase(SCBNormBase):
 class RoutedDomainBatchNorm(DomainBatchNorm):
     """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
 
+    @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(cluster, x))

@@ -63,6 +63,22 @@ def test_a_missing_file_is_fetched_and_an_intact_one_left_alone(tmp_path):
     obtain(file, download=False)
 
 
+def test_a_server_is_told_who_asks_and_has_a_minute_to_answer(tmp_path, monkeypatch):
+    asked = []
+
+    def urlopen(request, timeout):
+        asked.append((request.full_url, dict(request.header_items()), timeout))
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", urlopen)
+    files = Published(tmp_path / "file.bin", md5(CONTENT), ("https://a.org/x/file.bin", "https://b.org/y/file.bin"))
+    advice = f"put file.bin from https://a.org/x/ into {tmp_path}"
+    with pytest.raises(UsageError) as refused:
+        obtain(files, download=True)
+    assert str(refused.value) == f"data.root: file.bin could not be downloaded (timed out); {advice}"
+    assert asked == [(url, {"User-agent": "cluster-based-norm"}, 60) for url in files.urls]
+
+
 def test_a_damaged_file_is_fetched_again(tmp_path):
     file = published(tmp_path)
     file.path.parent.mkdir()

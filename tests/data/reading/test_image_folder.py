@@ -125,7 +125,17 @@ def bad_folder(tmp_path, kind):
         (root / "b").mkdir()
     if kind == "splits":
         write(root / "train" / "a" / "1.png", pixels(8, 8))
-        write(root / "test" / "a" / "1.png", pixels(8, 8))
+        write(root / "val" / "a" / "1.png", pixels(8, 8))
+    if kind == "splits beside something":
+        for name in ("labels", "test", "train"):
+            write(root / name / "a" / "1.png", pixels(8, 8))
+    if kind == "sets":
+        for name in ("amazon/test", "amazon/train", "webcam/test", "webcam/train"):
+            write(root / name / "a" / "1.png", pixels(8, 8))
+    if kind == "published sets":
+        (root / "MNIST" / "raw").mkdir(parents=True)
+        (root / "street").mkdir()
+        (root / "street" / "train_32x32.mat").touch()
     return root
 
 
@@ -136,7 +146,26 @@ def bad_folder(tmp_path, kind):
         ("file", r"data\.root: .*images is a file"),
         ("empty", r"data\.root: no PNG or JPEG files in .*images"),
         ("class without images", r"data\.root: class folder .*b has no PNG or JPEG files"),
-        ("splits", r"data\.root: .*images holds splits \(test, train\)"),
+        (
+            "splits",
+            r"data\.root: (\S+images) holds splits \(train, val\), not classes; "
+            r"pass --data\.root \1/train --data\.test_root \1/val$",
+        ),
+        (
+            "splits beside something",
+            r"data\.root: (\S+images) holds splits \(test, train\), not classes; "
+            r"pass --data\.root \1/train --data\.test_root \1/test$",
+        ),
+        (
+            "sets",
+            r"data\.root: (\S+images) holds data sets \(amazon, webcam\), each with train/ and test/; "
+            r"pass one of them, --data\.root \1/amazon$",
+        ),
+        (
+            "published sets",
+            r"data\.root: (\S+images) holds mnist, svhn, not one folder a class; "
+            r"pass --data\.name mnist --data\.root \1$",
+        ),
     ],
 )
 def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path, kind, message):
@@ -161,14 +190,33 @@ def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
         ("held", r"data\.test_root: class folder .*c is not among the training classes"),
         ("train", r"data\.test_root: .* is data\.root"),
         ("none", r"data\.test_root: no folder"),
+        (
+            "pair",
+            r"data\.test_root: (\S+pair) holds splits \(test, train\), not classes; "
+            r"pass --data\.test_root \1/test$",
+        ),
     ],
 )
 def test_test_folders_that_cannot_serve_are_refused(tmp_path, test_root, message):
-    for name in ("train/a/1.png", "train/b/1.png", "held/c/1.png"):
+    for name in ("train/a/1.png", "train/b/1.png", "held/c/1.png", "pair/train/1.png", "pair/test/1.png"):
         write(tmp_path / name, pixels(8, 8))
     config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
     with pytest.raises(UsageError, match=message):
         load(config)
+
+
+@pytest.mark.parametrize("inner", ["", "a/"], ids=["flat", "classes"])
+def test_a_folder_of_train_and_test_gives_both(tmp_path, inner):
+    for number, name in enumerate(("train", "test")):
+        write(tmp_path / "set" / name / f"{inner}1.png", pixels(8, 8, seed=number))
+    splits = load(DataConfig(name="imagefolder", root=tmp_path / "set", size=8))
+    assert splits.test is not None
+    for number, part in enumerate((splits.train, splits.test)):
+        assert np.array_equal(part.images[0].permute(1, 2, 0).numpy(), pixels(8, 8, seed=number))
+        assert part.classes == (("a",) if inner else ())
+    assert (splits.train.split, splits.test.split) == ("train", "test")
+    with pytest.raises(UsageError, match=r"data\.root: \S+ holds splits .* pass --data\.root \S+set/train"):
+        load(DataConfig(name="imagefolder", root=tmp_path / "set", test_root=tmp_path / "set" / "test"))
 
 
 def test_files_come_in_the_order_of_their_paths_whatever_the_disk_says_and_through_links(tmp_path, monkeypatch):

@@ -55,14 +55,18 @@ def write_miniature(root, name, monkeypatch):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_reads_the_official_files(tmp_path, monkeypatch, name):
-    images, labels, _ = write_miniature(tmp_path, name, monkeypatch)
-    splits = load(DataConfig(name=name, root=tmp_path, download=False))
+    images, labels, _ = write_miniature(tmp_path / "mine", name, monkeypatch)
+    splits = load(DataConfig(name=name, root=tmp_path / "mine", download=False))
     assert np.array_equal(splits.train.images.numpy(), images)
+    (tmp_path / "other").mkdir()
+    above = load(DataConfig(name=name, root=tmp_path, download=False))  # a folder of data sets
+    assert above.train.content_hash == splits.train.content_hash
     assert splits.train.labels is not None
     assert splits.train.labels.tolist() == labels
     assert splits.train.classes[3] == "class 3"
     assert splits.test is not None
     assert (len(splits.test), splits.test.split) == (3, "test")
+    assert (splits.train.name, splits.train.split, splits.test.name) == (name, "train", name)
 
 
 def test_brings_images_to_the_size_asked_for(tmp_path, monkeypatch):

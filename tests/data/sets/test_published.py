@@ -208,6 +208,17 @@ def test_oxford_pet_reads_the_official_archives_as_torchvision_does(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_sets_are_known_by_the_name_and_split_they_were_asked_by(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    splits = load(DataConfig(name=name, root=tmp_path, size=8, download=False))
+    train, test = splits.train, splits.test
+    assert test is not None
+    assert (train.name, train.split) == (name, "train")
+    assert (test.name, test.split) == (name, "test")
+    assert train.classes == test.classes
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_without_files_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
     path = tmp_path / FIRST_FILE[name][0]
@@ -295,3 +306,21 @@ def test_a_torchvision_folder_without_archives_is_read(tmp_path, monkeypatch):
         path.unlink()
     got = load(DataConfig(name="mnist", root=tmp_path, size=28, download=False)).train.images
     assert np.array_equal(got[:, 0].numpy(), images)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_is_found_in_a_folder_of_data_sets(tmp_path, monkeypatch, name):
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    WRITERS[name](tmp_path / "mine", monkeypatch)
+    direct = load(DataConfig(name=name, root=tmp_path / "mine", download=False))
+    found = load(DataConfig(name=name, root=tmp_path, download=False))
+    assert found.train.content_hash == direct.train.content_hash
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
+    with pytest.raises(UsageError, match=rf"^data\.root: \S+ holds {name} more than once \(copy, mine\); name one, "):
+        load(DataConfig(name=name, root=tmp_path, download=False))
+    (tmp_path / "copy").rename(tmp_path / name)  # called as the set: that is the one
+    shutil.rmtree(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    WRITERS[name](tmp_path / "mine", monkeypatch)
+    assert load(DataConfig(name=name, root=tmp_path, download=False)).train.content_hash == direct.train.content_hash

@@ -136,11 +136,16 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
     for update in ("moving_average", "weight"):
         model = DistributedDataParallel(network(process_group="world", update=update))
         results["two forwards", update] = two_forwards(model, rank)
-    convolution = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4))
-    convert_norms(convolution, "ucb", process_group="world")
-    calls.clear()
-    convolution(mixture_case((4, 3, 5), num=1, dtype=torch.float32, seed=rank)[0])
-    results["converted calls"] = dict(calls)
+    converted: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "told": (nn.BatchNorm1d(4), {"process_group": "world"}),
+        "synchronised": (nn.SyncBatchNorm(4), {}),
+        "of a group": (nn.SyncBatchNorm(4, process_group=alone), {}),
+    }
+    for name, (norm, options) in converted.items():
+        convolution = convert_norms(nn.Sequential(nn.Conv1d(3, 4, 2), norm), "ucb", **options)
+        calls.clear()
+        convolution(mixture_case((4, 3, 5), num=1, dtype=torch.float32, seed=rank)[0])
+        results["converted calls", name] = dict(calls)
     return results
 
 
@@ -231,8 +236,9 @@ def test_evaluation_exchanges_nothing(ranks):
     assert [rank["evaluation calls"] for rank in ranks] == [{}, {}]
 
 
-def test_a_converted_model_exchanges(ranks):
-    assert [rank["converted calls"] for rank in ranks] == [{GATHER: 1}] * 2
+def test_a_converted_model_exchanges_with_its_group(ranks):
+    for name, calls in {"told": {GATHER: 1}, "synchronised": {GATHER: 1}, "of a group": {}}.items():
+        assert [rank["converted calls", name] for rank in ranks] == [calls] * 2, name
 
 
 def test_a_group_of_one_exchanges_nothing(ranks):

@@ -78,7 +78,7 @@ def test_layers_export_in_evaluation_mode(kind):
     x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
     cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
     exported = torch.export.export(layer, (x, *cluster))
-    assert "cbnorm." in exported.graph_module.print_readable(print_output=False)
+    assert "common_norms." in exported.graph_module.print_readable(print_output=False)
     torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))
 
 

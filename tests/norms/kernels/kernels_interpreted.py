@@ -2,17 +2,22 @@
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from norm_cases import GRADIENTS, assert_within_budget, mixture_case
 
 from common.norms import cluster_norm, mixture_norm
-from common.norms.kernels import launch, operators
+from common.norms.kernels import cluster_kernels, launch, mixture_kernels, operators
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 NAMES = ("y", "dx", "dmean", "dvar")
+SCB: Any = cluster_kernels
+MIXTURE: Any = mixture_kernels
 BACKENDS = ("eager", "reference", "triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -276,3 +281,89 @@ def test_unknown_clusters_are_eagers_where_the_kernels_take_no_such_mixture(over
     x, _, mean, var, _ = case((4, 6, 5), 9, torch.float32)
     want, got = (cluster_norm(x, None, mean, var, unknown_posterior=over, backend=b) for b in ("eager", "triton"))
     assert torch.equal(got, want)
+
+
+@triton.jit
+def _offsets_kernel(out_ptr, stride_n, stride_c, stride_l, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
+    i, c = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_C)
+    at = cluster_kernels.offsets(tl.program_id(0), c, i, stride_n, stride_c, stride_l)
+    place = (tl.program_id(0) * BLOCK_L + i)[:, None] * BLOCK_C + c[None, :]
+    tl.store(out_ptr + place, at)
+
+
+@pytest.mark.parametrize("strides", [(2**30, 3, 1), (1, 2**30, 5), (7, 1, 2**30)], ids=str)
+def test_offsets_reach_beyond_two_to_the_31(strides):
+    out = torch.empty(4, 4, 4, dtype=torch.int64)
+    kernel: Any = _offsets_kernel
+    kernel[(4,)](out, *strides, BLOCK_L=4, BLOCK_C=4)
+    n, i, c = torch.meshgrid(*(torch.arange(4),) * 3, indexing="ij")
+    assert torch.equal(out, n * strides[0] + c * strides[1] + i * strides[2])
+    assert int(out.max()) > 2**31
+
+
+def test_a_program_of_scb_walks_over_all_its_tiles():
+    """Thirteen positions are four tiles of one program, and two programs' two each."""
+    x, _, mean, var, g = case((2, 3, 13), 2, torch.float32)
+    cluster, eps = torch.tensor([1, 0]), 0.1
+    rstd = (var.double() + eps).rsqrt()[cluster, :, None]
+    for programs in (1, 2, 3):
+        y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+        grid, sizes = (2, 1, programs), {"BLOCK_L": 4, "BLOCK_C": 4}
+        SCB.scb_fwd_kernel[grid](
+            x, cluster, mean, var, y, 2, 3, 13, *x.stride(), *y.stride(), eps, **sizes)  # fmt: skip
+        centred = x.double() - mean.double()[cluster, :, None]
+        torch.testing.assert_close(y.double(), centred * rstd, rtol=1e-5, atol=1e-6)
+        sums = torch.full((2, programs, 2, 3), math.nan)
+        SCB.scb_bwd_kernel[grid](
+            x, g, cluster, mean, var, dx, sums, 2, 2, 3, 13, *x.stride(), *g.stride(), *dx.stride(), eps, **sizes,
+        )  # fmt: skip
+        torch.testing.assert_close(dx.double(), g.double() * rstd, rtol=1e-5, atol=1e-6)
+        want = torch.stack([g.double().sum(2), (g.double() * centred).sum(2)])
+        torch.testing.assert_close(sums.double().sum(1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+def test_an_infinite_mean_has_the_gradients_of_its_limit():
+    """What lies outside of a tile adds nothing to them: 0 times infinity would be NaN."""
+    x, g = torch.zeros(1, 1, 3), torch.ones(1, 1, 3)
+    mean, var = torch.tensor([[math.inf]]), torch.ones(1, 1)
+    dx, dmean, dvar = operators.scb_backward(x, g, torch.tensor([0]), mean, var, 0.0)
+    torch.testing.assert_close((dx, dmean), (g, torch.tensor([[-3.0]])))
+    assert dvar.item() == math.inf  # -1/2 of the sum of g (x - mean)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 8, 9])
+def test_moments_of_any_number_of_programs_are_merged(programs):
+    """A NaN stays one, and no mass is a mean and a variance of 0."""
+    rng = torch.Generator().manual_seed(programs)
+    mass, mean, square = (torch.rand(programs, 2, 3, generator=rng) for _ in range(3))
+    for each in (mass, mean, square):
+        each[:, 1, 2] = 0.0
+    square[-1, 0, 1] = math.nan
+    x = torch.tensor([[1.0, 2.0, 3.0]])  # the first location, which means are relative to
+    out = [torch.full((2, 3), 7.0) for _ in range(3)]
+    MIXTURE.mixture_merge_kernel[2, 1](
+        torch.stack([mass, mean, square]), x, *out, programs, 2, 3, 1, BLOCK_P=4, BLOCK_C=4
+    )
+    mass, mean, square = (t.double() for t in (mass, mean, square))
+    total = mass.sum(0)
+    centre = (mass * mean).sum(0) / total
+    spread = (square + mass * (mean - centre).square()).sum(0) / total
+    want = [total, x.double() + centre, spread]
+    for tensor in want:
+        tensor[1, 2] = 0.0
+    assert want[2].isnan().nonzero().tolist() == [[0, 1]]
+    for got, wanted in zip(out, want, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
+def test_what_lies_outside_of_a_tile_adds_nothing_though_its_posterior_is_none():
+    """Read as 0, it is so far from the mean that no component explains it: 0 / 0."""
+    x, g = torch.full((1, 1, 3), 1e20), torch.tensor([[[1.0, 2.0, 4.0]]])
+    mean, one, sums = torch.full((1, 1), 1e20), torch.ones(1, 1), torch.full((2, 1, 1, 1), math.nan)
+    MIXTURE.mixture_sums_kernel[1, 1](
+        x, g, torch.zeros(1), mean, one, mean, sums, 1, 1, 1, 3, *x.stride(), *g.stride(), 0.0,
+        K=1, JOINT=False, BLOCK_L=4, BLOCK_C=1,
+    )  # fmt: skip
+    assert sums.flatten().tolist() == [7.0, 0.0]

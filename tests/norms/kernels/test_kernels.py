@@ -11,7 +11,7 @@ import torch
 from norm_cases import mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
-from common.norms.kernels import launch
+from common.norms.kernels import launch, operators
 
 FOLDER = Path(__file__).parent
 PARTS = {"kernels_interpreted": 4}
@@ -175,3 +175,49 @@ def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, 
 def test_the_automatic_choice_is_eager_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert functional.choose_backend("auto", torch.randn(2, 2)) == "eager"
+
+
+def test_every_launch_is_one_that_triton_takes():
+    """Blocks and warps are powers of two; a warp has 32 threads, a block 1024 at most."""
+    tables = [entry for table in launch.MIXTURE.values() for entry in table.values()]
+    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, *tables):
+        for number in (entry.elements, entry.num_warps):
+            assert number.bit_count() == 1
+        assert 32 * entry.num_warps <= 1024
+        assert entry.elements >= launch.CHANNEL_BLOCK
+    assert launch.CHANNEL_BLOCK.bit_count() == 1
+    assert {max(table) for table in launch.MIXTURE.values()} == {max(launch.MAX_GROUP_CHANNELS)}
+
+
+@pytest.mark.parametrize("adjacent", ["positions", "channels"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (64, 1024, 1), (8, 512, 64), (2, 3, 100_000)], ids=str)
+def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
+    n, channels, positions = shape
+    x = torch.empty(shape, device="meta")
+    walk = launch.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
+    block_l, block_c = launch.tile(launch.SCB_FORWARD, walk)
+    assert block_l.bit_count() == block_c.bit_count() == 1
+    assert block_l * block_c <= launch.SCB_FORWARD.elements
+    assert block_l < 2 * positions
+    assert block_c < 2 * channels
+    samples, columns, shares = launch.scb_grid(walk, block_l, block_c)
+    assert samples == n
+    assert (columns - 1) * block_c < channels <= columns * block_c
+    tiles = -(-positions // block_l)
+    assert 1 <= shares <= tiles
+    assert shares == tiles or samples * columns * (shares + 1) > launch.PROGRAMS
+    for rows in (1, 5, 10_000):
+        block_n, block_c = launch.rows_tile(rows, channels)
+        assert block_n.bit_count() == block_c.bit_count() == 1
+        assert block_n < 2 * rows
+        assert block_c < 2 * channels
+        assert block_n * block_c <= launch.SUMS.elements
+        assert block_c <= launch.CHANNEL_BLOCK
+
+
+def test_a_stored_program_finds_the_operators_by_their_names():
+    names = ["scb_forward", "scb_backward", *(f"{kind}_{way}" for kind in ("mixture", "learned")
+                                              for way in ("forward", "backward"))]  # fmt: skip
+    for name in names:
+        assert getattr(torch.ops.cbnorm, name).default.name() == f"cbnorm::{name}"
+        assert getattr(operators, name)._qualname == f"cbnorm::{name}"

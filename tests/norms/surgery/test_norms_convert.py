@@ -10,7 +10,6 @@ import timm
 import torch
 from convert_cases import IDS, KINDS, close, images, lived, routed, small
 from norm_cases import mixture_case
-from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.nn.utils import prune
 from torchvision.models import resnet18
@@ -23,6 +22,7 @@ from common.norms import (
     UCBNorm,
     clusters,
     convert_norms,
+    converted,
     make_norm,
     revert_norms,
 )
@@ -42,7 +42,8 @@ def test_evaluation_is_batch_norms(kind, num, type_):
     model = small().eval()
     x = images()
     want = model(x)
-    assert convert_norms(model, kind, num_components=num) == ["1", "3.1", "6"]
+    assert convert_norms(model, kind, num_components=num) is model
+    assert converted(model) == ["1", "3.1", "6"]
     for layer in (model[1], model[3][1], model[6]):
         assert isinstance(layer, type_)
     with routed(kind):
@@ -92,12 +93,15 @@ def test_revert_puts_the_originals_back(kind):
     model = small().train()
     originals = [model[1], model[3][1], model[6]]
     before = copy.deepcopy(model.state_dict())
-    names = convert_norms(model, kind)
+    assert converted(model) == []
+    convert_norms(model, kind)
+    assert converted(model) == ["1", "3.1", "6"]
     assert not any("running" in key or "converted" in key for key in model.state_dict() if kind != "dsbn")
     with routed(kind):
         model(images()).square().sum().backward()
     model.eval()
-    assert revert_norms(model) == names
+    assert revert_norms(model) is model
+    assert converted(model) == []
     assert all(a is b for a, b in zip([model[1], model[3][1], model[6]], originals, strict=True))
     assert list(model.state_dict()) == list(before)
     for name, tensor in model.state_dict().items():
@@ -144,15 +148,19 @@ def test_a_copy_reverts_too(save):
         ("3.1", ["3.1"]),
         (2, ["6"]),
         (-3, ["1"]),
-        (["6", 0], ["6", "1"]),
+        (["6", 0], ["1", "6"]),
+        (["6", 0, 2], ["1", "6"]),
+        (nn.BatchNorm2d, ["1", "3.1"]),
+        ([nn.BatchNorm1d, "3.1"], ["3.1", "6"]),
         (lambda name, module: isinstance(module, nn.BatchNorm2d), ["1", "3.1"]),
         (lambda name, module: name.startswith("3"), ["3.1"]),
     ],
-    ids=["all", "name", "index", "from the end", "several", "by type", "by name"],
+    ids=["all", "name", "index", "from the end", "several", "twice", "type", "types", "by type", "by name"],
 )
 def test_where(where, names):
     model = small()
-    assert convert_norms(model, "ucb", where=where) == names
+    convert_norms(model, "ucb", where=where)
+    assert converted(model) == names
     found = {name for name, module in model.named_modules() if isinstance(module, UCBNorm)}
     assert found == set(names)
 
@@ -163,7 +171,7 @@ def test_a_constant_channel_of_the_packages_own_batch_norm_converts(kind):
     model[0].get_buffer("running_var")[1] = 0
     x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
     want = model(x)
-    assert convert_norms(model, kind, num_components=1) == ["0"]
+    assert converted(convert_norms(model, kind, num_components=1)) == ["0"]
     with routed(kind, torch.zeros(6, dtype=torch.int64)):
         close(model(x), want)
     assert all(t.isfinite().all() for t in model.state_dict().values())
@@ -180,17 +188,17 @@ def test_a_converted_layer_is_not_seeded_unless_told_to():
 
 def test_a_domain_layer_of_the_models_own_is_left_alone():
     model = nn.Sequential(nn.BatchNorm2d(4), DomainBatchNorm(4, 2))
-    assert convert_norms(model, "ucb") == ["0"]
+    assert converted(convert_norms(model, "ucb")) == ["0"]
     with pytest.raises(ValueError, match="model: expected at least one BatchNorm layer inside"):
         convert_norms(model[1:], "ucb")
 
 
 def test_an_index_stays_what_it_was():
     model = small()
-    assert convert_norms(model, "ucb", 0) == ["1"]
-    assert convert_norms(model, "dsbn", 1, momentum=None) == ["3.1"]
-    assert convert_norms(model, "scb", 2) == ["6"]
-    assert revert_norms(model) == ["1", "3.1", "6"]
+    assert converted(convert_norms(model, "ucb", 0)) == ["1"]
+    assert converted(convert_norms(model, "dsbn", 1, momentum=None)) == ["1", "3.1"]
+    assert converted(convert_norms(model, "scb", nn.BatchNorm1d)) == ["1", "3.1", "6"]
+    assert [type(model[1]), type(model[3][1]).__base__, type(model[6]).__base__] == [UCBNorm, DomainBatchNorm, SCBNorm]
 
 
 class Custom(nn.BatchNorm2d):
@@ -217,8 +225,6 @@ def pruned() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: BatchNormAct2d(4), r"where: norm \(BatchNormAct2d\) does more than torch's"),
-        (lambda: nn.SyncBatchNorm(4), r"where: norm \(SyncBatchNorm\) does more than torch's"),
         (nn.LazyBatchNorm2d, r"where: norm \(LazyBatchNorm2d\) does more than torch's"),
         (lambda: Custom(4), r"where: norm \(Custom\) does more than torch's"),
         (pruned, "has parameters or buffers of its own"),
@@ -226,7 +232,7 @@ def pruned() -> nn.Module:
         (lambda: nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
         (lambda: nn.BatchNorm2d(4, momentum=None), "momentum: expected a number, since norm averages over all"),
     ],
-    ids=["timm", "sync", "lazy", "custom", "pruned", "forward", "statistics", "momentum"],
+    ids=["lazy", "custom", "pruned", "forward", "statistics", "momentum"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
@@ -235,24 +241,27 @@ def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         convert_norms(model, "ucb")
     assert model.first is first  # nothing was converted
-    assert convert_norms(model, "ucb", "first") == ["first"]
+    assert converted(convert_norms(model, "ucb", "first")) == ["first"]
 
 
 @pytest.mark.parametrize(
     ("act", "match"),
     [
         (lambda m: convert_norms(m, "bn"), "kind: expected one of 'mn', 'ucb', 'scb', 'scb_base', 'dsbn', got 'bn'"),
-        (lambda m: convert_norms(m, "ucb", "conv1"), r"where: expected the name .*\(1, 3.1, 6\), got 'conv1'"),
-        (lambda m: convert_norms(m, "ucb", "0"), "where: expected the name of a BatchNorm layer"),
+        (
+            lambda m: convert_norms(m, "ucb", "conv1"),
+            r"where: expected the name of a BatchNorm or LayerNorm \(1, 3.1, 6\), got 'conv1'",
+        ),
+        (lambda m: convert_norms(m, "ucb", "0"), "where: expected the name of a BatchNorm or LayerNorm"),
         (lambda m: convert_norms(m, "ucb", 3), "where: expected an index below the 3 BatchNorm layers, got 3"),
         (lambda m: convert_norms(m, "ucb", -4), "where: expected an index below the 3 BatchNorm layers, got -4"),
         (lambda m: convert_norms(m, "ucb", lambda *_: False), "where: expected to match at least one of 3"),
         (lambda m: convert_norms(m, "ucb", []), "where: expected to match at least one of 3"),
+        (lambda m: convert_norms(m, "ucb", nn.Conv2d), "where: expected to match at least one of 3 BatchNorm layers"),
         (lambda m: convert_norms(m[0], "ucb"), "model: expected at least one BatchNorm layer inside"),
-        (lambda m: convert_norms(m[1], "ucb"), "model: expected a model that holds BatchNorm layers"),
         (revert_norms, "model: expected at least one converted layer"),
         (lambda m: convert_norms(m, "ucb", colour=3), "colour: 3 is no option of kind 'ucb'"),
-        (lambda m: convert_norms(m, "scb", momentum=0.1), "momentum: 0.1 is no option of kind 'scb'"),
+        (lambda m: convert_norms(m, "scb", groups=1), "groups: 1 is no option of kind 'scb'"),
         (lambda m: convert_norms(m, "ucb", num_components=0), "num_components: expected at least 1, got 0"),
         (lambda m: convert_norms(m, "ucb", affine=False), "affine: expected True, since 1 has a weight"),
         (lambda m: [convert_norms(m, "ucb", "6") for _ in "ab"], r"where: 6 \(UCBNorm\) is converted already"),
@@ -261,6 +270,41 @@ def test_a_layer_whose_behaviour_would_be_lost_is_refused(make, match):
 def test_wrong_conversions_are_named(act, match):
     with pytest.raises(ValueError, match=match):
         act(small())
+
+
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [
+        (1.5, "expected a name, an index, a type, several of these or a predicate, got 1.5"),
+        (True, "expected a name, .* got True"),
+        (b"ab", "expected a name, .* got b'ab'"),
+        (int, "expected a name, .* got <class 'int'>"),
+        (nn.BatchNorm2d(4), "expected a name, .* got a BatchNorm2d"),
+        (["1", nn.BatchNorm1d(6)], "expected a name, .* got a BatchNorm1d"),
+        (torch.ones(3), "expected a name, .* got a Tensor"),
+        (lambda name: True, r"expected a predicate of \(name, module\), got one of \(name\)"),
+    ],
+    ids=["number", "bool", "bytes", "type", "module", "modules", "tensor", "predicate"],
+)
+def test_a_where_of_another_kind_is_one_sentence(where, match):
+    with pytest.raises(ValueError, match=f"where: {match}$"):
+        convert_norms(small(), "ucb", where)
+
+
+@pytest.mark.parametrize("where", [None, 0, nn.BatchNorm2d, lambda name, _: name == ""])
+def test_a_layer_itself_is_converted_and_returned(where):
+    norm = nn.BatchNorm2d(3)
+    lived(norm).eval()
+    x = images()
+    want = norm(x)
+    layer = convert_norms(norm, "ucb", where, num_components=1)
+    assert isinstance(layer, UCBNorm)
+    assert converted(layer) == [""]
+    close(layer(x), want)
+    with pytest.raises(ValueError, match=r"where: the model \(UCBNorm\) is converted already"):
+        convert_norms(layer, "ucb")
+    assert revert_norms(layer) is norm
+    assert converted(norm) == []
 
 
 def test_converting_twice_is_refused():
@@ -284,10 +328,10 @@ class Shared(nn.Module):
 def test_a_shared_layer_stays_shared(where):
     model = Shared()
     norm = model.a
-    assert convert_norms(model, "ucb", where) == ["a"]
+    assert converted(convert_norms(model, "ucb", where)) == ["a"]
     assert isinstance(model.a, UCBNorm)
     assert model.b[0] is model.a
-    assert revert_norms(model) == ["a"]
+    revert_norms(model)
     assert model.a is norm is model.b[0]
 
 
@@ -377,14 +421,14 @@ def test_a_first_backward_hook_registered_after_conversion_outlives_it():
 @pytest.mark.parametrize("name", ["torchvision", "timm"])
 def test_published_backbones(kind, name):
     torch.manual_seed(0)
-    # mobilenetv3's norms are BatchNormAct2d, which are refused; resnet's are BatchNorm2d.
     model = resnet18(weights=None) if name == "torchvision" else timm.create_model("resnet10t", pretrained=False)
     model = lived(model, 32).eval()
     x = images(size=32)
     want, norms = model(x), sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     before = copy.deepcopy(model.state_dict())
-    names = convert_norms(model, kind, num_components=1 if kind in ("mn", "ucb") else 3)
-    assert len(names) == norms > 10
+    options = {"statistics": "batch"} if kind in ("scb", "scb_base") else {}
+    convert_norms(model, kind, num_components=1 if kind in ("mn", "ucb") else 3, **options)
+    assert len(converted(model)) == norms > 10
     with routed(kind):
         close(model(x), want, depth=20)
         model.train()
@@ -393,12 +437,6 @@ def test_published_backbones(kind, name):
     revert_norms(model)
     assert torch.equal(model.eval()(x), want)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
-
-
-def test_a_timm_model_with_fused_activations_is_refused_by_name():
-    model = timm.create_model("mobilenetv3_small_050", pretrained=False)
-    with pytest.raises(ValueError, match=r"where: bn1 \(BatchNormAct2d\) does more"):
-        convert_norms(model, "ucb")
 
 
 @pytest.mark.parametrize("kind", KINDS)

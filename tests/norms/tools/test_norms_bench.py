@@ -66,3 +66,19 @@ def test_the_command_line_explains_itself():
         [sys.executable, "-m", "common.norms.bench", "--help"], capture_output=True, text=True, check=True
     )
     assert "--backends" in done.stdout
+
+
+def test_memory_of_a_gpu_is_the_peak_beyond_what_was_held(monkeypatch):
+    asked, device = [], torch.device("cuda", 1)
+    for name, value in (("memory_allocated", 100), ("max_memory_allocated", 350), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda where, name=name, value=value: asked.append((name, where)) or value
+        )
+    assert bench.peak_bytes(lambda: asked.append(("run", None)), device) == 250
+    names = ("reset_peak_memory_stats", "memory_allocated", "run", "max_memory_allocated")
+    assert asked == [(name, None if name == "run" else device) for name in names]
+
+
+def test_a_storage_kept_twice_counts_once():
+    x = torch.ones(5, requires_grad=True)
+    assert bench.saved_bytes(lambda: (x * x) * (x * 2)) == 3 * 5 * 4  # x, x * x and x * 2

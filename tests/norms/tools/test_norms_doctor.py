@@ -135,3 +135,8 @@ def test_the_command_ends_with_status_2_and_one_line():
     assert done.stdout == ""
     assert done.stderr.startswith("error: device: cuda:9 asked for")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("share", "agrees"), [(0.0, True), (1.0, True), (1.0 + 2**-52, False), (float("inf"), False)])
+def test_an_error_may_be_all_that_is_allowed_and_no_more(share, agrees):
+    assert doctor.Finding(share, "").agrees is agrees

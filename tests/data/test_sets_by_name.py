@@ -1,5 +1,7 @@
 """A data set of one's own, by name."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,7 +44,8 @@ def test_a_wrong_name_lists_the_known_ones_and_the_nearest(name, hint):
 
 def test_what_a_set_gives_is_held_against_what_was_asked_for():
     register_data_set("small", lambda config: grey(8))
-    register_data_set("odd", lambda config: grey(config.size).train)
+    odd: Any = lambda config: grey(config.size).train  # noqa: E731
+    register_data_set("odd", odd)
     with pytest.raises(UsageError, match=r"^data\.size: expected 16 x 16 of small, got 8 x 8$"):
         load(DataConfig(name="small", size=16))
     with pytest.raises(UsageError, match=r"^data\.name: expected odd to load Splits of images, got ImageSet$"):

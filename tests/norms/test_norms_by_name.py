@@ -101,3 +101,9 @@ def test_no_layer_gives_back_what_it_is_given_and_ignores_clusters(training):
         NormConfig(kind="none", eps=0.1)
     with pytest.raises(ValueError, match=r"^eps: 0\.1 is no option of kind 'none'; it has none$"):
         make_norm("none", 4, 3, eps=0.1)
+
+
+@pytest.mark.parametrize("kind", factory.BUILT_IN)
+def test_kinds_without_components_are_those_whose_state_does_not_know_their_number(kind):
+    few, many = (str(make_norm(kind, 4, number).state_dict()) for number in (2, 3))
+    assert (few == many) == (kind in factory.WITHOUT_COMPONENTS)

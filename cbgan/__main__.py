@@ -1,0 +1,6 @@
+"""``python -m cbgan`` lists the commands, see `common.cli.commands`."""
+
+from common.cli.commands import main
+
+if __name__ == "__main__":
+    main("cbgan")

@@ -1,0 +1,163 @@
+"""Estimation as a graph of torch.compile or torch.export holds it: operators, which may look at values.
+
+Each calls the function of ``em`` that a layer calls outside a graph. They write to nothing: a layer stores what it is
+given, in its graph. What a layer knows on the host it passes as tensors on the CPU, since a number would be compiled
+into the graph; None stands for what is not known there, and the device is asked.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..backends import reference
+from ..backends.namespace import NAMESPACE
+from . import em
+from .em import Fit
+
+
+def _is_ready(initialized: Tensor, ready: Tensor | None) -> bool:
+    return (ready is not None and bool(ready)) or bool(initialized.all())
+
+
+def _said(value: bool) -> Tensor:
+    return torch.tensor(value, device="cpu")
+
+
+@custom_op(f"{NAMESPACE}::snapshot", mutates_args=())
+def snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy a mixture that is read from buffers which the same graph moves afterwards.
+
+    A backward graph may compute clones again, of the buffers as they are by then: torch 2.14 gave wrong gradients
+    in silence. What an operator returns it keeps.
+    """
+    return log_lambda.clone(), mean.clone(), var.clone()
+
+
+@snapshot.register_fake
+def _(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(log_lambda), torch.empty_like(mean), torch.empty_like(var)
+
+
+@custom_op(f"{NAMESPACE}::seed_mixture", mutates_args=())
+def seed_mixture(
+    x: Tensor,
+    initialized: Tensor,
+    ready: Tensor | None,
+    num: int,
+    groups: int,
+    seed: int,
+    eps: float,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is.
+
+    Returns:
+        weight (K,), mean and var (K, C); whether to take them, on the device; and whether the mixture was seeded
+        before, on the CPU.
+    """
+    before = _is_ready(initialized, ready)
+    if before or not x.numel():
+        weight, mean, var = _zeros(x, num)
+        return weight, mean, var, torch.zeros((), dtype=torch.bool, device=x.device), _said(before)
+    fit = em.seed_and_fit(em.sample_points(x, seed, "seed"), num, groups, seed, eps, steps)
+    return fit.weight, fit.mean, fit.var, x.isfinite().all() & fit.is_finite(), _said(before)
+
+
+def _zeros(x: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what has the shape of a mixture's weight, mean and var for x (N, C, *)."""
+    rows = x.new_zeros(num, x.shape[1], dtype=reference.compute_dtype(x))
+    return rows.new_zeros(num), rows, torch.zeros_like(rows)
+
+
+@seed_mixture.register_fake
+def _(
+    x: Tensor,
+    initialized: Tensor,
+    ready: Tensor | None,
+    num: int,
+    groups: int,
+    seed: int,
+    eps: float,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weight, mean, var = _zeros(x, num)
+    return weight, mean, var, x.new_empty((), dtype=torch.bool), torch.empty((), dtype=torch.bool, device="cpu")
+
+
+@custom_op(f"{NAMESPACE}::refit_mixture", mutates_args=())
+def refit_mixture(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    ready: Tensor | None,
+    step: Tensor,
+    every: int,
+    groups: int,
+    seed: int,
+    eps: float,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Fit a mixture to x (N, C, \*) from where it is, in every so manieth step and if it is seeded.
+
+    Returns:
+        weight, mean and var like the given ones; and whether to take them, on the device.
+    """
+    if (ready is not None and not bool(ready)) or int(step) % every:
+        return weight.clone(), mean.clone(), var.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
+    fit, found = em.refit(x, Fit(weight, mean, var), int(step), groups, seed, eps, steps)
+    return fit.weight, fit.mean, fit.var, found
+
+
+@refit_mixture.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    ready: Tensor | None,
+    step: Tensor,
+    every: int,
+    groups: int,
+    seed: int,
+    eps: float,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(var), x.new_empty((), dtype=torch.bool)
+
+
+@custom_op(f"{NAMESPACE}::draw_locations", mutates_args=())
+def draw_locations(x: Tensor, count: int, seed: int, name: str, step: Tensor) -> Tensor:
+    """Draw as ``em.draw_locations`` does at this position and step."""
+    return em.draw_locations(x, count, seed, name, int(step))
+
+
+@draw_locations.register_fake
+def _(x: Tensor, count: int, seed: int, name: str, step: Tensor) -> Tensor:
+    return x.new_empty(count, x.shape[1], dtype=reference.compute_dtype(x))
+
+
+@custom_op(f"{NAMESPACE}::seed_clusters", mutates_args=())
+def seed_clusters(
+    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Take the moments of x (N, C, \*) in each cluster, unless all of them are seeded.
+
+    Returns:
+        mean and log_var (K, C); which of them to take (K,), on the device; and whether all were seeded before, on the
+        CPU.
+    """
+    num, before = len(initialized), _is_ready(initialized, ready)
+    if before or not x.numel():
+        _, mean, log_var = _zeros(x, num)
+        return mean, log_var, torch.zeros_like(initialized), _said(before)
+    mean, log_var, found = em.cluster_moments(x, cluster, num, eps)
+    return mean, log_var, found & ~initialized, _said(before)
+
+
+@seed_clusters.register_fake
+def _(
+    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, mean, log_var = _zeros(x, len(initialized))
+    return mean, log_var, torch.empty_like(initialized), torch.empty((), dtype=torch.bool, device="cpu")

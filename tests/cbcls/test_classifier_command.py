@@ -1,0 +1,9 @@
+"""Commands start where their page says."""
+
+import pytest
+from commands import assert_starts
+
+
+@pytest.mark.parametrize(("file", "module"), [("cbcls/train.py", "cbcls.train")])
+def test_a_command_starts_its_module(file, module, monkeypatch):
+    assert_starts(file, module, monkeypatch)

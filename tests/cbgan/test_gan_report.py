@@ -1,0 +1,223 @@
+"""What a run of the GAN logs, draws and tells, and what measuring it again says."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+import cbgan.evaluate
+import cbgan.train
+import common.metrics.fid
+from cbgan.config import GanConfig
+from cbgan.evaluation import Evaluation
+from cbgan.models import Discriminator, Generator
+from cbgan.noise import fixed_noise
+from cbgan.train import Gan
+from common.data import ImageSet
+from common.metrics.classifier import Classifier
+from common.metrics.fid import FidConfig, FidResult
+from common.norms.config import NormConfig
+from common.runs.log import read_metrics
+from common.training.method import Method
+
+TINY = ["--width", "8", "--batch_size", "500", "--latent_dim", "16", "--log_every", "1", "--data.size", "8",
+        "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70"]  # fmt: skip
+FID = "metric/fid_classifier"
+
+
+class Quick(Classifier):
+    """A classifier that knows little and is soon there."""
+
+    def __init__(self, train: ImageSet, test: ImageSet | None, cache: Path, device: torch.device | str) -> None:
+        super().__init__(train, test, cache, device, steps=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.metrics.fid, "Classifier", Quick)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Train two epochs of two steps, measured before and after: epochs 0, 2."""
+    out = tmp_path_factory.mktemp("out")
+    cbgan.train.main([*TINY, "--epochs", "2", "--fid.every", "2", "--name", "run", "--out", str(out),
+                      "--cache", str(out / "cache")])  # fmt: skip
+    return out / "cbgan" / "run"
+
+
+@pytest.fixture(scope="module")
+def lines(folder) -> list[dict[str, Any]]:
+    return read_metrics(folder)
+
+
+def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
+    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found"}
+    step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second"}
+    kinds = {"measured": [], "step": [], "health": []}
+    for line in lines:
+        tags = line.keys() - {"step", "epoch"}
+        kind = "measured" if tags == measured else "step" if tags == step else "health"
+        kinds[kind].append((line["epoch"], line["step"]))
+        if kind == "health":
+            assert {tag.split("/")[1] for tag in tags} == {"norm1", "norm2"}
+            assert all(tag.startswith("health/norm") for tag in tags)
+    assert kinds == {
+        "measured": [(0, 0), (2, 4)],
+        "step": [(0, 1), (0, 2), (1, 3), (1, 4)],
+        "health": [(1, 2), (2, 4)],
+    }
+    named = ("_floor", "_test")
+    for tag in measured | (step - {"loss/g", "gradient/g"}) | {"health/LAYER/..."}:
+        ending = next((end for end in named if tag.endswith(end)), None)
+        assert f"`{tag if ending is None else f'metric/fid_...{ending}'}`" in page, tag
+    assert all(1 <= line["metric/classes_found"] <= 10 for line in lines if FID in line)
+
+
+def test_the_distances_share_a_chart(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
+    (category,) = layout.category
+    (chart,) = category.chart
+    assert category.title == "FID"
+    name = "1_result/fid_classifier"
+    assert list(chart.multiline.tag) == [name, f"{name}_test", f"{name}_floor"]
+
+
+def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["epoch-0000.png", "epoch-0002.png", "real.png"]
+    for name in names:
+        with Image.open(folder / "samples" / name) as picture:
+            assert picture.size == (8 * 9 + 1, 8 * 9 + 1)  # eight a row, of 8 pixels and a line between
+
+
+def closing(method: Method[Any], lines: list[dict[str, Any]]) -> dict[str, str]:
+    return dict(method.closing(lines, Path("runs/cbgan/one")))
+
+
+def method_after(result: FidResult | None, floor: float | None = 0.5, every: int = 1) -> Gan:
+    """Return a method that has measured this, without having trained."""
+    cfg = GanConfig()
+    gan = Gan(cfg, {}, torch.device("cpu"))
+    gan.evaluation = cast(Any, Evaluation.__new__(Evaluation))
+    gan.evaluation.cfg, gan.evaluation.latest = cfg, result
+    extractor = SimpleNamespace(name="classifier")
+    fid = SimpleNamespace(tag=FID, other_tag=f"{FID}_test", floor_tag=f"{FID}_floor", floor=floor, extractor=extractor)
+    gan.evaluation.fid = cast(Any, fid if every else None)
+    return gan
+
+
+SERIES = [
+    {"epoch": 0, "step": 0, FID: 300.25, f"{FID}_test": 301.0},
+    {"epoch": 1, "step": 5, "loss/d": 1.0},
+    {"epoch": 2, "step": 9, FID: 12.5, f"{FID}_test": 13.75},
+    {"epoch": 4, "step": 19, FID: None},
+    {"epoch": 6, "step": 29, FID: 20.0, f"{FID}_test": 19.0},
+]
+
+
+def test_a_finished_run_tells_its_distances_and_what_to_do_next():
+    gan = method_after(FidResult(20.0, 1200, (0, 1000, 1, 199)))
+    assert closing(gan, SERIES) == {
+        "FID (classifier)": "first 300.2 (epoch 0), best 12.5 (2), last 20 (6); "
+        "the best against the test images 13.75; real test images 0.5",
+        "classes": "3 of 4 found among 1,200 samples",
+        "pictures": "runs/cbgan/one/samples",
+        "evaluate": "python -m cbgan.evaluate --run runs/cbgan/one",
+        "paper's run": "python -m cbgan.train --config configs/cbgan/paper_ucb.yaml --device cuda",
+    }
+
+
+def test_what_was_not_measured_is_not_told():
+    told = closing(method_after(FidResult(20.0, 60, None), floor=None), [SERIES[4] | {f"{FID}_test": None}])
+    assert told["FID (classifier)"] == "first 20 (epoch 6), best 20 (6), last 20 (6)"
+    assert "classes" not in told
+    none = closing(method_after(None, every=0), [])
+    assert none["FID"] == "not measured (fid.every is 0)"
+    assert list(none) == ["FID", "pictures", "evaluate", "paper's run"]
+
+
+@pytest.mark.parametrize(
+    ("fid", "classes", "status", "verdict"),
+    [
+        (29.9, (1, 1), 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
+        (30.0, (1, 1), 1, "FID 30 is not below a tenth of 300; 0 classes missing"),
+        (29.9, (1, 0), 1, "FID 29.9 is below a tenth of 300; 1 classes missing"),
+        (29.9, None, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
+        (45.0, (0, 0), 1, "FID 45 is not below a tenth of 300; 2 classes missing"),
+    ],
+)
+def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys, fid, classes, status, verdict):
+    counts = []
+
+    def measure(self, g, count):
+        counts.append(count)
+        return FidResult(fid, count, classes)
+
+    monkeypatch.setattr(Evaluation, "measure", measure)
+    monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: [(0, 300.0), (2, 30.5)])
+    argv = ["--run", str(folder), "--check", "--samples", "77"]
+    if status:
+        with pytest.raises(SystemExit) as left:
+            cbgan.evaluate.main(argv)
+        assert left.value.code == status
+    else:
+        cbgan.evaluate.main(argv)
+    out = capsys.readouterr().out.splitlines()
+    assert counts == [77]
+    assert out[0] == f"epoch 2: FID (classifier) {fid:.4g} from 77 samples"
+    assert out[1].startswith("real test images: ")
+    assert out[2] == "logged: 300 (epoch 0), 30.5 (epoch 2)"
+    listed = (
+        []
+        if classes is None
+        else [
+            f"classes: {len(classes) - classes.count(0)} of {len(classes)} found; counts {', '.join(map(str, classes))}"
+        ]
+    )
+    assert out[3:] == [*listed, f"check: {verdict}"]
+
+
+def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
+    cbgan.evaluate.main(["--run", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    last = [line for line in lines if FID in line][-1]
+    assert out[0] == f"epoch 2: FID (classifier) {last[FID]:.4g} from 70 samples"
+    assert out[1] == f"real test images: {last[f'{FID}_floor']:.4g}"
+    found = json.loads((folder / "summary.json").read_text())["last"]["metric/classes_found"]["value"]
+    assert out[3].startswith(f"classes: {found:.0f} of 10 found; counts ")
+    counts = [int(word) for word in out[3].split("counts ")[1].split(", ")]
+    assert sum(counts) == 70
+    assert sum(count > 0 for count in counts) == found
+
+
+@pytest.mark.parametrize(
+    ("every", "checkpoint_every", "epochs"),
+    [(2, 1, [0, 2, 4, 5]), (5, 1, [0, 5]), (0, 2, [2, 4, 5])],
+)
+def test_epochs_that_are_due(every, checkpoint_every, epochs):
+    cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, fid=FidConfig(every=every))
+    gan = Gan(cfg, {}, torch.device("cpu"))
+    assert [epoch for epoch in range(6) if gan.due(epoch)] == epochs
+
+
+def test_networks_are_of_32_pixels_where_nothing_is_said():
+    g, d = Generator(8, 4, NormConfig(kind="bn")), Discriminator(8)
+    images = g(fixed_noise(2, 4, torch.device("cpu")))
+    assert images.shape == (2, 3, 32, 32)
+    assert d(images).shape == (2,)
+    assert Discriminator(8, 64)(torch.zeros(2, 3, 64, 64)).shape == (2,)
+    with pytest.raises(RuntimeError, match="shapes"):
+        d(torch.zeros(2, 3, 40, 40))

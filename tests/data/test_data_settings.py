@@ -1,0 +1,48 @@
+"""What settings of images may be, to the ends of their ranges, and the line that refuses the next value."""
+
+import math
+from pathlib import Path
+
+import pytest
+from refused_settings import assert_refuses, assert_takes
+
+from common.data.config import DataConfig
+
+BELOW_1 = math.nextafter(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"validation": 0.0}, {"validation": BELOW_1}, {"validation": None}, {"size": 8}, {"size": 1024},
+        {"workers": 0},
+        *({"name": name, "labels": "coarse"} for name in ("cifar100", "oxford_pet")),
+        {"name": "imagefolder", "root": Path("a"), "test_root": Path("b"), "superclasses": Path("c.json")},
+        {"name": "mnist_m", "blend": "photographs"},
+    ],
+)  # fmt: skip
+def test_a_range_holds_its_ends(values):
+    assert_takes(DataConfig, values)
+
+
+SIZE = "data.size: expected a multiple of 4 from 8 to 1024, got"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        *(({"validation": bad}, f"data.validation: expected 0 up to, not including, 1, or null, got {bad}")
+          for bad in (-math.ulp(0.0), 1.0, math.nan)),
+        *(({"size": bad}, f"{SIZE} {bad}") for bad in (4, 0, -8, 30, 1028)),
+        ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
+        *(({"name": name, "root": "x"}, f"data.root: {name} reads no folder, expected null or data.name imagefolder")
+          for name in ("digits", "digits_m")),
+        ({"test_root": "x"}, "data.test_root: digits has its own test images, expected null"),
+        ({"labels": "coarse"}, "data.labels: only cifar100 and oxford_pet have coarse labels, digits has not"),
+        ({"superclasses": "x"},
+         "data.superclasses: expected null, only imagefolder takes a file; got data.name digits"),
+        ({"blend": "x"}, "data.blend: expected sklearn, only mnist_m takes a folder; got data.name digits"),
+    ],
+)  # fmt: skip
+def test_beyond_them_a_line_names_field_range_and_value(values, line):
+    assert_refuses(DataConfig, values, line)

@@ -1,0 +1,244 @@
+"""The layers inside somebody else's graph: torch.compile, torch.export, ONNX and torch.fx, against the plain layers."""
+
+import copy
+
+import pytest
+import torch
+from norm_cases import any_norm, mixture_case
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from common.norms import clusters, convert_norms
+
+LAYERS = {
+    "bn": ("bn", {}),
+    "in": ("in", {"affine": True}),
+    "dsbn": ("dsbn", {}),
+    "dsbn, mean of all batches": ("dsbn", {"momentum": None, "affine": False}),
+    "dsbn, no statistics": ("dsbn", {"track_running_stats": False}),
+    "mn": ("mn", {}),
+    "mn, each channel, refit": ("mn", {"groups": None, "refit_every": 2, "init": "uniform"}),
+    "scb": ("scb", {"affine": True}),
+    "scb data": ("scb", {"init": "data"}),
+    "scb_base": ("scb_base", {}),
+    "scb_base data": ("scb_base", {"init": "data"}),
+    "ucb": ("ucb", {}),
+    "ucb compiled": ("ucb", {"groups": 1, "backend": "compiled"}),
+    "ucb reference": ("ucb", {"groups": 2, "backend": "reference", "affine": False}),
+    "ucb kmeans++": ("ucb", {"init": "kmeans++"}),
+    "ucb reseed": ("ucb", {"groups": 1, "reseed": 0.3, "variance": "shared"}),
+    "ucb weight": ("ucb", {"update": "weight"}),
+    "ucb learned": ("ucb", {"update": "weight", "statistics": "learned", "init": "kmeans++"}),
+}
+SHAPE = (9, 4, 500)  # 4,500 locations, more than a fit takes
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+def takes_ids(case: str) -> bool:
+    return LAYERS[case][0] in ("dsbn", "scb", "scb_base")
+
+
+def fresh(case: str) -> nn.Module:
+    kind, options = LAYERS[case]
+    return any_norm(kind, 4, 3, **options, dtype=torch.float64)
+
+
+def plain_copy(layer: nn.Module) -> nn.Module:
+    """Return a copy that runs outside graphs, without a C++ compiler."""
+    plain = copy.deepcopy(layer)
+    if getattr(plain, "backend", None) == "compiled":
+        vars(plain)["backend"] = "eager"
+    return plain
+
+
+def batches(case: str) -> list[tuple[Tensor, ...]]:
+    """Four batches: the first has a value that is not finite, the third lacks a cluster."""
+    found = []
+    for step in range(4):
+        x, ids = mixture_case(SHAPE, 3, seed=step)[0].detach(), torch.arange(9) % (2 if step == 2 else 3)
+        if step == 0:
+            x[1, 2, 3] = torch.nan
+        found.append((x, ids) if takes_ids(case) else (x,))
+    return found
+
+
+def trained(layer: nn.Module, run, case: str) -> list[list[Tensor]]:
+    """Return what each of four training steps shows: output, gradients, and the state after it.
+
+    Of the first step, which is not finite, only the state: how far NaN reaches depends on how a layer computes.
+    """
+    seen = []
+    for step, (x, *ids) in enumerate(batches(case)):
+        x.requires_grad_()
+        y = run(x, *ids)
+        weight = torch.linspace(0.5, 2, y.numel(), dtype=y.dtype).view(y.shape)
+        parameters = list(layer.parameters()) if step else []
+        gradients = torch.autograd.grad((weight * y).sum(), [x, *parameters], materialize_grads=True)
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients[1:], strict=True):
+                p.sub_(g, alpha=0.01)
+        shown = [y.detach(), *gradients] if step else []
+        seen.append([*shown, *(t.clone() for t in layer.state_dict().values())])
+    return seen
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_fresh_layer_trains_compiled_as_it_trains_plain(case):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    layer = fresh(case)
+    plain = plain_copy(layer)
+    got = trained(layer, torch.compile(layer, fullgraph=True, backend=backend), case)
+    torch.testing.assert_close(got, trained(plain, plain, case), equal_nan=True)
+    assert len(graphs) == 1  # one graph for a layer before and after its seeding
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_fresh_layer_trains_exported_as_it_trains_plain(case):
+    layer = fresh(case)
+    plain = plain_copy(layer)
+    module = torch.export.export(layer, batches(case)[1]).module()
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)  # no batch was seen
+    torch.testing.assert_close(trained(module, module, case), trained(plain, plain, case), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["ucb", "mn", "scb", "dsbn"])
+def test_a_converted_network_is_one_graph(kind):
+    network, ids = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).double(), torch.arange(6) % 3
+    convert_norms(network, kind, where=[0, 1, -1], num_components=3)  # of twelve, since each takes its time
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled, plain = torch.compile(network, fullgraph=True, backend=backend), copy.deepcopy(network)
+    for step in range(2):
+        x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(step)).double()
+        with clusters(ids):
+            torch.testing.assert_close(compiled(x), plain(x))
+    assert len(graphs) == 1
+
+
+def settled(case: str) -> nn.Module:
+    """Return a layer in evaluation mode whose stored statistics are those of data."""
+    kind, options = LAYERS[case]
+    layer = plain_copy(any_norm(kind, 4, 3, **options))
+    for x, *ids in batches(case)[1:]:
+        layer(x[:, :, :50].float(), *ids)
+    return layer.eval()
+
+
+class Around(nn.Module):
+    """A model around a layer."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 1), norm
+
+
+class Plain(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.norm(self.conv(x))
+
+
+class Known(Around):
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return 2 * self.norm(self.conv(x), cluster=ids)
+
+
+def around(case: str) -> Around:
+    return (Known if takes_ids(case) else Plain)(settled(case))
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_symbolic_tracing_sees_a_layer_as_one_step(case):
+    model = around(case)
+    x, ids = torch.randn(9, 2, 5), (torch.arange(9) % 3,) if takes_ids(case) else ()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["conv", "norm"]
+    assert torch.equal(traced(x, *ids), model(x, *ids))
+    assert traced.norm is model.norm
+
+
+@pytest.mark.parametrize("kind", ["ucb", "scb"])
+def test_features_of_a_converted_network_can_be_extracted(kind):
+    network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+    convert_norms(network, kind, num_components=3)
+    seen = []
+    extractor = create_feature_extractor(network.eval(), ["layer1.0.bn1", "fc"])
+    network.get_submodule("layer1.0.bn1").register_forward_hook(lambda *args: seen.append(args[2]))
+    x = torch.randn(2, 3, 32, 32)
+    with clusters(torch.tensor([2, 0])):
+        want, found = network(x), extractor(x)
+    assert torch.equal(found["fc"], want)
+    assert torch.equal(found["layer1.0.bn1"], seen[0])
+
+
+IN_EVALUATION = (
+    "bn",
+    "in",
+    "dsbn",
+    "dsbn, no statistics",
+    "mn",
+    "scb",
+    "scb_base",
+    "ucb",
+    "ucb compiled",
+    "ucb learned",
+)
+"""Every kind, and what computes in another way."""
+
+
+def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], fed: tuple[Tensor, ...]) -> Tensor:
+    """Export a model by args, with any number of samples, and run what comes of it on fed."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnx, onnxscript and onnxruntime")
+    any_batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
+    program = torch.onnx.export(model, args, dynamo=True, verbose=False, dynamic_shapes=any_batch)
+    assert program is not None
+    proto = program.model_proto
+    assert {node.domain for node in proto.graph.node} == {""}  # operators of the standard alone
+    assert not proto.functions
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    (y,) = session.run(None, {name: t.numpy() for name, t in zip(names, fed, strict=True)})
+    return torch.from_numpy(y)
+
+
+@pytest.mark.parametrize("case", IN_EVALUATION)
+@torch.no_grad()
+def test_onnx_gives_the_numbers_of_evaluation(case):
+    model = around(case).eval()
+    if "backend" in LAYERS[case][1]:
+        vars(model.norm)["backend"] = LAYERS[case][1]["backend"]
+    x, fed = torch.randn(3, 2, 5), torch.randn(7, 2, 5)
+    ids, fed_ids = torch.tensor([0, 2, 1]), torch.tensor([2, 1, 0, 2, 2, 1, 0])
+    if LAYERS[case][0] in ("scb", "scb_base"):
+        fed_ids[3] = -1  # unknown
+    args = ((x, ids), (fed, fed_ids)) if takes_ids(case) else ((x,), (fed,))
+    want = plain_copy(model)
+    if hasattr(want.norm, "backend"):
+        vars(want.norm)["backend"] = "eager"
+    torch.testing.assert_close(onnx_outputs(model, *args), want(*args[1]), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_onnx_of_unknown_clusters_and_of_channels_last():
+    x, fed = torch.randn(3, 5, 4), torch.randn(6, 5, 4)
+    for layer in (
+        any_norm("scb", 4, 3, unknown_posterior="sample", channel_dim=-1),
+        any_norm("ucb", 4, 3, groups=1, channel_dim=-1),
+    ):
+        for table in (layer.mean, layer.log_var):
+            table.copy_(torch.randn(3, 4))
+        torch.testing.assert_close(onnx_outputs(layer.eval(), (x,), (fed,)), layer(fed), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,16 @@
+"""Settings have the defaults that docs/configuration.md states."""
+
+import pytest
+from settings import assert_documented
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "common.norms.tools.bench.BenchConfig",
+        "common.norms.tools.doctor.DoctorConfig",
+        "common.norms.tools.aot.AotConfig",
+    ],
+)
+def test_defaults_are_those_of_the_page(name):
+    assert_documented(name)
