@@ -57,5 +57,5 @@ class DataConfig:
                 others = ", ".join(other for other, data_set in DATA_SETS.items() if name in data_set.takes)
                 raise ValueError(
                     f"data.{name}: expected {'null' if default is None else default}, since {self.name} takes "
-                    f"none ({others} do), got {value}"
+                    f"none (taken by {others}), got {value}"
                 )

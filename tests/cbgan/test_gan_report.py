@@ -136,7 +136,7 @@ def test_a_finished_run_tells_its_distances_and_what_to_do_next():
         "classes": "3 of 4 found among 1,200 samples",
         "pictures": "runs/cbgan/one/samples",
         "evaluate": "python -m cbgan.evaluate --run runs/cbgan/one",
-        "paper's run": "python -m cbgan.train --config configs/cbgan/paper_ucb.yaml --device cuda",
+        "paper's run": "python -m cbgan.train --config paper_ucb --device cuda",
     }
 
 
@@ -152,11 +152,11 @@ def test_what_was_not_measured_is_not_told():
 @pytest.mark.parametrize(
     ("fid", "classes", "status", "verdict"),
     [
-        (29.9, (1, 1), 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
-        (30.0, (1, 1), 1, "FID 30 is not below a tenth of 300; 0 classes missing"),
-        (29.9, (1, 0), 1, "FID 29.9 is below a tenth of 300; 1 classes missing"),
+        (29.9, (1,) * 10, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
+        (30.0, (1,) * 10, 1, "FID 30 is not below a tenth of 300; 0 classes missing"),
+        (29.9, (*[1] * 9, 0), 1, "FID 29.9 is below a tenth of 300; 1 classes missing"),
         (29.9, None, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
-        (45.0, (0, 0), 1, "FID 45 is not below a tenth of 300; 2 classes missing"),
+        (45.0, (*[1] * 8, 0, 0), 1, "FID 45 is not below a tenth of 300; 2 classes missing"),
     ],
 )
 def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys, fid, classes, status, verdict):
@@ -184,10 +184,11 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
         []
         if classes is None
         else [
-            f"classes: {len(classes) - classes.count(0)} of {len(classes)} found; counts {', '.join(map(str, classes))}"
+            f"classes: {len(classes) - classes.count(0)} of {len(classes)} found; "
+            f"samples of {', '.join(f'{name}: {n}' for name, n in enumerate(classes))}"
         ]
     )
-    assert out[3:] == [*listed, f"check: {verdict}"]
+    assert [*out[3 : 3 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
 
 
 def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
@@ -197,8 +198,8 @@ def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
     assert out[0] == f"epoch 2: FID (classifier) {last[FID]:.4g} from 70 samples"
     assert out[1] == f"real test images: {last[f'{FID}_floor']:.4g}"
     found = json.loads((folder / "summary.json").read_text())["last"]["metric/classes_found"]["value"]
-    assert out[3].startswith(f"classes: {found:.0f} of 10 found; counts ")
-    counts = [int(word) for word in out[3].split("counts ")[1].split(", ")]
+    assert out[3].startswith(f"classes: {found:.0f} of 10 found; samples of 0: ")
+    counts = [int(word.split(": ")[1]) for word in out[3].split("samples of ")[1].split(", ")]
     assert sum(counts) == 70
     assert sum(count > 0 for count in counts) == found
 

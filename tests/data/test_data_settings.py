@@ -35,13 +35,15 @@ SIZE = "data.size: expected a multiple of 4 from 8 to 1024, got"
           for bad in (-math.ulp(0.0), 1.0, math.nan)),
         *(({"size": bad}, f"{SIZE} {bad}") for bad in (4, 0, -8, 30, 1028)),
         ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
-        *(({"name": name, "root": "x"}, f"data.root: {name} reads no folder, expected null or data.name imagefolder")
+        *(({"name": name, "root": "x"}, f"data.root: expected null, since {name} takes none (taken by imagefolder, "
+           "cifar10, cifar100, mnist, mnist_m, svhn, tiny_imagenet, oxford_pet), got x")
           for name in ("digits", "digits_m")),
-        ({"test_root": "x"}, "data.test_root: digits has its own test images, expected null"),
-        ({"labels": "coarse"}, "data.labels: only cifar100 and oxford_pet have coarse labels, digits has not"),
+        ({"test_root": "x"}, "data.test_root: expected null, since digits takes none (taken by imagefolder), got x"),
+        ({"labels": "coarse"},
+         "data.labels: expected fine, since digits takes none (taken by cifar100, oxford_pet), got coarse"),
         ({"superclasses": "x"},
-         "data.superclasses: expected null, only imagefolder takes a file; got data.name digits"),
-        ({"blend": "x"}, "data.blend: expected sklearn, only mnist_m takes a folder; got data.name digits"),
+         "data.superclasses: expected null, since digits takes none (taken by imagefolder), got x"),
+        ({"blend": "x"}, "data.blend: expected sklearn, since digits takes none (taken by mnist_m), got x"),
     ],
 )  # fmt: skip
 def test_beyond_them_a_line_names_field_range_and_value(values, line):

@@ -193,7 +193,7 @@ def test_a_timm_model_with_fused_activations_converts(name, kind, num):
     model = lived(timm.create_model(name, pretrained=False, num_classes=7), 32).double().eval()
     x = images(n=6, size=32).double()
     want, norms = model(x), [key for key, m in model.named_modules() if isinstance(m, BatchNormAct2d)]
-    convert_norms(model, kind, num_components=num)
+    convert_norms(model, kind, num_components=num, **({"statistics": "batch"} if kind == "scb" else {}))
     assert converted(model) == norms
     assert len(norms) > 30
     with routed(kind):

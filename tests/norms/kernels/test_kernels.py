@@ -219,5 +219,5 @@ def test_a_stored_program_finds_the_operators_by_their_names():
     names = ["scb_forward", "scb_backward", *(f"{kind}_{way}" for kind in ("mixture", "learned")
                                               for way in ("forward", "backward"))]  # fmt: skip
     for name in names:
-        assert getattr(torch.ops.cbnorm, name).default.name() == f"cbnorm::{name}"
-        assert getattr(operators, name)._qualname == f"cbnorm::{name}"
+        assert getattr(torch.ops.common_norms, name).default.name() == f"common_norms::{name}"
+        assert getattr(operators, name)._qualname == f"common_norms::{name}"
