@@ -27,10 +27,10 @@ def test_a_set_of_ones_own_is_loaded_by_its_name_with_the_settings_it_takes(tmp_
     assert load(config).train.images.shape == (4, 3, 8, 8)
     assert asked == [config]
     with pytest.raises(
-        ValueError, match=r"^data\.blend: expected sklearn, since grey takes none \(mnist_m do\), got x$"
+        ValueError, match=r"^data\.blend: expected sklearn, since grey takes none \(taken by mnist_m\), got x$"
     ):
         DataConfig(name="grey", blend="x")
-    with pytest.raises(ValueError, match=r"^data\.labels: .* \(cifar100, oxford_pet, grey do\), got coarse$"):
+    with pytest.raises(ValueError, match=r"^data\.labels: .* \(taken by cifar100, oxford_pet, grey\), got coarse$"):
         DataConfig(labels="coarse")
 
 

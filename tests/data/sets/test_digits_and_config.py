@@ -75,20 +75,20 @@ def test_digits_m_refuses_sizes_above_the_photographs():
         ({"size": 33}, "data.size: expected a multiple of 4"),
         ({"size": 1028}, "data.size: "),
         ({"workers": -1}, "data.workers: expected 0 or more, got -1"),
-        ({"root": "x"}, "data.root: expected null, since digits takes none .imagefolder, .* do., got x"),
+        ({"root": "x"}, "data.root: expected null, since digits takes none .taken by imagefolder, .*., got x"),
         (
             {"name": "cifar10", "test_root": "x"},
-            "data.test_root: expected null, .* cifar10 takes none .imagefolder do., got x",
+            "data.test_root: expected null, .* cifar10 takes none .taken by imagefolder., got x",
         ),
         (
             {"name": "cifar10", "labels": "coarse"},
-            "data.labels: expected fine, .* cifar10 .*cifar100, oxford_pet do., got coarse",
+            "data.labels: expected fine, .* cifar10 .*cifar100, oxford_pet., got coarse",
         ),
         (
             {"name": "cifar100", "superclasses": "x"},
-            "data.superclasses: expected null, .* cifar100 takes none .imagefolder",
+            "data.superclasses: expected null, .* cifar100 takes none .taken by imagefolder",
         ),
-        ({"name": "digits_m", "blend": "x"}, "data.blend: expected sklearn, .* digits_m takes none .mnist_m"),
+        ({"name": "digits_m", "blend": "x"}, "data.blend: expected sklearn, .* digits_m takes none .taken by mnist_m"),
     ],
 )
 def test_config_refuses_values_in_one_line(values, message):
