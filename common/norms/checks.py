@@ -67,6 +67,12 @@ def check_input(x: object, channels: int, dim: int = 1) -> None:
         raise ValueError(f"x: expected {channels} channels in dimension {dim}, got {tuple(x.shape)}")
 
 
+def check_training_batch(x: Tensor, channels: int) -> None:
+    """Raise ValueError if x holds one value per channel, of which there is no variance."""
+    if x.numel() == channels:
+        raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+
+
 def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
     """Raise ValueError unless the tensor is on the device, which is that of ``whose``."""
     if tensor.device != device:

@@ -85,8 +85,8 @@ class _SupervisedNorm(NormLayer):
 
     def _standardise(self, x: Tensor) -> Tensor:
         r"""Give each channel of x (N, C, \*) mean 0 and variance 1, as BatchNorm does before its affine map."""
-        if self.training and x.numel() == self.num_features:
-            raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+        if self.training:
+            checks.check_training_batch(x, self.num_features)
         old = self.running_mean, self.running_var
         mean, var = (t.to(reference.compute_dtype(x), copy=True) for t in old)
         y = F.batch_norm(x, mean, var, None, None, self.training, self.momentum, self.eps)

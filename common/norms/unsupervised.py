@@ -272,8 +272,8 @@ class MixtureLayer(NormLayer):
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
-        if x.numel() == self.num_features and sync.active(self.process_group) is None:
-            raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+        if sync.active(self.process_group) is None:
+            checks.check_training_batch(x, self.num_features)
 
     def _normalise(
         self, x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, statistics: Statistics

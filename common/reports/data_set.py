@@ -1,7 +1,8 @@
 """Look at a data set before training on it: ``python -m common.data --name cifar100``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UsageError: if a setting is wrong, the data cannot be loaded, or the contact sheet cannot be written.
     """
-    try:
+    with fields_without_prefix():
         _inspect(parse(InspectConfig, argv, prog="python -m common.data"))
-    except UsageError as error:  # which names fields as a training command does; here they have no prefix
+
+
+@contextmanager
+def fields_without_prefix() -> Iterator[None]:
+    """Let a UsageError name data's fields as this command's flags do, not as a training command's, ``data.``."""
+    try:
+        yield
+    except UsageError as error:
         raise UsageError(re.sub(r"(^|--|or set )data\.", r"\1", str(error))) from None
 
 

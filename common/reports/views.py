@@ -1,6 +1,5 @@
 """Look at how a data set's images are augmented: ``python -m cbda.show --name digits_m``."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from common.data.augmentation import strong, weak
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 from common.machine.seeding import permutation
+from common.reports.data_set import fields_without_prefix
 from common.reports.sheet import captioned_sheet
 
 _SHOWN = 8
@@ -45,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UsageError: if a setting is wrong, the data cannot be loaded, or a sheet is in the way.
     """
-    try:
+    with fields_without_prefix():
         _show(parse(ViewsConfig, argv, prog="python -m cbda.show"))
-    except UsageError as error:  # which names fields as a training command does; here they have no prefix
-        raise UsageError(re.sub(r"(^|--|or set )data\.", r"\1", str(error))) from None
 
 
 def _show(config: ViewsConfig) -> None:

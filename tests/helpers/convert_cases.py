@@ -7,10 +7,18 @@ import torch
 from norm_cases import mixture_case
 from torch import nn
 
-from common.norms import clusters
+from common.norms import DomainBatchNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, clusters
 
 KINDS = ["mn", "ucb", "scb", "scb_base", "dsbn"]
 ROUTED = ["scb", "scb_base", "dsbn"]
+EXACT = [
+    ("scb", 3, SCBNorm),
+    ("scb_base", 3, SCBNormBase),
+    ("dsbn", 3, DomainBatchNorm),
+    ("ucb", 1, UCBNorm),
+    ("mn", 1, MixtureNorm),
+]
+"""Kinds, and the numbers of components with which they start as the very BatchNorm they replace."""
 IDS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from convert_cases import IDS, KINDS, close, images, lived, routed, small
+from convert_cases import EXACT, IDS, KINDS, close, images, lived, routed, small
 from norm_cases import mixture_case
 from torch import nn
 from torch.nn.utils import prune
@@ -16,9 +16,7 @@ from torchvision.models import resnet18
 
 from common.norms import (
     DomainBatchNorm,
-    MixtureNorm,
     SCBNorm,
-    SCBNormBase,
     UCBNorm,
     clusters,
     convert_norms,
@@ -28,16 +26,7 @@ from common.norms import (
 )
 
 
-@pytest.mark.parametrize(
-    ("kind", "num", "type_"),
-    [
-        ("scb", 3, SCBNorm),
-        ("scb_base", 3, SCBNormBase),
-        ("dsbn", 3, DomainBatchNorm),
-        ("ucb", 1, UCBNorm),
-        ("mn", 1, MixtureNorm),
-    ],
-)
+@pytest.mark.parametrize(("kind", "num", "type_"), EXACT)
 def test_evaluation_is_batch_norms(kind, num, type_):
     model = small().eval()
     x = images()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_cases import IDS, close, images, lived, routed
+from convert_cases import EXACT, IDS, close, images, lived, routed
 from timm.layers import (
     BatchNormAct2d,  # pyright: ignore[reportPrivateImportUsage]
     LayerNorm,  # pyright: ignore[reportPrivateImportUsage]
@@ -20,11 +20,8 @@ from torch.nn import functional as F
 from torchvision.models import convnext
 
 from common.norms import (
-    DomainBatchNorm,
     MixtureNorm,
     NormAct,
-    SCBNorm,
-    SCBNormBase,
     UCBNorm,
     clusters,
     convert_norms,
@@ -46,16 +43,7 @@ def activated(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"act_layer": nn.SiLU}, {"apply_act": False}, {"act_layer": Double}], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "num", "type_"),
-    [
-        ("ucb", 1, UCBNorm),
-        ("mn", 1, MixtureNorm),
-        ("scb", 3, SCBNorm),
-        ("scb_base", 3, SCBNormBase),
-        ("dsbn", 3, DomainBatchNorm),
-    ],
-)
+@pytest.mark.parametrize(("kind", "num", "type_"), EXACT)
 def test_an_activation_is_kept(kind, num, type_, options):
     model = activated(**options).eval()
     x, norm, act = images(), model[1], model[1].act
