@@ -55,8 +55,19 @@ def test_killed_three_times_and_resumed_equals_left_alone(application, tiny, tmp
     assert_same_runs(tmp_path / application.name / "killed", tmp_path / application.name / "whole")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["step:3", "step:8", "step:13", "evaluation:2"])
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=[] if signum == usual else torture)
+        for moment, usual in (
+            ("step:3", signal.SIGINT),
+            ("step:8", signal.SIGTERM),
+            ("step:13", signal.SIGINT),
+            ("evaluation:2", signal.SIGTERM),
+        )
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    ],
+)
 def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tmp_path, cache, moment, signum):
     # Steps 3 and 8 are those of a log line and of an epoch's end; 13 falls between two log lines.
     whole = left_alone(application, cache, tmp_path)
