@@ -27,7 +27,9 @@ def splits() -> Splits:
 )
 def test_clusters_are_what_the_data_set_says(splits, by, numbers, names):
     found = with_clusters(splits, ClustersConfig(by=by))
-    for images in (found.train, found.test):
+    assert [name for name, _ in found.items()] == ["train", "test"]
+    for _, images in found.items():
+        assert images.clusters is not None
         assert torch.equal(images.clusters, numbers[: len(images)])
         assert images.cluster_names == names
     assert found.train.content_hash == splits.train.content_hash  # the images are the same
@@ -70,7 +72,8 @@ def test_a_file_holds_what_was_written(splits, file):
     path, told = file
     found = with_clusters(splits, ClustersConfig(by="file", file=path))
     for name, images in found.items():
-        assert torch.equal(images.clusters, getattr(told, name).clusters)
+        assert images.clusters is not None
+        assert torch.equal(images.clusters, dict(told.items())[name].clusters)
         assert images.cluster_names == tuple("vwxyz")
         assert images.classes == ("a", "b", "c")
     assert json.loads(path.read_text())["configuration"] == {"method": "by hand"}
@@ -80,6 +83,7 @@ def test_a_file_holds_what_was_written(splits, file):
 def test_a_file_of_other_images_is_refused(splits, file):
     path, _ = file
     cfg = ClustersConfig(by="file", file=path)
+    assert splits.test is not None
     for other, split in (
         (Splits(images("train", seed=1), splits.test), "train"),
         (Splits(splits.train, images("test", 4, seed=1)), "test"),
