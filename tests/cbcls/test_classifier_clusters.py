@@ -10,6 +10,7 @@ from cbcls.config import ClassifierConfig, ModelConfig
 from cbcls.evaluation import Evaluation
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
+from common.cli.arguments import parse
 from common.data.clusters import ClustersConfig
 from common.data.image_set import ImageSet
 from common.errors import UsageError
@@ -140,7 +141,7 @@ def test_networks_see_pixels_as_was_asked_for():
         ("raw", images.float()),
         ("dataset", (images / 255 - mean[:, None, None]) / deviation[:, None, None]),
     ):
-        cfg = ClassifierConfig(data=type(ClassifierConfig().data)(normalise=normalise))
+        cfg = parse(ClassifierConfig, ["--data.normalise", normalise])
         network = build_classifier(cfg, 3, images=data)
         torch.testing.assert_close(network.pixels(signed), expected, rtol=0, atol=1e-4)
         again = build_classifier(cfg, 3)
