@@ -149,7 +149,7 @@ def test_panels_stand_in_rows(tmp_path):
     def shape(columns: int | None) -> float:
         panels = [Panel(torch.randn(3, 2), (torch.zeros(3).long(), ["a"]))] * 4
         svg = draw_panels(tmp_path / "f", panels, columns=columns)[1].read_text()
-        width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+        width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
         return float(width) / float(height)
 
     assert shape(None) > 2 > shape(2) > 0.8 > shape(1)
