@@ -1,8 +1,10 @@
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
-from common.machine.seeding import uniform_per_sample
+from common.machine.seeding import permutation, uniform_per_sample
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
 from common.training.opening import prepare
@@ -305,8 +307,14 @@ def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, 
 
 
 def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):
+    tiny = [
+        *tiny,
+        "--variance_every",
+        "2",
+        "--logits_variance",
+    ]  # an epoch's sampled steps are on both sides of the kill
     assert run(cbda.adamatch.main, *tiny, "--name", "whole").statuses == [0]
-    run(cbda.adamatch.main, *tiny, "--name", "killed", hit=Hit("step:6"))
+    run(cbda.adamatch.main, *tiny, "--name", "killed", hit=Hit("step:7", signal.SIGTERM))
     end = run(cbda.adamatch.main, "--name", "killed", "--resume", "--out", str(tmp_path))
     assert end.statuses == [0], end.err
     assert_same_runs(tmp_path / "cbda" / "killed", tmp_path / "cbda" / "whole")
@@ -361,6 +369,91 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     assert "gradient/target_variance_mean" not in values  # missing, not 0
 
 
+@pytest.mark.parametrize("kind", ["official", "keras"])
+def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
+    method, part, network = prepared(tiny, "--noise_every", "3", "--batch_size", "12", "--method.kind", kind)
+    method.networks["adamatch"] = network
+    assert not any("noise" in name for name in method.loss(part, 0.3)[1])
+    values = method.loss(Part(part.batches, 8, 5), 0.3)[1]
+    source, target, classes = part["train"], part["target"], torch.arange(3)
+    mixed = []
+    for view, logits in enumerate(forward(source, network)):
+        share = uniform_per_sample((source.index[:, None] * 3 + classes).flatten(), 5, "interpolation", view, 8)
+        mixed.append(logits + share.view(-1, 3) * torch.tensor([1.0, 0.0, 0.0]))
+    entropies = sum(F.cross_entropy(each, source.labels, reduction="none") for each in mixed)
+    assert isinstance(entropies, Tensor)
+    of_source = entropies / (2 if kind == "official" else 1)
+    weak, strong = forward(target, network)
+    p = weak.softmax(1).detach()
+    if kind == "keras":
+        q = p / p.norm(dim=1, keepdim=True)
+        of_target = strong.logsumexp(1) - (q * strong).sum(1)
+    else:  # the second of two batches that are alike
+        means = mixed[0].softmax(1).mean(0).detach()
+        wanted = 0.999 * (0.999 / 3 + 0.001 * means) + 0.001 * means
+        q = p * (1e-6 + wanted) / (1e-6 + (126 / 3 + 2 * p.mean(0)) / 128)
+        q = q / q.sum(1, keepdim=True)
+        of_target = F.cross_entropy(strong, q.argmax(1), reduction="none")
+    mask = q.amax(1) >= 0.9 * mixed[0].softmax(1).amax(1).mean().detach()
+    assert 0 < mask.sum() < len(mask)
+    for domain, losses in (("source", of_source), ("target", of_target * mask)):
+        parts = [losses[a:b].mean() for a, b in ((0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11), (11, 12))]
+        gradients = [torch.autograd.grad(loss, network.weight, retain_graph=True)[0] for loss in parts]
+        want = torch.stack(gradients).var(0).mean()
+        for how in ("mean", "max"):
+            torch.testing.assert_close(values[f"gradient/{domain}_noise_{how}"], want, rtol=1e-4, atol=0)
+
+
+def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny, tmp_path, monkeypatch):
+    sound, found = cbda.adamatch.gradient_variance, []
+
+    def noting(loss: Tensor, parameters):
+        values = sound(loss, parameters)
+        found.append([v.item() for v in values])
+        return values
+
+    monkeypatch.setattr(cbda.adamatch, "gradient_variance", noting)
+    cbda.adamatch.main([*tiny, "--variance_every", "2", "--method.tau", "0.1", "--name", "run"])  # every label passes
+    lines = read_metrics(tmp_path / "cbda" / "run")
+    assert len(found) == 8  # two losses in two steps of each of two epochs: no pass more
+    for number, how in enumerate(("mean", "max")):
+        for domain, first in (("source", 0), ("target", 1)):
+            values = [each[number] for each in found[first::2]]
+            logged = [
+                (line["step"], line[tag]) for line in lines if (tag := f"gradient/{domain}_variance_{how}") in line
+            ]
+            want = [(4, sum(values[:2]) / 2), (8, sum(values[2:]) / 2)]
+            assert logged == [(step, pytest.approx(value, rel=1e-6)) for step, value in want]
+    assert not any("noise" in name or "logits" in name for line in lines for name in line)
+
+
+def test_where_no_label_passes_in_an_epoch_its_variance_is_missing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cbda.adamatch, "relative_threshold", lambda *_: torch.tensor(1.1))
+    cbda.adamatch.main([*tiny, "--variance_every", "1", "--noise_every", "1", "--epochs", "1", "--name", "run"])
+    names = {name for line in read_metrics(tmp_path / "cbda" / "run") for name in line if name.startswith("gradient/")}
+    assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise") for how in ("mean", "max")} | {
+        "gradient/adamatch", "gradient/source_only",
+    }  # fmt: skip
+
+
+def test_the_authors_variance_is_that_of_the_sum_of_all_logits(tiny, tmp_path):
+    cbda.adamatch.main([*tiny, "--logits_variance", "--variance_every", "0", "--norm.kind", "bn", "--name", "run"])
+    cfg = parse(AdaMatchConfig, ["--config", str(tmp_path / "cbda" / "run" / "config.yaml")])
+    network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
+    network.load_state_dict(
+        load(tmp_path / "cbda" / "run" / "checkpoints" / "step-00000008.pt")["networks"]["adamatch"]
+    )
+    logged = [line for line in read_metrics(tmp_path / "cbda" / "run") if "gradient/source_logits_variance_max" in line]
+    assert [line["step"] for line in logged] == [4, 8]
+    for domain, split in (("source", "train"), ("target", "target")):
+        network.zero_grad()
+        batch = images[split].images[permutation(36, 0, "health")[:9]]
+        network.eval()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
+        variances = [p.grad.numpy().var() for p in network.parameters() if p.grad is not None and p.numel() > 1]
+        assert logged[-1][f"gradient/{domain}_logits_variance_mean"] == pytest.approx(np.mean(variances), rel=1e-3)
+        assert logged[-1][f"gradient/{domain}_logits_variance_max"] == pytest.approx(max(variances), rel=1e-3)
+
+
 def test_bf16_and_accumulation_run(tiny, tmp_path):
     cbda.adamatch.main([*tiny, "--precision", "bf16", "--name", "run", "--batch_size", "4", "--accumulate", "2"])
     assert all(
@@ -368,19 +461,6 @@ def test_bf16_and_accumulation_run(tiny, tmp_path):
         for line in read_metrics(tmp_path / "cbda" / "run")
         if "loss/adamatch" in line
     )
-
-
-def test_collapses_are_known():
-    cfg = AdaMatchConfig().resolved()
-    method = AdaMatch(cfg, AdaMatch.load(cfg), torch.device("cpu"))
-    good = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97, "adapt/threshold": 0.87,
-            "adapt/largest_class": 0.2}  # fmt: skip
-    assert method.collapse(good) is None
-    assert "fallen to 0.4" in (method.collapse(good | {"adapt/threshold": 0.4}) or "")
-    assert method.collapse(good | {"adapt/threshold": 0.2, "schedule/mu": 0.1}) is None  # nothing is learnt yet
-    assert method.collapse(good | {"adapt/threshold": 0.4, "adapt/mask_rate": 0.5}) is None
-    assert "95 % of the pseudo-labels" in (method.collapse(good | {"adapt/largest_class": 0.95}) or "")
-    assert "source's loss 5" in (method.collapse(good | {"loss/source": 5.0}) or "")
 
 
 def test_the_applications_list_has_it():
