@@ -197,10 +197,12 @@ class AdaMatch(Method[AdaMatchConfig]):
         )
         loss_target = masked_cross_entropy(target_strong, pseudo, mask, method.labels or "hard")
         values = {"loss/source": loss_source, "loss/target": loss_target, "adapt/threshold": threshold}
+        shares = batch_mean(F.one_hot(pseudo.argmax(1), pseudo.shape[1]) * mask[:, None].float())
+        accuracy = mean_over_ranks((source_weak.argmax(1) == source.labels).float().mean())
+        values |= {"adapt/source_accuracy": accuracy, "adapt/largest_class": shares.max()}
         values |= self._noted(pseudo, mask, target.labels, wanted / found)
-        values["adapt/source_accuracy"] = (source_weak.argmax(1) == source.labels).float().mean()
         alignment.threshold.copy_(threshold)
-        alignment.watch(threshold, values["adapt/source_accuracy"], _counts(pseudo, mask) / len(mask))
+        alignment.watch(threshold, accuracy, shares)
 
         if self._due(part, self.cfg.variance_every):
             values |= self._varying("variance", mask, gradient_variance, loss_source, loss_target)
@@ -226,10 +228,9 @@ class AdaMatch(Method[AdaMatchConfig]):
 
     def _noted(self, pseudo: Tensor, mask: Tensor, labels: Tensor, ratio: Tensor) -> Values:
         """Return what tells whether adaptation works: see docs/adaptation.md."""
-        said, passing, counts = pseudo.argmax(1), mask.float(), _counts(pseudo, mask)
-        values = {"adapt/mask_rate": passing.mean(), "adapt/largest_class": counts.max() / len(said)}
+        values = {"adapt/mask_rate": mask.float().mean()}
         if self.images["target"].labels is not None:
-            values["adapt/passing_right"] = (mask & (said == labels)).float().mean()
+            values["adapt/passing_right"] = (mask & (pseudo.argmax(1) == labels)).float().mean()
         if pseudo.shape[1] <= _CLASSES_CHARTED and self.cfg.method.alignment != "none":
             names = self.images["train"].classes
             values |= {f"adapt/ratio/{name}": value for name, value in zip(names, ratio, strict=True)}
@@ -350,11 +351,6 @@ class AdaMatch(Method[AdaMatchConfig]):
         rows.append(("picture", str(folder / "samples" / "predictions.png")))
         rows.append(("paper's run", "python -m cbda.adamatch --config configs/cbda/paper_scb.yaml --device cuda"))
         return rows
-
-
-def _counts(pseudo: Tensor, mask: Tensor) -> Tensor:
-    """Return how many pseudo-labels (B, C) of those that pass are of each class (C,)."""
-    return F.one_hot(pseudo.argmax(1), pseudo.shape[1]).float().T @ mask.float()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

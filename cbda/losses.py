@@ -129,8 +129,8 @@ class Watch(nn.Module):
 
     @torch.no_grad()
     def forward(self, threshold: Tensor, accuracy: Tensor, shares: Tensor) -> None:
-        """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, of this rank."""
-        now = mean_over_ranks(torch.cat([torch.stack([threshold, accuracy]), shares]))
+        """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, over all ranks."""
+        now = torch.cat([torch.stack([threshold, accuracy]), shares])
         self.recent.lerp_(now.to(self.recent), 1 - _REMEMBERED)
         self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
 

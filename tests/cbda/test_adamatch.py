@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from applications import APPLICATIONS
 from forked import Hit, run
-from run_comparison import assert_same_runs, logged
+from run_comparison import assert_same_runs, final_state, logged
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ import cbda.adamatch
 from cbda.adamatch import AdaMatch
 from cbda.config import AdaMatchConfig
 from cbda.models import build_classifier
-from cbda.networks.classifier import SOURCE, TARGET
+from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
 from common.machine.seeding import permutation, uniform_per_sample
@@ -205,18 +205,45 @@ def test_few_labels_of_one_set_are_semi_supervised_learning(tiny, domains):
     cbda.adamatch.main([*tiny, *same, "--source.labelled", "3", "--epochs", "1"])
 
 
+class Saying(nn.Module):
+    """Stands for a classifier that says what it is told, with confidence."""
+
+    def __init__(self, source: Tensor, target: Tensor, sharpness: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.logits = 9 * F.one_hot(torch.cat([source, source, target, target]), 3).float()
+        self.logits[2 * len(source) :] *= sharpness.repeat(2)[:, None]
+
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0):
+        logits = self.weight * self.logits
+        return (logits, logits[:alone]) if alone else logits
+
+
 def test_what_passes_is_counted(tiny):
-    method = prepared(tiny)[0]
-    pseudo = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.6, 0.4, 0.0], [0.7, 0.3, 0.0]])
-    mask, labels = torch.tensor([True, True, False, True]), torch.tensor([0, 0, 0, 1])
-    values = method._noted(pseudo, mask, labels, torch.tensor([1.0, 2.0, 3.0]))
+    method, part, _ = prepared(tiny, "--method.alignment", "none")
+    source, target = part["train"].labels.clone(), part["target"].labels.clone()
+    source[0] = (source[0] + 1) % 3  # one of nine is wrong
+    target[:4], target[4:] = 0, 1
+    sharpness = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 0])  # six pass: four of class 0, two of class 1
+    method.wrapped["adamatch"] = Saying(source, target, sharpness)
+    values = method.loss(part, 0.5)[1]
     shown = method.shown({name: value.item() for name, value in values.items()})
-    assert shown["adapt/mask_rate"] == 0.75
-    assert shown["adapt/pseudo_label_accuracy_oracle"] == pytest.approx(1 / 3)
-    assert shown["adapt/largest_class"] == pytest.approx(2 / 3)
-    assert [shown[f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")] == [1.0, 2.0, 3.0]
-    none = method._noted(pseudo, torch.zeros(4, dtype=torch.bool), labels, torch.ones(3))
-    assert "adapt/pseudo_label_accuracy_oracle" not in method.shown({n: v.item() for n, v in none.items()})
+    assert shown["adapt/source_accuracy"] == pytest.approx(8 / 9)
+    assert shown["adapt/mask_rate"] == pytest.approx(6 / 9)
+    assert shown["adapt/largest_class"] == pytest.approx(4 / 6)
+    right = (target == part["target"].labels)[:6].float().mean().item()
+    assert shown["adapt/pseudo_label_accuracy_oracle"] == pytest.approx(right)
+    method.wrapped["adamatch"] = Saying(source, target, 0 * sharpness)
+    none = method.shown({name: value.item() for name, value in method.loss(part, 0.5)[1].items()})
+    assert none["adapt/mask_rate"] == 0
+    assert not {"adapt/pseudo_label_accuracy_oracle", "adapt/largest_class"} & none.keys()
+
+
+def test_the_ratio_of_alignment_is_logged_by_class(tiny):
+    method = prepared(tiny)[0]
+    pseudo, labels = torch.tensor([[0.9, 0.1, 0.0]]), torch.tensor([0])
+    values = method._noted(pseudo, torch.tensor([True]), labels, torch.tensor([1.0, 2.0, 3.0]))
+    assert [values[f"adapt/ratio/{name}"].item() for name in ("cat", "dog", "fox")] == [1.0, 2.0, 3.0]
 
 
 @pytest.fixture
@@ -331,6 +358,40 @@ def test_two_ranks_learn_one_model(tiny, tmp_path, kind):
     assert len(set(pair.weights)) == 1
     names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
     assert {"gradient/source_variance_max", "metric/source_only_target_accuracy"} <= names
+
+
+class Plain(nn.Module):
+    """A network whose images know nothing of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, stride=2), nn.Conv2d(6, 8, 3)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.second(self.first(x).relu()).relu().flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["in", "scb"])
+def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch(tiny, tmp_path, kind, monkeypatch):
+    def build(cfg: AdaMatchConfig, *_, **__) -> Classifier:
+        return Classifier(Plain(), cfg.norm)
+
+    monkeypatch.setattr(cbda.adamatch, "build_classifier", build)
+    flags = [*tiny, "--epochs", "1", "--norm.kind", kind, "--optimizer", "sgd", "--lr", "0.1", "--method.tau", "0.95",
+             "--method.warmup", "0.1", "--variance_every", "2"]  # fmt: skip
+    assert run(cbda.adamatch.main, *flags, "--batch_size", "16", "--name", "one").statuses == [0]
+    pair = run(cbda.adamatch.main, *flags, "--batch_size", "8", "--name", "two", ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    one, two = (final_state(tmp_path / "cbda" / name) for name in ("one", "two"))
+    # Sums of float32 in another order, in four steps: a few units in the last of 24 bits, times the steps' growth.
+    for group in ("networks", "averages"):
+        for name, state in one[group].items():
+            torch.testing.assert_close(two[group][name], state, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(logged(tmp_path / "cbda" / "two"), logged(tmp_path / "cbda" / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    names = set().union(*logged(tmp_path / "cbda" / "one"))
+    assert {"adapt/largest_class", "adapt/source_accuracy", "gradient/target_variance_max"} <= names
 
 
 def test_two_ranks_draw_the_shares_of_one(tiny):

@@ -51,6 +51,7 @@ def scripted(monkeypatch):
 
     def loss(self: AdaMatch, part: Part, mu: float):
         network = self.networks["adamatch"]
+        assert isinstance(network, Scripted)
         network.labels, network.step = part["train"].labels, part.number
         return sound(self, part, mu)
 
