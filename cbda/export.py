@@ -10,12 +10,13 @@ from torch import Tensor
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, clusters_of
-from cbda.models import build_classifier, pixels_of
+from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
 from common.classification.stored import export, read_stored
 from common.data import to_float
 from common.errors import UsageError
 from common.metrics.logits import classify, evaluating
+from common.networks.pixels import pixels_of
 
 
 @dataclass(frozen=True, eq=False)
