@@ -11,13 +11,14 @@ from torch import Tensor
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, clusters_of
-from cbda.models import build_classifier, pixels_of
+from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier, evaluating
 from common.cli.arguments import parse, to_dict, to_yaml
 from common.data import to_float
 from common.errors import UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.metrics.logits import classify
+from common.networks.pixels import pixels_of
 from common.runs.checkpoint import Checkpoints
 from common.training.parts import upgraded
 
