@@ -40,6 +40,10 @@ def test_what_is_measured_is_what_scikit_learn_says(tiny, tmp_path, kind, capsys
     names = {f"{what}.{ending}" for what in (*drawn, "tsne", "divergence") for ending in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == names | {"evaluation.json"}
     assert "target as source" in capsys.readouterr().out
+    assert "evaluation.json exists" in refused(capsys, cbda.evaluate.main, "--run", str(folder))
+    (out / "tsne.png").unlink()
+    cbda.evaluate.main(["--run", str(folder), "--force", "--tsne", "0"])
+    assert not (out / "tsne.png").exists()
 
 
 def symmetric(p: Normal, q: Normal) -> float:
