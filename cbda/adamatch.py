@@ -167,7 +167,9 @@ class AdaMatch(Method[AdaMatchConfig]):
         cluster = torch.tensor([SOURCE] * rows + [TARGET] * others_rows, device=self.device)
 
         # One pass over both domains, one over the source alone that leaves no trace; a mixture of both for the source.
-        together = alone = self.wrapped["adamatch"](x, cluster, rows if method.interpolation else 0)
+        together = alone = self.wrapped["adamatch"](
+            x, cluster, rows if method.interpolation else 0, inference=method.source_pass == "inference"
+        )
         if method.interpolation:
             together, alone = together
         together, from_source = together.float(), together[:rows].float()
@@ -321,7 +323,9 @@ class AdaMatch(Method[AdaMatchConfig]):
         alignment, classes = self.networks["alignment"], self.images["train"].num_classes
         assert isinstance(alignment, Alignment)
         (threshold, accuracy, *shares), best = alignment.watch.recent.tolist(), alignment.watch.highest.tolist()
-        if means["loss/source"] > 2 * math.log(classes) * (1 if self.cfg.method.source_loss == "mean" else 2):
+        method, limit = self.cfg.method, 2 * math.log(classes)
+        # In inference mode BatchNorm's averages are far off in a run's first steps, and losses are whatever they are.
+        if method.source_pass != "inference" and means["loss/source"] > limit * (1 + (method.source_loss == "sum")):
             return f"the source's loss {means['loss/source']:.3g} is more than twice that of equal guesses"
         if accuracy < _ACCURACY_FELL * best[1]:
             return f"accuracy on the source has fallen from {100 * best[1]:.0f} % to {100 * accuracy:.0f} %"

@@ -65,8 +65,12 @@ def test_the_official_configuration_is_the_authors():
     assert sum(p.numel() for p in build_classifier(cfg, 10).parameters()) == 1_469_642
 
 
+MORE = {"official": torch.tensor([1.0, 0.0, 0.0]), "keras": torch.tensor([0.0, 1.0, 0.0])}
+"""What the pass of the source alone adds, in training and in inference mode."""
+
+
 class Linear(nn.Module):
-    """Stands for a classifier: a linear map of what differs from an image's mean; alone, class 0 has 1 more."""
+    """Stands for a classifier: a linear map of what differs from an image's mean; alone, a class has 1 more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,10 +81,10 @@ class Linear(nn.Module):
         flat = x.flatten(1)
         return (flat - flat.mean(1, keepdim=True)) @ self.weight
 
-    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0):
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0, *, inference: bool = False):
         self.asked.append(cluster)
         logits = self.logits(x)
-        return (logits, logits[:alone] + torch.tensor([1.0, 0.0, 0.0])) if alone else logits
+        return (logits, logits[:alone] + MORE["keras" if inference else "official"]) if alone else logits
 
 
 def prepared(tiny: list[str], *flags: str) -> tuple[AdaMatch, Part, Linear]:
@@ -106,7 +110,7 @@ def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
     for view, logits in enumerate((sw, ss)):
         entries = (source.index[:, None] * 3 + torch.arange(3)).flatten()
         share = uniform_per_sample(entries, 5, "interpolation", view, 7).view(-1, 3)
-        mixed.append(logits + share * torch.tensor([1.0, 0.0, 0.0]))
+        mixed.append(logits + share * MORE[kind])
     supervised = F.cross_entropy(mixed[0], source.labels) + F.cross_entropy(mixed[1], source.labels)
     threshold = 0.9 * mixed[0].softmax(1).max(1).values.mean()
     p = tw.softmax(1)
@@ -142,6 +146,7 @@ SWITCHES = {
     "--method.labels soft": ["labels"],
     "--method.scaling l2": ["scaling"],
     "--method.source_loss sum": ["source_loss"],
+    "--method.source_pass inference": ["source_pass"],
     "--method.tau 0.5": ["tau"],
 }
 
@@ -214,7 +219,7 @@ class Saying(nn.Module):
         self.logits = 9 * F.one_hot(torch.cat([source, source, target, target]), 3).float()
         self.logits[2 * len(source) :] *= sharpness.repeat(2)[:, None]
 
-    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0):
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0, **_: object):
         logits = self.weight * self.logits
         return (logits, logits[:alone]) if alone else logits
 
@@ -440,7 +445,7 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
     mixed = []
     for view, logits in enumerate(forward(source, network)):
         share = uniform_per_sample((source.index[:, None] * 3 + classes).flatten(), 5, "interpolation", view, 8)
-        mixed.append(logits + share.view(-1, 3) * torch.tensor([1.0, 0.0, 0.0]))
+        mixed.append(logits + share.view(-1, 3) * MORE[kind])
     entropies = sum(F.cross_entropy(each, source.labels, reduction="none") for each in mixed)
     assert isinstance(entropies, Tensor)
     of_source = entropies / (2 if kind == "official" else 1)

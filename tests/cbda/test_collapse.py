@@ -1,6 +1,7 @@
 """A run that collapses, by a classifier that follows a script, is noticed while it trains."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import cbda.adamatch
 from cbda.adamatch import AdaMatch
+from cbda.config import AdaMatchConfig, MethodConfig
 from cbda.losses import Alignment, Watch
 from common.data import plain
 from common.errors import NonFiniteError
@@ -28,7 +30,7 @@ class Scripted(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.labels, self.step = torch.zeros(9, dtype=torch.int64), 0
 
-    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0):
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0, **_: object):
         late = self.step >= TURN
         if not self.training:
             return self.scale * F.one_hot(torch.arange(len(x)) % 3, 3).float()
@@ -139,10 +141,12 @@ def test_a_checkpoint_from_before_it_watched_still_loads():
 GOOD = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97}
 
 
-def said(means: dict[str, float], recent: list[float], highest: list[float], classes: int = 3) -> str | None:
+def said(
+    means: dict[str, float], recent: list[float], highest: list[float], classes: int = 3, **of_method: Any
+) -> str | None:
     """Return what a method with such averages says of logged means."""
     method = AdaMatch.__new__(AdaMatch)
-    method.cfg = cbda.adamatch.AdaMatchConfig().resolved()
+    method.cfg = AdaMatchConfig(method=MethodConfig(**of_method)).resolved()
     names = ("cat", "dog", "fox", "owl")[:classes]
     images = torch.zeros(classes, 3, 8, 8, dtype=torch.uint8)
     method.images = {"train": cbda.adamatch.ImageSet(images, torch.arange(classes), names, "set", "train")}
@@ -177,4 +181,8 @@ def test_what_counts_as_a_collapse_and_what_does_not():
     assert "source's loss 2.2 is more than twice" in (
         said({"loss/source": 2.2}, [0.87, 0.95, *EVEN], [0.88, 0.97]) or ""
     )
-    assert said({"loss/source": 2.19}, [0.87, 0.95, *EVEN], [0.88, 0.97]) is None
+    sound = ([0.87, 0.95, *EVEN], [0.88, 0.97])
+    assert said({"loss/source": 2.19}, *sound) is None
+    assert said({"loss/source": 4.39}, *sound, source_loss="sum") is None
+    assert said({"loss/source": 4.4}, *sound, source_loss="sum")
+    assert said({"loss/source": 1e9}, *sound, source_pass="inference") is None
