@@ -114,7 +114,7 @@ class Classification(Method[ClassifierConfig]):
         scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
         return [
             ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
-            ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
+            ("paper's run", "python -m cbcls.train --config shallow --config cifar10 --config ucb --device cuda"),
         ]
 
 

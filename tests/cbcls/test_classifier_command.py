@@ -4,6 +4,8 @@ import pytest
 from commands import assert_starts
 
 
-@pytest.mark.parametrize(("file", "module"), [("cbcls/train.py", "cbcls.train")])
+@pytest.mark.parametrize(
+    ("file", "module"), [("cbcls/train.py", "cbcls.train"), ("cbcls/clusters.py", "cbcls.clusters")]
+)
 def test_a_command_starts_its_module(file, module, monkeypatch):
     assert_starts(file, module, monkeypatch)

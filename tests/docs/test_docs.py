@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
@@ -24,6 +25,7 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.clusters": FindClustersConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
