@@ -61,6 +61,9 @@ class ClassifierConfig(RunConfig):
     """Images a step; the last, smaller batch of a pass is left out."""
     weight_decay: float = 1e-4
     """AdamW's decay, times lr each step; biases and what normalization layers learn are left out of it."""
+    calibration_batches: int = 100
+    """mn: batches of training images that its mixture is fitted to anew before each measurement, without a trace in
+    training."""
     model: ModelConfig = field(default_factory=ModelConfig)
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
@@ -75,12 +78,19 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"model.cluster_input: {self.norm.kind} is told the clusters already; expected norm.kind {without}"
             )
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches: expected at least 1, got {self.calibration_batches}")
         self.norm.build(self.model.channels)  # the layer knows best which options it refuses
 
     @property
     def takes_clusters(self) -> bool:
         """Whether the layer under test is told the cluster of each image."""
         return self.norm.kind in kinds(takes_clusters=True)
+
+    @property
+    def knows_unknown(self) -> bool:
+        """Whether the network can do without the cluster of an image that it classifies."""
+        return self.norm.kind in ("scb", "scb_base") or self.model.cluster_input
 
     @property
     def told_clusters(self) -> bool:

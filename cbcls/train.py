@@ -27,6 +27,14 @@ from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
 from common.training.update import Part, Update
 
+_SPLITS = (("test", "", "loss/test"), ("validation", "validation_", "loss/validation"),
+           ("train", "train_", "loss/train_seen"))  # fmt: skip
+"""Of the closing lines: name, prefix of metrics, and loss."""
+_CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
+
 
 class Classification(Method[ClassifierConfig]):
     """Cross-entropy on labelled images, by AdamW."""
@@ -88,7 +96,11 @@ class Classification(Method[ClassifierConfig]):
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""
-        return self.evaluation.scores(networks["network"], moment.go_on)
+        values = self.evaluation.scores(networks["network"], moment.go_on)
+        if self.env.first:
+            self.evaluation.write_categories(moment.folder)
+            moment.log.charts(_CHARTS)
+        return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
@@ -108,11 +120,25 @@ class Classification(Method[ClassifierConfig]):
         return f"the training loss {means['loss/train']:.3g} is more than twice that of equal guesses, {constant:.3g}"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return the last scores."""
+        """Return the last scores, what the leak audit found, and how to measure more."""
         latest = {name: value for line in lines for name, value in line.items()}
-        scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
+        rows = []
+        for split, prefix, loss in _SPLITS:
+            if loss in latest:
+                tags = [f"metric/{prefix}{name}" for name in METRICS.names() if f"metric/{prefix}{name}" in latest]
+                names = {tag.replace(f"metric/{prefix}", "metric/"): latest[tag] for tag in tags}
+                rows.append((split, f"loss {latest[loss]:.4g}, {listed(names)}"))
+        audit = {name: value for name, value in latest.items() if name.startswith("audit/accuracy_")}
+        if audit:
+            rows.append(("leak audit", f"clusters known {latest['metric/accuracy']:.3g}, "
+                         f"{listed(audit).replace('accuracy ', '')}, chance given the cluster "
+                         f"{latest['audit/chance_given_cluster']:.3g}"))  # fmt: skip
+            if latest["audit/flagged"]:
+                rows.append(("LEAK", "test clusters tell of labels: quote the accuracy with clusters unknown, or the "
+                             "gain over a baseline that is told them (docs/leak-audit.md)"))  # fmt: skip
         return [
-            ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
+            *rows,
+            ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
             ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
         ]
 
