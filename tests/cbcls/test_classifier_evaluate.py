@@ -177,7 +177,7 @@ def test_a_model_that_is_told_none_is_not_audited(runs, tmp_path):
     assert not any(tag.startswith("audit/") for tag in logged(runs / "plain")[-1])
 
 
-def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, pictures, tmp_path):
+def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, tmp_path, capsys):
     cfg = parse(ClassifierConfig, tiny)
     splits = load_images(cfg.data)
 
@@ -194,6 +194,16 @@ def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, pictures, tmp_pa
     assert (found["flagged"], found["reasons"]) == (False, [])
     assert logged(tmp_path / "cbcls" / "run")[-1]["audit/flagged"] == 0
     assert load_model(tmp_path / "cbcls" / "run").clusters == ("left", "right")
+
+    def refuses() -> str:
+        return refused(capsys, cbcls.evaluate.main, "--run", str(tmp_path / "cbcls" / "run"))
+
+    write_clusters(file, Splits(random(splits.train, 0), random(splits.test, 2)), {})
+    assert "its images are others now (clusters_test differ)" in refuses()
+    write_clusters(file, Splits(random(splits.test, 0), random(splits.train, 1)), {})
+    assert "clusters.file" in refuses()  # of other images
+    file.unlink()
+    assert "clusters.file" in refuses()
 
 
 def test_a_baseline_is_told_the_same(runs, tmp_path, capsys):
