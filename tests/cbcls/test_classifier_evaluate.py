@@ -315,7 +315,7 @@ def test_bad_input(runs, tmp_path, capsys):
     bare = altered(runs / "plain", tmp_path / "bare")
     shutil.rmtree(bare / "checkpoints")
     assert "has no checkpoint yet" in refuses("--run", str(bare))
-    wide = altered(runs / "plain", tmp_path / "wide", ("kind: bn", "kind: none"))
+    wide = altered(runs / "scb", tmp_path / "wide", ("position: null", "position: 2"))
     assert "are not of its config.yaml" in refuses("--run", str(wide))
 
 
