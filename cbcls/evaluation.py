@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,19 @@ from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify, evaluating
-from common.metrics.scores import measure_all
+from common.metrics.scores import METRICS, measure_all
 from common.norms import calibrated
+from common.runs.log import listed
+from common.training.method import Tracked
 
 CATEGORIES = "categories.json"
 """In a run's folder: names of its classes and clusters, in the order of their numbers."""
+_SPLITS = (
+    ("test", "", "loss/test"),
+    ("validation", "validation_", "loss/validation"),
+    ("train", "train_", "loss/train_seen"),
+)
+"""Name, prefix of metrics, and loss."""
 _SEEN = 2000
 """Most training images that are measured as test images are."""
 
@@ -88,17 +97,13 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(network))
             stack.enter_context(self.env.buffers_of_first(network))
+            inputs = _Inputs(self.cfg, self.images["train"], self.device)
             try:
                 with autocast(self.device, self.cfg.precision):
-                    stack.enter_context(calibrated(network, _Inputs(self), self.cfg.calibration_batches))
+                    stack.enter_context(calibrated(network, inputs, self.cfg.calibration_batches))
             except ValueError as error:
                 raise NonFiniteError(f"mixtures cannot be calibrated ({error})") from None
             yield
-
-    def calibration_images(self) -> Tensor:
-        """Return the training images that mixtures are calibrated to, uint8 (N, 3, S, S)."""
-        count = self.cfg.calibration_batches * self.cfg.batch_size
-        return self.images["train"].images[permutation(len(self.images["train"]), self.cfg.seed, "calibration")[:count]]
 
     def logits(
         self,
@@ -194,15 +199,15 @@ def logits_of(
 
 
 class _Inputs:
-    """What a network is calibrated with, batch by batch."""
+    """What a network is calibrated with: batches of training images, the same each time."""
 
-    def __init__(self, evaluation: Evaluation) -> None:
-        self.evaluation = evaluation
+    def __init__(self, cfg: ClassifierConfig, train: ImageSet, device: torch.device) -> None:
+        self.cfg, self.train, self.device = cfg, train, device
 
     def __iter__(self) -> Iterator[Tensor]:
-        cfg = self.evaluation.cfg
-        for batch in self.evaluation.calibration_images().split(cfg.batch_size):
-            yield to_input(batch, self.evaluation.device, channels_last=cfg.channels_last)
+        order = permutation(len(self.train), self.cfg.seed, "calibration")
+        for index in order.split(self.cfg.batch_size):
+            yield to_input(self.train.images[index], self.device, channels_last=self.cfg.channels_last)
 
 
 def _scored(loss: str, prefix: str, images: ImageSet, logits: Tensor) -> dict[str, float]:
@@ -215,6 +220,38 @@ def _categories(images: ImageSet) -> Categories:
     assert images.labels is not None
     assert images.clusters is not None
     return Categories(images.labels, images.clusters)
+
+
+def choosable() -> dict[str, Tracked]:
+    """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
+    chosen: list[tuple[str, Literal["higher", "lower"]]] = [
+        (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
+    ]
+    return {
+        **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
+        "loss/validation": Tracked("validation", "lower"),
+        **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
+        "loss/test": Tracked("test", "lower", chosen_by_test=True),
+    }
+
+
+def closing_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Return what a finished run says of its last scores and leak audit, a name and a text each."""
+    rows = []
+    for split, prefix, loss in _SPLITS:
+        if (value := latest.get(loss)) is not None:
+            names = [name for name in METRICS.names() if f"metric/{prefix}{name}" in latest]
+            rows.append(
+                (split, f"loss {value:.4g}, {listed({name: latest[f'metric/{prefix}{name}'] for name in names})}")
+            )
+    told = {tag.removeprefix("audit/accuracy_"): latest[tag] for tag in latest if tag.startswith("audit/accuracy_")}
+    if told:
+        chance = {"chance_given_the_cluster": latest["audit/chance_given_cluster"]}
+        rows.append(("clusters", listed({"known": latest["metric/accuracy"], **told, **chance})))
+        if latest["audit/flagged"]:
+            rows.append(("LEAK", "test clusters tell of labels: quote the accuracy with clusters unknown, or the gain "
+                         "over a baseline that is told them (docs/leak-audit.md)"))  # fmt: skip
+    return rows
 
 
 def check_labels(images: Mapping[str, ImageSet]) -> None:

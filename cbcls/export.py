@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def load_model(
     else:
         classes, clusters = _categories(stored, images)
         epoch, passport = stored.state["at"]["epoch"], stored.state.get("passport", {})
-    network = build_classifier(cfg, len(classes), len(clusters))
+    # Weights come from the file, not from wherever training started.
+    plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
+    network = build_classifier(plain, len(classes), len(clusters))
     stored.load_into(network)
     network.eval().to(device)
     if stored.facts is None and any(isinstance(layer, MixtureNorm) for layer in network.modules()):

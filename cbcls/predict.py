@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(cfg.run, resolve_device(cfg.device), checkpoint=cfg.checkpoint)
     if files is not None:
         model.check_cluster(cfg.cluster)
-        images = files.read(model.cfg.data.size)
+        images = files.read(model.cfg.data.size, model.cfg.data.fit)
         columns = {"cluster": [cfg.cluster] * len(images)} if model.clusters else {}
         print(f"classified {len(images):,} images{f', their cluster {cfg.cluster}' if model.clusters else ''}")
         files.write(images, model.logits(images, cfg.cluster), model.classes, columns)
