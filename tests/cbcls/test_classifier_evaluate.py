@@ -10,14 +10,15 @@ from PIL import Image
 from refusals import refused
 from sklearn.metrics import f1_score, precision_recall_fscore_support, precision_score, recall_score
 from sklearn.preprocessing import label_binarize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cbcls.evaluate
 import cbcls.train
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation
+from cbcls.evaluation import Evaluation, closing_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
-from cbcls.train import Classification
+from cbcls.train import _CHARTS, Classification
 from common.cli.arguments import parse
 from common.data.clusters import write_clusters
 from common.data.image_set import ImageSet, Splits, to_float
@@ -27,7 +28,7 @@ from common.machine.seeding import permutation
 from common.metrics.scores import keras_threshold
 from common.norms import calibrate
 from common.runs.checkpoint import load
-from common.runs.log import read_metrics
+from common.runs.log import chart_name, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -172,6 +173,32 @@ def test_a_model_that_is_told_clusters_is_audited(runs, tmp_path, name, capsys):
     assert line["metric/accuracy"] == found["accuracy"]["known"]
 
 
+def test_a_run_ends_with_its_scores_and_what_the_audit_found():
+    latest = {"loss/test": 0.5, "metric/accuracy": 0.75, "metric/error": 0.25, "loss/train_seen": 0.25,
+              "metric/train_accuracy": 0.875, "metric/train_error": 0.125, "loss/train": 9.0}  # fmt: skip
+    plain = [("test", "loss 0.5, accuracy 0.75, error 0.25"), ("train", "loss 0.25, accuracy 0.875, error 0.125")]
+    assert closing_rows(latest) == plain
+    held = {"loss/validation": 0.4, "metric/validation_accuracy": 0.7}
+    assert closing_rows({**latest, **held})[1] == ("validation", "loss 0.4, accuracy 0.7")
+    audit = {"audit/accuracy_unknown": 0.4, "audit/accuracy_shuffled": 0.3, "audit/chance_given_cluster": 0.2}
+    row = ("clusters", "known 0.75, unknown 0.4, shuffled 0.3, chance given the cluster 0.2")
+    assert closing_rows({**latest, **audit, "audit/flagged": 0.0}) == [*plain, row]
+    *rows, (name, text) = closing_rows({**latest, **audit, "audit/flagged": 1.0})
+    assert (rows, name) == ([*plain, row], "LEAK")
+    assert "clusters unknown" in text
+
+
+def test_tensorboard_shows_the_splits_in_one_chart(runs):
+    events = EventAccumulator(str(runs / "plain")).Reload()
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    drawn = {tag for tags in _CHARTS.values() for tag in tags}
+    assert drawn == {f"loss/{split}" for split in ("train_seen", "validation", "test")} | {
+        f"metric/{prefix}error" for prefix in ("train_", "validation_", "")
+    }
+    assert drawn <= set(logged(runs / "plain")[-1])
+    assert all(chart_name(tag).encode() in text for tag in drawn)
+
+
 def test_a_model_that_is_told_none_is_not_audited(runs, tmp_path):
     assert "leak_audit" not in results(runs / "plain", tmp_path)
     assert not any(tag.startswith("audit/") for tag in logged(runs / "plain")[-1])
@@ -249,7 +276,19 @@ def test_baselines_that_are_not_alike_are_refused_by_what_differs(runs, tmp_path
     torch.save(state, last(other))
     assert "has other images or clusters" in refuses(scb, other)
     assert "clusters_test" in refuses(scb, other)
+    state["passport"] = {**load(last(told))["passport"], "content_train": "0" * 64}
+    torch.save(state, last(other))
+    assert "has other images or clusters" in refuses(scb, other)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_of_another_seed_may_have_held_other_images_out(runs, tmp_path):
+    other = altered(runs / "told", tmp_path / "other", ("seed: 0", "seed: 1"))
+    state = load(last(other))
+    state["passport"]["content_train"] = "0" * 64
+    torch.save(state, last(other))
+    found = results(runs / "scb", tmp_path / "out", "--baseline", str(other))["leak_audit"]["baseline"]
+    assert found["differs"] == ["seed 1, the model 0"]
 
 
 def test_other_settings_of_a_baseline_are_told(runs, tmp_path, capsys):

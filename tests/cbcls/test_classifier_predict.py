@@ -83,6 +83,23 @@ def test_names_come_from_the_run_or_else_from_its_images(runs, tmp_path):
         load_model(copy)
 
 
+def test_images_are_brought_to_size_as_the_runs_were(runs, tmp_path):
+    folder, copy = tmp_path / "wide", tmp_path / "copy"
+    folder.mkdir()
+    Image.effect_noise((24, 8), 90).convert("RGB").save(folder / "one.png")
+    shutil.copytree(runs / "plain", copy)
+    text = (copy / "config.yaml").read_text()
+    assert "fit: cut" in text
+    found = []
+    for fit in ("cut", "pad"):
+        (copy / "config.yaml").write_text(text.replace("fit: cut", f"fit: {fit}"))
+        cbcls.predict.main(["--run", str(copy), "--images", str(folder), "--out", str(tmp_path / fit)])
+        found.append(float(rows(tmp_path / fit)[0]["probability"]))
+        best = by_hand(copy, read_images([folder / "one.png"], 8, fit), None).max()
+        assert found[-1] == pytest.approx(float(best), abs=1e-5)
+    assert found[0] != found[1]
+
+
 def test_clusters_of_each_image_can_be_told_by_number(runs):
     model, images = load_model(runs / "scb"), Classification.load(load_model(runs / "scb").cfg)["test"].images
     ids = torch.arange(18) % 6
