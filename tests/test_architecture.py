@@ -31,10 +31,14 @@ MAY_IMPORT = {
     "common/reports": {
         "common/norms", "common/runs", "common/data", "common/data/sets", "common/cli", "common/machine",
     },
+    "common/classification": {
+        "common/training", "common/metrics", "common/reports", "common/data", "common/runs", "common/cli",
+        "common/machine",
+    },
     **{
         application: {
-            "common/training", "common/metrics", "common/networks", "common/norms", "common/data", "common/data/sets",
-            "common/runs", "common/reports", "common/cli", "common/machine",
+            "common/classification", "common/training", "common/metrics", "common/networks", "common/norms",
+            "common/data", "common/data/sets", "common/runs", "common/reports", "common/cli", "common/machine",
         }
         for application in APPLICATIONS
     },

@@ -1,9 +1,10 @@
 """What a classifier says of many images, batch by batch, on one process or shared by several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.machine.dist import Env
 
@@ -45,3 +46,15 @@ def classify(
             start = first + size * rank
             logits[start : start + size] = rows[: max(0, len(images) - start)]
     return logits
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, without gradients, inside the block."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)
