@@ -18,7 +18,7 @@ from torch import nn
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
-from cbgan.models import Generator
+from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_noise
 from cbgan.train import Gan
 from common.cli.arguments import parse
