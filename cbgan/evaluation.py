@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cbgan.config import GanConfig
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
 from common.data.image_set import ImageSet, Splits, to_uint8
-from common.machine.atomic import write_text_atomic
+from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
@@ -121,6 +122,11 @@ class Evaluation:
             images = g(z, labels)
         return to_uint8(images)
 
+    def grid(self, g: Generator) -> Tensor:
+        """Generate the images of a grid, from the same noise every time, of classes in rising order."""
+        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
+        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+
     def run(self, g: Generator, moment: Moment, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
 
@@ -181,13 +187,12 @@ class Evaluation:
             if self.cfg.conditional:
                 known = json.dumps({"classes": train.classes, "counts": self.class_counts()}, ensure_ascii=False)
                 write_text_atomic(moment.folder / CLASSES, known + "\n")
-        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
-        images = self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+        images = self.grid(g)
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
         some = permutation(len(train), SEED, "diversity")[:GRID]
         values = {"metric/diversity": distance(images) / distance(train.images[some])}
-        if asked is not None and self.fid is not None and isinstance(self.fid.extractor, Classifier):
+        if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
             values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
         return values
 
@@ -257,11 +262,11 @@ def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]
     return [(line["epoch"], line[tag]) for line in lines if line.get(tag) is not None]
 
 
-def save_grid(images: Tensor, path: Path) -> Tensor:
-    """Write uint8 images (N, 3, S, S) as a near-square grid and return it, uint8 (3, H, W)."""
-    from torchvision.utils import make_grid, save_image  # noqa: PLC0415 - takes long, and --help need not
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> Tensor:
+    """Write uint8 images (N, 3, S, S) as a grid and return it, uint8 (3, H, W); without columns a near-square one."""
+    from torchvision.utils import make_grid  # noqa: PLC0415 - takes long, and --help need not
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=1)
-    save_image(grid.float() / 255, path)
+    grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=1)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
     return grid

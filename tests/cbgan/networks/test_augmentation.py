@@ -68,13 +68,13 @@ def test_kinds_draw_alike_with_and_without_each_other_and_go_in_one_order(images
 
 
 def test_gradients_flow_back_twice(images):
-    few = images[:2, :, :8, :8].clone().requires_grad_()
+    few = images[:2, :, :4, :4].clone().requires_grad_()
 
     def changed(x: torch.Tensor) -> torch.Tensor:
         return augment(x, KINDS, source()).square()
 
     assert torch.autograd.gradcheck(changed, (few,))
-    assert torch.autograd.gradgradcheck(changed, (few,))
+    assert torch.autograd.gradgradcheck(changed, (few,), fast_mode=True)
 
 
 def test_reduced_precision_moves_pixels_exactly(images):
