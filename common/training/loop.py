@@ -79,6 +79,7 @@ class Training:
             self.method.prepare(self._asked_to_stop)
             self.folder, self.cfg = self.place.open()
             self.checkpoints = Checkpoints(self.folder / "checkpoints")
+            env.lead(self.checkpoints.remove_leftovers)
             self.log = self._restore()
         except BaseException as error:
             self.place.close()
