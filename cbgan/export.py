@@ -4,22 +4,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from common.classification.stored import Stored, export, read_stored
 from torch import Tensor
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import CLASSES, calibrated
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
+from common.classification.stored import Stored, export, read_stored
 from common.data import to_uint8
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 from common.machine.device import autocast
 
-Weights = Literal["average", "raw"]
 PROGRAM = "generator.pt2"
 """The generator as torch.export has it, for code that knows nothing of this project."""
 _BATCH = 200
@@ -134,8 +132,8 @@ def load_generator(
     path: Path | str,
     device: torch.device | str = "cpu",
     *,
-    weights: Weights = "average",
     checkpoint: str = "last",
+    raw: bool = False,
 ) -> TrainedGenerator:
     """Load a generator from a run's folder, one of its checkpoint files, or a folder that `save` wrote.
 
@@ -144,13 +142,13 @@ def load_generator(
     Args:
         path: the folder or file.
         device: where it is to run.
-        weights: the average of weights, where the run kept one (``ema``), or raw as they were trained.
         checkpoint: of a run's folder: last, best, or the number of an epoch that was kept.
+        raw: take the weights as they were trained, where the run kept an average of them (``ema``).
 
     Raises:
         UsageError: if it is neither, has no such checkpoint, or its files do not belong together.
     """
-    stored = read_stored(GanConfig, path, "g", checkpoint, average=weights == "average")
+    stored = read_stored(GanConfig, path, "g", checkpoint, average=not raw)
     cfg = stored.cfg
     network = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed)
     stored.load_into(network)

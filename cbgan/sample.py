@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbgan.evaluation import save_grid
-from cbgan.export import TrainedGenerator, Weights, load_generator
+from cbgan.export import TrainedGenerator, load_generator
 from cbgan.noise import between, numbered_noise
 from common.cli.arguments import parse
 from common.errors import UsageError
@@ -39,7 +39,7 @@ class SampleConfig:
     """
 
     run: Path | None = None
-    """A run's folder, for instance runs/cbgan/digits-ucb-seed0, one of its checkpoint files, or an exported folder."""
+    """The folder of a run, for instance runs/cbgan/digits-ucb-seed0, or of an exported generator."""
     what: Literal["grid", "images", "classes", "walk"] = "grid"
     """grid: one picture; images: a PNG file each, in a folder a class where there are classes; classes: a row of images
     for each class; walk: from image to image, as a strip and as a moving GIF."""
@@ -53,9 +53,9 @@ class SampleConfig:
     truncation: float | None = None
     """Truncate the noise to so many standard deviations: smaller is more typical and less diverse; null does not."""
     checkpoint: str = "last"
-    """Of a run's folder: last, best, or an epoch that was kept (checkpoint_keep)."""
-    weights: Weights = "average"
-    """average: the moving average of weights where the run has one (ema); raw: as they were trained."""
+    """Which one of the run: last, best, an epoch that was kept (checkpoint_keep), or a file, which needs no --run."""
+    raw: bool = False
+    """Take the weights as they were trained, where the run keeps an average of them."""
     out: Path | None = None
     """The file or, of images, folder to write; null is generated.png, or generated."""
     export: Path | None = None
@@ -66,7 +66,7 @@ class SampleConfig:
     """auto, cpu, cuda or cuda:n."""
 
     def __post_init__(self) -> None:
-        if self.run is None:
+        if self.run is None and not Path(self.checkpoint).is_file():
             raise ValueError("run: give the run's folder, --run runs/cbgan/NAME")
         least = 2 if self.what == "walk" else 1
         if self.count is not None and self.count < least:
@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = cfg.out or Path("generated" if cfg.what == "images" else "generated.png")
     if cfg.export is None:
         _refuse_existing(cfg, out)
-    assert cfg.run is not None  # SampleConfig refuses otherwise
-    generator = load_generator(cfg.run, resolve_device(cfg.device), weights=cfg.weights, checkpoint=cfg.checkpoint)
+    file = Path(cfg.checkpoint)
+    path, which = (file, "last") if file.is_file() else (cfg.run or file, cfg.checkpoint)
+    generator = load_generator(path, resolve_device(cfg.device), checkpoint=which, raw=cfg.raw)
     generator.labels(1, cfg.classes)  # refuses what is no class, before anything is written
     if cfg.export is not None:
         generator.save(cfg.export)
@@ -135,7 +136,7 @@ def _write_classes(generator: TrainedGenerator, cfg: SampleConfig, count: int, o
     """Draw a row for each class, from the same noise in every row."""
     classes = cfg.classes or generator.classes
     if not classes:
-        raise UsageError(f"what: classes needs a generator that has some, {cfg.run} has none; expected grid")
+        raise UsageError("what: classes needs a generator that can be asked for some; expected grid")
     z = numbered_noise(0, count, generator.cfg.latent_dim, cfg.seed, cfg.truncation)
     rows = [generator.images(z, generator.labels(count, [name])) for name in classes]
     save_grid(torch.cat(rows), out, columns=count)

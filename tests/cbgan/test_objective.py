@@ -99,7 +99,7 @@ def test_the_hinge_reaches_both_losses():
 
 def test_augmentation_changes_all_that_the_discriminator_sees_each_by_draws_of_its_own(monkeypatch):
     kinds = ["color", "cutout"]
-    method, part, _ = started(augment=kinds)
+    method, part, _ = started(augment=kinds, norm=NormConfig(kind="bn"))
     seen: list[torch.Tensor] = []
     method.networks["d"].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     objective = Objective(method)

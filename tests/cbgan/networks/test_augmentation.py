@@ -12,13 +12,13 @@ def source() -> torch.Generator:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.rand(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    return torch.rand(25, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
 
 
 @pytest.fixture
 def draws() -> list[list[float]]:
     """Return the seven numbers that each image is changed by."""
-    return torch.rand(40, 7, generator=source()).tolist()
+    return torch.rand(25, 7, generator=source()).tolist()
 
 
 def test_without_kinds_nothing_changes(images):

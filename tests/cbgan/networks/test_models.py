@@ -43,9 +43,9 @@ def test_classes_are_the_clusters_of_the_generators_layers(kind):
     assert count(g) == count(Generator(16, 8, BN)) - 2 * (8 + 4) + added
     assert g.num_classes == 5
     with torch.no_grad():
-        for layer in (g.norm1, g.norm2):
-            mean = layer.mean
-            (mean if kind == "scb" else mean.weight).normal_(generator=torch.Generator().manual_seed(0))
+        for layer in ("norm1.mean", "norm2.mean"):
+            mean = g.get_parameter(layer if kind == "scb" else f"{layer}.weight")
+            mean.normal_(generator=torch.Generator().manual_seed(0))
     z = torch.randn(1, 8).expand(5, 8)
     images = g.eval()(z, torch.arange(5))
     assert torch.pdist(images.flatten(1)).min() > 1e-3  # the same noise, another image of each class
@@ -63,7 +63,7 @@ def test_a_projection_discriminator_adds_the_inner_product_with_its_classs_vecto
     x, labels = torch.randn(4, 3, 16, 16), torch.tensor([2, 0, 1, 1])
     vectors = d.state_dict()["embedding.weight"]
     assert vectors.shape == (3, 16)
-    features = d.features(x)
+    features = d.features(x).detach()
     plain = d.linear(features.flatten(1)).squeeze(1)
     inner = [float((vectors[label] * features[i].sum((1, 2))).sum()) for i, label in enumerate(labels)]
     torch.testing.assert_close(d(x, labels), plain + torch.tensor(inner))
