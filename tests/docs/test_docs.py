@@ -17,6 +17,7 @@ from cbgan.evaluate import EvaluateConfig
 from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
+from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
 from common.reports.tables import TablesConfig
@@ -35,6 +36,7 @@ CONFIGURATIONS = {
     "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
+    "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
     "common.tables": TablesConfig,
 }
