@@ -1,6 +1,7 @@
 """What is measured of a classifier: loss and scores on images it was not trained on."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify
-from common.metrics.scores import measure_all
+from common.metrics.scores import METRICS, measure_all
+from common.training.method import Tracked
 
 
 class Evaluation:
@@ -83,6 +85,19 @@ class Evaluation:
                 )
         finally:
             network.train(training)
+
+
+def choosable() -> dict[str, Tracked]:
+    """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
+    chosen: list[tuple[str, Literal["higher", "lower"]]] = [
+        (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
+    ]
+    return {
+        **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
+        "loss/validation": Tracked("validation", "lower"),
+        **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
+        "loss/test": Tracked("test", "lower", chosen_by_test=True),
+    }
 
 
 def check_labels(images: Mapping[str, ImageSet]) -> None:

@@ -38,7 +38,7 @@ from common.metrics.gradient_variance import gradient_noise, gradient_variance
 from common.networks.pixels import pixels_of
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
-from common.training.optimisation import parameter_groups
+from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
 _CLASSES_CHARTED = 20
@@ -123,10 +123,7 @@ class AdaMatch(Method[AdaMatchConfig]):
         cfg = self.cfg
 
         def make(network: nn.Module) -> Optimizer:
-            groups = parameter_groups(network, cfg.weight_decay)
-            if cfg.optimizer == "sgd":
-                return torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, fused=True)
-            return torch.optim.Adam(groups, lr=cfg.lr, eps=1e-7, fused=True)
+            return make_optimizer(cfg.optimizer, network, lr=cfg.lr, weight_decay=cfg.weight_decay, eps=1e-7)
 
         return {name: make(networks[name]) for name in self.averaged}
 
