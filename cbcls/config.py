@@ -152,8 +152,7 @@ class ClassifierConfig(RunConfig):
             )
         if model.name == "oxford_cnn" and self.norm.kind in ("in", "dsbn"):
             raise ValueError(
-                f"norm.kind: oxford_cnn has one value a channel where the layer is, and {self.norm.kind} takes statistics "
-                "of each image or of each cluster in a batch"
+                f"norm.kind: oxford_cnn has one value a channel where the layer is, too few for {self.norm.kind}"
             )
         if not model.convert:
             self.norm.build(model.channels)  # the layer knows best which options it refuses
