@@ -67,7 +67,7 @@ class TimmClassifier(Classifier):
 
 def _convert(network: nn.Module, norm: NormConfig, where: list[str] | None, seed: int) -> None:
     if norm.kind != "bn":
-        convert_norms(network, norm.kind, where, norm.num_components, **norm.conversion_options(seed))
+        convert_norms(network, norm.kind, where, norm.num_components, **norm.options(seed))
         return
     known = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d | BatchNorm)]
     if not known:

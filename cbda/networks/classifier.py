@@ -38,9 +38,7 @@ class Classifier(nn.Module):
         self._routed = not convert and norm.kind in kinds(takes_clusters=True)
         if convert:
             where = None if list(convert) == ["all"] else list(convert)
-            convert_norms(
-                network, norm.kind, where, norm.num_components, **norm.conversion_options(derive(seed, "norm"))
-            )
+            convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
 
     def forward(
         self, x: Tensor, cluster: Tensor, alone: int = 0, *, inference: bool = False

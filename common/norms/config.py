@@ -84,15 +84,6 @@ class NormConfig:
         known, given = default_options(self.kind), self._given() | {"backend": self.backend, "seed": seed}
         return {name: value for name, value in given.items() if name in known}
 
-    def conversion_options(self, seed: int = 0) -> dict[str, Any]:
-        """Return the options for ``convert_norms``: those that are not the layer's defaults, and the seed.
-
-        What is left out is taken over from each BatchNorm, such as eps and affine; a stored configuration has the
-        layer's defaults written out, which nobody asked for.
-        """
-        defaults, always = default_options(self.kind), ("seed", "backend")
-        return {name: v for name, v in self.options(seed).items() if name in always or v != defaults[name]}
-
     def _make(self, num_features: int, num_components: int, options: dict[str, Any]) -> nn.Module:
         known = default_options(self.kind)
         options = {name: value for name, value in options.items() if name in known}

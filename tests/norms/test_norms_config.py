@@ -8,7 +8,7 @@ import torch
 
 from common.cli.arguments import parse
 from common.errors import UsageError
-from common.norms import DomainBatchNorm, convert_norms
+from common.norms import DomainBatchNorm
 from common.norms.config import NormConfig, settings_of
 
 KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
@@ -106,14 +106,3 @@ def test_resolved_names_what_the_layer_has_by_default(kind):
         assert getattr(owner, name, "auto") == value, name
     assert resolved.eps == 1e-5
     assert resolved.build(6).state_dict().keys() == layer.state_dict().keys()
-
-
-def test_conversion_leaves_to_each_batch_norm_what_nobody_asked_for():
-    config = NormConfig(kind="scb", init="data", eps=1e-3).resolved()
-    assert config.affine is False  # the layer's default, written out
-    options = config.conversion_options(7)
-    assert {name: value for name, value in options.items() if name != "backend"} == {"init": "data", "eps": 1e-3}
-    assert NormConfig(kind="ucb").resolved().conversion_options(7) == {"seed": 7, "backend": "auto"}
-    bn = torch.nn.BatchNorm2d(4, eps=0.01, momentum=0.3)
-    layer = convert_norms(bn, "ucb", None, 2, **NormConfig(kind="ucb").resolved().conversion_options())
-    assert (layer.eps, layer.momentum) == (0.01, 0.3)
