@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},
-    "common/metrics": {"common/data", "common/machine"},
+    "common/metrics/features": {"common/machine"},
+    "common/metrics": {"common/metrics/features", "common/data", "common/machine"},
     "common/runs": {"common/cli", "common/machine"},
     "common/training": {
         "common/norms", "common/data", "common/data/sets", "common/runs", "common/cli", "common/machine",

@@ -99,7 +99,7 @@ def test_weights_of_another_hash_are_refused(weights, tmp_path):
 
 
 def test_a_hash_may_be_written_in_capitals(tmp_path):
-    module._check_hash(tmp_path, "ab12", "AB12")
+    module._check_official(tmp_path, "ab12", "AB12")
 
 
 class Code:
