@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cbgan.config import GanConfig
 from cbgan.models import Generator
-from cbgan.noise import fixed_noise
+from cbgan.noise import SEED, fixed_noise
+from cbgan.reporting import copying_line, nearest_sheet, save_sheet, uncertainty_rows
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.device import autocast
 from common.machine.dist import Env
@@ -51,7 +52,10 @@ class Evaluation:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
-        self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
+        self.warnings: list[str] = []
+        if self.fid is not None:
+            fewest = min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples)
+            self.warnings = [line for line in (self.fid.warning, self.fid.short(fewest)) if line is not None]
         self.latest: FidResult | None = None
 
     def count(self, epoch: int) -> int:
@@ -71,8 +75,12 @@ class Evaluation:
                 "before; values before and after differ in their last digits"
             )
 
-    def measure(self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None) -> FidResult:
+    def measure(
+        self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None, *, thorough: bool = False
+    ) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
+
+        With ``thorough`` its interval, FID-infinity and the nearest training images too.
 
         Raises:
             Interrupted: if ``should_stop`` says so on the way.
@@ -82,7 +90,9 @@ class Evaluation:
         training = g.training
         try:
             with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, should_stop)
+                return self.fid.measure(
+                    lambda start, n: self.sample(g, z[start : start + n]), count, should_stop, thorough=thorough
+                )
         finally:
             g.train(training)
 
@@ -104,14 +114,19 @@ class Evaluation:
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop)
-            values[self.fid.tag] = result.fid
-            if result.other is not None and self.fid.floor is not None:
-                values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
+            last = moment.epoch >= self.cfg.epochs
+            thorough = self.fid.thorough(last=last)
+            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop, thorough=thorough)
+            values |= self.fid.values(result)
             if result.classes is not None:
                 values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
             if moment.epoch == 0:
-                moment.log.charts({"FID": [tag for tag in values if "fid" in tag]})
+                moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
+            if last and result.copying is not None:
+                if result.copying.alarm:
+                    moment.report(copying_line(result))
+                if self.env.first:
+                    self._draw_nearest(g, result, moment)
         if self.env.first:
             self._draw(g, moment)
         return values
@@ -125,13 +140,25 @@ class Evaluation:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        other = {} if result.other is None else {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
         return {
             "samples": result.count,
-            "values": {self.fid.tag: result.fid, **other},
+            "values": self.fid.values(result),
             "classes": self.named_classes(result),
             "passport": self.passport(),
+            "passports": {tag: each | {"noise_seed": SEED} for tag, each in self.fid.passports(result).items()},
         }
+
+    def nearest(self, g: Generator, result: FidResult) -> Tensor:
+        """Return the sheet of the generated images that are nearest to training images, each beside its own."""
+        z = fixed_noise(result.count, g.latent_dim, self.device)
+        return nearest_sheet(result, lambda index: self.sample(g, z[index.to(z.device)]), self.images["train"])
+
+    def _draw_nearest(self, g: Generator, result: FidResult, moment: Moment) -> None:
+        training = g.training
+        sheet = self.nearest(g, result)
+        g.train(training)
+        save_sheet(sheet, moment.folder / "samples" / "nearest.png")
+        moment.log.image(moment.step, "samples/nearest", sheet)
 
     def _draw(self, g: Generator, moment: Moment) -> None:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard."""
@@ -158,7 +185,7 @@ class Evaluation:
                 text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
             if self.fid.floor is not None:
                 text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text)]
+            rows = [(f"FID ({self.fid.extractor.name})", text), *uncertainty_rows(self.latest)]
         if self.latest is not None and self.latest.classes is not None:
             classes = self.latest.classes
             found = sum(n > 0 for n in classes)

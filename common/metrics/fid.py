@@ -29,6 +29,8 @@ Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]
 
 QUANTISATION = "uint8, rounded to nearest, clamped"
+CHEAP = 256
+"""Features of which an interval takes a fraction of a second."""
 SEED = 20
 """What the subsets and replicates of a measurement's uncertainty follow from, the same for every run."""
 
@@ -61,8 +63,9 @@ class FidConfig:
     """Which real images generated ones are compared with."""
     metrics: list[Quality] = field(default_factory=lambda: ["precision_recall"])
     """What else is computed from the same features: kid, inception_score, precision_recall."""
-    interval: Literal["last", "every", "never"] = "last"
-    """At which measurements FID-infinity, a 95 % interval and the nearest training images are found too."""
+    interval: Literal["auto", "every", "last", "never"] = "auto"
+    """At which measurements FID-infinity, a 95 % interval and the nearest training images are found too; auto: at every
+    one with at most 256 features, as the classifier has, otherwise at the last."""
 
     def __post_init__(self) -> None:
         reads_weights = EXTRACTORS[self.extractor].reads_weights
@@ -175,6 +178,13 @@ class Fid:
             self.floor = frechet_distance(self._reference.statistics, self._others.statistics)
         self._unseen: Tensor | None = None  # distances of real images not trained on to the training images
 
+    def thorough(self, *, last: bool) -> bool:
+        """Say whether `config.interval` asks for everything at a measurement."""
+        when = self.config.interval
+        if when == "auto":
+            when = "every" if self.extractor.dim <= CHEAP else "last"
+        return when == "every" or (when == "last" and last)
+
     def short(self, count: int) -> str | None:
         """Say what is wrong with a distance from so few generated or real images, or return None."""
         dim, name = self.extractor.dim, self.extractor.name
@@ -244,6 +254,15 @@ class Fid:
         if result.copying is not None:
             found |= {self.tag_of("copies"): result.copying.share, self.tag_of("train_gap"): result.copying.gap}
         return found
+
+    def distances(self, values: Mapping[str, float]) -> list[str]:
+        """Return the tags of distances to draw in one chart."""
+        return [tag for tag in (self.tag, self.other_tag, self.floor_tag) if tag in values]
+
+    def bands(self, values: Mapping[str, float]) -> dict[str, tuple[str, str, str]]:
+        """Return the tags of the interval's centre and ends, by the chart's title, if there is one."""
+        centre, low, high = (f"{self.tag}_{end}" for end in ("centre", "low", "high"))
+        return {"FID, 95 % interval": (centre, low, high)} if centre in values else {}
 
     def measure(
         self, sample: Sample, count: int, should_stop: ShouldStop | None = None, *, thorough: bool = False
