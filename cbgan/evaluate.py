@@ -1,4 +1,4 @@
-"""Measure a trained generator: ``python -m cbgan.evaluate --run runs/cbgan/NAME``."""
+"""Measure a generator or a folder of images: ``python -m cbgan.evaluate``."""
 
 from common.cli.command import start
 
@@ -9,10 +9,11 @@ import errno
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -20,11 +21,16 @@ from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
 from cbgan.models import Generator
 from cbgan.noise import fixed_noise
+from cbgan.reporting import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.train import Gan
-from common.cli.arguments import parse
+from common.cli.arguments import parse, read, to_dict, to_yaml
+from common.data import DataConfig
+from common.data import load as load_images
+from common.data.reading.image_folder import read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
+from common.metrics.fid import Fid, FidConfig
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.runs.log import read_metrics
 from common.training.config import stored_config
@@ -32,30 +38,50 @@ from common.training.parts import upgraded
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
+_PROG = "python -m cbgan.evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure FID and the classes found by a trained generator."""
+    """Measure images against real ones: those of a trained generator, or of a folder.
+
+    With a run, data, fid, cache and plugins are those of the run where nothing else is said here.
+    """
 
     run: Path | None = None
     """The run's folder, for instance runs/cbgan/digits-ucb-seed0."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which checkpoint to measure."""
+    checkpoint: str = "last"
+    """Which checkpoint of it: last, best, or a file; a file in a run's folder needs no --run."""
+    raw: bool = False
+    """Measure the weights as they were trained, where the run keeps an average of them."""
+    images: Path | None = None
+    """A folder of PNG or JPEG images to measure in place of a generator's, brought to data.size."""
     samples: int | None = None
-    """Images to generate; null takes as many as the run itself did."""
+    """Images to generate, or to take of the folder; null: as many as the run itself did, or all."""
+    out: Path | None = None
+    """Folder for the JSON file and the pictures; null: evaluations, in the run's folder or here."""
     grid: Path | None = None
-    """Write a grid of 64 generated images to this PNG file."""
+    """Write a grid of 64 of the images to this PNG file too."""
     force: bool = False
     """Replace a grid that exists."""
     check: bool = False
     """Exit with status 1 unless the last FID is below a tenth of the first and every class was found."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
+    cache: Path = Path("~/.cache/cluster-based-norm")
+    """Folder for features of real images, feature extractors and downloads."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
 
     def __post_init__(self) -> None:
-        if self.run is None:
-            raise ValueError("run: give the run's folder, --run runs/cbgan/NAME")
+        if self.run is None and self.images is None:
+            raise ValueError("run: give the run's folder, --run runs/cbgan/NAME, or a folder of images, --images PATH")
+        if self.run is not None and self.images is not None:
+            raise ValueError(f"images: expected null with --run, got {self.images}")
+        if self.images is not None and self.check:
+            raise ValueError("check: expected false with --images, whose first FID is not known")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples: expected at least 2, got {self.samples}")
 
@@ -64,47 +90,103 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: if there is no such run or checkpoint, it is no GAN's, the run measures no FID, or a picture is in
-            the way of the grid.
+        UsageError: if there is no such run, checkpoint or folder, they do not fit what they are to be measured
+            against, or a picture is in the way of the grid.
         SystemExit: with status 1 if ``check`` fails.
     """
-    options = parse(EvaluateConfig, argv, prog="python -m cbgan.evaluate")
-    folder = options.run
-    assert folder is not None  # EvaluateConfig refuses otherwise
+    given = list(sys.argv[1:] if argv is None else argv)
+    asked = read(EvaluateConfig, given, prog=_PROG)
+    run, images = asked["run"] or _run_around(Path(asked["checkpoint"])), asked["images"]
+    if run is None or images is not None:
+        options = parse(EvaluateConfig, given, prog=_PROG)
+        if not any(argument.startswith(("--data", "--config")) for argument in given):
+            raise UsageError(
+                "data.name: say which real images to measure against, as --data.name cifar10, or --data.name "
+                "imagefolder --data.root PATH"
+            )
+        _refuse_grid(options)
+        _measure_folder(options)
+        return
+    folder = Path(run).expanduser()
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"run: {folder} is not a run's folder (it holds no config.yaml)")
-    if options.grid is not None and options.grid.exists() and not options.force:
-        raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
-    state = upgraded(_load(folder, options.checkpoint))
+    state = upgraded(_load(folder, asked["checkpoint"]))
     if "g" not in state["networks"]:
         held = ", ".join(state["networks"])
         raise UsageError(f"run: {folder} is no run of a GAN (its networks: {held}); expected one of runs/cbgan")
-    cfg = stored_config(GanConfig, folder)
-    if not cfg.fid.every:
-        raise UsageError("run: its fid.every is 0, so there is no FID to compare with")
+    stored = stored_config(GanConfig, folder)
+    options = _with_settings_of(stored, ["--run", str(folder), *given])
+    _refuse_grid(options)
+    _measure_run(options, stored, state)
+
+
+def _refuse_grid(options: EvaluateConfig) -> None:
+    if options.grid is not None and options.grid.exists() and not options.force:
+        raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
+
+
+def _run_around(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint file is in, RUN/checkpoints/FILE, if it is in one."""
+    folder = checkpoint.expanduser().resolve().parent.parent
+    return folder if checkpoint.expanduser().is_file() and (folder / "config.yaml").is_file() else None
+
+
+def _with_settings_of(stored: GanConfig, given: Sequence[str]) -> EvaluateConfig:
+    """Read the command line over those settings of a run that the command has too."""
+    own = {name: value for name, value in to_dict(stored).items() if name in ("data", "fid", "cache", "plugins")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(to_yaml(own), encoding="utf-8")
+        return parse(EvaluateConfig, ["--config", str(file), *given], prog=_PROG)
+
+
+def _measure_run(options: EvaluateConfig, stored: GanConfig, state: dict[str, Any]) -> None:
+    folder, at = options.run, state["at"]
+    assert folder is not None
+    if options.data.size != stored.data.size:
+        size = stored.data.size
+        raise UsageError(f"data.size: the run makes images of {size} pixels, expected {size}, got {options.data.size}")
+    same = options.data == stored.data and options.fid.reference == stored.fid.reference
+    if options.check and not (same and stored.fid.every):
+        raise UsageError("check: the run has no first FID of this kind to compare with; leave it out")
+    cfg = replace(stored, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
     set_threads(cfg.threads)
     device = resolve_device(options.device)
     images = Gan.load(cfg)
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
-    g.load_state_dict(state["averages"].get("g", state["networks"]["g"]))
-    evaluation, at = Evaluation(cfg, images, device), state["at"]
-    result = evaluation.measure(g, options.samples or evaluation.count(at["epoch"]))
-    series = fid_series(read_metrics(folder), evaluation.fid.tag) if evaluation.fid else []
-    print(f"epoch {at['epoch']}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
-    if evaluation.fid is not None and evaluation.fid.floor is not None:
-        print(f"real test images: {evaluation.fid.floor:.4g}")
-    if series:
-        print("logged: " + ", ".join(f"{fid:.4g} (epoch {epoch})" for epoch, fid in series))
+    weights = state["networks"]["g"] if options.raw else state["averages"].get("g", state["networks"]["g"])
+    try:
+        g.load_state_dict(weights)
+    except RuntimeError as error:
+        told = [line.strip() for line in str(error).splitlines() if line.strip()][1:2]
+        raise UsageError(
+            f"checkpoint: {options.checkpoint} is of another configuration than {folder / 'config.yaml'} "
+            f"({''.join(told)[:160]}); give the run it is of"
+        ) from None
+    evaluation = Evaluation(cfg, images, device)
+    fid = evaluation.fid
+    assert fid is not None
+    count = options.samples or evaluation.count(at["epoch"])
+    _warn(evaluation.fid_warnings(count))
+    result = evaluation.measure(g, count, thorough=True)
+    series = fid_series(read_metrics(folder), fid.tag) if same else []
+    logged = ["logged: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in series)] if series else []
     classes = evaluation.named_classes(result)
-    if classes is not None:
-        found = sum(n > 0 for n in classes.values())
-        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
-        print(f"classes: {found} of {len(classes)} found; samples of {counts}")
-    if options.grid is not None:
-        save_grid(evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
+    print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
+    grid = evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device))
     record = {"epoch": at["epoch"], "step": at["step"], "weights": _digest(g), **evaluation.record(result)}
-    _note(folder, record | {"device": str(device)})
+    _write(
+        options.out or folder / "evaluations",
+        f"epoch-{at['epoch']:04d}",
+        record | {"device": str(device)},
+        {
+            "grid": lambda path: save_grid(grid, path),
+            "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
+        },
+    )
+    if options.grid is not None:
+        save_grid(grid, options.grid)
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)
         learnt = result.fid < first / _FALL
@@ -114,15 +196,53 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
 
 
-def _note(folder: Path, record: dict[str, Any]) -> None:
-    """Write a measurement beside the run; what is measured again alike has the same file.
+def _measure_folder(options: EvaluateConfig) -> None:
+    assert options.images is not None
+    set_threads(0)
+    device = resolve_device(options.device)
+    given = read_folder(options.images, options.data.size, field="images", split="generated")
+    if len(given) < (options.samples or 2):
+        raise UsageError(
+            f"{'images' if options.samples is None else 'samples'}: {options.images} has {len(given)} images, "
+            f"expected at least {options.samples or 2}"
+        )
+    found = given.images[: options.samples]
+    splits = load_images(options.data)
+    fid = Fid(options.fid, splits, options.cache, device)
+    _warn([fid.warning, fid.short(len(found))])
+    result = fid.measure(lambda start, n: found[start : start + n], len(found), thorough=True)
+    classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
+    print("\n".join(measured_lines(str(options.images), fid, result, classes)))
+    record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
+    _write(
+        options.out or Path("evaluations"),
+        options.images.resolve().name,
+        record | {"device": str(device)},
+        {
+            "grid": lambda path: save_grid(found[:GRID], path),
+            "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
+        },
+    )
+    if options.grid is not None:
+        save_grid(found[:GRID], options.grid)
 
-    The name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
+
+def _warn(lines: Sequence[str | None]) -> None:
+    for line in filter(None, lines):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _write(folder: Path, what: str, record: dict[str, Any], pictures: dict[str, Callable[[Path], object]]) -> None:
+    """Write a measurement and its pictures; what is measured again alike has the same files.
+
+    Their name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
     """
-    follows = json.dumps({name: record[name] for name in ("weights", "samples", "passport")}, sort_keys=True)
-    key = hashlib.sha256(follows.encode()).hexdigest()[:8]
-    file = folder / "evaluations" / f"epoch-{record['epoch']:04d}-{record['samples']}-samples-{key}.json"
+    follows = {name: record[name] for name in ("weights", "samples", "passport")} | {"values": sorted(record["values"])}
+    key = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+    file = folder / f"{what}-{record['samples']}-samples-{key}.json"
     try:
+        for name, save in pictures.items():
+            save(file.with_name(f"{file.stem}-{name}.png"))
         write_text_atomic(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -143,11 +263,12 @@ def _digest(network: nn.Module) -> str:
 
 def _load(folder: Path, which: str) -> dict[str, Any]:
     checkpoints = Checkpoints(folder / "checkpoints")
-    if which == "best":
+    if which != "last":
+        path = checkpoints.best if which == "best" else Path(which).expanduser()
         try:
-            return load(checkpoints.best)
+            return load(path)
         except DamagedCheckpoint as error:
-            raise UsageError(f"checkpoint: {error}") from None
+            raise UsageError(f"checkpoint: {error}; expected last, best, or the file of a checkpoint") from None
     state, reports = checkpoints.load_latest()
     for report in reports:
         print(f"warning: {report}", file=sys.stderr)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cbgan.config import GanConfig
 from cbgan.models import Generator
 from cbgan.noise import SEED, fixed_noise
-from cbgan.reporting import copying_line, nearest_sheet, save_sheet, uncertainty_rows
+from cbgan.reporting import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.device import autocast
 from common.machine.dist import Env
@@ -52,16 +52,18 @@ class Evaluation:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
-        self.warnings: list[str] = []
-        if self.fid is not None:
-            fewest = min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples)
-            self.warnings = [line for line in (self.fid.warning, self.fid.short(fewest)) if line is not None]
+        self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
         self.latest: FidResult | None = None
 
     def count(self, epoch: int) -> int:
         """Return how many images the measurement after this many epochs generates."""
         final = self.cfg.fid.final_samples
         return final if final is not None and epoch == self.cfg.epochs else self.cfg.fid.samples
+
+    def fid_warnings(self, count: int) -> list[str]:
+        """Return why a distance of so many images should not be trusted."""
+        found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
+        return [line for line in found if line is not None]
 
     def passport(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
@@ -140,13 +142,8 @@ class Evaluation:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        return {
-            "samples": result.count,
-            "values": self.fid.values(result),
-            "classes": self.named_classes(result),
-            "passport": self.passport(),
-            "passports": {tag: each | {"noise_seed": SEED} for tag, each in self.fid.passports(result).items()},
-        }
+        found = recorded(self.fid, result, self.named_classes(result), noise_seed=SEED)
+        return found | {"passport": self.passport()}
 
     def nearest(self, g: Generator, result: FidResult) -> Tensor:
         """Return the sheet of the generated images that are nearest to training images, each beside its own."""

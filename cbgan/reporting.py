@@ -1,7 +1,8 @@
 """How a measurement is told and shown: its interval, what else was found, and samples beside training images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from torch import Tensor
 from common.data.image_set import ImageSet
 from common.machine.atomic import write_atomic
 from common.metrics.features.neighbours import EXPECTED
-from common.metrics.fid import FidResult
+from common.metrics.fid import Fid, FidResult, other_split
 from common.reports.sheet import captioned_sheet
 
 PAIRS = 32
@@ -38,6 +39,41 @@ def save_sheet(sheet: Tensor, path: Path) -> None:
     """Write a sheet, uint8 (3, H, W), as PNG, whole or not at all."""
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     write_atomic(path, lambda file: picture.save(file, "PNG"))
+
+
+def recorded(fid: Fid, result: FidResult, classes: Mapping[str, int] | None, **more: str | int) -> dict[str, Any]:
+    """Return a measurement as plain values: numbers by tag, each with its passport, and classes by name.
+
+    Args:
+        fid: what measured.
+        result: what it found.
+        classes: samples that the classifier puts in each class.
+        more: what every number depends on besides.
+    """
+    return {
+        "samples": result.count,
+        "values": fid.values(result),
+        "classes": classes,
+        "passport": fid.passport(),
+        "passports": {tag: passport | more for tag, passport in fid.passports(result).items()},
+    }
+
+
+def measured_lines(
+    what: str, fid: Fid, result: FidResult, classes: Mapping[str, int] | None, logged: Sequence[str] = ()
+) -> list[str]:
+    """Return what is printed of a measurement."""
+    lines = [f"{what}: FID ({fid.extractor.name}) {result.fid:.4g} from {result.count:,} samples"]
+    if fid.floor is not None:
+        lines.append(f"real test images: {fid.floor:.4g}")
+    lines += logged
+    if classes is not None:
+        found = sum(n > 0 for n in classes.values())
+        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
+        lines.append(f"classes: {found} of {len(classes)} found; samples of {counts}")
+    if result.other is not None:
+        lines.append(f"against the {other_split(fid.config.reference)} images: {result.other:.4g}")
+    return [*lines, *(f"{name}: {text}" for name, text in uncertainty_rows(result))]
 
 
 def uncertainty_rows(result: FidResult | None) -> list[tuple[str, str]]:
