@@ -26,7 +26,7 @@ class Evaluation:
         env: this process among those of the run; they share each measurement.
 
     Attributes:
-        health_images: a batch of training images, the same all through a run, uint8 (B, 3, S, S).
+        health_images: a batch of training images, the same all through a run.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Evaluation:
     ) -> None:
         self.cfg, self.images, self.device, self.env = cfg, images, device, env or Env()
         order = permutation(len(images["train"]), cfg.seed, "health")
-        self.health_images = images["train"].images[order[: cfg.batch_size]]
+        self.health_images = images["train"].select(order[: cfg.batch_size])
 
     def scores(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
         """Return loss and scores in evaluation mode, by tag: loss/test and metric/accuracy, loss/validation and so on.
@@ -52,7 +52,7 @@ class Evaluation:
     def _scores(self, network: nn.Module, split: str, go_on: Callable[[], None]) -> dict[str, float]:
         images = self.images[split]
         assert images.labels is not None
-        logits = self._logits(network, images.images, images.num_classes, go_on)
+        logits = self._logits(network, images, go_on)
         if not logits.isfinite().all():
             raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
         prefix = "" if split == "test" else f"{split}_"
@@ -60,18 +60,27 @@ class Evaluation:
         scores = {f"metric/{prefix}{name}": value for name, value in found.items()}
         return {f"loss/{split}": float(F.cross_entropy(logits, images.labels)), **scores}
 
-    def _logits(self, network: nn.Module, images: Tensor, classes: int, go_on: Callable[[], None]) -> Tensor:
-        """Return logits (N, classes) in float64."""
+    def _logits(self, network: nn.Module, images: ImageSet, go_on: Callable[[], None]) -> Tensor:
+        """Return logits (N, classes) in float64, each image as a member of its own cluster."""
 
-        def classifier(batch: Tensor) -> Tensor:
+        def classifier(batch: Tensor, cluster: Tensor | None = None) -> Tensor:
             with autocast(self.device, self.cfg.precision):
-                return network(to_input(batch, self.device, channels_last=self.cfg.channels_last))
+                x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
+                return network(x, None if cluster is None else cluster.to(self.device))
 
         training = network.training
         network.eval()
         try:
             with self.env.buffers_of_first(network):  # running averages differ between ranks
-                return classify(classifier, images, classes, batch_size=self.cfg.batch_size, env=self.env, go_on=go_on)
+                return classify(
+                    classifier,
+                    images.images,
+                    images.num_classes,
+                    clusters=images.clusters,
+                    batch_size=self.cfg.batch_size,
+                    env=self.env,
+                    go_on=go_on,
+                )
         finally:
             network.train(training)
 

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation, check_labels
-from cbcls.shallow_cnn import ShallowCNN
-from common.data import ImageSet
+from cbcls.models import build_classifier
+from common.data import ImageSet, load
+from common.data.clusters import with_clusters
 from common.metrics.scores import METRICS
 from common.runs.log import listed
 from common.training.loop import train
@@ -49,14 +50,22 @@ class Classification(Method[ClassifierConfig]):
 
     @classmethod
     def load(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
-        """Return labelled images to train and to test on, and to validate on if any are held out."""
-        images = super().load(cfg)
-        check_labels(images)
-        return images
+        """Return labelled images with their clusters: to train and to test on, and to validate on if any are."""
+        splits = load(cfg.data)
+        check_labels(dict(splits.items()))
+        return cls.with_validation(cfg, dict(with_clusters(splits, cfg.clusters).items()))
+
+    def default_name(self) -> str:
+        """Return what a run without a name is called."""
+        cfg = self.cfg
+        model = "" if cfg.model.name == "shallow_cnn" else f"{cfg.model.name.replace(':', '-').replace('/', '-')}-"
+        told = "-told" if cfg.model.cluster_input else ""
+        return f"{cfg.data.name}-{model}{cfg.norm.kind}{told}-seed{cfg.seed}"
 
     def build(self) -> dict[str, nn.Module]:
         """Make the classifier."""
-        return {"network": ShallowCNN(self.images["train"].num_classes, self.cfg.norm, self.cfg.seed)}
+        images = self.images["train"]
+        return {"network": build_classifier(self.cfg, images.num_classes, len(images.cluster_names), images)}
 
     def optimize(self, networks: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
         """Make AdamW."""
@@ -68,7 +77,8 @@ class Classification(Method[ClassifierConfig]):
 
         def loss(part: Part) -> Tensor:
             batch = part["train"]
-            return F.cross_entropy(self.wrapped["network"](self.to_input(batch.images)), batch.labels)
+            cluster = self.images["train"].clusters_at(batch.index, self.device)
+            return F.cross_entropy(self.wrapped["network"](self.to_input(batch.images), cluster), batch.labels)
 
         update.descend("train", loss)
 
@@ -82,7 +92,13 @@ class Classification(Method[ClassifierConfig]):
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
-        networks["network"](self.to_input(self.evaluation.health_images))
+        images = self.evaluation.health_images
+        networks["network"](self.to_input(images.images), images.clusters_at(slice(None), self.device))
+
+    def passport(self) -> dict[str, object]:
+        """Return what the images are, and what clusters the network is told of them."""
+        clusters = {name: images.clusters_hash for name, images in self.images.items() if self.cfg.told_clusters}
+        return super().passport() | {f"clusters_{name}": value for name, value in clusters.items()}
 
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say so when the network does worse than one that knows nothing."""

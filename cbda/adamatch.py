@@ -27,7 +27,7 @@ from cbda.losses import (
     ramp,
     relative_threshold,
 )
-from cbda.models import build_classifier, pixels_of
+from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET
 from common.data import ImageSet, Stream
 from common.data.augmentation import strong, weak
@@ -35,6 +35,7 @@ from common.errors import UsageError
 from common.machine.dist import Env
 from common.machine.seeding import permutation, uniform_per_sample
 from common.metrics.gradient_variance import gradient_variance
+from common.networks.pixels import pixels_of
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import parameter_groups

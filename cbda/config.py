@@ -10,6 +10,7 @@ from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
+from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.factory import kinds
 from common.training.config import RunConfig, ScheduleConfig
@@ -115,7 +116,7 @@ class ModelConfig:
     """timm: a file of weights to start from; the last layer's may be of other classes."""
     pretrained: bool = False
     """timm: download the weights that come with the network."""
-    pixels: Literal["signed", "unit", "raw", "imagenet"] = "signed"
+    pixels: Pixels = "signed"
     """What images come as: -1 to 1; 0 to 1; 0 to 255, as the paper's own layer got them; or less ImageNet's mean and by
     its deviation, as pretrained networks want them."""
 

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cbda.domains import load_domains
 from cbda.evaluation import clusters_of
 from cbda.export import load_model
+from common.classification.measured import draw, measured
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device
-from common.metrics.scores import calibration, classification_scores, information, neighbourhood_density
-from common.reports import diagrams
+from common.metrics.scores import information, neighbourhood_density
 
 _SPLITS = {"source": "test", "target": "target_test"}
 
@@ -65,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = images[split if labels is not None else "target" if domain == "target" else "train"].images
         for cluster in clusters_of(model.cfg.norm.kind):
             logits = model.logits(shown, cluster)
-            measured = _measured(logits, labels, model.classes)
-            found["domains"].setdefault(domain, {})[cluster] = measured
+            values = _measured(logits, labels, model.classes)
+            found["domains"].setdefault(domain, {})[cluster] = values
             if labels is not None:
-                print(f"{domain} as {cluster:8} accuracy {measured['accuracy']:.3f}, macro F1 "
-                      f"{measured['macro']['f1']:.3f}, ECE {measured['calibration']['error']:.3f}")  # fmt: skip
+                print(f"{domain} as {cluster:8} accuracy {values['accuracy']:.3f}, macro F1 "
+                      f"{values['macro']['f1']:.3f}, ECE {values['calibration']['error']:.3f}")  # fmt: skip
                 if cluster == domain or len(clusters_of(model.cfg.norm.kind)) == 1:
-                    _draw(out, domain, logits, labels, model.classes)
+                    draw(out, domain, values)
     write_text_atomic(out / "evaluation.json", json.dumps(found, indent=2) + "\n")
     print(f"results in {out}")
 
@@ -83,36 +82,4 @@ def _measured(logits: Tensor, labels: Tensor | None, classes: Sequence[str]) -> 
         "information": information(logits),
         "density": neighbourhood_density(logits),
     }
-    if labels is None:
-        return values
-    scores, trust = classification_scores(labels, logits, len(classes)), calibration(labels, logits)
-    hits = scores.confusion.diag()
-    truly, taken = scores.confusion.sum(1), scores.confusion.sum(0)
-    rows = {
-        name: {
-            "count": int(truly[k]),
-            "precision": float(hits[k] / taken[k]) if taken[k] else 0.0,
-            "recall": float(hits[k] / truly[k]) if truly[k] else 0.0,
-        }
-        for k, name in enumerate(classes)
-    }
-    return values | {
-        "accuracy": scores.accuracy,
-        "loss": float(cross_entropy(logits, labels)),
-        "macro": scores.macro._asdict(),
-        "weighted": scores.weighted._asdict(),
-        "classes": rows,
-        "confusion": scores.confusion.tolist(),
-        "calibration": {
-            "error": trust.error,
-            "counts": trust.counts.tolist(),
-            "confidence": trust.confidence.tolist(),
-            "accuracy": trust.accuracy.tolist(),
-        },
-    }
-
-
-def _draw(out: Path, domain: str, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    counts, trust = classification_scores(labels, logits, len(classes)).confusion, calibration(labels, logits)
-    diagrams.confusion(out / f"confusion-{domain}", counts, classes, domain)
-    diagrams.reliability(out / f"reliability-{domain}", trust.counts, trust.accuracy, trust.error, domain)
+    return values if labels is None else values | measured(labels, logits, classes)

@@ -18,11 +18,11 @@ from typing import Any
 from torch import nn
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
-from cbgan.models import Generator
-from cbgan.noise import fixed_noise
-from cbgan.reporting import measured_lines, nearest_sheet, recorded, save_sheet
+from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
+from cbgan.networks.dcgan import Generator
+from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.train import Gan
+from common.classification.stored import Stored, read_stored
 from common.cli.arguments import parse, read, to_dict, to_yaml
 from common.data import DataConfig
 from common.data import load as load_images
@@ -31,10 +31,7 @@ from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
 from common.metrics.fid import Fid, FidConfig
-from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
-from common.runs.log import read_metrics
-from common.training.config import stored_config
-from common.training.parts import upgraded
+from common.runs.log import METRICS, read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
@@ -49,9 +46,9 @@ class EvaluateConfig:
     """
 
     run: Path | None = None
-    """The run's folder, for instance runs/cbgan/digits-ucb-seed0."""
+    """The folder of a run, for instance runs/cbgan/digits-ucb-seed0, or of an exported generator."""
     checkpoint: str = "last"
-    """Which checkpoint of it: last, best, or a file; a file in a run's folder needs no --run."""
+    """Which one of the run: last, best, an epoch that was kept (checkpoint_keep), or a file, which needs no --run."""
     raw: bool = False
     """Measure the weights as they were trained, where the run keeps an average of them."""
     images: Path | None = None
@@ -79,7 +76,7 @@ class EvaluateConfig:
         if self.run is None and self.images is None:
             raise ValueError("run: give the run's folder, --run runs/cbgan/NAME, or a folder of images, --images PATH")
         if self.run is not None and self.images is not None:
-            raise ValueError(f"images: expected null with --run, got {self.images}")
+            raise ValueError(f"images: expected null with a run, got {self.images}")
         if self.images is not None and self.check:
             raise ValueError("check: expected false with --images, whose first FID is not known")
         if self.samples is not None and self.samples < 2:
@@ -96,8 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     asked = read(EvaluateConfig, given, prog=_PROG)
-    run, images = asked["run"] or _run_around(Path(asked["checkpoint"])), asked["images"]
-    if run is None or images is not None:
+    path, which = asked["run"], asked["checkpoint"]
+    if (file := Path(which).expanduser()).is_file():
+        if path is not None and file.resolve().parent.parent != Path(path).expanduser().resolve():
+            raise UsageError(f"checkpoint: expected one of {path}, got {which}; leave --run out")
+        path, which = file, "last"
+    if path is None or asked["images"] is not None:
+        if path is not None:
+            given += ["--run", str(path)]
         options = parse(EvaluateConfig, given, prog=_PROG)
         if not any(argument.startswith(("--data", "--config")) for argument in given):
             raise UsageError(
@@ -107,17 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_grid(options)
         _measure_folder(options)
         return
-    folder = Path(run).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"run: {folder} is not a run's folder (it holds no config.yaml)")
-    state = upgraded(_load(folder, asked["checkpoint"]))
-    if "g" not in state["networks"]:
-        held = ", ".join(state["networks"])
-        raise UsageError(f"run: {folder} is no run of a GAN (its networks: {held}); expected one of runs/cbgan")
-    stored = stored_config(GanConfig, folder)
-    options = _with_settings_of(stored, ["--run", str(folder), *given])
+    stored = read_stored(GanConfig, Path(path).expanduser(), "g", which, average=not asked["raw"])
+    options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
     _refuse_grid(options)
-    _measure_run(options, stored, state)
+    _measure_run(options, stored)
 
 
 def _refuse_grid(options: EvaluateConfig) -> None:
@@ -125,68 +121,49 @@ def _refuse_grid(options: EvaluateConfig) -> None:
         raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
 
 
-def _run_around(checkpoint: Path) -> Path | None:
-    """Return the folder of the run that a checkpoint file is in, RUN/checkpoints/FILE, if it is in one."""
-    folder = checkpoint.expanduser().resolve().parent.parent
-    return folder if checkpoint.expanduser().is_file() and (folder / "config.yaml").is_file() else None
-
-
-def _with_settings_of(stored: GanConfig, given: Sequence[str]) -> EvaluateConfig:
+def _with_settings_of(cfg: GanConfig, given: Sequence[str]) -> EvaluateConfig:
     """Read the command line over those settings of a run that the command has too."""
-    own = {name: value for name, value in to_dict(stored).items() if name in ("data", "fid", "cache", "plugins")}
+    own = {name: value for name, value in to_dict(cfg).items() if name in ("data", "fid", "cache", "plugins")}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
         file.write_text(to_yaml(own), encoding="utf-8")
         return parse(EvaluateConfig, ["--config", str(file), *given], prog=_PROG)
 
 
-def _measure_run(options: EvaluateConfig, stored: GanConfig, state: dict[str, Any]) -> None:
-    folder, at = options.run, state["at"]
-    assert folder is not None
-    if options.data.size != stored.data.size:
-        size = stored.data.size
+def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
+    folder, was = stored.folder, stored.cfg
+    if options.data.size != was.data.size:
+        size = was.data.size
         raise UsageError(f"data.size: the run makes images of {size} pixels, expected {size}, got {options.data.size}")
-    same = options.data == stored.data and options.fid.reference == stored.fid.reference
-    if options.check and not (same and stored.fid.every):
-        raise UsageError("check: the run has no first FID of this kind to compare with; leave it out")
-    cfg = replace(stored, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
+    same = options.data == was.data and options.fid.reference == was.fid.reference and (folder / METRICS).is_file()
+    cfg = replace(was, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
     set_threads(cfg.threads)
     device = resolve_device(options.device)
     images = Gan.load(cfg)
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
-    weights = state["networks"]["g"] if options.raw else state["averages"].get("g", state["networks"]["g"])
-    try:
-        g.load_state_dict(weights)
-    except RuntimeError as error:
-        told = [line.strip() for line in str(error).splitlines() if line.strip()][1:2]
-        raise UsageError(
-            f"checkpoint: {options.checkpoint} is of another configuration than {folder / 'config.yaml'} "
-            f"({''.join(told)[:160]}); give the run it is of"
-        ) from None
-    evaluation = Evaluation(cfg, images, device)
+    stored.load_into(g)
+    evaluation, weights = Evaluation(cfg, images, device), _digest(g)
     fid = evaluation.fid
     assert fid is not None
+    series = fid_series(read_metrics(folder), fid.tag) if same else []
+    if options.check and not series:
+        raise UsageError(f"check: {folder} logged no {fid.tag} to compare with; leave it out")
+    exported = stored.facts is not None
+    g = g if exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
+    at = {"epoch": stored.fact("epoch", int), "step": None} if exported else stored.state["at"]
     count = options.samples or evaluation.count(at["epoch"])
     _warn(evaluation.fid_warnings(count))
     result = evaluation.measure(g, count, thorough=True)
-    series = fid_series(read_metrics(folder), fid.tag) if same else []
     logged = ["logged: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in series)] if series else []
     classes = evaluation.named_classes(result)
     print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
-    grid = evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device))
-    record = {"epoch": at["epoch"], "step": at["step"], "weights": _digest(g), **evaluation.record(result)}
-    _write(
-        options.out or folder / "evaluations",
-        f"epoch-{at['epoch']:04d}",
-        record | {"device": str(device)},
-        {
-            "grid": lambda path: save_grid(grid, path),
-            "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
-        },
-    )
-    if options.grid is not None:
-        save_grid(grid, options.grid)
+    record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}
+    pictures: dict[str, Callable[[Path], object]] = {
+        "grid": lambda path: save_grid(evaluation.grid(g), path),
+        "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
+    }
+    _write(options, f"epoch-{at['epoch']:04d}", record | {"device": str(device)}, pictures)
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)
         learnt = result.fid < first / _FALL
@@ -202,43 +179,41 @@ def _measure_folder(options: EvaluateConfig) -> None:
     device = resolve_device(options.device)
     given = read_folder(options.images, options.data.size, field="images", split="generated")
     if len(given) < (options.samples or 2):
-        raise UsageError(
-            f"{'images' if options.samples is None else 'samples'}: {options.images} has {len(given)} images, "
-            f"expected at least {options.samples or 2}"
-        )
+        name = "images" if options.samples is None else "samples"
+        line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
+        raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
     found = given.images[: options.samples]
     splits = load_images(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
-    _warn([fid.warning, fid.short(len(found))])
+    _warn([line for line in (fid.warning, fid.short(len(found))) if line is not None])
     result = fid.measure(lambda start, n: found[start : start + n], len(found), thorough=True)
     classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
     print("\n".join(measured_lines(str(options.images), fid, result, classes)))
     record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
-    _write(
-        options.out or Path("evaluations"),
-        options.images.resolve().name,
-        record | {"device": str(device)},
-        {
-            "grid": lambda path: save_grid(found[:GRID], path),
-            "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
-        },
-    )
-    if options.grid is not None:
-        save_grid(found[:GRID], options.grid)
+    pictures: dict[str, Callable[[Path], object]] = {
+        "grid": lambda path: save_grid(found[:GRID], path),
+        "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
+    }
+    _write(options, options.images.resolve().name, record | {"device": str(device)}, pictures)
 
 
-def _warn(lines: Sequence[str | None]) -> None:
-    for line in filter(None, lines):
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _write(folder: Path, what: str, record: dict[str, Any], pictures: dict[str, Callable[[Path], object]]) -> None:
+def _write(
+    options: EvaluateConfig, what: str, record: dict[str, Any], pictures: dict[str, Callable[[Path], object]]
+) -> None:
     """Write a measurement and its pictures; what is measured again alike has the same files.
 
     Their name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
     """
+    if options.grid is not None:
+        pictures["grid"](options.grid)
     follows = {name: record[name] for name in ("weights", "samples", "passport")} | {"values": sorted(record["values"])}
     key = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+    folder = options.out or (options.run or Path()) / "evaluations"
     file = folder / f"{what}-{record['samples']}-samples-{key}.json"
     try:
         for name, save in pictures.items():
@@ -259,19 +234,3 @@ def _digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _load(folder: Path, which: str) -> dict[str, Any]:
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if which != "last":
-        path = checkpoints.best if which == "best" else Path(which).expanduser()
-        try:
-            return load(path)
-        except DamagedCheckpoint as error:
-            raise UsageError(f"checkpoint: {error}; expected last, best, or the file of a checkpoint") from None
-    state, reports = checkpoints.load_latest()
-    for report in reports:
-        print(f"warning: {report}", file=sys.stderr)
-    if state is None:
-        raise UsageError(f"run: {folder} has no checkpoint yet")
-    return state

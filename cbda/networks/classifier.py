@@ -1,9 +1,7 @@
 """A classifier of two domains: a network with a normalization layer of the domains' clusters in it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -62,15 +60,3 @@ class Classifier(nn.Module):
     def _logits(self, x: Tensor, cluster: Tensor) -> Tensor:
         with clusters(cluster):
             return self.network(self.norm(x, cluster) if self._routed else self.norm(x))
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode, without gradients, inside the block."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)

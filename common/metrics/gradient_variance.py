@@ -22,8 +22,13 @@ def gradient_variance(loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple
     """
     weights = [p for p in parameters if p.requires_grad and p.numel() > 1]
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) if weights else ()
-    variances = [g.detach().float().var(correction=0) for g in gradients if g is not None]
-    if not variances:
+    each = variances(g for g in gradients if g is not None)
+    if not len(each):
         raise ValueError("parameters: expected some that the loss depends on, got none")
-    stacked = torch.stack(variances)
-    return stacked.mean(), stacked.max()
+    return each.mean(), each.max()
+
+
+def variances(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the variance of the entries of each gradient that has more than one, float32 (as many,)."""
+    found = [g.detach().float().var(correction=0) for g in gradients if g.numel() > 1]
+    return torch.stack(found) if found else torch.zeros(0)

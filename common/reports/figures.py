@@ -44,7 +44,7 @@ _STYLE: dict[str, Any] = {
 }
 _SIZE = (7.0, 4.0)  # inches: 1008 x 576 pixels, about a README's width
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is too pale for lines on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MOST_MARKERS = 30
@@ -193,7 +193,7 @@ def _ends(x: np.ndarray) -> str:
 
 
 def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -> Any:
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
     mean = ys.mean(axis=0)
     if len(ys) > 1:
         deviation = ys.std(axis=0, ddof=1)
@@ -205,7 +205,7 @@ def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -
         x,
         mean,
         color=colour,
-        linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+        linestyle=_LINES[number // len(COLOURS) % len(_LINES)],
         marker=marker if len(x) <= _MOST_MARKERS else "",
     )[0]
 

@@ -18,6 +18,7 @@ GROUPS = {
     "loss": "2_loss",
     "samples": "3_samples",
     "adapt": "4_adaptation",
+    "discriminator": "4_discriminator",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cbcls.train
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation
-from cbcls.shallow_cnn import ShallowCNN
+from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.data.image_set import to_float
@@ -99,7 +99,7 @@ def test_a_known_classifier_gets_the_scores_counted_by_hand():
     class Zero(torch.nn.Module):
         """Takes every image for a 0, with logit log 9 against zeros: probability 1/2."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cluster: None) -> torch.Tensor:
             return torch.tensor([math.log(9)] + 9 * [0.0]).expand(len(x), 10)
 
     zeros, n = int((splits.test.labels == 0).sum()), len(splits.test)
@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_images():
     cfg = ClassifierConfig()
 
     class Broken(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cluster: None) -> torch.Tensor:
             return torch.full((len(x), 10), math.nan)
 
     evaluation = Evaluation(cfg, Classification.load(cfg), torch.device("cpu"))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier, evaluating
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier
 from cbda.networks.wide_resnet import WideResNet
+from common.metrics.logits import evaluating
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.config import NormConfig
 

@@ -14,6 +14,7 @@ from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
+from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
 from common.norms.tools.doctor import DoctorConfig
@@ -31,6 +32,7 @@ CONFIGURATIONS = {
     "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
+    "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
     "common.norms.doctor": DoctorConfig,

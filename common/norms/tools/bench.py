@@ -16,6 +16,8 @@ from common.norms import SCBNorm, UCBNorm, functional
 from common.runs.folder import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
+GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
+"""Where there is memory and time for a map as large as a classifier's first."""
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
