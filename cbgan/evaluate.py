@@ -24,9 +24,7 @@ from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, s
 from cbgan.train import Gan
 from common.classification.stored import Stored, read_stored
 from common.cli.arguments import parse, read, to_dict, to_yaml
-from common.data import DataConfig
-from common.data import load as load_images
-from common.data.reading.image_folder import read_folder
+from common.data import DataConfig, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
@@ -183,7 +181,7 @@ def _measure_folder(options: EvaluateConfig) -> None:
         line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
         raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
     found = given.images[: options.samples]
-    splits = load_images(options.data)
+    splits = load(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
     _warn([line for line in (fid.warning, fid.short(len(found))) if line is not None])
     result = fid.measure(lambda start, n: found[start : start + n], len(found), thorough=True)

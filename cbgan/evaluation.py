@@ -182,8 +182,9 @@ class Evaluation:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        found = recorded(self.fid, result, self.named_classes(result), noise_seed=SEED)
-        return found | {"passport": self.passport()}
+        own, passport = self.fid.passport(), self.passport()
+        more = {name: value for name, value in passport.items() if name not in own} | {"noise_seed": SEED}
+        return recorded(self.fid, result, self.named_classes(result), more) | {"passport": passport}
 
     def nearest(self, g: Generator, result: FidResult) -> Tensor:
         """Return the sheet of the generated images that are nearest to training images, each beside its own."""

@@ -41,7 +41,9 @@ def save_sheet(sheet: Tensor, path: Path) -> None:
     write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
-def recorded(fid: Fid, result: FidResult, classes: Mapping[str, int] | None, **more: str | int) -> dict[str, Any]:
+def recorded(
+    fid: Fid, result: FidResult, classes: Mapping[str, int] | None, more: Mapping[str, object] | None = None
+) -> dict[str, Any]:
     """Return a measurement as plain values: numbers by tag, each with its passport, and classes by name.
 
     Args:
@@ -55,7 +57,7 @@ def recorded(fid: Fid, result: FidResult, classes: Mapping[str, int] | None, **m
         "values": fid.values(result),
         "classes": classes,
         "passport": fid.passport(),
-        "passports": {tag: passport | more for tag, passport in fid.passports(result).items()},
+        "passports": {tag: {**passport, **(more or {})} for tag, passport in fid.passports(result).items()},
     }
 
 

@@ -3,7 +3,7 @@
 from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.names import register_data_set
-from common.data.reading.image_folder import check_folder, images_below, read_images
+from common.data.reading.image_folder import check_folder, images_below, read_folder, read_images
 from common.data.sets.registry import load
 from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
 from common.data.validation import hold_out
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "mirrored",
     "plain",
+    "read_folder",
     "read_images",
     "register_data_set",
     "to_float",
