@@ -103,7 +103,8 @@ def test_a_run_is_measured_against_other_data_by_other_metrics(run, tmp_path, ca
 
 
 def test_a_folder_of_training_images_is_found_out(out, tmp_path, capsys):
-    train = digits(8).train
+    train, test = digits(8).train, digits(8).test
+    assert test is not None
     folder = pictures(tmp_path / "copies", train.images[:150])
     flags = ("--data.name", "digits", "--data.size", "8", "--cache", str(out / "cache"))
     grid = tmp_path / "grid.png"
@@ -117,7 +118,7 @@ def test_a_folder_of_training_images_is_found_out(out, tmp_path, capsys):
     with Image.open(next((tmp_path / "out").glob("*-nearest.png"))) as sheet:
         left, right = (sheet.crop((x, 7, x + 64, 71)) for x in (7, 81))
         assert left.tobytes() == right.tobytes()  # each beside itself
-    fresh = pictures(tmp_path / "fresh", digits(8).test.images[:150])
+    fresh = pictures(tmp_path / "fresh", test.images[:150])
     cbgan.evaluate.main(["--images", str(fresh), *flags, "--out", str(tmp_path / "more")])
     assert "no sign of memorisation" in capsys.readouterr().out
 

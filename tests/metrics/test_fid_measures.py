@@ -1,6 +1,7 @@
 """What else one pass over one set of features gives, and what each number is comparable by."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def built(cache, **config) -> Fid:
     return Fid(FidConfig(**config), Splits(TRAIN, TEST), cache, "cpu")
 
 
-def measured(fid: Fid, **options):
+def measured(fid: Fid, **options: bool) -> Any:
     return fid.measure(lambda start, n: FAKE.images[start : start + n], len(FAKE), **options)
 
 
@@ -143,10 +144,13 @@ def test_without_test_images_training_images_are_held_against_each_other(pixels,
 
 def test_copied_training_images_are_found_out_and_test_images_are_not(pixels, tmp_path):
     fid = built(tmp_path)
-    copied = fid.measure(lambda start, n: TRAIN.images[start : start + n], 60, thorough=True).copying
+
+    def judged(of: ImageSet) -> Any:
+        return fid.measure(lambda start, n: of.images[start : start + n], len(of), thorough=True).copying
+
+    copied = judged(TRAIN)
     assert (copied.share, copied.gap, copied.alarm) == (1, 1, True)
-    fresh = images(200, "fresh", 9)
-    assert not fid.measure(lambda start, n: fresh.images[start : start + n], 200, thorough=True).copying.alarm
+    assert not judged(images(200, "fresh", 9)).alarm
 
 
 @pytest.mark.parametrize(("reference", "count", "there"), [("train", 8, True), ("train", 7, False), ("test", 8, True)])
@@ -196,6 +200,7 @@ def test_features_of_real_images_are_added_to_what_earlier_versions_kept(pixels,
     key = json.dumps({"content": TRAIN.content_hash, "split": "train", "count": 60, "extractor": "pixels-1",
                       "resize": "as they are", "torch_fidelity": module.version("torch-fidelity")})  # fmt: skip
     kept = read_cache(tmp_path / "fid", key)
+    assert kept is not None
     assert torch.equal(kept.pop("features"), features(TRAIN))
     write_cache(tmp_path / "fid", key, kept)
     pixels.seen = 0
