@@ -185,7 +185,7 @@ def test_evaluating_what_does_not_fit(run, tmp_path, capsys):
     assert "images: expected null with a run" in refused(capsys, cbgan.evaluate.main, *measure, "--images", "some")
     line = refused(capsys, cbgan.evaluate.main, *measure, "--checkpoint", "nine")
     assert line.startswith("error: checkpoint: expected last, best or the number of a kept epoch")
-    (file,) = (folder / "checkpoints").glob("step-*.pt")
+    file = max((folder / "checkpoints").glob("step-*.pt"))
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     other = tmp_path / "other" / "checkpoints" / file.name
     other.write_bytes(file.read_bytes())

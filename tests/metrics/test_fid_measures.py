@@ -52,8 +52,8 @@ def built(cache, **config) -> Fid:
     return Fid(FidConfig(**config), Splits(TRAIN, TEST), cache, "cpu")
 
 
-def measured(fid: Fid, **options: bool) -> Any:
-    return fid.measure(lambda start, n: FAKE.images[start : start + n], len(FAKE), **options)
+def measured(fid: Fid, *, thorough: bool = False) -> Any:
+    return fid.measure(lambda start, n: FAKE.images[start : start + n], len(FAKE), thorough=thorough)
 
 
 def features(of: ImageSet) -> torch.Tensor:

@@ -70,6 +70,7 @@ def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path, monkeypatch
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--fid", "--json", "--cpu", "--silent"]
     command += ["--no-cache", "--save-cpu-ram", "--feature-extractor-weights-path", str(path)]
     command += ["--kid", "--kid-subset-size", str(COUNT), "--isc", "--isc-splits", "3", "--prc"]
+    command += ["--feature-extractor", "inception-v3-compat"]  # whose default for precision and recall is another one
     command += ["--input1", str(tmp_path / "fake"), "--input2", str(tmp_path / "real")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONWARNINGS": ""})
     theirs = json.loads(done.stdout)
