@@ -95,8 +95,8 @@ def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path, monkeypatch
     assert isinstance(fid.extractor, Inception)
     parts = fid.extractor.logits(fid.extractor(fake.images))
     assert parts.shape == (COUNT, 1008)
-    assert got.quality["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert theirs["inception_score_mean"] > 1.00001
+    assert got.quality["inception_score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=0.01)
+    assert theirs["inception_score_mean"] > 1.000001
     assert digest in str(fid.passport()["extractor_id"])
 
 
