@@ -1,12 +1,18 @@
 """The networks that a configuration names."""
 
+import re
+
 from torch import nn
 
 from cbcls.config import ClassifierConfig
 from cbcls.networks.classifier import Classifier
+from cbcls.networks.densenet import DenseNet
+from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.shallow_cnn import ShallowCNN
+from cbcls.networks.timm_classifier import TimmClassifier
 from common.data import ImageSet
 from common.errors import UsageError
+from common.networks.from_timm import timm_network
 from common.networks.pixels import PixelScale, Standardised
 
 
@@ -38,11 +44,45 @@ def build_classifier(
 
 
 def _network(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> Classifier:
-    return ShallowCNN(num_classes, cfg.norm, cfg.seed, num_clusters, cfg.model.position or 3)
+    model, options = cfg.model, {"seed": cfg.seed, "num_clusters": num_clusters}
+    if (dense := model.dense) is not None:
+        return DenseNet(
+            dense.depth,
+            dense.growth,
+            num_classes,
+            cfg.norm,
+            bottleneck=dense.bottleneck,
+            dropout=model.dropout,
+            **options,
+        )
+    if model.name == "shallow_cnn":
+        return ShallowCNN(num_classes, cfg.norm, position=model.position or 3, **options)
+    if model.name == "oxford_cnn":
+        return OxfordCNN(num_classes, cfg.norm, size=cfg.data.size, **options)
+    if model.name == "vit":
+        from cbcls.networks.vit import ViT  # noqa: PLC0415 - timm takes seconds, which other networks need not
+
+        return ViT(num_classes, cfg.norm, **options)
+    return _of_timm(cfg, num_classes, num_clusters)
+
+
+def _of_timm(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> TimmClassifier:
+    model = cfg.model
+    network = timm_network(model.name, num_classes, pretrained=model.pretrained, weights=model.weights)
+    try:
+        made = TimmClassifier(network, cfg.norm, model.convert, seed=cfg.seed, num_clusters=num_clusters)
+    except ValueError as error:
+        reason = re.sub(r"^(where|model): ", f"convert: {model.name}: ", str(error))
+        raise UsageError(f"model.{reason}") from None
+    try:
+        made.check_size(cfg.data.size)
+    except ValueError as error:
+        raise UsageError(f"data.size: {model.name} cannot take images of {cfg.data.size} pixels ({error})") from None
+    return made
 
 
 def _pixels(cfg: ClassifierConfig, images: ImageSet | None) -> nn.Module:
     kind = cfg.data.normalise
     if kind == "dataset":
-        return Standardised(None if images is None else images.images)
+        return Standardised(None if images is None else images.chunks())
     return nn.Identity() if kind == "signed" else PixelScale(kind)

@@ -8,28 +8,27 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, check_labels
+from cbcls.evaluation import CHARTS, Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
-from common.data import ImageSet, load
+from common.data import ImageSet, PerImage, View, load
+from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
-from common.metrics.scores import METRICS
-from common.runs.log import listed
+from common.machine.seeding import drawing
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
-from common.training.optimisation import parameter_groups
+from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
 
 class Classification(Method[ClassifierConfig]):
-    """Cross-entropy on labelled images, by AdamW."""
+    """Cross-entropy on labelled images."""
 
     application = "cbcls"
     config = ClassifierConfig
@@ -38,15 +37,7 @@ class Classification(Method[ClassifierConfig]):
     @classmethod
     def tracked(cls, cfg: ClassifierConfig) -> dict[str, Tracked]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
-        chosen: list[tuple[str, Literal["higher", "lower"]]] = [
-            (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
-        ]
-        return {
-            **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
-            "loss/validation": Tracked("validation", "lower"),
-            **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
-            "loss/test": Tracked("test", "lower", chosen_by_test=True),
-        }
+        return choosable()
 
     @classmethod
     def load(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
@@ -57,10 +48,13 @@ class Classification(Method[ClassifierConfig]):
 
     def default_name(self) -> str:
         """Return what a run without a name is called."""
-        cfg = self.cfg
-        model = "" if cfg.model.name == "shallow_cnn" else f"{cfg.model.name.replace(':', '-').replace('/', '-')}-"
-        told = "-told" if cfg.model.cluster_input else ""
-        return f"{cfg.data.name}-{model}{cfg.norm.kind}{told}-seed{cfg.seed}"
+        told = "-told" if self.cfg.model.cluster_input else ""
+        return f"{self.cfg.data.name}-{self.cfg.model.prefix}{self.cfg.norm.kind}{told}-seed{self.cfg.seed}"
+
+    def view(self) -> View:
+        """Return what training shows of images."""
+        data = self.cfg.data
+        return super().view() if data.augment == "none" else PerImage(Augmentation(data.augment, data.size, data.flip))
 
     def build(self) -> dict[str, nn.Module]:
         """Make the classifier."""
@@ -68,9 +62,11 @@ class Classification(Method[ClassifierConfig]):
         return {"network": build_classifier(self.cfg, images.num_classes, len(images.cluster_names), images)}
 
     def optimize(self, networks: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
-        """Make AdamW."""
-        groups = parameter_groups(networks["network"], self.cfg.weight_decay)
-        return {"train": torch.optim.AdamW(groups, lr=self.cfg.lr, fused=True)}
+        """Make AdamW, Adam or SGD."""
+        cfg = self.cfg
+        decay = cfg.weight_decay / (cfg.lr if cfg.decay == "absolute" else 1)
+        made = make_optimizer(cfg.optimizer, networks["network"], lr=cfg.lr, weight_decay=decay, nesterov=True)
+        return {"train": made}
 
     def step(self, update: Update) -> None:
         """Update the network."""
@@ -78,7 +74,9 @@ class Classification(Method[ClassifierConfig]):
         def loss(part: Part) -> Tensor:
             batch = part["train"]
             cluster = self.images["train"].clusters_at(batch.index, self.device)
-            return F.cross_entropy(self.wrapped["network"](self.to_input(batch.images), cluster), batch.labels)
+            with drawing(part.seed, "dropout", self.env.rank, part.number):
+                logits = self.wrapped["network"](self.to_input(batch.images), cluster)
+            return F.cross_entropy(logits, batch.labels)
 
         update.descend("train", loss)
 
@@ -88,12 +86,17 @@ class Classification(Method[ClassifierConfig]):
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""
-        return self.evaluation.scores(networks["network"], moment.go_on)
+        values = self.evaluation.scores(networks["network"], moment.go_on)
+        if self.env.first:
+            self.evaluation.write_categories(moment.folder)
+            moment.log.charts(CHARTS)
+        return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
         images = self.evaluation.health_images
-        networks["network"](self.to_input(images.images), images.clusters_at(slice(None), self.device))
+        with drawing(self.cfg.seed, "probe", step):
+            networks["network"](self.to_input(images.images[:]), images.clusters_at(slice(None), self.device))
 
     def passport(self) -> dict[str, object]:
         """Return what the images are, and what clusters the network is told of them."""
@@ -108,12 +111,12 @@ class Classification(Method[ClassifierConfig]):
         return f"the training loss {means['loss/train']:.3g} is more than twice that of equal guesses, {constant:.3g}"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return the last scores."""
-        latest = {name: value for line in lines for name, value in line.items()}
-        scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
+        """Return the last scores, what the leak audit found, and how to measure more."""
+        rows = closing_rows({name: value for line in lines for name, value in line.items()})
         return [
-            ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
-            ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
+            *rows,
+            ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
+            ("paper's run", "python -m cbcls.train --config shallow --config cifar10 --config ucb --device cuda"),
         ]
 
 

@@ -50,21 +50,22 @@ class GanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latent_dim < 1:
-            raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
+        if not self.data.in_memory:
+            raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
+        for name, least, wanted in (
+            ("latent_dim", 1, "at least 1"), ("r1", 0, "0 or more"), ("calibration_batches", 0, "0 or more"),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {wanted}, got {getattr(self, name)}")
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width: expected a multiple of 8, got {self.width}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 up to, not including, 1, got {getattr(self, name)}")
-        if self.r1 < 0:
-            raise ValueError(f"r1: expected 0 or more, got {self.r1}")
         if self.r1 and self.precision == "fp16":
             raise ValueError(f"r1: expected 0 with precision fp16, whose range its gradients leave, got {self.r1}")
         if unknown := [name for name in self.augment if name not in KINDS]:
             raise ValueError(f"augment: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
-        if self.calibration_batches < 0:
-            raise ValueError(f"calibration_batches: expected 0 or more, got {self.calibration_batches}")
         for channels in (self.width // 2, self.width // 4):
             self.norm.check_features(channels)
         if self.data.validation:

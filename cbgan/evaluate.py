@@ -24,7 +24,7 @@ from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, s
 from cbgan.train import Gan
 from common.classification.stored import Stored, read_stored
 from common.cli.arguments import parse, read, to_dict, to_yaml
-from common.data import DataConfig, load, read_folder
+from common.data import DataConfig, Decoding, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
@@ -175,21 +175,22 @@ def _measure_folder(options: EvaluateConfig) -> None:
     assert options.images is not None
     set_threads(0)
     device = resolve_device(options.device)
-    given = read_folder(options.images, options.data.size, field="images", split="generated")
+    how = Decoding(options.data.size, options.data.fit, options.data.in_memory)
+    given = read_folder(options.images, how, field="images", split="generated")
     if len(given) < (options.samples or 2):
         name = "images" if options.samples is None else "samples"
         line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
         raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
-    found = given.images[: options.samples]
+    found, count = given.images, options.samples or len(given)
     splits = load(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
-    _warn([line for line in (fid.warning, fid.short(len(found))) if line is not None])
-    result = fid.measure(lambda start, n: found[start : start + n], len(found), thorough=True)
+    _warn([line for line in (fid.warning, fid.short(count)) if line is not None])
+    result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
     classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
     print("\n".join(measured_lines(str(options.images), fid, result, classes)))
     record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
     pictures: dict[str, Callable[[Path], object]] = {
-        "grid": lambda path: save_grid(found[:GRID], path),
+        "grid": lambda path: save_grid(found[: min(GRID, count)], path),
         "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
     }
     _write(options, options.images.resolve().name, record | {"device": str(device)}, pictures)

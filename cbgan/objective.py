@@ -90,8 +90,9 @@ def gradient_variances(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, network in networks.items():
         each = variances(p.grad for p in network.parameters() if p.grad is not None)
-        if len(each):
-            found |= {f"gradient/{name}_variance": each.mean(), f"gradient/{name}_variance_max": each.max()}
+        if each:
+            stacked = torch.stack(each)
+            found |= {f"gradient/{name}_variance": stacked.mean(), f"gradient/{name}_variance_max": stacked.max()}
     return found
 
 

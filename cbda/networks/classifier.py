@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -39,7 +40,9 @@ class Classifier(nn.Module):
             where = None if list(convert) == ["all"] else list(convert)
             convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
 
-    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cluster: Tensor, alone: int = 0, *, inference: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map images (N, 3, H, W) of clusters (N,) to logits (N, classes).
 
         Args:
@@ -48,10 +51,28 @@ class Classifier(nn.Module):
             alone: if not 0, return also the logits (alone, classes) of so many first images, run by themselves
                 without a trace in running statistics. One call does both, since gradients of several processes are
                 averaged once a call.
+            inference: run these in evaluation mode, by the statistics that the joint pass has left.
+
+        Raises:
+            ValueError: for another cluster than these, on the CPU.
         """
+        if cluster.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            low, high = (int(end) for end in cluster.aminmax())
+            if low < UNKNOWN or high > TARGET:
+                raise ValueError(
+                    f"cluster: expected {SOURCE} for the source, {TARGET} for the target or {UNKNOWN} for unknown, got "
+                    f"{low if low < UNKNOWN else high}"
+                )
         together = self._logits(x, cluster)
         if not alone:
             return together
+        if inference:
+            training = self.training
+            self.eval()
+            try:
+                return together, self._logits(x[:alone], cluster[:alone])
+            finally:
+                self.train(training)
         # After the joint pass: a layer that starts from its first batch starts from that of both domains. In training
         # mode BatchNorm does not look at what it has stored, so that the order changes nothing for it.
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}

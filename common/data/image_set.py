@@ -1,6 +1,8 @@
 """Images in memory: uint8, with their labels and a hash of the content."""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +13,36 @@ from torch import Tensor
 
 from common.machine.device import memory_format
 
+_CHUNK = 256
 _RESIZE_VALUES = 2**24  # floats in memory at once
+
+
+class Lazy(ABC):
+    """What stands for uint8 images (N, 3, H, W) in an `ImageSet` and makes them when they are asked for.
+
+    Args:
+        shape: (N, 3, H, W).
+    """
+
+    dtype, device, ndim = torch.uint8, torch.device("cpu"), 4
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.shape = torch.Size(shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def numel(self) -> int:
+        """Return the number of values."""
+        return self.shape.numel()
+
+    @abstractmethod
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Make images by their positions."""
+
+    @abstractmethod
+    def subset(self, index: Tensor) -> "Lazy":
+        """Return those at some positions, int64 (M,), without making them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +50,7 @@ class ImageSet:
     """Images of one split of one data set.
 
     Args:
-        images: uint8 (N, 3, H, W) on the CPU, N >= 1.
+        images: uint8 (N, 3, H, W) on the CPU, N >= 1, or a `Lazy` that stands for them.
         labels: int64 (N,) in [0, len(classes)), or None where the data has no labels.
         classes: class names by label; empty where there are no labels.
         name: the data set.
@@ -68,7 +99,7 @@ class ImageSet:
     def content_hash(self) -> str:
         """SHA-256 over the shape, every pixel, label and superclass, without clusters: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
-        digest.update(_buffer(self.images))
+        self._digest_pixels(digest)
         if self.labels is not None:
             digest.update(_buffer(self.labels))
         if self.superclasses is not None:
@@ -80,8 +111,17 @@ class ImageSet:
     def pixel_hash(self) -> str:
         """SHA-256 over the shape and every pixel: what clusters of these images go by, whatever their labels."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
-        digest.update(_buffer(self.images))
+        self._digest_pixels(digest)
         return digest.hexdigest()
+
+    def _digest_pixels(self, digest: Any) -> None:
+        for part in self.chunks():
+            digest.update(_buffer(part))
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield the images in their order, some hundred at once, uint8 (B, 3, H, W)."""
+        for first in range(0, len(self), _CHUNK):
+            yield self.images[first : first + _CHUNK]
 
     @cached_property
     def clusters_hash(self) -> str | None:
@@ -98,7 +138,9 @@ class ImageSet:
             name: None if (own := getattr(self, name)) is None else own[index]
             for name in ("labels", "superclasses", "clusters")
         }
-        return replace(self, images=self.images[index], **numbers)
+        images: Any = self.images
+        chosen = images.subset(index) if isinstance(images, Lazy) else images[index]
+        return replace(self, images=chosen, **numbers)
 
 
 def _check_numbers(field: str, numbers: Tensor | None, names_field: str, names: tuple[str, ...], count: int) -> None:

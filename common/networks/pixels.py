@@ -1,5 +1,6 @@
 """What a network sees of pixels: signed, from 0 to 1, from 0 to 255, or standardised."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ class Standardised(nn.Module):
     """The first step of a network whose images are standardised as those it was trained on were.
 
     Args:
-        images: uint8 (N, 3, H, W) to take the mean and deviation of each channel from; None where they are loaded.
+        images: uint8 (B, 3, H, W) each, whose mean and deviation of each channel are taken; None where they are loaded.
 
     Attributes:
         mean: of each channel in [0, 1], (3,); kept with the weights.
@@ -53,7 +54,7 @@ class Standardised(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, images: Tensor | None = None) -> None:
+    def __init__(self, images: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         mean, deviation = (torch.zeros(3), torch.ones(3)) if images is None else moments(images)
         self.register_buffer("mean", mean)
@@ -65,12 +66,14 @@ class Standardised(nn.Module):
         return ((x + 1) / 2 - mean) / deviation
 
 
-def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (3,) of the channels of uint8 images (N, 3, H, W), as parts of 255.
+def moments(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (3,) of the channels of uint8 images (B, 3, H, W), as parts of 255.
 
     A channel without deviation has 1 / 255 instead, so that it can be divided by.
     """
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for part in images:
+        counts += torch.stack([torch.bincount(part[:, c].flatten(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ values

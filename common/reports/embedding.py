@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.neighbors import KernelDensity
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ Labelling = tuple[Tensor, Sequence[str]]
 
 Method = Literal["tsne", "pca"]
 
-_SIDE = 3.3  # inches of one panel
+_SIDE, _PAIR = 3.3, 1.7  # inches of one panel, and of one of many pairs
 _DIMENSIONS = 50  # of what t-SNE is given, as its authors advise
 _NAMED = 24
 """Most classes that have a name in the legend."""
@@ -203,6 +204,59 @@ def embedding(
     return draw_panels(path, panels, title=title)
 
 
+def pairs(
+    path: Path, points: Tensor, labelling: Labelling, *, names: Sequence[str], title: str = ""
+) -> tuple[Path, Path]:
+    """Draw each two of some dimensions over each other below the diagonal, and each one's histogram on it.
+
+    The green line over a histogram is a kernel estimate of the density, of Scott's bandwidth.
+
+    Args:
+        path: PATH.png and PATH.svg are written.
+        points: (N, M), M at least 2.
+        labelling: their classes and the classes' names.
+        names: of the M dimensions.
+        title: above the figure.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if points.ndim != 2 or points.shape[1] < 2 or points.shape[1] != len(names):
+        raise ValueError(f"points: expected (N, {len(names)}), a column for each name, got {tuple(points.shape)}")
+    _check_labels(points, labelling)
+    count = len(names)
+    with drawing_style():
+        figure = Figure(figsize=(_PAIR * count, _PAIR * count), layout="constrained")
+        for row in range(count):
+            for column in range(row + 1):
+                axes = figure.add_subplot(count, count, row * count + column + 1)
+                if row == column:
+                    _histogram(axes, points[:, row])
+                else:
+                    _scatter(axes, Panel(points[:, [column, row]], labelling), size=5)
+                axes.set_xlabel(names[column] if row == count - 1 else "", fontsize=9)
+                axes.set_ylabel(names[row] if column == 0 else "", fontsize=9)
+        figure.legend(loc="upper right", bbox_to_anchor=(0.99, 0.94),
+                      **_legend(Panel(points[:, :2], labelling), _PAIR * count / 2))  # fmt: skip
+        if title:
+            figure.suptitle(title)
+        return write_figure(figure, path)
+
+
+def _histogram(axes: Axes, values: Tensor) -> None:
+    x = values.double().numpy()
+    axes.hist(x, bins=30, density=True, color="0.82")
+    axes.set(xticks=[], yticks=[])
+    deviation = x.std()
+    if deviation > 0:
+        at = np.linspace(x.min(), x.max(), 200)
+        estimate = KernelDensity(bandwidth=len(x) ** -0.2).fit(x[:, None] / deviation)
+        axes.plot(at, np.exp(estimate.score_samples(at[:, None] / deviation)) / deviation, color=COLOURS[2])
+
+
 def class_colours(count: int) -> list[str]:
     """Return a colour for each of some classes; neighbours in number differ as far as they can."""
     if count <= len(COLOURS):
@@ -213,22 +267,27 @@ def class_colours(count: int) -> list[str]:
 
 
 def _check(panel: Panel) -> None:
-    labels, names = panel.labelling
     if panel.points.ndim != 2 or panel.points.shape[1] != 2:
         raise ValueError(f"points: expected (N, 2), got {tuple(panel.points.shape)}")
-    if labels.shape != panel.points.shape[:1]:
-        raise ValueError(f"labels: expected one for each of {len(panel.points)} points, got {tuple(labels.shape)}")
+    _check_labels(panel.points, panel.labelling)
+
+
+def _check_labels(points: Tensor, labelling: Labelling) -> None:
+    labels, names = labelling
+    if labels.shape != points.shape[:1]:
+        raise ValueError(f"labels: expected one for each of {len(points)} points, got {tuple(labels.shape)}")
     least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
     if least < -1 or most >= len(names):
         raise ValueError(f"labels: expected -1 to {len(names) - 1} for {len(names)} names, got {least} to {most}")
 
 
-def _scatter(axes: Axes, panel: Panel) -> None:
+def _scatter(axes: Axes, panel: Panel, size: float | None = None) -> None:
     labels, names = panel.labelling
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="0.8")
     axes.set_title(panel.title, fontsize=10)
-    size = 12 if len(labels) <= 1000 else 6
+    if size is None:
+        size = 12 if len(labels) <= 1000 else 6
     colours = [_UNKNOWN, *class_colours(len(names))]
     for number in range(-1, len(names)):  # what is not known lies below
         own = panel.points[labels == number].numpy()

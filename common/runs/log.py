@@ -19,6 +19,7 @@ GROUPS = {
     "samples": "3_samples",
     "adapt": "4_adaptation",
     "discriminator": "4_discriminator",
+    "audit": "4_audit",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",

@@ -158,7 +158,7 @@ class Training:
         self._check()
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
-        self._record(at["step"], at["epoch"], values)
+        self._record(at["step"], at["epoch"], self.env.mean(self.parts.epoch_means.pop()) | values)
         self._heed(self.method.collapse_measured(values), measured=True)
         if self._scheduled():
             self._save(scheduled=True)
@@ -179,6 +179,7 @@ class Training:
         at["step"] += 1
         at["batch"] += 1
         self.parts.means.add(update.values)
+        self.parts.epoch_means.add(update.of_epoch)
         self.rate = rate
 
     def _evaluate(self) -> None:

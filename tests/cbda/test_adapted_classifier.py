@@ -89,6 +89,20 @@ def test_the_pass_alone_sees_the_first_images_only_and_leaves_no_trace(kind):
     assert not torch.allclose(alone, together[:4])  # BatchNorm's statistics are others
 
 
+@pytest.mark.parametrize("kind", ["bn", "scb", "ucb", "dsbn"])
+def test_in_inference_mode_the_second_pass_uses_what_the_joint_one_left(kind):
+    x, network, other = images(), classifier(kind), classifier(kind)
+    together, alone = network(x, CLUSTER, alone=4, inference=True)
+    torch.testing.assert_close(together, other(x, CLUSTER), rtol=0, atol=0)
+    torch.testing.assert_close(dict(network.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    assert all(module.training for module in network.modules())
+    torch.testing.assert_close(alone, other.eval()(x[:4], CLUSTER[:4]), rtol=0, atol=0)
+    in_training = classifier(kind)(x, CLUSTER, alone=4)[1]
+    assert not torch.allclose(alone, in_training)
+    weight = network.network.get_parameter("stem.weight")
+    assert torch.autograd.grad(alone.square().sum(), weight)[0].any()
+
+
 def test_gradients_flow_through_both_passes():
     network, x = classifier("scb"), images()
     together, alone = network(x, CLUSTER, alone=4)
@@ -109,3 +123,14 @@ def test_what_cannot_be_converted_is_named():
 def test_any_network_with_batch_norm_will_do():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
     assert Classifier(network, NormConfig(kind="scb", num_components=2), ["1"])(images(), CLUSTER).shape == (8, 5)
+
+
+@pytest.mark.parametrize("kind", ["none", "scb", "ucb", "dsbn"])
+@pytest.mark.parametrize("wrong", [2, -2])
+def test_a_third_domain_is_refused_whatever_the_layer(kind, wrong):
+    network = classifier(kind).eval()
+    with pytest.raises(
+        ValueError, match=rf"^cluster: expected 0 for the source, 1 for the .* -1 for unknown, got {wrong}$"
+    ):
+        network(images(), torch.tensor([SOURCE] * 4 + [TARGET] * 3 + [wrong]))
+    assert network(images(), torch.tensor([SOURCE] * 4 + [TARGET] * 4)).shape == (8, 5)

@@ -67,7 +67,8 @@ def test_a_run_measures_its_mixtures_fitted(tiny, monkeypatch):
     sound = cbgan.evaluation.calibrate
     monkeypatch.setattr("cbgan.evaluation.calibrate", lambda g, *rest: fitted.append(g) or sound(g, *rest))
     monkeypatch.setattr(Evaluation, "run", lambda self, g, moment, raw=None: measured.append((g, raw)) or {})
-    flags = ["--norm.kind", "mn", "--calibration_batches", "1", "--epochs", "1", "--batch_size", "500"]
+    flags = ["--norm.kind", "mn", "--calibration_batches", "1", "--epochs", "1", "--batch_size", "500",
+             "--fid.every", "0"]  # fmt: skip
     cbgan.train.main([*tiny, *flags, "--ema", "0.5"])
     g, raw = measured[-1]
     assert raw is not None
@@ -77,7 +78,7 @@ def test_a_run_measures_its_mixtures_fitted(tiny, monkeypatch):
     )
     measured.clear()
     cbgan.train.main([*tiny, *flags])
-    assert [raw for _, raw in measured] == [None, None]
+    assert [raw for _, raw in measured] == [None]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def conditional(tmp_path_factory, cache) -> Path:
     out = tmp_path_factory.mktemp("conditional")
     cbgan.train.main(["--norm.kind", "scb", "--norm.num_components", "10", "--width", "8", "--latent_dim", "8",
                       "--batch_size", "250", "--epochs", "1", "--ema", "0.5", "--fid.every", "1", "--fid.samples", "50",
-                      "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
+                      "--lr", "0.02", "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
     return out / "cbgan" / "run"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
@@ -17,6 +18,7 @@ from cbgan.evaluate import EvaluateConfig
 from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
+from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
 from common.reports.tables import TablesConfig
@@ -25,6 +27,7 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.clusters": FindClustersConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
@@ -35,6 +38,7 @@ CONFIGURATIONS = {
     "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
+    "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
     "common.tables": TablesConfig,
 }

@@ -1,6 +1,7 @@
 """Features in the plane: what is collected, where points come to lie, what is drawn."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.reports.embedding import Panel, class_colours, collect_features, draw_panels, embedding, project
+from common.reports.embedding import Panel, class_colours, collect_features, draw_panels, embedding, pairs, project
 from common.reports.figures import COLOURS
 
 
@@ -187,4 +188,27 @@ def test_labels_that_do_not_fit_are_named(tmp_path):
         draw_panels(tmp_path / "f", [Panel(torch.randn(4, 3), (torch.zeros(4).long(), ["a"]))])
     with pytest.raises(ValueError, match="panels"):
         draw_panels(tmp_path / "f", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_drawn_below_the_diagonal_and_densities_on_it(tmp_path):
+    points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    labelling = (torch.arange(40) % 2, ["fish", "trees"])
+    png, svg = pairs(tmp_path / "p", points, labelling, names=["one", "two", "three"], title="ViT")
+    assert Counter(words(svg)) == {"one": 2, "two": 2, "three": 2, "fish": 1, "trees": 1, "ViT": 1}
+    assert [marks(svg, colour.lower()) for colour in COLOURS[:2]] == [3 * 20 + 1] * 2
+    text = svg.read_text()
+    assert text.count('<g id="axes_') == 6
+    assert len(re.findall(r"fill: none; stroke: #009e73", text)) == 3
+    first = png.read_bytes()
+    pairs(tmp_path / "p", points, labelling, names=["one", "two", "three"], title="ViT")
+    assert png.read_bytes() == first
+
+
+def test_pairs_refuse_what_does_not_fit(tmp_path):
+    labelling = (torch.zeros(4).long(), ["a"])
+    with pytest.raises(ValueError, match=r"points: expected \(N, 3\), a column for each name, got \(4, 2\)"):
+        pairs(tmp_path / "p", torch.randn(4, 2), labelling, names=["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"labels: expected one for each of 5 points, got \(4,\)"):
+        pairs(tmp_path / "p", torch.randn(5, 2), labelling, names=["a", "b"])
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from settings import assert_documented
     "name",
     [
         "common.norms.tools.bench.BenchConfig",
+        "common.norms.tools.costs.CostsConfig",
         "common.norms.tools.doctor.DoctorConfig",
         "common.norms.tools.aot.AotConfig",
         "common.norms.tools.counts.CountsConfig",
