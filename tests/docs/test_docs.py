@@ -19,6 +19,7 @@ from common.norms.tools.bench import BenchConfig
 from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
+from common.reports.paper.page import ReportConfig
 from common.reports.tables import TablesConfig
 from common.reports.views import ViewsConfig
 
@@ -36,6 +37,7 @@ CONFIGURATIONS = {
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
+    "common.report": ReportConfig,
     "common.tables": TablesConfig,
 }
 
