@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, check_labels, choosable
+from cbcls.evaluation import Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
 from common.machine.seeding import drawing
-from common.runs.log import listed
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
+
+_CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
 
 
 class Classification(Method[ClassifierConfig]):
@@ -88,7 +92,11 @@ class Classification(Method[ClassifierConfig]):
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""
-        return self.evaluation.scores(networks["network"], moment.go_on)
+        values = self.evaluation.scores(networks["network"], moment.go_on)
+        if self.env.first:
+            self.evaluation.write_categories(moment.folder)
+            moment.log.charts(_CHARTS)
+        return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
@@ -109,11 +117,11 @@ class Classification(Method[ClassifierConfig]):
         return f"the training loss {means['loss/train']:.3g} is more than twice that of equal guesses, {constant:.3g}"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return the last scores."""
-        latest = {name: value for line in lines for name, value in line.items()}
-        scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
+        """Return the last scores, what the leak audit found, and how to measure more."""
+        rows = closing_rows({name: value for line in lines for name, value in line.items()})
         return [
-            ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
+            *rows,
+            ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
             ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
         ]
 

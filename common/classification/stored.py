@@ -92,6 +92,12 @@ def read_stored(kind: type[C], path: Path | str, network: str, checkpoint: str =
     return Stored(folder, stored_config(kind, folder), weights, None, state)
 
 
+def check_free(folder: Path) -> None:
+    """Raise UsageError if a folder for an exported model holds one already."""
+    if (folder / _WEIGHTS).exists():
+        raise UsageError(f"out: {folder} holds a model already; choose another folder")
+
+
 def export(folder: Path, network: nn.Module, cfg: RunConfig, facts: Mapping[str, Any]) -> None:
     """Write weights (safetensors), configuration and facts to a folder that `read_stored` reads.
 
@@ -100,8 +106,7 @@ def export(folder: Path, network: nn.Module, cfg: RunConfig, facts: Mapping[str,
     """
     from safetensors.torch import save  # noqa: PLC0415 - as timm's weights, only where it is needed
 
-    if (folder / _WEIGHTS).exists():
-        raise UsageError(f"out: {folder} holds a model already; choose another folder")
+    check_free(folder)
     state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
     write_text_atomic(folder / _CONFIG, to_yaml(to_dict(cfg)))
     write_text_atomic(folder / _FACTS, json.dumps(facts) + "\n")

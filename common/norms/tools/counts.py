@@ -42,13 +42,16 @@ class Goal(NamedTuple):
 NO_GOAL = Goal()
 
 
+Build = Callable[[int, int, str], nn.Module]
+"""Of a layer, with so many channels and components, on a device."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A layer in a mode."""
 
     name: str
-    build: Callable[[int, str], nn.Module]
-    """With so many channels, on a device."""
+    build: Build
     forward: Goal = NO_GOAL
     backward: Goal = NO_GOAL
     training: bool = True
@@ -56,17 +59,17 @@ class Subject:
     """none: the layer takes no ids; ids; unknown: None in their place."""
 
 
-def _layer(kind: Any, **options: Any) -> Callable[[int, str], nn.Module]:
-    return lambda channels, device: kind(channels, COMPONENTS, backend="triton", device=device, **options)
+def _layer(kind: Any, **options: Any) -> Build:
+    return lambda channels, num, device: kind(channels, num, backend="triton", device=device, **options)
 
 
-def _mn(channels: int, device: str) -> nn.Module:
-    layer = MixtureNorm(channels, COMPONENTS, backend="triton", device=device)
+def _mn(channels: int, num: int, device: str) -> nn.Module:
+    layer = MixtureNorm(channels, num, backend="triton", device=device)
     layer.set_initialized(True)  # no step but the first seeds
     return layer
 
 
-def _bn(channels: int, device: str) -> nn.Module:
+def _bn(channels: int, num: int, device: str) -> nn.Module:
     return nn.BatchNorm2d(channels, device=device)
 
 
@@ -145,9 +148,11 @@ class Step:
     kept: float
 
 
-def record(subject: Subject, shape: Sequence[int], dtype: torch.dtype, layout: str = "NCHW") -> Step:
+def record(
+    subject: Subject, shape: Sequence[int], dtype: torch.dtype, layout: str = "NCHW", num: int = COMPONENTS
+) -> Step:
     """Run a layer on an activation of a shape (N, C, H, W), of which there is nothing but the shape."""
-    layer = subject.build(shape[1], "meta").train(subject.training)
+    layer = subject.build(shape[1], num, "meta").train(subject.training)
     x, g = (
         torch.empty(*shape, dtype=dtype, device="meta").contiguous(memory_format=bench.LAYOUTS[layout])
         for _ in range(2)

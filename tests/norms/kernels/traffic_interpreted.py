@@ -73,7 +73,7 @@ class Touched(Recorder):
 @functools.cache
 def steps(subject, memory):
     torch.manual_seed(0)
-    layer = subject.build(SHAPE[1], "cpu").train(subject.training)
+    layer = subject.build(SHAPE[1], counts.COMPONENTS, "cpu").train(subject.training)
     x, g = torch.randn(2, *SHAPE).half()
     if memory == "channels_last":
         x, g = (t.mT.contiguous().mT for t in (x, g))

@@ -160,7 +160,7 @@ def test_the_seventh_launch_is_found_missing():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.mul(2).mul(3)
 
-    subject = counts.Subject("Twice", lambda channels, device: Twice(), counts.Goal(1, 2), counts.Goal(2, 2))
+    subject = counts.Subject("Twice", lambda channels, num, device: Twice(), counts.Goal(1, 2), counts.Goal(2, 2))
     step = counts.record(subject, (2, 3, 4, 4), torch.float32)
     assert list(counts.missed(subject, step)) == [
         "forward launches 2, goal 1",
