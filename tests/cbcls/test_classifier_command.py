@@ -6,7 +6,7 @@ from commands import assert_starts
 
 @pytest.mark.parametrize(
     ("file", "module"),
-    [("cbcls/train.py", "cbcls.train"), ("cbcls/evaluate.py", "cbcls.evaluate"), ("cbcls/predict.py", "cbcls.predict")],
+    [(f"cbcls/{name}.py", f"cbcls.{name}") for name in ("evaluate", "figures", "predict", "train")],
 )
 def test_a_command_starts_its_module(file, module, monkeypatch):
     assert_starts(file, module, monkeypatch)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cbcls.config import ClassifierConfig
+from cbcls.figures import FiguresConfig as ClassifierFiguresConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
@@ -26,6 +27,7 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.figures": ClassifierFiguresConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
