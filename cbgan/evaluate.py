@@ -17,9 +17,8 @@ from typing import Any, Literal
 from torch import nn
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
-from cbgan.models import Generator
-from cbgan.noise import fixed_noise
+from cbgan.evaluation import Evaluation, calibrated, fid_series, save_grid
+from cbgan.networks.dcgan import Generator
 from cbgan.train import Gan
 from common.cli.arguments import parse
 from common.errors import UsageError
@@ -88,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
     g.load_state_dict(state["averages"].get("g", state["networks"]["g"]))
-    evaluation, at = Evaluation(cfg, images, device), state["at"]
+    evaluation, at, stored = Evaluation(cfg, images, device), state["at"], _digest(g)
+    g = calibrated(g, cfg, device)
     result = evaluation.measure(g, options.samples or evaluation.count(at["epoch"]))
     series = fid_series(read_metrics(folder), evaluation.fid.tag) if evaluation.fid else []
     print(f"epoch {at['epoch']}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
         print(f"classes: {found} of {len(classes)} found; samples of {counts}")
     if options.grid is not None:
-        save_grid(evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
-    record = {"epoch": at["epoch"], "step": at["step"], "weights": _digest(g), **evaluation.record(result)}
+        save_grid(evaluation.grid(g), options.grid)
+    record = {"epoch": at["epoch"], "step": at["step"], "weights": stored, **evaluation.record(result)}
     _note(folder, record | {"device": str(device)})
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)

@@ -1,24 +1,34 @@
 """What is measured of a generator: FID against real images, classes found, pictures."""
 
+import copy
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from cbgan.config import GanConfig
-from cbgan.models import Generator
-from cbgan.noise import fixed_noise
+from cbgan.networks.dcgan import Generator
+from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
 from common.data.image_set import ImageSet, Splits, to_uint8
+from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
+from common.machine.seeding import permutation
+from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
+from common.norms import calibrate
+from common.runs.log import read_metrics
 from common.training.method import Moment
 
 GRID = 64
 """Images in a grid, eight a row."""
+CLASSES = "classes.json"
+"""In the folder of a conditional run: names, and numbers of training images, of the classes."""
 
 
 class Evaluation:
@@ -33,6 +43,7 @@ class Evaluation:
 
     Attributes:
         warnings: why what is measured should not be trusted, to be told with the first measurement.
+        most: the largest value so far of what was measured, by tag.
 
     Raises:
         UsageError: if the feature extractor cannot be had.
@@ -53,6 +64,7 @@ class Evaluation:
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
         self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
         self.latest: FidResult | None = None
+        self.most: dict[str, float] = {}
 
     def count(self, epoch: int) -> int:
         """Return how many images the measurement after this many epochs generates."""
@@ -61,7 +73,19 @@ class Evaluation:
 
     def passport(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
-        return {} if self.fid is None else self.fid.passport()
+        if self.fid is None:
+            return {}
+        fitted = {"calibration_batches": self.cfg.calibration_batches} if self.cfg.norm.kind == "mn" else {}
+        return {**self.fid.passport(), **fitted}
+
+    def class_counts(self) -> list[int]:
+        """Return how many training images each class has; nothing where no class is asked for."""
+        labels = self.images["train"].labels if self.cfg.conditional else None
+        return [] if labels is None else torch.bincount(labels, minlength=self.cfg.norm.num_components).tolist()
+
+    def labels(self, count: int) -> Tensor | None:
+        """Return the classes that ``count`` images are asked for, as frequent as in training; None without classes."""
+        return fixed_labels(counts, count, self.device) if (counts := self.class_counts()) else None
 
     def note_extractor(self, before: object) -> None:
         """Compare the extractor with the one that measured the run before."""
@@ -78,24 +102,38 @@ class Evaluation:
             Interrupted: if ``should_stop`` says so on the way.
         """
         assert self.fid is not None
-        z = fixed_noise(count, g.latent_dim, self.device)
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+
+        def sample(start: int, n: int) -> Tensor:
+            return self.sample(g, z[start : start + n], None if labels is None else labels[start : start + n])
+
         training = g.training
         try:
             with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, should_stop)
+                return self.fid.measure(sample, count, should_stop)
         finally:
             g.train(training)
 
     @torch.no_grad()
-    def sample(self, g: Generator, z: Tensor) -> Tensor:
-        """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim)."""
+    def sample(self, g: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim), of classes (N,)."""
         g.eval()
         with autocast(self.device, self.cfg.precision):
-            images = g(z)
+            images = g(z, labels)
         return to_uint8(images)
 
-    def run(self, g: Generator, moment: Moment) -> dict[str, float]:
+    def grid(self, g: Generator) -> Tensor:
+        """Generate the images of a grid, from the same noise every time, of classes in rising order."""
+        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
+        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+
+    def run(self, g: Generator, moment: Moment, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
+
+        Args:
+            g: the generator that counts.
+            moment: when it is measured.
+            raw: the same one without averages of its weights, whose FID is logged beside it.
 
         Raises:
             Interrupted: if ``moment.should_stop`` says so on the way; nothing is drawn then.
@@ -110,10 +148,14 @@ class Evaluation:
                 values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
             if result.classes is not None:
                 values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
+            if raw is not None:
+                values[f"{self.fid.tag}_raw"] = self.measure(raw, self.count(moment.epoch), moment.should_stop).fid
             if moment.epoch == 0:
                 moment.log.charts({"FID": [tag for tag in values if "fid" in tag]})
-        if self.env.first:
-            self._draw(g, moment)
+        training = g.training
+        values |= self.env.lead(lambda: self._draw(g, moment))
+        g.train(training)
+        self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
         return values
 
     def named_classes(self, result: FidResult) -> dict[str, int] | None:
@@ -133,16 +175,34 @@ class Evaluation:
             "passport": self.passport(),
         }
 
-    def _draw(self, g: Generator, moment: Moment) -> None:
-        """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard."""
-        samples = moment.folder / "samples"
+    def _draw(self, g: Generator, moment: Moment) -> dict[str, float]:
+        """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
+
+        Returns:
+            How much its images differ, and the share whose class is the one that was asked for, by tag.
+        """
+        samples, train = moment.folder / "samples", self.images["train"]
         if not (samples / "real.png").exists():
-            save_grid(self.images["train"].images[:GRID], samples / "real.png")
-        training = g.training
-        images = self.sample(g, fixed_noise(GRID, g.latent_dim, self.device))
-        g.train(training)
+            save_grid(train.images[:GRID], samples / "real.png")
+            if self.cfg.conditional:
+                known = json.dumps({"classes": train.classes, "counts": self.class_counts()}, ensure_ascii=False)
+                write_text_atomic(moment.folder / CLASSES, known + "\n")
+        images = self.grid(g)
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
+        some = permutation(len(train), SEED, "diversity")[:GRID]
+        values = {"metric/diversity": distance(images) / distance(train.images[some])}
+        if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
+            values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
+        return values
+
+    def _share_as_asked(self, g: Generator, classifier: Classifier) -> float:
+        """Return the share of images that a classifier sees as of the class that was asked for."""
+        count, size = self.cfg.fid.samples, self.cfg.fid.batch_size
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        assert labels is not None
+        parts = zip(z.split(size), labels.split(size), strict=True)
+        return sum(int((classifier.predict(self.sample(g, *part)) == part[1]).sum()) for part in parts) / count
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user."""
@@ -171,16 +231,42 @@ class Evaluation:
         ]
 
 
+def calibrated(g: nn.Module, cfg: GanConfig, device: torch.device) -> Generator:
+    """Return a generator as it is measured: one with Mixture Normalization is a copy, its mixtures fitted anew."""
+    assert isinstance(g, Generator)
+    if cfg.norm.kind != "mn" or not cfg.calibration_batches:
+        return g
+    fitted = copy.deepcopy(g)
+    with autocast(device, cfg.precision):
+        calibrate(fitted, calibration_noise(cfg, device), cfg.calibration_batches)
+    return fitted
+
+
+def distance(images: Tensor) -> float:
+    """Return the mean Euclidean distance between two of some images (N, ...), N >= 2."""
+    return float(torch.pdist(images.float().flatten(1)).mean())
+
+
+def largest(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest value of each ``metric/`` tag in the lines of a log."""
+    found: dict[str, float] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag.startswith("metric/") and value is not None:
+                found[tag] = max(value, found.get(tag, value))
+    return found
+
+
 def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]:
     """Return (epoch, FID) pairs in the order measured."""
     return [(line["epoch"], line[tag]) for line in lines if line.get(tag) is not None]
 
 
-def save_grid(images: Tensor, path: Path) -> Tensor:
-    """Write uint8 images (N, 3, S, S) as a near-square grid and return it, uint8 (3, H, W)."""
-    from torchvision.utils import make_grid, save_image  # noqa: PLC0415 - takes long, and --help need not
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> Tensor:
+    """Write uint8 images (N, 3, S, S) as a grid and return it, uint8 (3, H, W); without columns a near-square one."""
+    from torchvision.utils import make_grid  # noqa: PLC0415 - takes long, and --help need not
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=1)
-    save_image(grid.float() / 255, path)
+    grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=1)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
     return grid

@@ -44,9 +44,11 @@ MAY_IMPORT = {
         for application in APPLICATIONS
     },
     "cbda/networks": {"common/norms", "common/machine"},
+    "cbgan/networks": {"common/norms", "common/machine"},
     "cbcls/networks": {"common/networks", "common/norms", "common/machine"},
 }  # fmt: skip
-MAY_IMPORT["cbda"].add("cbda/networks")
+for application in ("cbda", "cbgan"):
+    MAY_IMPORT[application].add(f"{application}/networks")
 MAY_IMPORT["cbcls"].add("cbcls/networks")
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""

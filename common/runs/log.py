@@ -18,6 +18,7 @@ GROUPS = {
     "loss": "2_loss",
     "samples": "3_samples",
     "adapt": "4_adaptation",
+    "discriminator": "4_discriminator",
     "audit": "4_audit",
     "gradient": "5_gradient",
     "schedule": "6_schedule",

@@ -27,7 +27,8 @@ def output(run: Path, layer: str, checkpoint: str = "last", count: int = 256, se
     images = test.select(permutation(len(test), seed, "figure")[:count])
     found: list[Tensor] = []
     handle = model.network.get_submodule(layer).register_forward_hook(lambda _m, _a, out: found.append(out.detach()))
-    model.logits(images.images, images.clusters if model.clusters else "unknown")
+    own = images.clusters if model.clusters else None
+    model.logits(images.images, "unknown" if own is None else own)
     handle.remove()
     return torch.cat(found)
 

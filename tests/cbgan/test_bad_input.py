@@ -24,7 +24,12 @@ def picture(tmp_path) -> Path:
 
 FLAGS = {
     "--norm.kind foo": ["norm.kind", "foo", "ucb"],
-    "--norm.kind scb": ["norm.kind", "scb", "cluster id"],
+    "--norm.kind scb": ["norm.num_components", "scb", "10 classes", "--norm.num_components 10", "got 3"],
+    "--r1 -1": ["r1", "0 or more", "-1"],
+    "--r1 1 --precision fp16": ["r1", "fp16"],
+    "--augment color flip": ["augment", "cutout", "flip"],
+    "--loss wasserstein": ["loss", "hinge", "wasserstein"],
+    "--calibration_batches -1": ["calibration_batches", "0 or more", "-1"],
     "--norm.num_components 0": ["norm.num_components", "at least 1", "0"],
     "--norm.groups 7": ["norm.groups", "7"],
     "--norm.kind bn --norm.update weight": ["norm.update", "weight", "bn"],
@@ -114,6 +119,8 @@ def test_unlabelled_pictures_have_no_classifier(tiny, tmp_path, capsys, picture)
     line = refused(capsys, cbgan.train.main, *tiny, *folder)
     assert "fid.extractor" in line
     assert "inception" in line
+    line = refused(capsys, cbgan.train.main, *tiny, *folder, "--norm.kind", "scb", "--fid.every", "0")
+    assert "the images of imagefolder have no labels; expected a norm.kind without clusters" in line
     assert not (tmp_path / "cbgan").exists()
 
 

@@ -17,7 +17,7 @@ import cbgan.train
 import common.metrics.fid
 from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation
-from cbgan.models import Discriminator, Generator
+from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import fixed_noise
 from cbgan.train import Gan
 from common.data import ImageSet
@@ -62,8 +62,10 @@ def lines(folder) -> list[dict[str, Any]]:
 
 def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
-    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found"}
-    step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second"}
+    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found", "metric/diversity"}
+    step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second",
+            "time/peak_memory_mib", "discriminator/real", "discriminator/fake", "gradient/d_variance",
+            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max"}  # fmt: skip
     kinds = {"measured": [], "step": [], "health": []}
     for line in lines:
         tags = line.keys() - {"step", "epoch"}
@@ -78,7 +80,8 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
         "health": [(1, 2), (2, 4)],
     }
     named = ("_floor", "_test")
-    for tag in measured | (step - {"loss/g", "gradient/g"}) | {"health/LAYER/..."}:
+    alike = {tag for tag in step if "/g" in tag or tag == "discriminator/fake" or tag.endswith("_max")}
+    for tag in measured | (step - alike) | {"health/LAYER/..."}:
         ending = next((end for end in named if tag.endswith(end)), None)
         assert f"`{tag if ending is None else f'metric/fid_...{ending}'}`" in page, tag
     assert all(1 <= line["metric/classes_found"] <= 10 for line in lines if FID in line)
