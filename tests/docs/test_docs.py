@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from cbcls.config import ClassifierConfig
+from cbcls.evaluate import EvaluateConfig as ClassifierEvaluateConfig
+from cbcls.predict import PredictConfig as ClassifierPredictConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
@@ -25,6 +27,8 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.evaluate": ClassifierEvaluateConfig,
+    "cbcls.predict": ClassifierPredictConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
