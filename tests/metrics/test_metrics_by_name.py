@@ -31,7 +31,8 @@ def confidence(labels: torch.Tensor, logits: torch.Tensor) -> float:
 def test_the_built_in_metrics_are_the_scores_of_the_same_logits():
     logits, labels = torch.randn(300, 12), torch.arange(300) % 12
     scores = classification_scores(labels, logits, 12)
-    expected = {"accuracy": scores.accuracy, **{f"macro_{name}": v for name, v in scores.macro._asdict().items()}}
+    shares = {"accuracy": scores.accuracy, "error": 1 - scores.accuracy}
+    expected = {**shares, **{f"macro_{name}": v for name, v in scores.macro._asdict().items()}}
     assert measure_all(labels, logits) == pytest.approx(expected | {"top5": scores.top5}, abs=0)
     assert "top5" not in measure_all(labels % 5, logits[:, :5])  # where it says nothing
 
