@@ -150,8 +150,10 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"data.size: oxford_cnn takes images from {_OXFORD_LEAST} pixels on (the paper's 256), got {size}"
             )
-        if model.name == "oxford_cnn" and self.norm.kind == "in":
-            raise ValueError("norm.kind: oxford_cnn has one value a channel where the layer is, too few for in")
+        if model.name == "oxford_cnn" and self.norm.kind in ("in", "dsbn"):
+            raise ValueError(
+                f"norm.kind: oxford_cnn has one value a channel where the layer is, too few for {self.norm.kind}"
+            )
         if not model.convert:
             self.norm.build(model.channels)  # the layer knows best which options it refuses
         elif self.norm.kind not in _BATCH_NORMS_BECOME:

@@ -34,6 +34,11 @@ _SPLITS = (
 """Name, prefix of metrics, and loss."""
 _SEEN = 2000
 """Most training images that are measured as test images are."""
+CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
+"""What TensorBoard shows in one picture."""
 
 
 class Evaluation:

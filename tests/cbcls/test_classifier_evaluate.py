@@ -18,7 +18,7 @@ from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation, closing_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
-from cbcls.train import _CHARTS, Classification
+from cbcls.train import CHARTS, Classification
 from common.cli.arguments import parse
 from common.data.clusters import write_clusters
 from common.data.image_set import ImageSet, Splits, to_float
@@ -193,7 +193,7 @@ def test_a_run_ends_with_its_scores_and_what_the_audit_found():
 def test_tensorboard_shows_the_splits_in_one_chart(runs):
     events = EventAccumulator(str(runs / "plain")).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
-    drawn = {tag for tags in _CHARTS.values() for tag in tags}
+    drawn = {tag for tags in CHARTS.values() for tag in tags}
     assert drawn == {f"loss/{split}" for split in ("train_seen", "validation", "test")} | {
         f"metric/{prefix}error" for prefix in ("train_", "validation_", "")
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
 from cbcls.evaluate import EvaluateConfig as ClassifierEvaluateConfig
 from cbcls.predict import PredictConfig as ClassifierPredictConfig
@@ -16,6 +17,7 @@ from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
+from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
 from common.norms.tools.costs import CostsConfig
@@ -27,6 +29,7 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.clusters": FindClustersConfig,
     "cbcls.evaluate": ClassifierEvaluateConfig,
     "cbcls.predict": ClassifierPredictConfig,
     "cbcls.train": ClassifierConfig,
@@ -36,6 +39,7 @@ CONFIGURATIONS = {
     "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
+    "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
