@@ -11,6 +11,7 @@ import pytest
 from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
 from cbcls.evaluate import EvaluateConfig as ClassifierEvaluateConfig
+from cbcls.figures import FiguresConfig as ClassifierFiguresConfig
 from cbcls.predict import PredictConfig as ClassifierPredictConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
@@ -23,6 +24,7 @@ from common.norms.tools.bench import BenchConfig
 from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
+from common.reports.paper.page import ReportConfig
 from common.reports.tables import TablesConfig
 from common.reports.views import ViewsConfig
 
@@ -32,6 +34,7 @@ CONFIGURATIONS = {
     "cbcls.clusters": FindClustersConfig,
     "cbcls.evaluate": ClassifierEvaluateConfig,
     "cbcls.predict": ClassifierPredictConfig,
+    "cbcls.figures": ClassifierFiguresConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
@@ -44,6 +47,7 @@ CONFIGURATIONS = {
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
+    "common.report": ReportConfig,
     "common.tables": TablesConfig,
 }
 
