@@ -10,7 +10,9 @@ import pytest
 
 from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
+from cbcls.evaluate import EvaluateConfig as ClassifierEvaluateConfig
 from cbcls.figures import FiguresConfig as ClassifierFiguresConfig
+from cbcls.predict import PredictConfig as ClassifierPredictConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
@@ -30,6 +32,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
     "cbcls.clusters": FindClustersConfig,
+    "cbcls.evaluate": ClassifierEvaluateConfig,
+    "cbcls.predict": ClassifierPredictConfig,
     "cbcls.figures": ClassifierFiguresConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
