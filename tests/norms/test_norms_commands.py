@@ -8,7 +8,7 @@ from commands import assert_starts
     ("file", "module"),
     [
         (f"common/norms/{name}.py", f"common.norms.tools.{name}")
-        for name in ("aot", "bench", "costs", "counts", "doctor", "roofline")
+        for name in ("aot", "bench", "costs", "counts", "doctor", "overhead", "roofline")
     ],
 )
 def test_a_command_starts_its_module(file, module, monkeypatch):

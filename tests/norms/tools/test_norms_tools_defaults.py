@@ -12,6 +12,7 @@ from settings import assert_documented
         "common.norms.tools.doctor.DoctorConfig",
         "common.norms.tools.aot.AotConfig",
         "common.norms.tools.counts.CountsConfig",
+        "common.norms.tools.overhead.OverheadConfig",
         "common.norms.tools.roofline.RooflineConfig",
     ],
 )
