@@ -39,7 +39,7 @@ def timed(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(overhead, "microseconds", lambda rounds: times)
     monkeypatch.setattr(overhead, "nothing_launched", nothing_launched)
-    monkeypatch.setattr(overhead, "set_threads", lambda count: entered.append(count))
+    monkeypatch.setattr(overhead, "set_threads", entered.append)
     monkeypatch.setattr(overhead.shutil, "which", lambda name: "/usr/bin/cc")
     return times, entered
 
@@ -67,7 +67,7 @@ def test_the_launcher_may_be_left_out(timed, capsys, monkeypatch):
     _, told = run(capsys, "--driver", "false")
     assert timed[1] == [1]
     assert not any("driver" in line for line in told)
-    with pytest.raises(UsageError, match="^driver: True needs a C compiler, cc, and there is none$"):
+    with pytest.raises(UsageError, match=r"^driver: True needs a C compiler, cc, and there is none$"):
         overhead.main([])
 
 
