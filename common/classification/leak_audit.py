@@ -166,6 +166,11 @@ class LeakAudit:
         """Whether known clusters tell of labels."""
         return bool(self.reasons)
 
+    def scalars(self) -> dict[str, float]:
+        """Return what a run logs by tag: accuracies but the known one, the chance given the cluster, the flag."""
+        shown = {f"audit/accuracy_{name}": value for name, value in self.accuracy.items() if name != "known"}
+        return shown | {"audit/chance_given_cluster": self.classes.given, "audit/flagged": float(self.flagged)}
+
     def plain(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         return {

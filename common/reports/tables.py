@@ -199,7 +199,7 @@ def _columns(tag: str, last: int, at: Sequence[int]) -> list[tuple[str, str, _Ta
 
 def _best_of(tag: str) -> Callable[[Iterable[float]], float] | None:
     """Return what finds the best of a tag's values: losses and distances shall be low, other metrics high."""
-    if tag.startswith("loss/") or "fid" in tag:
+    if tag.startswith(("loss/", "metric/kid_", "metric/copies_")) or "fid" in tag:
         return min
     return max if tag.startswith("metric/") else None
 

@@ -7,4 +7,5 @@ def test_defaults_are_those_of_the_page():
     assert_documented("cbcls.config.ClassifierConfig")
     assert_documented("cbcls.config.ModelConfig")
     assert_documented("cbcls.config.ImagesConfig")
+    assert_documented("cbcls.clusters.FindClustersConfig")
     assert_documented("common.data.clusters.ClustersConfig")

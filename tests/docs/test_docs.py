@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
+from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
 from common.norms.tools.costs import CostsConfig
@@ -25,6 +27,7 @@ from common.reports.views import ViewsConfig
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.clusters": FindClustersConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
@@ -32,6 +35,7 @@ CONFIGURATIONS = {
     "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
+    "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
