@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from common.errors import UsageError
-from common.norms.tools import overhead
 from common.norms.tools.recording import replaced_kernels
+from common.norms.tools.timing import overhead
 
 pytest.importorskip("triton")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")

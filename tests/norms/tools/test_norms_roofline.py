@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from common.norms.tools import counts, roofline
+from common.norms.tools import counts
 from common.norms.tools.machine_code import specialise
 from common.norms.tools.recording import Launch
-from common.norms.tools.roofline import Bound, Device, Row, Work
+from common.norms.tools.timing import roofline
+from common.norms.tools.timing.roofline import Bound, Device, Row, Work
 
 pytest.importorskip("triton")
 
