@@ -79,6 +79,8 @@ class EvaluateConfig:
             raise ValueError("check: expected false with --images, whose first FID is not known")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples: expected at least 2, got {self.samples}")
+        if not self.data.in_memory:
+            raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -175,7 +177,7 @@ def _measure_folder(options: EvaluateConfig) -> None:
     assert options.images is not None
     set_threads(0)
     device = resolve_device(options.device)
-    how = Decoding(options.data.size, options.data.fit, options.data.in_memory)
+    how = Decoding(options.data.size, options.data.fit)
     given = read_folder(options.images, how, field="images", split="generated")
     if len(given) < (options.samples or 2):
         name = "images" if options.samples is None else "samples"

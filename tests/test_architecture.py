@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "common/reports": {
         "common/norms", "common/runs", "common/data", "common/data/sets", "common/cli", "common/machine",
     },
+    "common/reports/paper": {"common/reports", "common/cli", "common/machine"},
     "common/classification": {
         "common/training", "common/metrics", "common/reports", "common/data", "common/runs", "common/cli",
         "common/machine",

@@ -65,7 +65,7 @@ FLAGS = {
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
     "--nmae x": ["--nmae", "--name"],
     "--config nowhere.yaml": ["config", "nowhere.yaml"],
-    "--data.in_memory false": ["data.in_memory", "true", "FID"],
+    "--data.name imagefolder --data.root x --data.in_memory false": ["data.in_memory", "true", "FID"],
 }
 
 
@@ -227,6 +227,8 @@ def test_a_folder_to_evaluate_that_cannot_be(tmp_path, capsys, picture):
     assert line(*empty, *digits) == f"error: images: no PNG or JPEG files in {tmp_path / 'empty'}"
     assert line("--images", "nowhere", *digits) == "error: images: no folder nowhere"
     assert "check: expected false with --images" in line(*empty, *digits, "--check")
+    on_disk = ("--data.name", "imagefolder", "--data.root", "x", "--data.in_memory", "false")
+    assert line(*empty, *on_disk).startswith("error: data.in_memory: expected true")
     real = ("--data.name", "imagefolder", "--data.root", str(tmp_path / "empty"))
     assert line("--images", images, *real) == f"error: data.root: no PNG or JPEG files in {tmp_path / 'empty'}"
     assert not (tmp_path / "out").exists()
