@@ -1,4 +1,4 @@
-"""Bound a step of the layers on a GPU: ``python -m common.norms.roofline``, see `common.norms.tools.timing.roofline`."""
+"""Bound a step of a layer on a GPU: ``python -m common.norms.roofline``, see `common.norms.tools.timing.roofline`."""
 
 from common.cli.command import start
 
