@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "common/norms/estimation": {"common/norms/backends"},
     "common/norms": {"common/norms/estimation", "common/norms/backends", "common/norms/kernels"},
     "common/norms/surgery": {"common/norms", "common/norms/estimation"},
+    "common/norms/tools/timing": {*LAYERS, "common/norms/tools", "common/cli", "common/machine"},
     "common/norms/tools": {*LAYERS, "common/cli", "common/machine", "common/runs"},
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
