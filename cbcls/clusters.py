@@ -118,11 +118,15 @@ def find_clusters(splits: Splits, cfg: FindClustersConfig) -> Splits:
         max_iter=1000,
         random_state=cfg.seed,
     )
-    steps = make_pipeline(StandardScaler(copy=False), PCA(cfg.components, random_state=cfg.seed), mixture)
+    reduce = make_pipeline(StandardScaler(copy=False), PCA(cfg.components, random_state=cfg.seed)).fit(pixels)
+    points = {
+        name: reduce.transform(_pixels(images, cfg.side)).astype("float64")  # in float32 EM stops at worse mixtures
+        for name, images in splits.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of a start that is not the likeliest, perhaps
-        steps.fit(pixels)
-    said = {name: torch.from_numpy(steps.predict(_pixels(images, cfg.side))) for name, images in splits.items()}
+        mixture.fit(points["train"])
+    said = {name: torch.from_numpy(mixture.predict(each)) for name, each in points.items()}
     counts = said["train"].bincount(minlength=cfg.num_clusters)
     if not counts.all():
         raise UsageError(

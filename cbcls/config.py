@@ -1,7 +1,7 @@
 """The configuration of a classification run."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -160,6 +160,12 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
             )
+
+    def resolved(self) -> "ClassifierConfig":
+        """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
+        resolved = super().resolved()
+        own = {name: getattr(self.norm, name) for name in ("eps", "affine", "momentum")}
+        return replace(resolved, norm=replace(resolved.norm, **own)) if self.model.convert else resolved
 
     @property
     def takes_clusters(self) -> bool:

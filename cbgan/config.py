@@ -62,8 +62,9 @@ class GanConfig(RunConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 up to, not including, 1, got {getattr(self, name)}")
-        if self.r1 and self.precision == "fp16":
-            raise ValueError(f"r1: expected 0 with precision fp16, whose range its gradients leave, got {self.r1}")
+        if self.r1 and (self.precision == "fp16" or self.compile):
+            why = "compile, which differentiates once" if self.compile else "precision fp16, too narrow for it"
+            raise ValueError(f"r1: expected 0 with {why}, got {self.r1}")
         if unknown := [name for name in self.augment if name not in KINDS]:
             raise ValueError(f"augment: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
         for channels in (self.width // 2, self.width // 4):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cbgan.config import GanConfig
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
+from cbgan.reports.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
@@ -62,7 +63,7 @@ class Evaluation:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
-        self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
+        self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
 
@@ -70,6 +71,11 @@ class Evaluation:
         """Return how many images the measurement after this many epochs generates."""
         final = self.cfg.fid.final_samples
         return final if final is not None and epoch == self.cfg.epochs else self.cfg.fid.samples
+
+    def fid_warnings(self, count: int) -> list[str]:
+        """Return why a distance of so many images should not be trusted."""
+        found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
+        return [line for line in found if line is not None]
 
     def passport(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
@@ -95,8 +101,12 @@ class Evaluation:
                 "before; values before and after differ in their last digits"
             )
 
-    def measure(self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None) -> FidResult:
+    def measure(
+        self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None, *, thorough: bool = False
+    ) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
+
+        With ``thorough`` its interval, FID-infinity and the nearest training images too.
 
         Raises:
             Interrupted: if ``should_stop`` says so on the way.
@@ -110,7 +120,7 @@ class Evaluation:
         training = g.training
         try:
             with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(sample, count, should_stop)
+                return self.fid.measure(sample, count, should_stop, thorough=thorough)
         finally:
             g.train(training)
 
@@ -142,16 +152,21 @@ class Evaluation:
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop)
-            values[self.fid.tag] = result.fid
-            if result.other is not None and self.fid.floor is not None:
-                values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
+            last = moment.epoch >= self.cfg.epochs
+            thorough = self.fid.thorough(last=last)
+            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop, thorough=thorough)
+            values |= self.fid.values(result)
             if result.classes is not None:
                 values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
             if raw is not None:
                 values[f"{self.fid.tag}_raw"] = self.measure(raw, self.count(moment.epoch), moment.should_stop).fid
             if moment.epoch == 0:
-                moment.log.charts({"FID": [tag for tag in values if "fid" in tag]})
+                moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
+            if last and result.copying is not None:
+                if result.copying.alarm:
+                    moment.report(copying_line(result))
+                if self.env.first:
+                    self._draw_nearest(g, result, moment)
         training = g.training
         values |= self.env.lead(lambda: self._draw(g, moment))
         g.train(training)
@@ -167,13 +182,26 @@ class Evaluation:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        other = {} if result.other is None else {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
-        return {
-            "samples": result.count,
-            "values": {self.fid.tag: result.fid, **other},
-            "classes": self.named_classes(result),
-            "passport": self.passport(),
-        }
+        own, passport = self.fid.passport(), self.passport()
+        more = {name: value for name, value in passport.items() if name not in own} | {"noise_seed": SEED}
+        return recorded(self.fid, result, self.named_classes(result), more) | {"passport": passport}
+
+    def nearest(self, g: Generator, result: FidResult) -> Tensor:
+        """Return the sheet of the generated images that are nearest to training images, each beside its own."""
+        z, labels = fixed_noise(result.count, g.latent_dim, self.device), self.labels(result.count)
+
+        def generate(index: Tensor) -> Tensor:
+            at = index.to(self.device)
+            return self.sample(g, z[at], None if labels is None else labels[at])
+
+        return nearest_sheet(result, generate, self.images["train"])
+
+    def _draw_nearest(self, g: Generator, result: FidResult, moment: Moment) -> None:
+        training = g.training
+        sheet = self.nearest(g, result)
+        g.train(training)
+        save_sheet(sheet, moment.folder / "samples" / "nearest.png")
+        moment.log.image(moment.step, "samples/nearest", sheet)
 
     def _draw(self, g: Generator, moment: Moment) -> dict[str, float]:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
@@ -218,7 +246,7 @@ class Evaluation:
                 text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
             if self.fid.floor is not None:
                 text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text)]
+            rows = [(f"FID ({self.fid.extractor.name})", text), *uncertainty_rows(self.latest)]
         if self.latest is not None and self.latest.classes is not None:
             classes = self.latest.classes
             found = sum(n > 0 for n in classes)

@@ -159,7 +159,7 @@ class Training:
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
         self._record(at["step"], at["epoch"], self.env.mean(self.parts.epoch_means.pop()) | values)
-        self._heed(self.method.collapse_measured(values), measured=True)
+        self._heed_measured(values)
         if self._scheduled():
             self._save(scheduled=True)
         self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
@@ -194,7 +194,7 @@ class Training:
             self._stop()
         self._count_seconds("evaluation")
         self._record(at["step"], at["epoch"], values)
-        self._heed(self.method.collapse_measured(values), measured=True)
+        self._heed_measured(values)
         at["evaluated"] = at["epoch"]
         best = self._is_best(values)
         scheduled = self._scheduled() or self._done()
@@ -236,6 +236,10 @@ class Training:
         shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
         self.bar.set_postfix({"epoch": at["epoch"] + 1, **shown})
         self._heed(self.method.collapse(means))
+
+    def _heed_measured(self, values: Mapping[str, float]) -> None:
+        """Heed what was measured, as rank 0 sees it: layers' health differs between ranks, and all have to agree."""
+        self._heed(self.env.lead(lambda: self.method.collapse_measured(values)), measured=True)
 
     def _heed(self, cause: str | None, *, measured: bool = False) -> None:
         """Do with a collapsed run what its guard says."""

@@ -74,6 +74,8 @@ def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, capsys):
             assert pair["positives"] == pytest.approx(float(above.sum()) / len(labels))
     assert (found["epoch"], found["checkpoint"]) == (2, "last")
     assert found["settings"]["norm"]["kind"] == "bn"
+    assert found["run"] == str(runs / "plain")
+    assert found["images"] == {name: each.content_hash for name, each in images.items()}
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json"} | {
         f"{what}-{split}.{kind}" for what in ("confusion", "reliability") for split in ("test", "validation")
@@ -346,6 +348,7 @@ def test_bad_input(runs, tmp_path, capsys):
     plain = str(runs / "plain")
     assert "run: give the run's folder" in refuses()
     assert "holds no config.yaml" in refuses("--run", str(tmp_path))
+    assert "device: expected auto" in refuses("--run", plain, "--device", "tpu")
     assert "checkpoint: expected last, best or the number" in refuses("--run", plain, "--checkpoint", "first")
     assert "has none of 2; there are last, best, 1" in refuses("--run", plain, "--checkpoint", "2")
     (tmp_path / "evaluation.json").write_text("mine")

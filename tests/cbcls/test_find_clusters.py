@@ -1,16 +1,20 @@
 import dataclasses
 import json
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
+from sklearn.mixture import GaussianMixture
 
 import cbcls.clusters
 import cbcls.train
 from cbcls.clusters import FindClustersConfig, find_clusters
 from common.data import ImageSet, Splits
 from common.data.clusters import ClustersConfig, with_clusters
+from common.data.image_set import resize
 from common.errors import UsageError
 from common.machine.seeding import generator
 
@@ -50,6 +54,39 @@ def test_groups_that_are_far_apart_are_found_the_largest_first(size, seed):
         assert clusters.tolist() == rank[groups].tolist()
         assert found[name].cluster_names == ("0", "1", "2")
         assert found[name].classes == ("even", "odd")
+
+
+def test_clusters_are_those_of_a_mixture_fitted_to_principal_components_by_hand():
+    """The same steps in float64, components by a singular value decomposition; the images are smooth noise."""
+    coarse = torch.rand(80, 3, 3, 3, generator=generator(0)) * 255
+    noise = torch.nn.functional.interpolate(coarse, (40, 40), mode="bilinear").to(torch.uint8)
+    splits = Splits(ImageSet(noise[:60], None, (), "x", "train"), ImageSet(noise[60:], None, (), "x", "test"))
+    cfg = settings(num_clusters=3, components=5, restarts=4, side=8, seed=2)
+    found = find_clusters(splits, cfg)
+    x = resize(noise, 8).flatten(1).double().numpy()
+    x = (x - x[:60].mean(0)) / x[:60].std(0)
+    z = x @ np.linalg.svd(x[:60], full_matrices=False)[2][:5].T
+    mixture = GaussianMixture(
+        3, covariance_type="diag", n_init=4, init_params="k-means++", max_iter=1000, random_state=2
+    )
+    said = mixture.fit(z[:60]).predict(z)
+    order = sorted(range(3), key=lambda k: (-int((said[:60] == k).sum()), k))
+    want = [order.index(k) for k in said]
+    assert found.train.clusters is not None
+    assert found.train.clusters.tolist() == want[:60]
+    assert found.test is not None
+    assert found.test.clusters is not None
+    assert found.test.clusters.tolist() == want[60:]
+
+
+def test_what_clusters_tell_of_classes_is_counted():
+    labels = torch.tensor([0, 0, 1, 1])
+    images = ImageSet(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), labels, ("a", "b"), "x", "train", None, (), labels,
+                      ("0", "1"))  # fmt: skip
+    told = f"images by cluster 2 2; the cluster tells {math.log(2):.3f} nats of the class"
+    assert cbcls.clusters._described(images) == told
+    bare = dataclasses.replace(images, labels=None, classes=())
+    assert cbcls.clusters._described(bare) == "images by cluster 2 2"
 
 
 def test_test_images_have_no_part_in_what_the_clusters_are(splits):

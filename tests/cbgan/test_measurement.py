@@ -17,6 +17,7 @@ from cbgan.networks.dcgan import Generator
 from cbgan.noise import calibration_noise
 from cbgan.train import Gan
 from common.data.sets.digits import digits
+from common.errors import NonFiniteError
 from common.machine.dist import Env
 from common.norms import calibrate
 from common.norms.config import NormConfig
@@ -142,3 +143,33 @@ def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, 
         "step": 4, "cause": "diversity of samples is 0.1, was 1: the generator makes few different images",
     }  # fmt: skip
     assert "collapsed in step 4: diversity of samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (
+            "dead",
+            r"^collapsed in step 2: the least used component of norm1 holds 0 % of the locations: dead;",
+        ),
+        ("won", r"^collapsed in step 1: the discriminator's loss is 0\.0005, less than 0\.001: it has won;"),
+    ],
+)
+def test_a_run_stops_at_a_dead_component_and_at_a_discriminator_that_has_won(tiny, tmp_path, monkeypatch, fault, cause):
+    if fault == "dead":
+        sound = Gan.build
+
+        def build(self: Gan) -> dict[str, nn.Module]:
+            networks = sound(self)
+            networks["g"].get_submodule("norm1").get_buffer("mean")[1] += 1e3  # nothing is ever near
+            return networks
+
+        monkeypatch.setattr(Gan, "build", build)
+    else:
+        monkeypatch.setattr("cbgan.objective.discriminator_loss", lambda real, fake, kind: 0 * real.mean() + 5e-4)
+    flags = ["--epochs", "1", "--batch_size", "500", "--log_every", "1", "--fid.every", "0", "--guard.action", "stop"]
+    with pytest.raises(NonFiniteError, match=cause):
+        cbgan.train.main([*tiny, *flags, "--name", "run"])
+    summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
+    assert summary["state"] == "failed"
+    assert "collapsed in step" in summary["why"]
