@@ -1,7 +1,7 @@
 """The configuration of a classification run."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -150,14 +150,22 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"data.size: oxford_cnn takes images from {_OXFORD_LEAST} pixels on (the paper's 256), got {size}"
             )
-        if model.name == "oxford_cnn" and self.norm.kind == "in":
-            raise ValueError("norm.kind: oxford_cnn has one value a channel where the layer is, too few for in")
+        if model.name == "oxford_cnn" and self.norm.kind in ("in", "dsbn"):
+            raise ValueError(
+                f"norm.kind: oxford_cnn has one value a channel where the layer is, too few for {self.norm.kind}"
+            )
         if not model.convert:
             self.norm.build(model.channels)  # the layer knows best which options it refuses
         elif self.norm.kind not in _BATCH_NORMS_BECOME:
             raise ValueError(
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
             )
+
+    def resolved(self) -> "ClassifierConfig":
+        """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
+        resolved = super().resolved()
+        own = {name: getattr(self.norm, name) for name in ("eps", "affine", "momentum")}
+        return replace(resolved, norm=replace(resolved.norm, **own)) if self.model.convert else resolved
 
     @property
     def takes_clusters(self) -> bool:

@@ -34,6 +34,11 @@ _SPLITS = (
 """Name, prefix of metrics, and loss."""
 _SEEN = 2000
 """Most training images that are measured as test images are."""
+CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
+"""What TensorBoard shows in one picture."""
 
 
 class Evaluation:
@@ -47,7 +52,6 @@ class Evaluation:
 
     Attributes:
         health_images: a batch of training images, the same all through a run.
-        audited: what the last leak audit found.
     """
 
     def __init__(
@@ -58,7 +62,6 @@ class Evaluation:
         self.health_images = train.select(permutation(len(train), cfg.seed, "health")[: cfg.batch_size])
         count = min(len(train), len(test), _SEEN)
         self._seen = train.select(permutation(len(train), cfg.seed, "seen")[:count].sort().values)
-        self.audited: LeakAudit | None = None
 
     def scores(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
         """Return loss and scores in evaluation mode, by tag: loss/test and metric/accuracy, loss/validation and so on.
@@ -80,8 +83,7 @@ class Evaluation:
             seen = _scored("loss/train_seen", "train_", self._seen, self.logits(network, self._seen, go_on=go_on))
             values |= {tag: seen[tag] for tag in ("loss/train_seen", "metric/train_accuracy", "metric/train_error")}
             if self.cfg.told_clusters:
-                self.audited = self.audit(network, go_on, logits)
-                values |= self.audited.scalars()
+                values |= self.audit(network, go_on, logits).scalars()
         return values
 
     @contextlib.contextmanager

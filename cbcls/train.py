@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, check_labels, choosable, closing_rows
+from cbcls.evaluation import CHARTS, Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
@@ -25,11 +25,6 @@ from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
-
-_CHARTS = {
-    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
-    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
-}
 
 
 class Classification(Method[ClassifierConfig]):
@@ -53,9 +48,8 @@ class Classification(Method[ClassifierConfig]):
 
     def default_name(self) -> str:
         """Return what a run without a name is called."""
-        cfg = self.cfg
-        told = "-told" if cfg.model.cluster_input else ""
-        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{told}-seed{cfg.seed}"
+        told = "-told" if self.cfg.model.cluster_input else ""
+        return f"{self.cfg.data.name}-{self.cfg.model.prefix}{self.cfg.norm.kind}{told}-seed{self.cfg.seed}"
 
     def view(self) -> View:
         """Return what training shows of images."""
@@ -95,7 +89,7 @@ class Classification(Method[ClassifierConfig]):
         values = self.evaluation.scores(networks["network"], moment.go_on)
         if self.env.first:
             self.evaluation.write_categories(moment.folder)
-            moment.log.charts(_CHARTS)
+            moment.log.charts(CHARTS)
         return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
@@ -122,7 +116,7 @@ class Classification(Method[ClassifierConfig]):
         return [
             *rows,
             ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
-            ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
+            ("paper's run", "python -m cbcls.train --config shallow --config cifar10 --config ucb --device cuda"),
         ]
 
 

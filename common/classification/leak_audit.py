@@ -196,7 +196,10 @@ class LeakAudit:
         }
         rows = []
         for name, accuracy in self.accuracy.items():
-            less = f", {_points(self.lost[name])} less" if name in self.lost else ""
+            less = ""
+            if (lost := self.lost.get(name)) is not None:
+                way = "less" if lost.value >= 0 else "more"
+                less = f", {_points(Difference(abs(lost.value), lost.half_width))} {way}"
             rows.append((name, accuracy, f"{meanings[name]}{less}"))
         rows.append(
             ("chance", self.classes.given, f"guessed from the cluster alone; {self.classes.without:.3f} without")

@@ -18,7 +18,7 @@ from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation, closing_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
-from cbcls.train import _CHARTS, Classification
+from cbcls.train import CHARTS, Classification
 from common.cli.arguments import parse
 from common.data.clusters import write_clusters
 from common.data.image_set import ImageSet, Splits, to_float
@@ -74,6 +74,8 @@ def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, capsys):
             assert pair["positives"] == pytest.approx(float(above.sum()) / len(labels))
     assert (found["epoch"], found["checkpoint"]) == (2, "last")
     assert found["settings"]["norm"]["kind"] == "bn"
+    assert found["run"] == str(runs / "plain")
+    assert found["images"] == {name: each.content_hash for name, each in images.items()}
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json"} | {
         f"{what}-{split}.{kind}" for what in ("confusion", "reliability") for split in ("test", "validation")
@@ -191,7 +193,7 @@ def test_a_run_ends_with_its_scores_and_what_the_audit_found():
 def test_tensorboard_shows_the_splits_in_one_chart(runs):
     events = EventAccumulator(str(runs / "plain")).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
-    drawn = {tag for tags in _CHARTS.values() for tag in tags}
+    drawn = {tag for tags in CHARTS.values() for tag in tags}
     assert drawn == {f"loss/{split}" for split in ("train_seen", "validation", "test")} | {
         f"metric/{prefix}error" for prefix in ("train_", "validation_", "")
     }
@@ -346,6 +348,7 @@ def test_bad_input(runs, tmp_path, capsys):
     plain = str(runs / "plain")
     assert "run: give the run's folder" in refuses()
     assert "holds no config.yaml" in refuses("--run", str(tmp_path))
+    assert "device: expected auto" in refuses("--run", plain, "--device", "tpu")
     assert "checkpoint: expected last, best or the number" in refuses("--run", plain, "--checkpoint", "first")
     assert "has none of 2; there are last, best, 1" in refuses("--run", plain, "--checkpoint", "2")
     (tmp_path / "evaluation.json").write_text("mine")

@@ -83,6 +83,16 @@ def test_names_come_from_the_run_or_else_from_its_images(runs, tmp_path):
         load_model(copy)
 
 
+def test_a_kept_epoch_can_be_asked(runs, pictures, tmp_path):
+    cbcls.predict.main(["--run", str(runs / "plain"), "--images", str(pictures / "test"), "--out", str(tmp_path),
+                        "--checkpoint", "1"])  # fmt: skip
+    network = load_model(runs / "plain").network
+    network.load_state_dict(load(runs / "plain" / "checkpoints" / "epoch-0001.pt")["networks"]["network"])
+    with torch.no_grad():
+        best = network.eval()(to_float(read_images(images_below(pictures / "test"), 8))).softmax(1).amax(1)
+    assert [float(row["probability"]) for row in rows(tmp_path)] == pytest.approx(best.tolist(), abs=1e-5)
+
+
 def test_images_are_brought_to_size_as_the_runs_were(runs, tmp_path):
     folder, copy = tmp_path / "wide", tmp_path / "copy"
     folder.mkdir()
@@ -127,6 +137,7 @@ def test_bad_input(runs, pictures, tmp_path, capsys, domains_run):
     assert "run: which model?" in refuses("--images", images)
     assert "images: which images?" in refuses("--run", plain)
     assert "holds no config.yaml" in refuses("--run", str(tmp_path), "--images", images)
+    assert "device: expected auto" in refuses("--run", plain, "--images", images, "--device", "tpu")
     assert "images: no folder nowhere" in refuses("--run", plain, "--images", "nowhere")
     (tmp_path / "empty").mkdir()
     assert "images: no PNG or JPEG files" in refuses("--run", plain, "--images", str(tmp_path / "empty"))

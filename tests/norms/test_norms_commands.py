@@ -7,8 +7,8 @@ from commands import assert_starts
 @pytest.mark.parametrize(
     ("file", "module"),
     [
-        (f"common/norms/{name}.py", f"common.norms.tools.{name}")
-        for name in ("aot", "bench", "costs", "counts", "doctor")
+        (f"common/norms/{name.split('.')[-1]}.py", f"common.norms.tools.{name}")
+        for name in ("aot", "bench", "costs", "counts", "doctor", "timing.overhead", "timing.roofline")
     ],
 )
 def test_a_command_starts_its_module(file, module, monkeypatch):

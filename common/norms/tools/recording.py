@@ -161,6 +161,17 @@ class Recorder(TorchDispatchMode):
         )
 
 
+def _nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def on_any_device() -> Iterator[None]:
+    """Let the Triton backend take tensors on any device, as if it were a GPU."""
+    with mock.patch.object(launch, "refusal", return_value=None), mock.patch.object(torch.cuda, "device", _nothing):
+        yield
+
+
 @contextlib.contextmanager
 def replaced_kernels(run: Callable[..., None]) -> Iterator[None]:
     """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device."""
@@ -170,15 +181,10 @@ def replaced_kernels(run: Callable[..., None]) -> Iterator[None]:
     def replaced(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         run(self, grid, args, kwargs)
 
-    def same(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     with (
+        on_any_device(),
         mock.patch.object(JITFunction, "run", replaced),
         mock.patch.object(InterpretedFunction, "run", replaced),
-        mock.patch.object(launch, "refusal", return_value=None),
-        mock.patch.object(torch, "autocast", same),  # which knows no meta device
-        mock.patch.object(torch.cuda, "device", same),
     ):
         yield
 
@@ -187,5 +193,6 @@ def replaced_kernels(run: Callable[..., None]) -> Iterator[None]:
 def recording(device: str = "meta") -> Iterator[Recorder]:
     """Record what is launched on tensors of a device."""
     recorder = Recorder(device)
-    with replaced_kernels(recorder.kernel), recorder:
+    autocast = mock.patch.object(torch, "autocast", _nothing)  # it knows no meta device
+    with replaced_kernels(recorder.kernel), autocast, recorder:
         yield recorder

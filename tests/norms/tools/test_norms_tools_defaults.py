@@ -12,6 +12,8 @@ from settings import assert_documented
         "common.norms.tools.doctor.DoctorConfig",
         "common.norms.tools.aot.AotConfig",
         "common.norms.tools.counts.CountsConfig",
+        "common.norms.tools.timing.overhead.OverheadConfig",
+        "common.norms.tools.timing.roofline.RooflineConfig",
     ],
 )
 def test_defaults_are_those_of_the_page(name):
