@@ -27,6 +27,9 @@ CLASSES = "classes.json"
 CLUSTERS = {"source": SOURCE, "target": TARGET, "unknown": UNKNOWN}
 _CHARTS = {
     "accuracy": [f"metric/{name}accuracy" for name in ("target_", "source_", "source_only_target_")],
+    "pseudo-labels": [
+        f"adapt/{name}" for name in ("pseudo_label_accuracy_oracle", "mask_rate", "threshold", "largest_class")
+    ],
     "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
     "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
 }

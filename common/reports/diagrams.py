@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from common.reports.figures import drawing_style, write_figure
@@ -56,6 +57,7 @@ def by_layer(path: Path, values: Mapping[str, float], label: str, title: str) ->
         axes.plot(range(len(values)), list(values.values()), "o-", color="#0072B2")
         axes.set_xticks(range(len(values)), list(values), rotation=90, fontsize=8)
         axes.set(title=title, ylabel=label, yscale="log")
+        axes.yaxis.set_major_formatter(LogFormatter())
         return write_figure(figure, path)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from common.machine.atomic import naming
 METRICS = "metrics.jsonl"
 GROUPS = {
     "metric": "1_result",
+    "adapt": "2_adaptation",
+    "schedule/mu": "2_adaptation/mu",
     "loss": "2_loss",
     "samples": "3_samples",
-    "adapt": "4_adaptation",
+    "adapt/ratio": "4_alignment",
     "discriminator": "4_discriminator",
     "audit": "4_audit",
     "gradient": "5_gradient",
@@ -25,13 +28,19 @@ GROUPS = {
     "time": "7_time",
     "health": "9_health",
 }
-"""TensorBoard sorts its groups by name and shows the first ones first; metrics.jsonl keeps the names as they are."""
+"""TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the names as they are. A part of a
+group, or one tag, may have a place of its own."""
+_BY_CLUSTER = re.compile(r"metric/\w+_as_\w+")
 
 
 def chart_name(tag: str) -> str:
     """Return what TensorBoard calls a tag: ``metric/accuracy`` is ``1_result/accuracy``."""
+    if _BY_CLUSTER.fullmatch(tag):  # what the same images are taken for in another way: not on the first page
+        return f"8_by_cluster/{tag.removeprefix('metric/')}"
     group, _, rest = tag.partition("/")
-    return f"{GROUPS.get(group, group)}/{rest}" if rest else tag
+    inner = f"{group}/{rest.partition('/')[0]}"
+    known = inner if inner in GROUPS else group
+    return GROUPS.get(known, known) + tag.removeprefix(known) if rest else tag
 
 
 class Log:

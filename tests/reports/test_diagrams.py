@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.reports.diagrams import confusion, reliability
+from common.reports.diagrams import by_layer, confusion, reliability
 
 
 def dark(path, box) -> float:
@@ -38,3 +38,14 @@ def test_reliability_has_a_bar_for_each_bin_that_is_not_empty(tmp_path):
     text = svg.read_text()
     assert "target, ECE 0.123" in text
     assert text.count("#56b4e9") == 2
+
+
+def test_a_number_of_each_layer_is_drawn_in_its_order_on_a_logarithmic_axis(tmp_path):
+    png, svg = by_layer(tmp_path / "layers", {"stem": 0.5, "norm": 20.0, "linear": 2.0}, "divergence", "by layer")
+    text = svg.read_text()
+    assert png.exists()
+    places = [text.index(name) for name in ("stem", "norm", "linear")]
+    assert places == sorted(places)
+    for word in ("divergence", "by layer"):
+        assert word in text
+    assert "mathdefault" not in text
