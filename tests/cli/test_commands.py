@@ -37,7 +37,8 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_package_lists_its_commands_starts_one_and_refuses_others(tmp_path):
     listed = run("-m", "cbgan", cwd=tmp_path)
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert [line.split()[2] for line in listed.stdout.splitlines()[:-1]] == ["cbgan.evaluate", "cbgan.train"]
+    names = [f"cbgan.{name}" for name in ("compare", "evaluate", "sample", "train")]
+    assert [line.split()[2] for line in listed.stdout.splitlines()[:-1]] == names
     started = run("-m", "cbgan", "train", "--epohcs", "3", cwd=tmp_path)
     assert (started.returncode, started.stderr) == (2, "error: --epohcs: no such option; did you mean --epochs?\n")
     unknown = run("-m", "cbgan", "trian", cwd=tmp_path)
@@ -67,7 +68,7 @@ def test_an_applications_own_configuration_is_found_by_its_name(tmp_path, monkey
 
 @pytest.mark.parametrize("given", ["smok", "configs/cbgan/smok.yaml"])
 def test_a_wrong_name_lists_those_that_there_are(given):
-    names = "default, paper_bn, paper_mn, paper_ucb, smoke, ucb"
+    names = "conditional, default, paper_bn, paper_mn, paper_ucb, smoke, ucb"
     with pytest.raises(UsageError) as caught:
         parse(GanConfig, ["--config", given])
     line = f"config: no file {given}; by name cbgan has {names}; did you mean --config smoke?"
