@@ -26,10 +26,10 @@ SCB_BACKWARD = Launch(2048, 4)
 SUMS = Launch(2048, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
-    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
-    "mixture_apply_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
-    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
-    "mixture_bwd_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
+    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_apply_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_bwd_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
 }
 """By the most components an entry is for: posteriors of all of them are held at once."""
 

@@ -10,10 +10,10 @@ STORED: parameters are logits, mean and log-variance; otherwise log weights, mea
 the batch are one step apart.
 """
 
-# ruff: noqa: RUF005, PLR0915 - Triton compiles neither stars in tuples nor methods that share locals
+# ruff: noqa: RUF005, PLR0912, PLR0915, SIM108 - Triton compiles no stars in tuples, and folds branches on constants
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
 # Triton's own annotations, which take every value for a constexpr or a tuple, and its constants, which it folds.
 
 import triton
@@ -435,7 +435,7 @@ def mixture_bwd_kernel(
 ):  # fmt: skip
     """Gradient dx, and sums (programs, K, C) that those of parameters are made of.
 
-    With a state, the batch's moments carry a gradient; coefficients are of coefficients_kernel. Sums are, if DENSITY,
+    With a state, the batch's moments carry a gradient; coefficients are of mixture_coefficients_kernel. If DENSITY, sums are
     of z, z (x - mean) / s and z ((x - mean) / s)^2, where z is the gradient of a log density, and then, if DIRECT, of
     tau g and tau g (x - mean).
     """

@@ -88,7 +88,8 @@ def scb_backward(
     )  # fmt: skip
     block_n, block_c = launch.rows_tile(grid[2] * walk.samples, walk.channels)
     _launch(
-        kernels.scb_rows_kernel, (len(mean), launch.divide(walk.channels, block_c)), sums, cluster, var, dmean, dvar, walk.samples, walk.channels, grid[2], eps,
+        kernels.scb_rows_kernel, (len(mean), launch.divide(walk.channels, block_c)),
+        sums, cluster, var, dmean, dvar, walk.samples, walk.channels, grid[2], eps,
         BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return dx, dmean, dvar
@@ -190,7 +191,7 @@ def _moments(
     sums = state.new_empty(3, tiling.programs, *state.shape[1:])
     pointers = (x, *mixture, sums, state)
     _run("mixture_moments_kernel", tiling, pointers, groups, num, (eps, floor), STORED=stored)
-    _gather("merge_kernel", (num,), sums, (x, state), (x.stride(1), eps, floor, kappa))
+    _gather("mixture_merge_kernel", (num,), sums, (x, state), (x.stride(1), eps, floor, kappa))
 
 
 @mixture_forward.register_fake
@@ -218,7 +219,7 @@ def move_averages(
     """
     num, channels = mean.shape
     _launch(
-        _parameter_kernels().averages_kernel,
+        _parameter_kernels().mixture_averages_kernel,
         (launch.divide(channels, launch.PARAMETER_CHANNELS),),
         state, before, logits, mean, log_var, channels, momentum, min_weight,
         K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
@@ -240,7 +241,7 @@ def mixture_backward(
     sums = state.new_empty(2, tiling.programs, *state.shape[1:])
     _run("mixture_sums_kernel", tiling, (x, g, state, sums), groups, num, ())
     coefficients, affine = state.new_empty(4, *state.shape[1:]), _affine_gradients(state, weight)
-    _gather("coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
+    _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
     dx = torch.empty_like(x)
     sources = (None, None, None, state, coefficients, weight)
     planes = 3 if parameters else 0
@@ -288,14 +289,14 @@ def _parameter_gradients(
     out = sums.new_empty(3 if parameters else 0, num, channels)
     width = channels // groups
     _gather(
-        "gradients_kernel", (), sums, (*sources, _some(out), affine), (width, *numbers),
+        "mixture_gradients_kernel", (), sums, (*sources, _some(out), affine), (width, *numbers),
         JOINT=width > 1, STORED=stored, DENSITY=parameters,
     )  # fmt: skip
     if not parameters:
         return sums.new_empty(0), sums.new_empty(0)
     log = sums.new_empty(num)
     _launch(
-        _parameter_kernels().logits_kernel, (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
+        _parameter_kernels().mixture_logits_kernel, (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
         K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return out[:2], log

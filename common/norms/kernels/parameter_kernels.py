@@ -3,10 +3,10 @@
 ``mixture_kernels`` has the planes of a state; a program here is a block of channels, and of most one component.
 """
 
-# ruff: noqa: RUF005, PLR0915 - Triton compiles neither stars in tuples nor methods that share locals
+# ruff: noqa: RUF005, PLR0912 - Triton compiles no stars in tuples, and folds branches on constants
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
 # Triton's own annotations, which take every value for a constexpr or a tuple, and its constants, which it folds.
 
 import triton
@@ -19,7 +19,6 @@ from .mixture_kernels import (
     LOG2_E,
     LOG_WEIGHT,
     MASS,
-    MEAN,
     OUTPUT,
     SCALE,
     at_least,
@@ -27,6 +26,7 @@ from .mixture_kernels import (
     output_rows,
     variance_row,
 )
+
 
 @triton.jit
 def _partial(p, k, c, P, K, C):
@@ -57,7 +57,7 @@ def _row(state_ptr, plane: tl.constexpr, k, c, C, default, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P"])
-def merge_kernel(
+def mixture_merge_kernel(
     sums_ptr, x_ptr, state_ptr,
     P, C, x_sc, eps, floor, kappa,
     K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -110,7 +110,7 @@ def _state_logs(state_ptr, C, K: tl.constexpr):
 
 
 @triton.jit
-def averages_kernel(
+def mixture_averages_kernel(
     state_ptr, before_ptr, logits_ptr, mean_ptr, log_var_ptr,
     C, momentum, min_weight,
     K: tl.constexpr, PAPER: tl.constexpr, SHARED: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -181,7 +181,7 @@ def averages_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def coefficients_kernel(
+def mixture_coefficients_kernel(
     sums_ptr, state_ptr, weight_ptr, out_ptr, affine_ptr,
     P, C, eps,
     K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -217,7 +217,7 @@ def coefficients_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def gradients_kernel(
+def mixture_gradients_kernel(
     sums_ptr, log_ptr, var_ptr, state_ptr, coefficients_ptr, weight_ptr, out_ptr, affine_ptr,
     P, C, D, eps, floor, kappa,
     K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr, DENSITY: tl.constexpr,
@@ -226,7 +226,7 @@ def gradients_kernel(
     """Gradients from the sums of mixture_bwd_kernel: of mean and variance, (2, K, C), and of the affine map, (2, C).
 
     The first also has, as a third plane, each channel's share in the gradients of the log weights. With a state the
-    affine map's are coefficients_kernel's.
+    affine map's are mixture_coefficients_kernel's.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     weight = tl.full((BLOCK_C,), 1.0, tl.float32)
@@ -267,7 +267,7 @@ def gradients_kernel(
 
 
 @triton.jit
-def logits_kernel(
+def mixture_logits_kernel(
     shares_ptr, log_ptr, state_ptr, out_ptr,
     C, floor,
     K: tl.constexpr, STORED: tl.constexpr, BLOCK_C: tl.constexpr,

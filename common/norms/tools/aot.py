@@ -17,6 +17,8 @@ from common.norms.kernels import launch
 
 ADJACENT = {"positions": "_sl", "channels": "_sc"}
 """Strides that are 1 where neighbours in memory are positions (contiguous) or channels (channels_last)."""
+NUMBERS = ("eps", "floor", "kappa", "momentum", "min_weight")
+"""Arguments that are no integers."""
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -29,12 +31,17 @@ class Case:
     constants: dict[str, Any] = field(default_factory=dict)
     adjacent: str = "positions"
     dtype: str = "fp32"
+    odd: bool = False
+    """Whether no size or stride is a multiple of 16, as with 7 x 7 positions of 255 channels."""
     hardest: bool = True
     """Whether the quick check takes it."""
 
     def __str__(self) -> str:
-        constants = " ".join(f"{name}={int(value)}" for name, value in self.constants.items())
-        return f"{self.kernel} {self.dtype} {self.adjacent} adjacent, {self.num_warps} warps, {constants}"
+        constants = " ".join(
+            f"no {name[:-4]}" if value is None else f"{name}={int(value)}" for name, value in self.constants.items()
+        )
+        sizes = ", odd sizes" if self.odd else ""
+        return f"{self.kernel} {self.dtype} {self.adjacent} adjacent{sizes}, {self.num_warps} warps, {constants}"
 
 
 def _sizes(entry: launch.Launch, adjacent: str) -> dict[str, int]:
@@ -64,31 +71,61 @@ def _mixture_sizes(entry: launch.Launch, num: int) -> Iterator[tuple[bool, str, 
     yield False, "positions", {"BLOCK_L": 64, "BLOCK_C": entry.elements // 64}  # 8 x 8 positions
 
 
+def _without(*pointers: str) -> dict[str, Any]:
+    return {f"{name}_ptr": None for name in pointers}
+
+
+_BATCH = {**_without("log", "mean", "var"), "STORED": False}
+_LEARNED = {**_without("state"), "STORED": True}
+_NO_SUMS = {**_without("sums"), "DENSITY": False, "DIRECT": False}
+MODES: dict[str, list[dict[str, Any]]] = {
+    "mixture_moments_kernel": [{"STORED": True}],
+    "mixture_apply_kernel": [_BATCH, _LEARNED],
+    "mixture_sums_kernel": [{}],
+    "mixture_bwd_kernel": [
+        {**_BATCH, **_NO_SUMS},
+        {**_BATCH, "DENSITY": True, "DIRECT": False},
+        {**_LEARNED, **_without("coefficients"), **_NO_SUMS},
+        {**_LEARNED, **_without("coefficients"), "DENSITY": True, "DIRECT": True},
+    ],
+}
+"""What a kernel may be launched for, by the pointers that there are none of and the constants."""
+
+
 def _mixture_cases() -> Iterator[Case]:
     for (kernel, table), dtype in itertools.product(launch.MIXTURE.items(), ("fp32", "bf16")):
-        modes = [{"BATCH": True, "PARAMETERS": True}, {"BATCH": False, "PARAMETERS": True}]
-        for mode in modes if kernel == "mixture_bwd_kernel" else [{}]:
+        for mode in MODES[kernel]:
             for num, entry in table.items():
                 for joint, adjacent, sizes in _mixture_sizes(entry, num):
                     widest = sizes["BLOCK_C"] == launch.MAX_GROUP_CHANNELS[num]
                     hardest = dtype == "fp32" and num == max(table) and widest
-                    yield Case(
-                        kernel=kernel, num_warps=entry.num_warps, adjacent=adjacent, dtype=dtype,
-                        constants={"K": num, "JOINT": joint, **mode, **sizes},
-                        hardest=hardest and adjacent == "positions",
-                    )  # fmt: skip
+                    constants = {"K": num, "JOINT": joint, "FLAT": adjacent == "channels", **mode, **sizes}
+                    for odd in (False, True):
+                        yield Case(
+                            kernel=kernel, num_warps=entry.num_warps, adjacent=adjacent, dtype=dtype,
+                            constants=constants, odd=odd, hardest=hardest and adjacent == "positions" and odd,
+                        )  # fmt: skip
 
 
 def _gather_cases() -> Iterator[Case]:
-    """The kernels that add up sums."""
-    sizes = {"BLOCK_P": launch.SUMS.elements // launch.CHANNEL_BLOCK, "BLOCK_C": launch.CHANNEL_BLOCK}
-    for kernel, modes in {
-        "mixture_merge_kernel": [{}],
-        "mixture_coefficients_kernel": [{}],
-        "mixture_gradients_kernel": [{"JOINT": True, "BATCH": True}, {"JOINT": True, "BATCH": False}],
-    }.items():
-        for mode in modes:
-            yield Case(kernel=kernel, num_warps=launch.SUMS.num_warps, constants=mode | sizes)
+    """The kernels that touch no activation."""
+    block_p, block_c = launch.sums_tile()
+    num, sizes = max(launch.MAX_GROUP_CHANNELS), {"BLOCK_P": block_p, "BLOCK_C": block_c}
+    every = {"BLOCK_ALL": launch.ALL_CHANNELS, "BLOCK_C": launch.PARAMETER_CHANNELS}
+    learned = {**_without("state", "coefficients"), "STORED": True}
+    for kernel, constants in (
+        ("mixture_merge_kernel", sizes),
+        ("mixture_coefficients_kernel", sizes),
+        (
+            "mixture_gradients_kernel",
+            {**_without("log", "var", "affine"), "JOINT": True, "STORED": True, "DENSITY": True} | sizes,
+        ),
+        ("mixture_gradients_kernel", {**learned, "JOINT": True, "DENSITY": True} | sizes),
+        ("mixture_averages_kernel", {**_without("before"), "PAPER": False, "SHARED": False} | every),
+        ("mixture_averages_kernel", {"PAPER": False, "SHARED": True} | every),
+        ("mixture_logits_kernel", {**_without("state"), "STORED": True, "BLOCK_C": launch.ALL_CHANNELS}),
+    ):
+        yield Case(kernel=kernel, num_warps=launch.SUMS.num_warps, constants={"K": num} | constants)
 
 
 def cases() -> list[Case]:
@@ -102,9 +139,10 @@ def compile_case(case: Case, arch: int) -> bytes:
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
-    from common.norms.kernels import cluster_kernels, mixture_kernels  # noqa: PLC0415
+    from common.norms.kernels import cluster_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
 
-    function = getattr(mixture_kernels if case.kernel.startswith("mixture") else cluster_kernels, case.kernel)
+    modules = (cluster_kernels, mixture_kernels, parameter_kernels)
+    function = next(found for module in modules if (found := vars(module).get(case.kernel)) is not None)
     signature, constants, attributes = {}, dict(case.constants), {}
     for index, name in enumerate(function.arg_names):
         if name.endswith(ADJACENT[case.adjacent]):
@@ -115,8 +153,8 @@ def compile_case(case: Case, arch: int) -> bytes:
             pointed = {"cluster_ptr": "i64"}.get(name, case.dtype if name[:-4] in ("x", "g", "y", "dx") else "fp32")
             signature[name] = f"*{pointed}"
         else:
-            signature[name] = "fp32" if name in ("eps", "kappa") else "i32"
-        if name.endswith("_ptr") or "_s" in name or name in ("C", "L"):
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+        if name.endswith("_ptr") or (not case.odd and ("_s" in name or name in ("C", "L"))):
             attributes[(index,)] = [["tt.divisibility", 16]]
     attributes = {at: value for at, value in attributes.items() if function.arg_names[at[0]] not in constants}
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
