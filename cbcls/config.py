@@ -1,34 +1,168 @@
 """The configuration of a classification run."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from common.cli.fields import MAY_CHANGE
+from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
 from common.norms.factory import kinds
 from common.training.config import RunConfig
 
+_FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"
+_CHANNELS = (64, 128, 128, 256)
+"""Of the shallow CNN's normalizations."""
+_BATCH_NORMS_BECOME = ("bn", "mn", "ucb", "scb", "scb_base", "dsbn")
+_OXFORD_LEAST = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network, and where the layer under test is in it."""
+
+    name: str = "shallow_cnn"
+    """shallow_cnn (the paper's Table IV), densenet-DEPTH-GROWTH or densenet-bc-DEPTH-GROWTH, such as densenet-40-12,
+    vit, oxford_cnn, or timm:NAME, such as timm:resnet18 (docs/classification.md)."""
+    position: int | None = None
+    """shallow_cnn: after which of its four convolutions the layer under test is; null is the third, the paper's."""
+    cluster_input: bool = False
+    """Hand the cluster of each image to the last linear map, one-hot beside the features: the baseline that is told
+    what scb and scb_base are told, without such a layer."""
+    dropout: float = 0.0
+    """densenet: after each convolution of the blocks; 0.2 in the original where images are not augmented."""
+    convert: list[str] = field(default_factory=list)
+    """timm: BatchNorms of the network to replace by the layer under test, by name, or all (bn leaves them); without,
+    one layer before the network normalises the images."""
+    weights: Path | None = None
+    """timm: a file of weights to start from; the last layer's may be of other classes."""
+    pretrained: bool = False
+    """timm: download the weights that come with the network."""
+
+    def __post_init__(self) -> None:
+        dense, known = self.dense, self.name in ("shallow_cnn", "vit", "oxford_cnn")
+        if not known and dense is None and not re.fullmatch(r"timm:.+", self.name):
+            raise ValueError(f"model.name: expected {_FAMILIES}, got {self.name}")
+        if dense is not None:
+            step = 6 if dense.bottleneck else 3
+            if dense.depth < step + 4 or (dense.depth - 4) % step or not dense.growth:
+                raise ValueError(
+                    f"model.name: expected a depth of {step} n + 4 and a growth from 1 on, got {self.name}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout: expected 0 up to, not including, 1, got {self.dropout}")
+        if self.position is not None and not 1 <= self.position <= len(_CHANNELS):
+            raise ValueError(f"model.position: expected 1 to {len(_CHANNELS)}, or null, got {self.position}")
+        own = {"position": self.name == "shallow_cnn", "dropout": dense is not None}
+        own |= dict.fromkeys(("convert", "weights", "pretrained"), self.name.startswith("timm:"))
+        for name, takes in own.items():
+            value = getattr(self, name)
+            if not takes and value != type(self).__dataclass_fields__[name].default and value != []:
+                raise ValueError(f"model.{name}: {value} means nothing to {self.name}; leave it out")
+
+    @property
+    def dense(self) -> "Dense | None":
+        """The densely connected network of this name, if it is one."""
+        match = re.fullmatch(r"densenet-(bc-)?(\d+)-(\d+)", self.name)
+        return None if match is None else Dense(int(match[2]), int(match[3]), match[1] is not None)
+
+    @property
+    def prefix(self) -> str:
+        """What a run's name says of the network; nothing of the first of them."""
+        return "" if self.name == "shallow_cnn" else re.sub(r"[^\w.-]+", "-", self.name) + "-"
+
+    @property
+    def channels(self) -> int:
+        """How many channels the layer under test has, where it is one layer."""
+        if self.name == "shallow_cnn":
+            return _CHANNELS[(self.position or 3) - 1]
+        return 256 if self.name == "oxford_cnn" else 3
+
+
+class Dense(NamedTuple):
+    """A densely connected network, as its name says."""
+
+    depth: int
+    growth: int
+    bottleneck: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(DataConfig):
+    """Which images a run uses, and how the network sees them."""
+
+    normalise: Literal["signed", "unit", "raw", "imagenet", "dataset"] = "signed"
+    """What the network sees of pixels: -1 to 1; 0 to 1; 0 to 255; or less each channel's mean and by its deviation,
+    those of ImageNet or of the training images."""
+    augment: Literal["none", "weak", "strong", "zoom", "affine"] = "none"
+    """What training changes in each image anew each time: weak shifts by up to an eighth of the side; zoom scales by a
+    fifth and rotates a little; affine rotates by up to 30 degrees and shifts; strong as AdaMatch (docs/data.md). flip
+    goes with each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(RunConfig):
-    """Train the shallow CNN of the paper's Table IV, whose third normalization is the layer under test.
+    """Train one of the paper's classifiers, in which one normalization is the layer under test.
 
-    Without arguments: UCB-Norm on scikit-learn's handwritten digits, a minute or two on two CPU cores. lr and
-    weight_decay are AdamW's; the paper compares learning rates 0.001 and 0.005.
+    Without arguments: the shallow CNN of Table IV with UCB-Norm on scikit-learn's handwritten digits, a minute or two
+    on two CPU cores; the paper compares learning rates 0.001 and 0.005.
     """
 
     epochs: int = field(default=20, metadata=MAY_CHANGE)
     """Passes over the training images; the paper makes 100."""
     batch_size: int = 256
     """Images a step; the last, smaller batch of a pass is left out."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW; Adam; or SGD with Nesterov's momentum of 0.9."""
     weight_decay: float = 1e-4
-    """AdamW's decay, times lr each step; biases and what normalization layers learn are left out of it."""
-    data: DataConfig = field(default_factory=DataConfig)
+    """adamw: times lr each step; adam, sgd: added to the loss. Biases and what normalization layers learn are left out
+    of it."""
+    decay: Literal["of_lr", "absolute"] = "of_lr"
+    """adamw: each step subtracts weight_decay times the learning rate from a weight of 1, as torch does, or
+    weight_decay itself times the schedule's factor, as TensorFlow Addons did for the paper's authors."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    clusters: ClustersConfig = field(default_factory=ClustersConfig)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.norm.kind not in (usable := kinds(takes_clusters=False)):
+        if self.clusters.by == "none" and (self.takes_clusters or self.model.cluster_input):
+            asks = f"norm.kind: {self.norm.kind}" if self.takes_clusters else "model.cluster_input: true"
+            raise ValueError(f"{asks} needs a cluster for each image; say which by clusters.by {_CLUSTERS}")
+        if self.takes_clusters and self.model.cluster_input:
+            without = ", ".join(kinds(takes_clusters=False))
             raise ValueError(
-                f"norm.kind: {self.norm.kind} needs a cluster id per image, which this command does not have yet; use "
-                f"{', '.join(usable)}"
+                f"model.cluster_input: {self.norm.kind} is told the clusters already; expected norm.kind {without}"
             )
-        self.norm.build(128)  # the layer knows best which options it refuses
+        if self.decay == "absolute" and self.optimizer != "adamw":
+            raise ValueError(f"decay: expected of_lr, since absolute means adamw's, got absolute for {self.optimizer}")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        model, size = self.model, self.data.size
+        if model.name == "oxford_cnn" and size < _OXFORD_LEAST:
+            raise ValueError(
+                f"data.size: oxford_cnn takes images from {_OXFORD_LEAST} pixels on (the paper's 256), got {size}"
+            )
+        if model.name == "oxford_cnn" and self.norm.kind == "in":
+            raise ValueError("norm.kind: oxford_cnn has one value a channel where the layer is, too few for in")
+        if not model.convert:
+            self.norm.build(model.channels)  # the layer knows best which options it refuses
+        elif self.norm.kind not in _BATCH_NORMS_BECOME:
+            raise ValueError(
+                f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
+            )
+
+    @property
+    def takes_clusters(self) -> bool:
+        """Whether the layer under test is told the cluster of each image."""
+        return self.norm.kind in kinds(takes_clusters=True)
+
+    @property
+    def told_clusters(self) -> bool:
+        """Whether the network is, by its layer or beside its features."""
+        return self.takes_clusters or self.model.cluster_input
+
+
+_CLUSTERS = "superclasses, classes or file"

@@ -8,27 +8,28 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, check_labels
-from cbcls.shallow_cnn import ShallowCNN
-from common.data import ImageSet
-from common.metrics.scores import METRICS
+from cbcls.evaluation import Evaluation, check_labels, choosable
+from cbcls.models import build_classifier
+from common.data import ImageSet, PerImage, View, load
+from common.data.augmentation import Augmentation
+from common.data.clusters import with_clusters
+from common.machine.seeding import drawing
 from common.runs.log import listed
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
-from common.training.optimisation import parameter_groups
+from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
 
 class Classification(Method[ClassifierConfig]):
-    """Cross-entropy on labelled images, by AdamW."""
+    """Cross-entropy on labelled images."""
 
     application = "cbcls"
     config = ClassifierConfig
@@ -37,38 +38,47 @@ class Classification(Method[ClassifierConfig]):
     @classmethod
     def tracked(cls, cfg: ClassifierConfig) -> dict[str, Tracked]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
-        chosen: list[tuple[str, Literal["higher", "lower"]]] = [
-            (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
-        ]
-        return {
-            **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
-            "loss/validation": Tracked("validation", "lower"),
-            **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
-            "loss/test": Tracked("test", "lower", chosen_by_test=True),
-        }
+        return choosable()
 
     @classmethod
     def load(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
-        """Return labelled images to train and to test on, and to validate on if any are held out."""
-        images = super().load(cfg)
-        check_labels(images)
-        return images
+        """Return labelled images with their clusters: to train and to test on, and to validate on if any are."""
+        splits = load(cfg.data)
+        check_labels(dict(splits.items()))
+        return cls.with_validation(cfg, dict(with_clusters(splits, cfg.clusters).items()))
+
+    def default_name(self) -> str:
+        """Return what a run without a name is called."""
+        cfg = self.cfg
+        told = "-told" if cfg.model.cluster_input else ""
+        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{told}-seed{cfg.seed}"
+
+    def view(self) -> View:
+        """Return what training shows of images."""
+        data = self.cfg.data
+        return super().view() if data.augment == "none" else PerImage(Augmentation(data.augment, data.size, data.flip))
 
     def build(self) -> dict[str, nn.Module]:
         """Make the classifier."""
-        return {"network": ShallowCNN(self.images["train"].num_classes, self.cfg.norm, self.cfg.seed)}
+        images = self.images["train"]
+        return {"network": build_classifier(self.cfg, images.num_classes, len(images.cluster_names), images)}
 
     def optimize(self, networks: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
-        """Make AdamW."""
-        groups = parameter_groups(networks["network"], self.cfg.weight_decay)
-        return {"train": torch.optim.AdamW(groups, lr=self.cfg.lr, fused=True)}
+        """Make AdamW, Adam or SGD."""
+        cfg = self.cfg
+        decay = cfg.weight_decay / (cfg.lr if cfg.decay == "absolute" else 1)
+        made = make_optimizer(cfg.optimizer, networks["network"], lr=cfg.lr, weight_decay=decay, nesterov=True)
+        return {"train": made}
 
     def step(self, update: Update) -> None:
         """Update the network."""
 
         def loss(part: Part) -> Tensor:
             batch = part["train"]
-            return F.cross_entropy(self.wrapped["network"](self.to_input(batch.images)), batch.labels)
+            cluster = self.images["train"].clusters_at(batch.index, self.device)
+            with drawing(part.seed, "dropout", self.env.rank, part.number):
+                logits = self.wrapped["network"](self.to_input(batch.images), cluster)
+            return F.cross_entropy(logits, batch.labels)
 
         update.descend("train", loss)
 
@@ -82,7 +92,14 @@ class Classification(Method[ClassifierConfig]):
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
-        networks["network"](self.to_input(self.evaluation.health_images))
+        images = self.evaluation.health_images
+        with drawing(self.cfg.seed, "probe", step):
+            networks["network"](self.to_input(images.images[:]), images.clusters_at(slice(None), self.device))
+
+    def passport(self) -> dict[str, object]:
+        """Return what the images are, and what clusters the network is told of them."""
+        clusters = {name: images.clusters_hash for name, images in self.images.items() if self.cfg.told_clusters}
+        return super().passport() | {f"clusters_{name}": value for name, value in clusters.items()}
 
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say so when the network does worse than one that knows nothing."""

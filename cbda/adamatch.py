@@ -6,7 +6,7 @@ if __name__ == "__main__":
     start("cbda.adamatch")  # before torch is loaded, since it settles how threads wait; does not return
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cbda.config import AdaMatchConfig
+from cbda.config import NOISE_PARTS, AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import Evaluation
 from cbda.losses import (
@@ -27,20 +27,28 @@ from cbda.losses import (
     ramp,
     relative_threshold,
 )
-from cbda.models import build_classifier, pixels_of
+from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET
 from common.data import ImageSet, Stream
 from common.data.augmentation import strong, weak
 from common.errors import UsageError
-from common.machine.dist import Env
+from common.machine.dist import Env, mean_over_ranks
 from common.machine.seeding import permutation, uniform_per_sample
-from common.metrics.gradient_variance import gradient_variance
+from common.metrics.gradient_variance import gradient_noise, gradient_variance
+from common.networks.pixels import pixels_of
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
-from common.training.optimisation import parameter_groups
+from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
 _CLASSES_CHARTED = 20
+_NEARLY_ALL = 0.95
+"""Mask rate from which on every pseudo-label counts as passing."""
+_THRESHOLD_FELL, _ACCURACY_FELL = 0.9, 0.8
+"""Shares of its highest value below which threshold and source accuracy count as falling."""
+_ONE_CLASS, _ONE_OF_TWO, _SOME = 0.9, 0.99, 0.1
+"""Share of the pseudo-labels that counts as all, of two classes, and of the target that has to have any."""
+Values = dict[str, Tensor]
 
 
 class AdaMatch(Method[AdaMatchConfig]):
@@ -114,17 +122,14 @@ class AdaMatch(Method[AdaMatchConfig]):
         cfg = self.cfg
 
         def make(network: nn.Module) -> Optimizer:
-            groups = parameter_groups(network, cfg.weight_decay)
-            if cfg.optimizer == "sgd":
-                return torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, fused=True)
-            return torch.optim.Adam(groups, lr=cfg.lr, eps=1e-7, fused=True)
+            return make_optimizer(cfg.optimizer, network, lr=cfg.lr, weight_decay=cfg.weight_decay, eps=1e-7)
 
         return {name: make(networks[name]) for name in self.averaged}
 
     def step(self, update: Update) -> None:
         """Update the classifier by AdaMatch's loss, and the other one by the source's."""
         mu = ramp(update.progress, self.cfg.method.warmup)
-        noted: list[dict[str, Tensor]] = []
+        noted: list[Values] = []
 
         def adamatch(part: Part) -> Tensor:
             loss, values = self.loss(part, mu)
@@ -139,12 +144,13 @@ class AdaMatch(Method[AdaMatchConfig]):
 
         update.descend("adamatch", adamatch)
         for name in dict.fromkeys(name for values in noted for name in values):
-            update.values[name] = torch.stack([values[name] for values in noted if name in values]).mean(0)
+            kept = update.of_epoch if name.startswith("gradient/") else update.values
+            kept[name] = torch.stack([values[name] for values in noted if name in values]).mean(0)
         update.values["schedule/mu"] = torch.tensor(mu)
         if self.cfg.source_only:
             update.descend("source_only", source_only)
 
-    def loss(self, part: Part, mu: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, part: Part, mu: float) -> tuple[Tensor, Values]:
         """Return AdaMatch's loss on a part of the batch, and what is to be logged of it.
 
         The numbers are those of the paper's section 3: (1) to (3) random logit interpolation, (4) distribution
@@ -158,7 +164,9 @@ class AdaMatch(Method[AdaMatchConfig]):
         cluster = torch.tensor([SOURCE] * rows + [TARGET] * others_rows, device=self.device)
 
         # One pass over both domains, one over the source alone that leaves no trace; a mixture of both for the source.
-        together = alone = self.wrapped["adamatch"](x, cluster, rows if method.interpolation else 0)
+        together = alone = self.wrapped["adamatch"](
+            x, cluster, rows if method.interpolation else 0, inference=method.source_pass == "inference"
+        )
         if method.interpolation:
             together, alone = together
         together, from_source = together.float(), together[:rows].float()
@@ -189,10 +197,19 @@ class AdaMatch(Method[AdaMatchConfig]):
         )
         loss_target = masked_cross_entropy(target_strong, pseudo, mask, method.labels or "hard")
         values = {"loss/source": loss_source, "loss/target": loss_target, "adapt/threshold": threshold}
+        shares = batch_mean(F.one_hot(pseudo.argmax(1), pseudo.shape[1]) * mask[:, None].float())
+        accuracy = mean_over_ranks((source_weak.argmax(1) == source.labels).float().mean())
+        values |= {"adapt/source_accuracy": accuracy, "adapt/largest_class": shares.max()}
         values |= self._noted(pseudo, mask, target.labels, wanted / found)
-        if self.cfg.variance_every and (part.number + 1) % (self.cfg.variance_every * self.cfg.accumulate) == 0:
-            values |= self._variances(source=loss_source, target=loss_target if mask.any() else None)
         alignment.threshold.copy_(threshold)
+        alignment.watch(threshold, accuracy, shares)
+
+        if self._due(part, self.cfg.variance_every):
+            values |= self._varying("variance", mask, gradient_variance, loss_source, loss_target)
+        if self._due(part, self.cfg.noise_every):
+            on_source = self._source_parts(from_source, source.labels)
+            on_target = self._target_parts(target_strong, pseudo, mask)
+            values |= self._varying("noise", mask, gradient_noise, on_source, on_target)
         return loss_source + mu * loss_target, {name: value.detach() for name, value in values.items()}
 
     def _supervised(self, logits: list[Tensor], *labels: Tensor | None) -> Tensor:
@@ -209,28 +226,64 @@ class AdaMatch(Method[AdaMatchConfig]):
         draws = [uniform_per_sample(entries, part.seed, "interpolation", view, part.number) for view in (0, 1)]
         return torch.cat(draws).view(2 * len(index), classes).to(self.device)
 
-    def _noted(self, pseudo: Tensor, mask: Tensor, labels: Tensor, ratio: Tensor) -> dict[str, Tensor]:
+    def _noted(self, pseudo: Tensor, mask: Tensor, labels: Tensor, ratio: Tensor) -> Values:
         """Return what tells whether adaptation works: see docs/adaptation.md."""
-        said, passing = pseudo.argmax(1), mask.float()
-        counts = F.one_hot(said, pseudo.shape[1]).float().T @ passing
-        values = {"adapt/mask_rate": passing.mean(), "adapt/largest_class": counts.max() / len(said)}
+        values = {"adapt/mask_rate": mask.float().mean()}
         if self.images["target"].labels is not None:
-            values["adapt/passing_right"] = (mask & (said == labels)).float().mean()
+            values["adapt/passing_right"] = (mask & (pseudo.argmax(1) == labels)).float().mean()
         if pseudo.shape[1] <= _CLASSES_CHARTED and self.cfg.method.alignment != "none":
             names = self.images["train"].classes
             values |= {f"adapt/ratio/{name}": value for name, value in zip(names, ratio, strict=True)}
         return values
 
-    def _variances(self, **losses: Tensor | None) -> dict[str, Tensor]:
-        """Return how the gradient of each domain's loss varies, without mu; that of a loss of nothing is no 0."""
-        values = {}
-        for domain, loss in losses.items():
-            if loss is not None:
-                found = gradient_variance(loss, self.networks["adamatch"].parameters())
-                values |= {
-                    f"gradient/{domain}_variance_{how}": v for how, v in zip(("mean", "max"), found, strict=True)
-                }
+    def _due(self, part: Part, every: int) -> bool:
+        """Say whether something is measured on a part, the last one of every so manieth step."""
+        return every > 0 and (part.number + 1) % (every * self.cfg.accumulate) == 0
+
+    def _source_parts(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
+        """Return the source's loss on parts of a batch, from logits (2 B, C) of its weak and strong images."""
+        weak_logits, strong_logits, truth = (whole.tensor_split(NOISE_PARTS) for whole in (*logits.chunk(2), labels))
+        return [
+            self._supervised([torch.cat(both)], true)
+            for *both, true in zip(weak_logits, strong_logits, truth, strict=True)
+        ]
+
+    def _target_parts(self, logits: Tensor, pseudo: Tensor, mask: Tensor) -> list[Tensor]:
+        """Return the target's loss on parts of a batch."""
+        parts = zip(*(whole.tensor_split(NOISE_PARTS) for whole in (logits, pseudo, mask)), strict=True)
+        kind = self.cfg.method.labels or "hard"
+        return [masked_cross_entropy(part, labels, passing, kind) for part, labels, passing in parts]
+
+    def _varying(self, what: str, mask: Tensor, measure: Callable[[Any, Any], Any], source: Any, target: Any) -> Values:
+        """Return how the gradients of each domain's loss vary, without mu; nothing where no pseudo-label passes."""
+        passing = bool(mean_over_ranks(mask.float().mean()) > 0)  # on any rank: all measure the same
+        values: Values = {}
+        for domain, loss in (("source", source), ("target", target)):
+            if domain == "source" or passing:
+                found = measure(loss, self.networks["adamatch"].parameters())
+                values |= {f"gradient/{domain}_{what}_{how}": v for how, v in zip(("mean", "max"), found, strict=True)}
         return values
+
+    def health(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """Return the layers' health and, if asked for, the variance of the gradients of all logits by domain."""
+        values, warnings = super().health(step)
+        network = self.networks["adamatch"]
+        for domain, images, cluster in self._same_images() if self.cfg.logits_variance else ():
+            training = network.training
+            network.eval()
+            with self.autocast():
+                logits = network(self.to_input(images), torch.full((len(images),), cluster, device=self.device))
+            network.train(training)
+            found = gradient_variance(logits.float().sum(), network.parameters())
+            names = (f"gradient/{domain}_logits_variance_{how}" for how in ("mean", "max"))
+            values |= {name: float(value) for name, value in zip(names, found, strict=True)}
+        return values, warnings
+
+    def _same_images(self) -> Iterable[tuple[str, Tensor, int]]:
+        """Yield domain, training images and cluster of a batch of each domain, the same all through a run."""
+        for domain, name, cluster in (("source", "train", SOURCE), ("target", "target", TARGET)):
+            order = permutation(len(self.images[name]), self.cfg.seed, "health")[: self.cfg.batch_size]
+            yield domain, self.images[name].images[order], cluster
 
     def shown(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Return shares of the pseudo-labels that passed; where none did, none."""
@@ -258,24 +311,28 @@ class AdaMatch(Method[AdaMatchConfig]):
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify a batch of each domain's training images, the same all through a run, in training mode."""
-        parts, ids = [], []
-        for name, cluster in (("train", SOURCE), ("target", TARGET)):
-            order = permutation(len(self.images[name]), self.cfg.seed, "health")[: self.cfg.batch_size]
-            parts.append(self.images[name].images[order])
-            ids += [cluster] * len(order)
+        _, parts, clusters = zip(*self._same_images(), strict=True)
+        ids = [cluster for cluster, images in zip(clusters, parts, strict=True) for _ in images]
         networks["adamatch"](self.to_input(torch.cat(parts)), torch.tensor(ids, device=self.device))
 
     def collapse(self, means: Mapping[str, float]) -> str | None:
-        """Say so when pseudo-labels all pass and are of one class, or of none that is sure, or the source is lost."""
-        guesses = math.log(classes := self.images["train"].num_classes)
-        if means["loss/source"] > 2 * guesses * (1 if self.cfg.method.source_loss == "mean" else 2):
+        """Say so when the source is lost, all pseudo-labels pass a falling threshold, or they are of one class."""
+        alignment, classes = self.networks["alignment"], self.images["train"].num_classes
+        assert isinstance(alignment, Alignment)
+        (threshold, accuracy, *shares), best = alignment.watch.recent.tolist(), alignment.watch.highest.tolist()
+        method, limit = self.cfg.method, 2 * math.log(classes)
+        # In inference mode BatchNorm's averages are far off in a run's first steps, and losses are whatever they are.
+        if method.source_pass != "inference" and means["loss/source"] > limit * (1 + (method.source_loss == "sum")):
             return f"the source's loss {means['loss/source']:.3g} is more than twice that of equal guesses"
-        if means["schedule/mu"] < 0.5 or means["adapt/mask_rate"] < 0.95:
+        if accuracy < _ACCURACY_FELL * best[1]:
+            return f"accuracy on the source has fallen from {100 * best[1]:.0f} % to {100 * accuracy:.0f} %"
+        if means["schedule/mu"] < 0.5:  # nothing much is learnt from the target yet
             return None
-        if means["adapt/threshold"] < self.cfg.method.tau * (1 + 1 / classes) / 2:
-            return f"every pseudo-label passes a threshold that has fallen to {means['adapt/threshold']:.2g}"
-        if classes > 2 and means["adapt/largest_class"] > 0.9:
-            return f"{100 * means['adapt/largest_class']:.0f} % of the pseudo-labels are of one class"
+        if means["adapt/mask_rate"] > _NEARLY_ALL and threshold < _THRESHOLD_FELL * best[0]:
+            return f"every pseudo-label passes a threshold that has fallen from {best[0]:.2g} to {threshold:.2g}"
+        limit = _ONE_CLASS if classes > 2 else _ONE_OF_TWO
+        if sum(shares) > _SOME and max(shares) > limit * sum(shares):
+            return f"{100 * max(shares) / sum(shares):.0f} % of the pseudo-labels are of one class"
         return None
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:

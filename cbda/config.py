@@ -10,10 +10,13 @@ from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
+from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.factory import kinds
 from common.training.config import RunConfig, ScheduleConfig
 
+NOISE_PARTS = 8
+"""Parts of a batch whose gradients `noise_every` compares."""
 _BATCH_NORMS_BECOME = ("mn", "ucb", "scb", "scb_base", "dsbn")
 
 
@@ -115,7 +118,7 @@ class ModelConfig:
     """timm: a file of weights to start from; the last layer's may be of other classes."""
     pretrained: bool = False
     """timm: download the weights that come with the network."""
-    pixels: Literal["signed", "unit", "raw", "imagenet"] = "signed"
+    pixels: Pixels = "signed"
     """What images come as: -1 to 1; 0 to 1; 0 to 255, as the paper's own layer got them; or less ImageNet's mean and by
     its deviation, as pretrained networks want them."""
 
@@ -217,7 +220,14 @@ class AdaMatchConfig(RunConfig):
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="arc", floor=0.25))
     norm: NormConfig = field(default_factory=lambda: NormConfig(kind="scb", num_components=2))
     variance_every: int = 50
-    """Steps between two measurements of how each domain's gradient varies, which cost about a step each; 0: never."""
+    """Steps between two measurements of how each domain's gradient varies within each weight tensor, which cost about a
+    step each; logged as means over an epoch; 0: never."""
+    noise_every: int = 0
+    """Steps between two measurements of how each domain's gradient varies between eighths of a batch, which cost about
+    eight steps each; 0: never."""
+    logits_variance: bool = False
+    """Measure after each epoch also what the paper's authors plot: how the gradient of the sum of all logits of a batch
+    varies within each weight tensor, in evaluation mode."""
     source_only: bool = True
     """Train a second network by as many steps on the same source images alone, to compare with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -230,8 +240,14 @@ class AdaMatchConfig(RunConfig):
         super().__post_init__()
         if self.target_ratio < 1:
             raise ValueError(f"target_ratio: expected at least 1, got {self.target_ratio}")
-        if self.variance_every < 0:
-            raise ValueError(f"variance_every: expected 0 or more, got {self.variance_every}")
+        for name in ("variance_every", "noise_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.noise_every and self.batch_size < NOISE_PARTS:
+            raise ValueError(
+                f"noise_every: expected 0, or a batch_size of at least {NOISE_PARTS} to take parts of, got "
+                f"{self.noise_every} for {self.batch_size}"
+            )
         if self.norm.kind in kinds(takes_clusters=True) and self.norm.num_components != 2:
             raise ValueError(
                 f"norm.num_components: expected 2, since the clusters of {self.norm.kind} are the two domains, got "

@@ -6,24 +6,30 @@ if __name__ == "__main__":
     start("cbda.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cbda.domains import load_domains
 from cbda.evaluation import clusters_of
-from cbda.export import load_model
+from cbda.export import AdaptedModel, load_model
+from cbda.networks.divergence import collect_activation, divergences
+from common.classification.measured import draw, measured
 from common.cli.arguments import parse
+from common.data import ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device
-from common.metrics.scores import calibration, classification_scores, information, neighbourhood_density
+from common.machine.seeding import permutation
+from common.metrics.scores import information, neighbourhood_density
 from common.reports import diagrams
+from common.reports.embedding import collect_features, embedding
 
+_RESULTS = "evaluation.json"
 _SPLITS = {"source": "test", "target": "target_test"}
 
 
@@ -32,17 +38,24 @@ class EvaluateConfig:
     """Measure an adapted model on the test images of both domains, by every cluster that its layer can be told.
 
     Writes evaluation.json (accuracy, macro and weighted precision, recall and F1, a row for each class, confusion,
-    calibration) and, for each domain by its own cluster, pictures of confusion and reliability.
+    calibration, and how far the domains are apart in each layer) and, for each domain by its own cluster, pictures of
+    confusion and reliability, of those distances, and of both domains' features by t-SNE.
     """
 
     run: Path | None = None
     """A run's folder, for instance runs/cbda/digits-digits_m-scb-seed0, or an exported model's."""
     out: Path | None = None
     """Where results go; null is the folder evaluation in that of the run."""
+    tsne: int = 500
+    """Images of each domain whose features are drawn by t-SNE; 0 draws none."""
+    force: bool = False
+    """Write over results that are there."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
 
     def __post_init__(self) -> None:
+        if self.tsne < 0:
+            raise ValueError(f"tsne: expected 0 or more, got {self.tsne}")
         if self.run is None:
             raise ValueError("run: give the run's folder, --run runs/cbda/NAME")
 
@@ -55,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     cfg = parse(EvaluateConfig, argv, prog="python -m cbda.evaluate")
     assert cfg.run is not None  # EvaluateConfig refuses otherwise
-    model, out = load_model(cfg.run, resolve_device(cfg.device)), cfg.out or cfg.run / "evaluation"
+    out = cfg.out or cfg.run / "evaluation"
+    if (out / _RESULTS).exists() and not cfg.force:
+        raise UsageError(f"out: {out / _RESULTS} exists; choose another folder, or write over it with --force")
+    model = load_model(cfg.run, resolve_device(cfg.device))
     images = load_domains(model.cfg)
     if images["train"].classes != model.classes:
         raise UsageError(f"run: the source in {model.cfg.source.name} has other classes now than the model knows")
@@ -65,15 +81,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = images[split if labels is not None else "target" if domain == "target" else "train"].images
         for cluster in clusters_of(model.cfg.norm.kind):
             logits = model.logits(shown, cluster)
-            measured = _measured(logits, labels, model.classes)
-            found["domains"].setdefault(domain, {})[cluster] = measured
+            values = _measured(logits, labels, model.classes)
+            found["domains"].setdefault(domain, {})[cluster] = values
             if labels is not None:
-                print(f"{domain} as {cluster:8} accuracy {measured['accuracy']:.3f}, macro F1 "
-                      f"{measured['macro']['f1']:.3f}, ECE {measured['calibration']['error']:.3f}")  # fmt: skip
+                print(f"{domain} as {cluster:8} accuracy {values['accuracy']:.3f}, macro F1 "
+                      f"{values['macro']['f1']:.3f}, ECE {values['calibration']['error']:.3f}")  # fmt: skip
                 if cluster == domain or len(clusters_of(model.cfg.norm.kind)) == 1:
-                    _draw(out, domain, logits, labels, model.classes)
-    write_text_atomic(out / "evaluation.json", json.dumps(found, indent=2) + "\n")
+                    draw(out, domain, values)
+    found["divergence"] = _apart(model, images, out, cfg.tsne)
+    write_text_atomic(out / _RESULTS, json.dumps(found, indent=2) + "\n")
     print(f"results in {out}")
+
+
+def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count: int) -> dict[str, float]:
+    """Return how far the domains are apart in each layer, each by its own cluster; draw that, and their features."""
+    activations, features, labels = [], [], []
+    for domain, training in (("source", "train"), ("target", "target")):
+        shown = images.get(_SPLITS[domain], images[training])
+        cluster = domain if domain in clusters_of(model.cfg.norm.kind) else "source"
+        with collect_activation(model.classifier) as activation, collect_features(model.classifier) as feature:
+            model.logits(shown.images, cluster)
+        chosen = permutation(len(shown), model.cfg.seed, "t-SNE", domain)[:count].sort().values
+        activations.append(activation)
+        features.append(torch.cat(feature)[chosen])
+        labels.append(torch.full_like(chosen, -1) if shown.labels is None else shown.labels[chosen])
+    apart = divergences(*activations)
+    diagrams.by_layer(out / "divergence", apart, "symmetric KL divergence", "source and target by layer")
+    if count:
+        domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
+        by = {"by class": (torch.cat(labels), model.classes), "by domain": (domains, ("source", "target"))}
+        perplexity = min(30.0, max(1.0, (len(domains) - 2) / 3))
+        try:
+            embedding(out / "tsne", torch.cat(features), by, seed=model.cfg.seed, perplexity=perplexity, most=2 * count)
+        except ValueError as error:  # too few of them, or all the same: of a network that says so, no failure
+            print(f"no t-SNE: {error}")
+    return apart
 
 
 def _measured(logits: Tensor, labels: Tensor | None, classes: Sequence[str]) -> dict[str, Any]:
@@ -83,36 +125,4 @@ def _measured(logits: Tensor, labels: Tensor | None, classes: Sequence[str]) -> 
         "information": information(logits),
         "density": neighbourhood_density(logits),
     }
-    if labels is None:
-        return values
-    scores, trust = classification_scores(labels, logits, len(classes)), calibration(labels, logits)
-    hits = scores.confusion.diag()
-    truly, taken = scores.confusion.sum(1), scores.confusion.sum(0)
-    rows = {
-        name: {
-            "count": int(truly[k]),
-            "precision": float(hits[k] / taken[k]) if taken[k] else 0.0,
-            "recall": float(hits[k] / truly[k]) if truly[k] else 0.0,
-        }
-        for k, name in enumerate(classes)
-    }
-    return values | {
-        "accuracy": scores.accuracy,
-        "loss": float(cross_entropy(logits, labels)),
-        "macro": scores.macro._asdict(),
-        "weighted": scores.weighted._asdict(),
-        "classes": rows,
-        "confusion": scores.confusion.tolist(),
-        "calibration": {
-            "error": trust.error,
-            "counts": trust.counts.tolist(),
-            "confidence": trust.confidence.tolist(),
-            "accuracy": trust.accuracy.tolist(),
-        },
-    }
-
-
-def _draw(out: Path, domain: str, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-    counts, trust = classification_scores(labels, logits, len(classes)).confusion, calibration(labels, logits)
-    diagrams.confusion(out / f"confusion-{domain}", counts, classes, domain)
-    diagrams.reliability(out / f"reliability-{domain}", trust.counts, trust.accuracy, trust.error, domain)
+    return values if labels is None else values | measured(labels, logits, classes)

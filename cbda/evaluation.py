@@ -9,14 +9,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbda.config import AdaMatchConfig
-from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, evaluating
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet
 from common.errors import NonFiniteError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
-from common.metrics.logits import classify
+from common.metrics.logits import classify, evaluating
 from common.metrics.scores import classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet

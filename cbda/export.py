@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +10,13 @@ from torch import Tensor
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, clusters_of
-from cbda.models import build_classifier, pixels_of
-from cbda.networks.classifier import Classifier, evaluating
-from common.cli.arguments import parse, to_dict, to_yaml
+from cbda.models import build_classifier
+from cbda.networks.classifier import Classifier
+from common.classification.stored import export, read_stored
 from common.data import to_float
 from common.errors import UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.metrics.logits import classify
-from common.runs.checkpoint import Checkpoints
-from common.training.parts import upgraded
-
-_WEIGHTS, _FACTS, _CONFIG = "model.safetensors", "model.json", "config.yaml"
+from common.metrics.logits import classify, evaluating
+from common.networks.pixels import pixels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +63,7 @@ class AdaptedModel:
         Raises:
             UsageError: if the folder holds a model already.
         """
-        from safetensors.torch import save  # noqa: PLC0415 - as timm's weights, only where it is needed
-
-        if (folder / _WEIGHTS).exists():
-            raise UsageError(f"out: {folder} holds a model already; choose another folder")
-        state = {name: value.contiguous().cpu() for name, value in self.classifier.state_dict().items()}
-        write_atomic(folder / _WEIGHTS, lambda file: file.write(save(state)))
-        write_text_atomic(folder / _CONFIG, to_yaml(to_dict(self.cfg)))
-        write_text_atomic(folder / _FACTS, json.dumps({"classes": self.classes, "threshold": self.threshold}) + "\n")
+        export(folder, self.classifier, self.cfg, {"classes": self.classes, "threshold": self.threshold})
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedModel:
@@ -86,39 +74,16 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedM
     Raises:
         UsageError: if the folder is neither, or its files do not belong together.
     """
-    folder = Path(path)
-    if not (folder / _CONFIG).is_file():
-        raise UsageError(f"run: {folder} is no run's folder, nor an exported model's (it holds no {_CONFIG})")
-    cfg = parse(AdaMatchConfig, ["--config", str(folder / _CONFIG)])
-    state, classes, threshold = _exported(folder) if (folder / _WEIGHTS).is_file() else _trained(folder, cfg)
+    stored = read_stored(AdaMatchConfig, path, "adamatch")
+    cfg = stored.cfg
+    if stored.facts is not None:
+        classes, threshold = stored.fact("classes", tuple), stored.fact("threshold", float)
+    else:
+        names = stored.folder / CLASSES
+        known = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else load_domains(cfg)["train"].classes
+        classes, threshold = tuple(known), float(stored.state["networks"]["alignment"]["threshold"])
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
     network = build_classifier(plain, len(classes))
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).split(":", maxsplit=1)[0]
-        raise UsageError(f"run: the weights in {folder} are not of its {_CONFIG} ({reason})") from None
+    stored.load_into(network)
     return AdaptedModel(network.eval().to(device), cfg, classes, threshold)
-
-
-def _exported(folder: Path) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
-    from safetensors import SafetensorError  # noqa: PLC0415 - as above
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        return load_file(folder / _WEIGHTS), tuple(facts["classes"]), float(facts["threshold"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"run: {folder} cannot be read as an exported model ({error})") from None
-
-
-def _trained(folder: Path, cfg: AdaMatchConfig) -> tuple[dict[str, Any], tuple[str, ...], float]:
-    state, _ = Checkpoints(folder / "checkpoints").load_latest()
-    if state is None:
-        raise UsageError(f"run: {folder} has no checkpoint yet")
-    state = upgraded(state)
-    names = folder / CLASSES
-    classes = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else load_domains(cfg)["train"].classes
-    weights = state["averages"].get("adamatch", state["networks"]["adamatch"])
-    return weights, tuple(classes), float(state["networks"]["alignment"]["threshold"])

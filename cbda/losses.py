@@ -4,7 +4,7 @@ B images, C classes. Statistics are over all ranks where there are several, so t
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from common.machine.dist import mean_over_ranks
 Scaling = Literal["sum", "l2"]
 Labels = Literal["hard", "soft"]
 _EPSILON = 1e-6  # of google-research/adamatch, in both terms of the ratio
+_REMEMBERED = 0.9  # what a batch leaves of the averages that a collapse shows by
 
 
 def interpolated(together: Tensor, alone: Tensor, share: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ class Alignment(nn.Module):
         self.register_buffer("means", torch.full((history, num_classes), 1 / num_classes))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("threshold", torch.zeros(()))
+        self.watch = Watch(num_classes)
 
     @torch.no_grad()
     def forward(self, wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,3 +106,35 @@ class Alignment(nn.Module):
         self.means.index_copy_(0, (self.batches % len(self.means))[None], found[None])
         self.batches += 1
         return self.wanted.clone(), self.means.mean(0)
+
+
+class Watch(nn.Module):
+    """What a collapse shows by: averages over about ten batches, and the highest that they have been.
+
+    All averages start at 0, so that a run's first batches count for less.
+
+    Args:
+        num_classes: classes C.
+    """
+
+    recent: Tensor
+    """Threshold, accuracy on the source, and for each class the share of the target taken for it with confidence."""
+    highest: Tensor
+    """Of the first two of them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("recent", torch.zeros(2 + num_classes))
+        self.register_buffer("highest", torch.zeros(2))
+
+    @torch.no_grad()
+    def forward(self, threshold: Tensor, accuracy: Tensor, shares: Tensor) -> None:
+        """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, over all ranks."""
+        now = torch.cat([torch.stack([threshold, accuracy]), shares])
+        self.recent.lerp_(now.to(self.recent), 1 - _REMEMBERED)
+        self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self.named_buffers():  # of older checkpoints, which had none: watched from there on
+            state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

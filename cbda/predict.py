@@ -5,25 +5,16 @@ from common.cli.command import start
 if __name__ == "__main__":
     start("cbda.predict")  # before torch is loaded, since it settles how threads wait; does not return
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from cbda.evaluation import clusters_of
 from cbda.export import AdaptedModel, load_model
+from common.classification.predictions import PredictionFiles
 from common.cli.arguments import parse
-from common.data import check_folder, images_below, read_images
-from common.errors import UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import resolve_device
-from common.reports.sheet import captioned_sheet
-
-_SHOWN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,43 +52,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if model or images cannot be read, the layer knows no such cluster, or files are in the way.
     """
     cfg = parse(PredictConfig, argv, prog="python -m cbda.predict")
-    table, sheet = cfg.out / "predictions.csv", cfg.out / "predictions.png"
-    if cfg.images is not None:
-        check_folder(cfg.images, "images")
-        if not cfg.force and (there := next((path for path in (table, sheet) if path.exists()), None)):
-            raise UsageError(f"out: {there} exists; choose another folder, or write over it with --force")
     assert cfg.run is not None  # PredictConfig refuses otherwise
+    files = None if cfg.images is None else PredictionFiles(cfg.images, cfg.out, force=cfg.force)
     model = load_model(cfg.run, resolve_device(cfg.device))
-    if cfg.images is not None:
-        _predict(model, cfg, cfg.images, table, sheet)
+    if files is not None:
+        _predict(model, cfg, files)
     if cfg.export is not None:
         model.save(cfg.export)
         print(f"model      {cfg.export}")
 
 
-def _predict(model: AdaptedModel, cfg: PredictConfig, root: Path, table: Path, sheet: Path) -> None:
-    files = images_below(root)
-    if not files:
-        raise UsageError(f"images: no PNG or JPEG files in {root}")
-    images = read_images(files, model.cfg.data.size)
-    best, said = model.logits(images, cfg.cluster).softmax(1).max(1)
-    others = [name for name in clusters_of(model.cfg.norm.kind) if name != cfg.cluster] if cfg.all_clusters else []
-    under = {
-        f"probability_as_{name}": model.logits(images, name).softmax(1).gather(1, said[:, None])[:, 0].tolist()
-        for name in others
+def _predict(model: AdaptedModel, cfg: PredictConfig, files: PredictionFiles) -> None:
+    images = files.read(model.cfg.data.size)
+    logits = model.logits(images, cfg.cluster)
+    best, said = logits.softmax(1).max(1)
+    above = best >= model.threshold
+    columns = {
+        "above_threshold": ["yes" if sure else "no" for sure in above.tolist()],
+        "cluster": [cfg.cluster] * len(images),
     }
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", "above_threshold", "cluster", *under])
-    for row, file in enumerate(files):
-        name, value = model.classes[int(said[row])], float(best[row])
-        more = [f"{values[row]:.6f}" for values in under.values()]
-        above = "yes" if value >= model.threshold else "no"
-        writer.writerow([file.relative_to(root), name, f"{value:.6f}", above, cfg.cluster, *more])
-    write_text_atomic(table, text.getvalue())
-    captions = [f"{model.classes[int(k)]} {100 * p:.0f} %" for k, p in zip(said[:_SHOWN], best[:_SHOWN], strict=True)]
-    picture = Image.fromarray(captioned_sheet(images[:_SHOWN], captions).permute(1, 2, 0).numpy())
-    write_atomic(sheet, lambda file: picture.save(file, "PNG"))
-    sure = int((best >= model.threshold).sum())
-    print(f"classified {len(files):,} images as {cfg.cluster}, {sure:,} above the threshold {model.threshold:.3f}")
-    print(f"table      {table}\nsheet      {sheet}")
+    for name in clusters_of(model.cfg.norm.kind) if cfg.all_clusters else ():
+        if name != cfg.cluster:
+            under = model.logits(images, name).softmax(1).gather(1, said[:, None])[:, 0]
+            columns[f"probability_as_{name}"] = [f"{value:.6f}" for value in under.tolist()]
+    print(f"classified {len(images):,} images as {cfg.cluster}, {int(above.sum()):,} above the threshold "
+          f"{model.threshold:.3f}")  # fmt: skip
+    files.write(images, logits, model.classes, columns)

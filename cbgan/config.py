@@ -37,6 +37,8 @@ class GanConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.data.in_memory:
+            raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
         if self.latent_dim < 1:
             raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
         if self.width < 8 or self.width % 8:

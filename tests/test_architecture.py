@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},
     "common/metrics": {"common/data", "common/machine"},
+    "common/networks": set(),
     "common/runs": {"common/cli", "common/machine"},
     "common/training": {
         "common/norms", "common/data", "common/data/sets", "common/runs", "common/cli", "common/machine",
@@ -30,16 +31,22 @@ MAY_IMPORT = {
     "common/reports": {
         "common/norms", "common/runs", "common/data", "common/data/sets", "common/cli", "common/machine",
     },
+    "common/classification": {
+        "common/training", "common/metrics", "common/reports", "common/data", "common/runs", "common/cli",
+        "common/machine",
+    },
     **{
         application: {
-            "common/training", "common/metrics", "common/norms", "common/data", "common/data/sets", "common/runs",
-            "common/reports", "common/cli", "common/machine",
+            "common/classification", "common/training", "common/metrics", "common/networks", "common/norms",
+            "common/data", "common/data/sets", "common/runs", "common/reports", "common/cli", "common/machine",
         }
         for application in APPLICATIONS
     },
     "cbda/networks": {"common/norms", "common/machine"},
+    "cbcls/networks": {"common/networks", "common/norms", "common/machine"},
 }  # fmt: skip
 MAY_IMPORT["cbda"].add("cbda/networks")
+MAY_IMPORT["cbcls"].add("cbcls/networks")
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""
 

@@ -1,9 +1,7 @@
 """A classifier of two domains: a network with a normalization layer of the domains' clusters in it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -41,7 +39,9 @@ class Classifier(nn.Module):
             where = None if list(convert) == ["all"] else list(convert)
             convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
 
-    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cluster: Tensor, alone: int = 0, *, inference: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map images (N, 3, H, W) of clusters (N,) to logits (N, classes).
 
         Args:
@@ -50,10 +50,18 @@ class Classifier(nn.Module):
             alone: if not 0, return also the logits (alone, classes) of so many first images, run by themselves
                 without a trace in running statistics. One call does both, since gradients of several processes are
                 averaged once a call.
+            inference: run these in evaluation mode, by the statistics that the joint pass has left.
         """
         together = self._logits(x, cluster)
         if not alone:
             return together
+        if inference:
+            training = self.training
+            self.eval()
+            try:
+                return together, self._logits(x[:alone], cluster[:alone])
+            finally:
+                self.train(training)
         # After the joint pass: a layer that starts from its first batch starts from that of both domains. In training
         # mode BatchNorm does not look at what it has stored, so that the order changes nothing for it.
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
@@ -62,15 +70,3 @@ class Classifier(nn.Module):
     def _logits(self, x: Tensor, cluster: Tensor) -> Tensor:
         with clusters(cluster):
             return self.network(self.norm(x, cluster) if self._routed else self.norm(x))
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode, without gradients, inside the block."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(training)

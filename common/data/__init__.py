@@ -5,7 +5,7 @@ from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.names import register_data_set
 from common.data.reading.image_folder import check_folder, images_below, read_images
 from common.data.sets.registry import load
-from common.data.streams import Batch, Feed, PerImage, Stream, mirrored, plain
+from common.data.streams import Batch, Feed, PerImage, Stream, View, mirrored, plain
 from common.data.validation import hold_out
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PerImage",
     "Splits",
     "Stream",
+    "View",
     "check_folder",
     "hold_out",
     "images_below",

@@ -1,4 +1,4 @@
-"""Weak and strong views of images, for methods that compare the two (AdaMatch, FixMatch).
+"""Views of images: weak and strong ones, for methods that compare the two (AdaMatch, FixMatch), and classifiers' own.
 
 By albumentations 2.0.8, the last release under the MIT licence. This module alone imports it, and only when the first
 view is made: it would look for updates on the network, and OpenCV would start threads of its own.
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from common.data.streams import PerImage
 
+Strength = Literal["weak", "strong", "zoom", "affine"]
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -26,15 +28,17 @@ class Augmentation:
     probability 1/2 if ``flip``. Strong: a weak view of its own, two different ones of thirteen operations (rotate by up
     to 15 degrees; shear x, shear y by up to 0.15; translate x, translate y by up to a tenth; invert; solarize;
     posterize to 4 to 8 bits; brightness and contrast by up to 0.6, colour by up to 0.9; autocontrast; nothing), and a
-    rectangle of up to half the side cut out.
+    rectangle of up to half the side cut out. Zoom: height and width scaled apart by 0.8 to 1.2, rotated by up to 7.2
+    degrees, as the page of Keras on transformers does. Affine: rotated by up to 30 degrees, moved and scaled by up to
+    a tenth, sheared by up to 0.1, as the paper's authors do with pets.
 
     Attributes:
-        strength: which of the two.
+        strength: which of them.
         size: side S of the images.
         flip: mirror; not for digits and letters, which become others, or none.
     """
 
-    strength: Literal["weak", "strong"]
+    strength: Strength
     size: int
     flip: bool = False
 
@@ -66,6 +70,19 @@ def _pipeline(of: Augmentation) -> Any:
     cv2.setNumThreads(0)
     border = cv2.BORDER_REFLECT_101
     size, mirror = of.size, [A.HorizontalFlip(p=0.5)] if of.flip else []
+    if of.strength in ("zoom", "affine"):
+        shear = math.degrees(math.atan(0.1))
+        changes: dict[str, Any] = (
+            {"scale": {"x": (0.8, 1.2), "y": (0.8, 1.2)}, "rotate": (-7.2, 7.2)}
+            if of.strength == "zoom"
+            else {
+                "scale": {"x": (0.9, 1.1), "y": (0.9, 1.1)},
+                "rotate": (-30, 30),
+                "translate_percent": {"x": (-0.1, 0.1), "y": (-0.1, 0.1)},
+                "shear": {"x": (-shear, shear), "y": (0, 0)},
+            }
+        )
+        return A.Compose([A.Affine(border_mode=border, p=1, **changes), *mirror])
     steps: list[Any] = [A.Pad(size // 8, border_mode=border), A.RandomCrop(size, size), *mirror]
     if of.strength == "strong":
         angle = math.degrees(math.atan(0.15))

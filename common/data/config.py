@@ -33,6 +33,14 @@ class DataConfig:
     """imagefolder: a JSON file that gives each class a superclass, {"tabby": "cat", "poodle": "dog"}."""
     blend: str = "sklearn"
     """mnist_m: a folder of photographs to blend the digits with, or sklearn for scikit-learn's two."""
+    split: Literal["official", "paper"] = "official"
+    """oxford_pet: trainval and test as published, 3,680 and 3,669 images; or as in the paper 5,985 to train, 666 to
+    validate and 739 to test on, a tenth of each breed apart twice."""
+    fit: Literal["cut", "pad"] = "cut"
+    """imagefolder, oxford_pet: of images that are not square, the centre; or all of it between black bars."""
+    in_memory: bool = field(default=True, metadata=MAY_CHANGE)
+    """imagefolder, tiny_imagenet, oxford_pet: keep all images decoded in memory; false decodes files when they are
+    drawn, in the workers where there are any, to the same bits (classifiers)."""
     download: bool = field(default=True, metadata=MAY_CHANGE)
     """Download a published data set where it is missing."""
     flip: bool = False

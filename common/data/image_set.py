@@ -1,6 +1,8 @@
 """Images in memory: uint8, with their labels and a hash of the content."""
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +13,36 @@ from torch import Tensor
 
 from common.machine.device import memory_format
 
+_CHUNK = 256
 _RESIZE_VALUES = 2**24  # floats in memory at once
+
+
+class Lazy(ABC):
+    """What stands for uint8 images (N, 3, H, W) in an `ImageSet` and makes them when they are asked for.
+
+    Args:
+        shape: (N, 3, H, W).
+    """
+
+    dtype, device, ndim = torch.uint8, torch.device("cpu"), 4
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.shape = torch.Size(shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def numel(self) -> int:
+        """Return the number of values."""
+        return self.shape.numel()
+
+    @abstractmethod
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Make images by their positions."""
+
+    @abstractmethod
+    def subset(self, index: Tensor) -> "Lazy":
+        """Return those at some positions, int64 (M,), without making them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +50,7 @@ class ImageSet:
     """Images of one split of one data set.
 
     Args:
-        images: uint8 (N, 3, H, W) on the CPU, N >= 1.
+        images: uint8 (N, 3, H, W) on the CPU, N >= 1, or a `Lazy` that stands for them.
         labels: int64 (N,) in [0, len(classes)), or None where the data has no labels.
         classes: class names by label; empty where there are no labels.
         name: the data set.
@@ -27,9 +58,12 @@ class ImageSet:
         superclasses: int64 (N,) in [0, len(superclass_names)), what each image belongs to besides its
             class, or None where nothing is known.
         superclass_names: their names; empty where there are no superclasses.
+        clusters: int64 (N,) in [0, len(cluster_names)), what normalization layers are told of each image, or None
+            (see `common.data.clusters`).
+        cluster_names: their names; empty where there are no clusters.
 
     Raises:
-        ValueError: if shapes, types, labels or superclasses are not as above.
+        ValueError: if shapes, types, labels, superclasses or clusters are not as above.
     """
 
     images: Tensor
@@ -39,6 +73,8 @@ class ImageSet:
     split: str
     superclasses: Tensor | None = None
     superclass_names: tuple[str, ...] = ()
+    clusters: Tensor | None = None
+    cluster_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -49,6 +85,7 @@ class ImageSet:
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
         _check_numbers("labels", labels, "classes", self.classes, len(images))
         _check_numbers("superclasses", self.superclasses, "superclass_names", self.superclass_names, len(images))
+        _check_numbers("clusters", self.clusters, "cluster_names", self.cluster_names, len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,9 +97,9 @@ class ImageSet:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over the shape, every pixel, label and superclass: 64 hexadecimal digits."""
+        """SHA-256 over the shape, every pixel, label and superclass, without clusters: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
-        digest.update(_buffer(self.images))
+        self._digest_pixels(digest)
         if self.labels is not None:
             digest.update(_buffer(self.labels))
         if self.superclasses is not None:
@@ -70,11 +107,40 @@ class ImageSet:
             digest.update(_buffer(self.superclasses))
         return digest.hexdigest()
 
+    @cached_property
+    def pixel_hash(self) -> str:
+        """SHA-256 over the shape and every pixel: what clusters of these images go by, whatever their labels."""
+        digest = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
+        self._digest_pixels(digest)
+        return digest.hexdigest()
+
+    def _digest_pixels(self, digest: Any) -> None:
+        for part in self.chunks():
+            digest.update(_buffer(part))
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield the images in their order, some hundred at once, uint8 (B, 3, H, W)."""
+        for first in range(0, len(self), _CHUNK):
+            yield self.images[first : first + _CHUNK]
+
+    @cached_property
+    def clusters_hash(self) -> str | None:
+        """SHA-256 over each image's cluster, or None without clusters."""
+        return None if self.clusters is None else hashlib.sha256(_buffer(self.clusters)).hexdigest()
+
+    def clusters_at(self, index: Tensor | slice, device: torch.device) -> Tensor | None:
+        """Return the clusters of the images at these positions on a device, or None without clusters."""
+        return None if self.clusters is None else self.clusters[index].to(device, non_blocking=True)
+
     def select(self, index: Tensor) -> "ImageSet":
         """Return the images at these positions, int64 (M,) with M >= 1, in this order."""
-        labels = None if self.labels is None else self.labels[index]
-        superclasses = None if self.superclasses is None else self.superclasses[index]
-        return replace(self, images=self.images[index], labels=labels, superclasses=superclasses)
+        numbers = {
+            name: None if (own := getattr(self, name)) is None else own[index]
+            for name in ("labels", "superclasses", "clusters")
+        }
+        images: Any = self.images
+        chosen = images.subset(index) if isinstance(images, Lazy) else images[index]
+        return replace(self, images=chosen, **numbers)
 
 
 def _check_numbers(field: str, numbers: Tensor | None, names_field: str, names: tuple[str, ...], count: int) -> None:
@@ -96,10 +162,20 @@ def _buffer(tensor: Tensor) -> Any:  # NumPy's stubs do not say that an array is
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on, and images held apart from them (None where there are none)."""
+    """Images to train on, and images held apart from them (None where there are none).
+
+    Attributes:
+        validation: where the data set itself says which images choices may see.
+    """
 
     train: ImageSet
     test: ImageSet | None
+    validation: ImageSet | None = None
+
+    def items(self) -> list[tuple[str, ImageSet]]:
+        """Return the splits that there are, by name."""
+        found = (("train", self.train), ("test", self.test), ("validation", self.validation))
+        return [(name, images) for name, images in found if images is not None]
 
 
 def to_float(images: Tensor) -> Tensor:

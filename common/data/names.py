@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 from common.data.image_set import Splits
 from common.registry import Registry
 
-OPTIONAL = {"root": None, "test_root": None, "labels": "fine", "superclasses": None, "blend": "sklearn"}
+OPTIONAL = {
+    "root": None, "test_root": None, "labels": "fine", "superclasses": None, "blend": "sklearn", "split": "official",
+    "fit": "cut", "in_memory": True,
+}  # fmt: skip
 """Settings of `DataConfig` that only some sets take, and what they are with the others."""
 
 
@@ -27,8 +30,8 @@ def register_data_set(name: str, load: Callable[[Any], Splits], *, takes: Iterab
         name: what it is called: lower-case letters, digits and underscores, a letter first.
         load: from a `DataConfig` to `Splits` of images ``config.size`` pixels a side; what is wrong with files or
             settings raises `common.errors.UsageError`, one line that names the setting. Import here what takes long.
-        takes: those of the settings root, test_root, labels, superclasses and blend that it has a use for; the others
-            are refused with it.
+        takes: those of the settings root, test_root, labels, superclasses, blend, split, fit and in_memory that it has
+            a use for; the others are refused with it.
 
     Raises:
         ValueError: the name is taken or none, load is no function, or there is no such setting.

@@ -1,6 +1,8 @@
 """Random draws that follow from a seed and a position, never from a generator's history."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,6 +23,18 @@ def derive(seed: int, *position: int | str) -> int:
 def generator(seed: int, *position: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator whose stream belongs to this seed and position alone."""
     return torch.Generator(device).manual_seed(derive(seed, *position))
+
+
+@contextlib.contextmanager
+def drawing(seed: int, *position: int | str) -> Iterator[None]:
+    """Let torch's global generators, which dropout draws from, start from a seed and a position inside the block.
+
+    Afterwards those of the CPU and of the current GPU go on where they were before.
+    """
+    gpu = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpu):
+        torch.manual_seed(derive(seed, *position))
+        yield
 
 
 def permutation(n: int, seed: int, *position: int | str) -> Tensor:

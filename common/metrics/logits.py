@@ -1,19 +1,21 @@
 """What a classifier says of many images, batch by batch, on one process or shared by several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.machine.dist import Env
 
 
 @torch.no_grad()
 def classify(
-    classifier: Callable[[Tensor], Tensor],
+    classifier: Callable[..., Tensor],
     images: Tensor,
     num_classes: int,
     *,
+    clusters: Tensor | None = None,
     batch_size: int,
     env: Env | None = None,
     go_on: Callable[[], None] = lambda: None,
@@ -24,6 +26,7 @@ def classify(
         classifier: from images (B, 3, H, W), uint8 on the CPU, to logits (B, C).
         images: uint8 (N, 3, H, W).
         num_classes: classes C.
+        clusters: int64 (N,), which the classifier is then given as a second argument, those of the batch (B,).
         batch_size: images B at once.
         env: this process among those that share the work, each with the same classifier.
         go_on: called before each batch, on all processes alike; what it raises ends the measurement.
@@ -34,10 +37,24 @@ def classify(
     for first in range(0, len(images), size * world):
         go_on()
         mine = torch.zeros(size, num_classes, dtype=torch.float64)
-        batch = images[first + size * env.rank :][:size]
+        share = slice(first + size * env.rank, first + size * (env.rank + 1))
+        batch = images[share]
         if len(batch):
-            mine[: len(batch)] = classifier(batch).double().cpu()
+            told = () if clusters is None else (clusters[share],)
+            mine[: len(batch)] = classifier(batch, *told).double().cpu()
         for rank, rows in enumerate(env.stacked(mine)):
             start = first + size * rank
             logits[start : start + size] = rows[: max(0, len(images) - start)]
     return logits
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode, without gradients, inside the block."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)

@@ -1,4 +1,4 @@
-"""Whether the components of a mixture layer live, and whether they tell locations apart."""
+"""Whether the components of a mixture layer live, and whether they tell locations and samples apart."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,6 +14,8 @@ from .unsupervised import MixtureLayer
 
 LEAST_USAGE = 0.01
 LEAST_INFORMATION = 0.05
+LEAST_CONTENT = 0.02
+MOST_DEAD_CHANNELS = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,22 @@ class Health:
     1."""
     drift: float
     """Distance from stored to batch component in the same unit, averaged by usage."""
+    content: float | None = None
+    """What the posteriors at one position tell of which sample they belong to, in nats, averaged over positions and
+    groups; None of a single sample, which has nothing to be told from.
+
+    Information is this and what the posteriors tell of the position, which zero padding alone makes differ: at 0 each
+    position has its mixture component whatever the sample, and the layer is a BatchNorm for each region of the map.
+    """
+    dead_channels: float = 0.0
+    """Share of the groups, with the default one channel each, whose least used component has a usage below 0.01."""
 
     def warnings(self) -> list[str]:
-        """Say what is wrong, in one line each; nothing for K = 1, which cannot fail in these ways."""
+        """Say what is wrong, in one line each; nothing for K = 1, which cannot fail in these ways.
+
+        What follows from a line is not said again: content is at most information, and where a component is empty
+        on average it is so in many groups.
+        """
         if len(self.usage) == 1:
             return []
         found = [
@@ -48,6 +63,16 @@ class Health:
             found.append(
                 f"information is {self.information:.2g} nats, less than {LEAST_INFORMATION:g}: "
                 "the layer acts as BatchNorm"
+            )
+        elif self.content is not None and not self.content >= LEAST_CONTENT:
+            found.append(
+                f"content is {self.content:.2g} nats, less than {LEAST_CONTENT:g}: "
+                "the posteriors tell where a location is, not what is there"
+            )
+        if not found and self.dead_channels > MOST_DEAD_CHANNELS:
+            found.append(
+                f"{100 * self.dead_channels:.2g} % of the channel groups have a component that holds less than "
+                f"{100 * LEAST_USAGE:g} % of their locations, more than {100 * MOST_DEAD_CHANNELS:g} %"
             )
         return found
 
@@ -71,7 +96,10 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
     mean, s = layer.mean.to(tau.dtype), layer.log_var.to(tau.dtype).exp() + layer.eps
     share = tau.mean((1, 3))  # (K, G)
     usage = share.mean(1)
-    information = (torch.special.entr(share).sum(0) - torch.special.entr(tau).sum(0).mean((0, 2))).mean()
+    entropy = torch.special.entr(tau).sum(0)  # (N, G, L)
+    information = (torch.special.entr(share).sum(0) - entropy.mean((0, 2))).mean()
+    content = (torch.special.entr(tau.mean(1)).sum(0) - entropy.mean(0)).mean()
+    dead = 1 - (share.amin(0) >= LEAST_USAGE).to(tau.dtype).mean() if len(share) > 1 else torch.tensor(0.0)
     distance = torch.tensor(math.inf)
     if len(mean) > 1:
         j, k = torch.triu_indices(len(mean), len(mean), offset=1)
@@ -79,7 +107,15 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
     moments = reference.batch_moments(flat, tau)
     drift = (usage * _distance(mean, s, moments.mean, moments.var + layer.eps)).sum()
     effective = torch.special.entr(usage).sum().exp()
-    return Health(tuple(usage.tolist()), *(float(value) for value in (effective, information, distance, drift)))
+    return Health(
+        usage=tuple(usage.tolist()),
+        effective=float(effective),
+        information=float(information),
+        distance=float(distance),
+        drift=float(drift),
+        content=float(content) if len(x) > 1 else None,
+        dead_channels=float(dead),
+    )
 
 
 def mixture_layers(model: nn.Module) -> dict[str, MixtureLayer]:
@@ -136,17 +172,17 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
 
 
 def log_scalars(found: Mapping[str, Health]) -> dict[str, float]:
-    """Flatten to {"health/<layer>/<quantity>": value}; leaves out the distance where K = 1 has none."""
+    """Flatten to {"health/<layer>/<quantity>": value}; leaves out distance for K = 1, and content of one sample."""
     scalars = {}
     for layer, state in found.items():
         values = {
             "usage_min": min(state.usage),
             "effective": state.effective,
             "information": state.information,
-            "distance": state.distance,
+            "content": state.content,
+            "dead_channels": state.dead_channels,
+            "distance": state.distance if len(state.usage) > 1 else None,
             "drift": state.drift,
         }
-        scalars |= {
-            f"health/{layer}/{name}": v for name, v in values.items() if len(state.usage) > 1 or name != "distance"
-        }
+        scalars |= {f"health/{layer}/{name}": v for name, v in values.items() if v is not None}
     return scalars

@@ -1,6 +1,6 @@
-"""Figures of one classifier: which classes it takes for which, and how far its confidence can be trusted."""
+"""Figures of one classifier: what it confuses, how far its confidence can be trusted, a number of each layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,6 +38,24 @@ def confusion(path: Path, counts: Tensor, classes: Sequence[str], title: str) ->
                     if count:
                         colour = "white" if shares[i, j] > 0.5 else "black"
                         axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+        return write_figure(figure, path)
+
+
+def by_layer(path: Path, values: Mapping[str, float], label: str, title: str) -> tuple[Path, Path]:
+    """Draw a positive number of each layer as PNG and SVG, from the first layer on the left; return the two paths.
+
+    Args:
+        path: without suffix.
+        values: by the layer's name, in the order in which layers run.
+        label: what the numbers are.
+        title: of the figure.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(min(12.0, 2.0 + 0.28 * len(values)), 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(range(len(values)), list(values.values()), "o-", color="#0072B2")
+        axes.set_xticks(range(len(values)), list(values), rotation=90, fontsize=8)
+        axes.set(title=title, ylabel=label, yscale="log")
         return write_figure(figure, path)
 
 

@@ -43,8 +43,9 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
 }
 _SIZE = (7.0, 4.0)  # inches: 1008 x 576 pixels, about a README's width
+_PANEL = (4.2, 3.1)
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is too pale for lines on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MOST_MARKERS = 30
@@ -85,34 +86,95 @@ def curves(
         ValueError: naming the label, if it has no runs, a run is empty or not finite, its x and y differ in length,
             x differs between runs, or y is not positive on a logarithmic axis.
     """
-    if not series:
+    drawn = Curves(series, ylabel, floor=floor, floor_label=floor_label)
+    return curve_panels(path, [drawn], xlabel=xlabel, title=title, log_y=log_y)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What `curves` draws, as a panel of several.
+
+    Attributes:
+        series: runs over seeds by label.
+        ylabel: what y is, with its unit.
+        floor: where to draw a horizontal reference line.
+        floor_label: the reference line's name.
+    """
+
+    series: Mapping[str, Sequence[Run]]
+    ylabel: str
+    floor: float | None = None
+    floor_label: str = "floor"
+
+
+def curve_panels(
+    path: Path, panels: Sequence[Curves], *, xlabel: str, title: str | None = None, log_y: bool = False
+) -> tuple[Path, Path]:
+    """Draw curves side by side, two or three panels a row; each label looks alike in all panels.
+
+    Args:
+        path: PATH.png and PATH.svg are written, each whole or not at all; either ending may be given.
+        panels: what to draw.
+        xlabel: what x is, with its unit.
+        title: a line above.
+        log_y: draw y on a logarithmic axis.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: as `curves` does.
+    """
+    checked = [_panel(panel, log_y) for panel in panels]
+    columns = 3 if len(panels) in (3, 5, 6, 9) else min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    size = _SIZE if len(panels) == 1 else (_PANEL[0] * columns, _PANEL[1] * rows)
+    with drawing_style():
+        figure = Figure(figsize=size, layout="constrained")
+        for number, (panel, series) in enumerate(zip(panels, checked, strict=True)):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            _draw_curves(axes, panel, series, log_y=log_y, legend=number == 0)
+            axes.set_xlabel(xlabel)
+        if title is not None:
+            if len(panels) == 1:
+                figure.axes[0].set_title(title, loc="left")
+            else:
+                figure.suptitle(title)
+        return write_figure(figure, path)
+
+
+def _panel(panel: Curves, log_y: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    if not panel.series:
         raise ValueError("series: expected at least one label")
-    checked = {label: _checked(label, runs, log_y) for label, runs in series.items()}
+    floor = panel.floor
     if floor is not None and not (math.isfinite(floor) and (floor > 0 or not log_y)):
         raise ValueError(f"floor: expected a finite {'positive ' if log_y else ''}number, got {floor}")
-    with drawing_style():
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        axes = figure.add_subplot()
-        handles = [_line(axes, i, x, ys, log_y) for i, (x, ys) in enumerate(checked.values())]
-        names = [f"{label} (n = {len(ys)})" for label, (_, ys) in checked.items()]
-        if floor is not None:
-            handles.append(axes.axhline(floor, color="0.45", linestyle=(0, (1, 1.5)), linewidth=1.4))
-            names.append(f"{floor_label} ({floor:.3g})")
-        if log_y:
-            axes.set_yscale("log")
-            axes.grid(visible=True, which="minor", axis="y")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        if all((x == x.round()).all() for x, _ in checked.values()):
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        if title is not None:
-            axes.set_title(title, loc="left")
-        means = any(len(ys) > 1 for _, ys in checked.values())
-        # matplotlib leaves out what begins with an underscore
-        names = [f" {name}" if name.startswith("_") else name for name in names]
+    return {label: _checked(label, runs, log_y) for label, runs in panel.series.items()}
+
+
+def _draw_curves(
+    axes: Axes, panel: Curves, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, log_y: bool, legend: bool
+) -> None:
+    handles = [_line(axes, i, x, ys, log_y) for i, (x, ys) in enumerate(series.values())]
+    names = [f"{label} (n = {len(ys)})" for label, (_, ys) in series.items()]
+    if not legend:  # that of the first panel
+        handles, names = [], []
+    if panel.floor is not None:
+        handles.append(axes.axhline(panel.floor, color="0.45", linestyle=(0, (1, 1.5)), linewidth=1.4))
+        names.append(f"{panel.floor_label} ({panel.floor:.3g})")
+    if log_y:
+        axes.set_yscale("log")
+        axes.grid(visible=True, which="minor", axis="y")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    if all((x == x.round()).all() for x, _ in series.values()):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.set_ylabel(panel.ylabel)
+    means = legend and any(len(ys) > 1 for _, ys in series.values())
+    # matplotlib leaves out what begins with an underscore
+    names = [f" {name}" if name.startswith("_") else name for name in names]
+    if names:
         axes.legend(handles, names, title="mean ± standard deviation" if means else None, alignment="left")
-        return write_figure(figure, path)
 
 
 def grid(
@@ -193,7 +255,7 @@ def _ends(x: np.ndarray) -> str:
 
 
 def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -> Any:
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
     mean = ys.mean(axis=0)
     if len(ys) > 1:
         deviation = ys.std(axis=0, ddof=1)
@@ -205,7 +267,7 @@ def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -
         x,
         mean,
         color=colour,
-        linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+        linestyle=_LINES[number // len(COLOURS) % len(_LINES)],
         marker=marker if len(x) <= _MOST_MARKERS else "",
     )[0]
 
@@ -236,8 +298,8 @@ class FiguresConfig:
 
     runs: list[Path] = field(default_factory=list)
     """Folders of runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
-    tag: str = "metric/fid_classifier"
-    """Which value; TAG_floor, where it was logged, becomes a horizontal line."""
+    tag: list[str] = field(default_factory=lambda: ["metric/fid_classifier"])
+    """Which values, a panel each; TAG_floor, where it was logged, becomes a horizontal line."""
     label: list[str] = field(default_factory=list)
     """The lines' names in the order of their first runs; without any, the settings in which they differ."""
     out: Path | None = None
@@ -254,6 +316,8 @@ class FiguresConfig:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("runs: name at least one run's folder, --runs runs/cbgan/NAME")
+        if not self.tag:
+            raise ValueError("tag: name at least one logged value, --tag loss/test")
         if self.out is None or not self.out.name.removesuffix(".png").removesuffix(".svg"):
             given = "none" if self.out is None else repr(str(self.out))
             raise ValueError(f"out: expected the figure's path without ending, such as --out fid, got {given}")
@@ -272,20 +336,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
     runs = [read_run(path) for path in cfg.runs]
     groups = _labelled(group_by_seed(runs), cfg.label)
-    series = {label: [_points(run, cfg.tag, cfg.x) for run in group] for label, group in groups.items()}
-    refuse_unlike(runs, [cfg.tag])
-    floors = [found for run in runs if (found := floor(run, floor_tag(cfg.tag))) is not None]
+    panels = [_logged(groups, tag, cfg.x) for tag in cfg.tag]
+    refuse_unlike(runs, cfg.tag)
     try:
-        written = curves(
-            cfg.out,
-            series,
-            xlabel=cfg.x,
-            ylabel=cfg.tag,
-            title=cfg.title,
-            log_y=cfg.log_y,
-            floor=floors[0] if floors else None,
-            floor_label="real test images" if cfg.tag.startswith("metric/fid") else "floor",
-        )
+        written = curve_panels(cfg.out, panels, xlabel=cfg.x, title=cfg.title, log_y=cfg.log_y)
     except ValueError as error:
         raise UsageError(f"runs: {error}") from None
     except OSError as error:
@@ -293,6 +347,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label, group in groups.items():
         print(f"{label}: {', '.join(str(run.path) for run in group)}")
     print(f"written: {', '.join(map(str, written))}")
+
+
+def _logged(groups: Mapping[str, list[LoggedRun]], tag: str, x: str) -> Curves:
+    series = {label: [_points(run, tag, x) for run in group] for label, group in groups.items()}
+    floors = (floor(run, floor_tag(tag)) for group in groups.values() for run in group)
+    first = next((found for found in floors if found is not None), None)
+    name = "real test images" if tag.startswith("metric/fid") else "floor"
+    return Curves(series, tag, floor=first, floor_label=name)
 
 
 def _points(run: LoggedRun, tag: str, x: str) -> Run:

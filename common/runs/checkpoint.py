@@ -93,7 +93,7 @@ class Checkpoints:
         """
         path = self.path(step)
         save(path, state)
-        for copy in ([self.best] if best else []) + ([] if epoch is None else [self.folder / f"epoch-{epoch:04d}.pt"]):
+        for copy in ([self.best] if best else []) + ([] if epoch is None else [self.of_epoch(epoch)]):
             with path.open("rb") as source:
                 write_atomic(copy, lambda file, source=source: shutil.copyfileobj(source, file))
         kept = {*self.paths()[-self.keep :], *([] if good is None else [self.path(good)])}
@@ -112,6 +112,19 @@ class Checkpoints:
         """Return where the checkpoint of a step is."""
         return self.folder / f"step-{step:08d}.pt"
 
+    def of_epoch(self, epoch: int) -> Path:
+        """Return where the checkpoint of an epoch that is kept is."""
+        return self.folder / f"epoch-{epoch:04d}.pt"
+
+    def epochs(self) -> list[int]:
+        """Return the epochs whose checkpoints are kept, in rising order."""
+        return sorted(int(p.stem.removeprefix("epoch-")) for p in self.folder.glob("epoch-*.pt"))
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process left that was killed in the middle of a write; only the run's own process may."""
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+
     def load_latest(
         self, step: int | None = None, device: torch.device | str = "cpu"
     ) -> tuple[dict[str, Any] | None, list[str]]:
@@ -123,8 +136,6 @@ class Checkpoints:
         Raises:
             UsageError: if there are checkpoints and every one is damaged.
         """
-        for leftover in self.folder.glob(".*.tmp"):  # of a process killed in the middle of a write
-            leftover.unlink()
         reports: list[str] = []
         for path in reversed(self.paths()):
             if step is not None and path > self.path(step):

@@ -70,6 +70,7 @@ class Training:
             self.method.prepare(self._asked_to_stop)
             self.folder, self.cfg = self.place.open()
             self.checkpoints = Checkpoints(self.folder / "checkpoints")
+            env.lead(self.checkpoints.remove_leftovers)
             self.log = self._restore()
         except BaseException as error:
             self.place.close()
@@ -147,7 +148,7 @@ class Training:
         self._check()
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
-        self._record(at["step"], at["epoch"], values)
+        self._record(at["step"], at["epoch"], self.env.mean(self.parts.epoch_means.pop()) | values)
         if self._scheduled():
             self._save(scheduled=True)
         self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
@@ -167,6 +168,7 @@ class Training:
         at["step"] += 1
         at["batch"] += 1
         self.parts.means.add(update.values)
+        self.parts.epoch_means.add(update.of_epoch)
         self.rate = rate
 
     def _evaluate(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.data import ImageSet, Stream, hold_out, load, mirrored, plain, to_input
+from common.data import ImageSet, Stream, View, hold_out, load, mirrored, plain, to_input
 from common.errors import Interrupted, UsageError
 from common.machine.device import autocast
 from common.machine.dist import Env
@@ -110,18 +110,24 @@ class Method(ABC, Generic[C]):
         Raises:
             UsageError: if they cannot be had, or do not serve this method.
         """
-        splits = load(cfg.data)
-        return cls.with_validation(
-            cfg, {"train": splits.train} | ({} if splits.test is None else {"test": splits.test})
-        )
+        return cls.with_validation(cfg, dict(load(cfg.data).items()))
 
     @classmethod
     def with_validation(cls, cfg: Any, images: dict[str, ImageSet]) -> dict[str, ImageSet]:
         """Return images of which a share of "train" is held out as "validation", if one was asked for or is needed.
 
+        Where the data set has validation images of its own, they are taken.
+
         Raises:
             UsageError: if that was refused, or a class has too few images.
         """
+        if "validation" in images:
+            if cfg.data.validation is not None:
+                raise UsageError(
+                    f"data.validation: expected null, since the data set has {len(images['validation'])} validation "
+                    f"images of its own, got {cfg.data.validation}"
+                )
+            return images
         choice = cls.choice(cfg)
         needed, share = choice is not None and choice[1].split == "validation", cfg.data.validation
         if needed and share == 0:
@@ -151,10 +157,13 @@ class Method(ABC, Generic[C]):
             )
         return tag, known[tag]
 
+    def view(self) -> View:
+        """Return what training shows of the images of "train"."""
+        return mirrored if self.cfg.data.flip else plain  # pyright: ignore[reportAttributeAccessIssue]
+
     def streams(self) -> dict[str, Stream]:
         """Return what training draws from; a pass of "train" is an epoch."""
-        view = mirrored if self.cfg.data.flip else plain  # pyright: ignore[reportAttributeAccessIssue]
-        return {"train": Stream(self.images["train"], self.cfg.batch_size, (view,))}
+        return {"train": Stream(self.images["train"], self.cfg.batch_size, (self.view(),))}
 
     @abstractmethod
     def build(self) -> dict[str, nn.Module]:

@@ -1,13 +1,41 @@
-"""What optimizers are told: which parameters decay, and learning rates by position."""
+"""Optimizers, which parameters they decay, and learning rates by position."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from common.norms.layer import NormLayer
 from common.training.config import ScheduleConfig
+
+
+def make_optimizer(
+    kind: Literal["adamw", "adam", "sgd"],
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    nesterov: bool = False,
+) -> Optimizer:
+    """Make an optimizer of a module's parameters that masks steps which are not finite (fused).
+
+    Args:
+        kind: AdamW; Adam; or SGD with momentum 0.9. The last two add weight decay to the gradient.
+        module: whose parameters that require a gradient are optimised, by `parameter_groups`.
+        lr: learning rate.
+        weight_decay: see above.
+        eps: of AdamW and Adam.
+        nesterov: of SGD's momentum.
+    """
+    groups = parameter_groups(module, weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=nesterov, fused=True)
+    make = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    return make(groups, lr=lr, eps=eps, fused=True)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

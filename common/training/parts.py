@@ -40,6 +40,8 @@ class Parts:
         averaged: names of the networks to keep an average of, where ``cfg.ema`` asks for it.
 
     Attributes:
+        means: of what steps note, since the last log line.
+        epoch_means: of what some steps note for their epoch, since its start.
         averages: copies of networks that hold exponential moving averages of their weights and buffers.
         at: the position: finished ``epoch`` s, ``batch`` of the epoch under way, ``step`` in all, the last epoch
             ``evaluated`` (-1: none), the ``best`` value with its epoch, evaluations ``waited`` since, the step of the
@@ -76,7 +78,7 @@ class Parts:
             name: env.wrap(network) if any(p.requires_grad for p in network.parameters()) else network
             for name, network in self.networks.items()
         }
-        self.means = Means()
+        self.means, self.epoch_means = Means(), Means()
         self.at: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "evaluated": -1, "best": None, "waited": 0,
                                    "good": None, "rewinds": []}  # fmt: skip
         self.clock = {"training": 0.0, "evaluation": 0.0}
@@ -111,6 +113,9 @@ class Parts:
                 else:
                     mean.copy_(torch.where(good, theirs[key], mean))
 
+    def _means(self) -> dict[str, Means]:
+        return {"means": self.means, "epoch_means": self.epoch_means}
+
     def _groups(self) -> dict[str, Mapping[str, Any]]:
         return {name: getattr(self, name) for name in ("networks", "averages", "optimizers", "scalers")}
 
@@ -119,13 +124,13 @@ class Parts:
         state: dict[str, Any] = {"at": copy.deepcopy(self.at), "clock": dict(self.clock)}
         for group, parts in self._groups().items():
             state[group] = {name: part.state_dict() for name, part in parts.items()}
-        state["means"] = self.means.state_dict()
+        state |= {name: means.state_dict() for name, means in self._means().items()}
         if self.env.world > 1:
             own = {
                 group: {name: dict(network.named_buffers()) for name, network in self._groups()[group].items()}
                 for group in ("networks", "averages")
             }
-            state["ranks"] = self.env.gather(_on_cpu(own | {"means": state["means"]}))
+            state["ranks"] = self.env.gather(_on_cpu(own | {name: state[name] for name in self._means()}))
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -135,13 +140,14 @@ class Parts:
         for group, parts in self._groups().items():
             for name, part in parts.items():
                 part.load_state_dict(state[group][name])
-        self.means.load_state_dict(state["means"])
+        own: Mapping[str, Any] = state
         if self.env.world > 1:
             own = state["ranks"][self.env.rank]
             for group in ("networks", "averages"):
                 for name, network in self._groups()[group].items():
                     network.load_state_dict(own[group][name], strict=False)  # buffers only
-            self.means.load_state_dict(own["means"])
+        for name, means in self._means().items():
+            means.load_state_dict(own.get(name, {"sums": {}}))  # those of an epoch are younger than the others
 
     def load_weights(self, path: Path) -> None:
         """Take over the weights and buffers of another run's networks.

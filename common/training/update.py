@@ -171,7 +171,8 @@ class Update:
 
     Attributes:
         parts: the shares of the batch, in the order in which gradients are accumulated.
-        values: what the step logs, detached scalars by tag.
+        values: what the step logs, detached scalars by tag, as means over the steps between two log lines.
+        of_epoch: the same, as means over those steps of an epoch that have them; the same names on all ranks.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class Update:
             for number, streams in enumerate(batches)
         ]
         self.values: dict[str, Tensor] = {}
+        self.of_epoch: dict[str, Tensor] = {}
         self._parts, self._guard, self._device = parts, guard, device
         self._precision: Precision = precision
         self._clip = clip

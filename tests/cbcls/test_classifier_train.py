@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -12,12 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cbcls.train
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation
-from cbcls.shallow_cnn import ShallowCNN
+from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
 from common.cli.arguments import parse
+from common.data.augmentation import Augmentation
 from common.data.image_set import to_float
 from common.data.sets import registry
 from common.errors import NonFiniteError, UsageError
+from common.machine.seeding import derive
 from common.runs.checkpoint import Checkpoints, load
 from common.runs.log import chart_name, read_metrics
 
@@ -99,7 +102,7 @@ def test_a_known_classifier_gets_the_scores_counted_by_hand():
     class Zero(torch.nn.Module):
         """Takes every image for a 0, with logit log 9 against zeros: probability 1/2."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cluster: None) -> torch.Tensor:
             return torch.tensor([math.log(9)] + 9 * [0.0]).expand(len(x), 10)
 
     zeros, n = int((splits.test.labels == 0).sum()), len(splits.test)
@@ -128,7 +131,9 @@ def final(folder: Path) -> dict:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    torch.testing.assert_close(final(ours), final(theirs), rtol=0, atol=0)
+    states = [final(folder) for folder in (ours, theirs)]
+    assert states[0]["passport"] == states[1]["passport"]
+    torch.testing.assert_close(*(state["networks"] for state in states), rtol=0, atol=0)
     logs = [
         [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]
         for folder in (ours, theirs)
@@ -136,7 +141,6 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert logs[0] == logs[1]
 
 
-# Steps 3 and 4 are those of a log line and of an epoch's end; 6 falls between. Measurement 1 is of the first epoch.
 def test_a_collapsed_mixture_is_told_once(tiny, capsys):
     # Of 128 components some hold less than 1 % of the locations, whatever is learnt.
     cbcls.train.main([*tiny, "--epochs", "2", "--norm.num_components", "128"])
@@ -156,7 +160,7 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_images():
     cfg = ClassifierConfig()
 
     class Broken(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cluster: None) -> torch.Tensor:
             return torch.full((len(x), 10), math.nan)
 
     evaluation = Evaluation(cfg, Classification.load(cfg), torch.device("cpu"))
@@ -181,3 +185,63 @@ def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path, pictures):
     flags = ["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2", "--data.root", str(other)]
     with pytest.raises(UsageError, match=r"content_train differ\); start a new run"):
         cbcls.train.main(flags)
+
+
+def test_dropout_of_a_resumed_run_is_that_of_an_uninterrupted_one(tiny, tmp_path):
+    flags = [*tiny, "--model.name", "densenet-7-2", "--model.dropout", "0.5", "--norm.kind", "none"]
+    cbcls.train.main([*flags, "--epochs", "2", "--name", "whole"])
+    cbcls.train.main([*flags, "--epochs", "1", "--name", "parts"])
+    torch.rand(7)  # whatever a process draws in between
+    cbcls.train.main([*flags, "--epochs", "2", "--name", "parts", "--resume"])
+    ours, theirs = (final(tmp_path / "cbcls" / name)["networks"] for name in ("whole", "parts"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--decay", "absolute", "--lr", "0.01"], 1 - 0.25),
+        (["--lr", "0.01"], 1 - 0.25 * 0.01),
+        (["--optimizer", "sgd", "--lr", "0.01"], 1 - 0.01 * 0.25 * 1.9),  # Nesterov's first step is 1 + 0.9 long
+        (["--optimizer", "adam", "--lr", "0.01"], 1 - 0.01),
+    ],
+)
+def test_weights_without_a_gradient_shrink_as_the_optimizer_says(flags, kept):
+    cfg = parse(ClassifierConfig, ["--weight_decay", "0.25", *flags])
+    network = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(network.weight)
+    optimizer = Classification(cfg, {}, torch.device("cpu")).optimize({"network": network})["train"]
+    network.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert network.weight.item() == pytest.approx(kept)
+
+
+def test_images_decoded_in_the_workers_train_the_same_network(tiny, tmp_path):
+    flags = [*tiny, "--epochs", "1", "--data.augment", "weak", "--data.flip", "--data.normalise", "dataset"]
+    flags += ["--norm.kind", "none", "--data.validation", "0.1", "--batch_size", "20"]
+    cbcls.train.main([*flags, "--name", "memory"])
+    cbcls.train.main([*flags, "--name", "disk", "--data.in_memory", "false", "--data.workers", "1"])
+    assert_same(tmp_path / "cbcls" / "memory", tmp_path / "cbcls" / "disk")
+
+
+@pytest.mark.parametrize("augment", ["weak", "zoom", "affine", "strong"])
+def test_augmented_images_are_drawn_anew_each_time_and_follow_from_the_seed(tiny, augment):
+    cfg = parse(ClassifierConfig, [*tiny, "--data.augment", augment, "--data.flip"])
+    method = Classification(cfg, Classification.load(cfg), torch.device("cpu"))
+    (view,) = method.streams()["train"].views
+    images, index = method.images["train"].images[:], torch.arange(60)
+    first, again, other = (view(images, index, 0, epoch) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first[5], Augmentation(augment, 8, flip=True)(images[5], derive(0, "image", 0, 5)))
+
+
+def test_a_data_sets_own_validation_images_are_taken(tiny, monkeypatch):
+    cfg = parse(ClassifierConfig, tiny)
+    splits = registry.load(cfg.data)
+    own = splits.train.select(torch.arange(7))
+    monkeypatch.setattr(cbcls.train, "load", lambda _: dataclasses.replace(splits, validation=own))
+    assert len(Classification.load(cfg)["validation"]) == 7
+    assert len(Classification.load(parse(ClassifierConfig, [*tiny, "--best.keep"]))["train"]) == 60
+    with pytest.raises(UsageError, match=r"^data.validation: expected null, since the data set has 7 validation"):
+        Classification.load(parse(ClassifierConfig, [*tiny, "--data.validation", "0.2"]))

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from cbcls.config import ClassifierConfig
-from cbcls.shallow_cnn import ShallowCNN
+from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
 from common.machine.dist import Env
 from common.norms.config import NormConfig

@@ -26,6 +26,8 @@ FLAGS = {
     "--method.history 0": ["method.history", "at least 1", "0"],
     "--method.align_by labelled": ["method.align_by", "target.labelled"],
     "--variance_every -1": ["variance_every", "0 or more", "-1"],
+    "--noise_every -1": ["noise_every", "0 or more", "-1"],
+    "--noise_every 5 --batch_size 7": ["noise_every", "batch_size of at least 8", "5 for 7"],
     "--target_ratio 0": ["target_ratio", "at least 1", "0"],
     "--batch_size 50": ["batch_size", "36", "source", "50"],
     "--target_ratio 5": ["batch_size", "36", "target", "45"],

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from cbda.config import AdaMatchConfig, ModelConfig
-from cbda.models import build_classifier, pixels_of
+from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
+from common.networks.pixels import pixels_of
 from common.norms import UCBNorm
 from common.norms.config import NormConfig
 

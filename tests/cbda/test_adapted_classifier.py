@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier, evaluating
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier
 from cbda.networks.wide_resnet import WideResNet
+from common.metrics.logits import evaluating
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.config import NormConfig
 
@@ -86,6 +87,20 @@ def test_the_pass_alone_sees_the_first_images_only_and_leaves_no_trace(kind):
     if kind not in ("ucb",):  # whose posterior is that of the stored mixture, here after the joint pass
         torch.testing.assert_close(alone, by_itself, rtol=0, atol=1e-6)
     assert not torch.allclose(alone, together[:4])  # BatchNorm's statistics are others
+
+
+@pytest.mark.parametrize("kind", ["bn", "scb", "ucb", "dsbn"])
+def test_in_inference_mode_the_second_pass_uses_what_the_joint_one_left(kind):
+    x, network, other = images(), classifier(kind), classifier(kind)
+    together, alone = network(x, CLUSTER, alone=4, inference=True)
+    torch.testing.assert_close(together, other(x, CLUSTER), rtol=0, atol=0)
+    torch.testing.assert_close(dict(network.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    assert all(module.training for module in network.modules())
+    torch.testing.assert_close(alone, other.eval()(x[:4], CLUSTER[:4]), rtol=0, atol=0)
+    in_training = classifier(kind)(x, CLUSTER, alone=4)[1]
+    assert not torch.allclose(alone, in_training)
+    weight = network.network.get_parameter("stem.weight")
+    assert torch.autograd.grad(alone.square().sum(), weight)[0].any()
 
 
 def test_gradients_flow_through_both_passes():

@@ -1,13 +1,17 @@
 import json
 
 import pytest
+import torch
 from refusals import refused
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 import cbda.adamatch
 import cbda.evaluate
 from cbda import load_model
 from cbda.adamatch import AdaMatch
+from common.machine.seeding import permutation
 
 
 @pytest.mark.parametrize("kind", ["scb", "bn"])
@@ -32,21 +36,70 @@ def test_what_is_measured_is_what_scikit_learn_says(tiny, tmp_path, kind, capsys
             recalls = [row["recall"] for row in values["classes"].values()]
             assert sum(recalls) / 3 == pytest.approx(values["accuracy"])
             assert sum(values["calibration"]["counts"]) == 12
-    names = {f"{what}-{domain}.{kind}" for what in ("confusion", "reliability") for domain in ("source", "target")
-             for kind in ("png", "svg")}  # fmt: skip
+    drawn = [f"{what}-{domain}" for what in ("confusion", "reliability") for domain in ("source", "target")]
+    names = {f"{what}.{ending}" for what in (*drawn, "tsne", "divergence") for ending in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == names | {"evaluation.json"}
     assert "target as source" in capsys.readouterr().out
+    assert "evaluation.json exists" in refused(capsys, cbda.evaluate.main, "--run", str(folder))
+    (out / "tsne.png").unlink()
+    cbda.evaluate.main(["--run", str(folder), "--force", "--tsne", "0"])
+    assert not (out / "tsne.png").exists()
+
+
+def symmetric(p: Normal, q: Normal) -> float:
+    return float((kl_divergence(p, q) + kl_divergence(q, p)).mean())
+
+
+def normal(channels: Tensor) -> Normal:
+    return Normal(channels.mean(0), (channels.var(0, correction=0) + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize("kind", ["scb", "none"])
+def test_how_far_the_domains_are_apart_in_each_layer_and_where_their_features_lie(tiny, tmp_path, kind, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        cbda.evaluate, "embedding", lambda path, *args, **options: drawn.update({path: (args, options)})
+    )
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--norm.kind", kind, "--name", "run"])
+    cbda.evaluate.main(["--run", str(tmp_path / "cbda" / "run"), "--out", str(tmp_path / "out"), "--tsne", "8"])
+    apart = json.loads((tmp_path / "out" / "evaluation.json").read_text())["divergence"]
+    layers = ["images", *(["norm"] if kind == "scb" else []), "network.stem"]
+    assert list(apart)[: len(layers)] == layers
+    assert list(apart)[-1] == "network.linear"
+    model = load_model(tmp_path / "cbda" / "run")
+    images = AdaMatch.load(model.cfg)
+    of = {"source": images["test"], "target": images["target_test"]}
+    pixels = [normal((each.images.double() / 127.5 - 1).mean((2, 3))) for each in of.values()]
+    assert apart["images"] == pytest.approx(symmetric(*pixels), rel=1e-4)
+    logits = [normal(model.logits(each.images, domain if kind == "scb" else "source")) for domain, each in of.items()]
+    assert apart["network.linear"] == pytest.approx(symmetric(*logits), rel=1e-4)
+    ((features, by), options) = drawn[tmp_path / "out" / "tsne"]
+    chosen = {domain: permutation(12, 0, "t-SNE", domain)[:8].sort().values for domain in of}
+    linear = model.classifier.network.get_submodule("linear")
+    for domain, rows in zip(of, features.chunk(2), strict=True):
+        said = model.logits(of[domain].images[chosen[domain]], domain if kind == "scb" else "source")
+        torch.testing.assert_close(linear(rows).double(), said, rtol=1e-4, atol=1e-4)
+    labels, names = by["by class"]
+    want = [label for domain, each in of.items() if each.labels is not None for label in each.labels[chosen[domain]]]
+    assert (labels.tolist(), names) == ([int(label) for label in want], ("cat", "dog", "fox"))
+    assert by["by domain"][0].tolist() == [0] * 8 + [1] * 8
+    assert by["by domain"][1] == ("source", "target")
+    assert (options["perplexity"], options["most"]) == (pytest.approx(14 / 3), 16)
 
 
 def test_without_labels_it_measures_what_needs_none(tiny, tmp_path, domains):
     bare = ["--target.root", str(domains / "target" / "bare"), "--target.test_root", "null"]
     cbda.adamatch.main([*tiny, *bare, "--epochs", "1", "--name", "run"])
     cbda.evaluate.main(["--run", str(tmp_path / "cbda" / "run"), "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["domains"]["target"]["target"]
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = content["domains"]["target"]["target"]
+    assert content["divergence"]["images"] > 0
+    assert (tmp_path / "out" / "tsne.png").exists()
     assert set(found) == {"count", "information", "density"}
     assert found["count"] == 36
 
 
 def test_bad_input(tmp_path, capsys):
     assert "run: give the run's folder" in refused(capsys, cbda.evaluate.main)
+    assert "tsne: expected 0 or more, got -1" in refused(capsys, cbda.evaluate.main, "--run", "x", "--tsne", "-1")
     assert "holds no config.yaml" in refused(capsys, cbda.evaluate.main, "--run", str(tmp_path))

@@ -60,6 +60,7 @@ FLAGS = {
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
     "--nmae x": ["--nmae", "--name"],
     "--config nowhere.yaml": ["config", "nowhere.yaml"],
+    "--data.in_memory false": ["data.in_memory", "true", "FID"],
 }
 
 

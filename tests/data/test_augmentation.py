@@ -1,13 +1,15 @@
 import subprocess
 import sys
+from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor
 
-from common.data import DataConfig, Feed, ImageSet, Stream, load
+from common.data import DataConfig, Feed, ImageSet, PerImage, Stream, load
 from common.data.augmentation import Augmentation, strong, weak
 
-VIEWS = (weak(16), strong(16))
+VIEWS = (weak(16), strong(16), PerImage(Augmentation("zoom", 16)), PerImage(Augmentation("affine", 16)))
 
 
 def coordinates(size: int = 16) -> Tensor:
@@ -37,7 +39,7 @@ def test_half_of_the_images_are_mirrored_where_that_was_asked_for():
 
 def test_equal_images_of_one_batch_are_seen_differently():
     images, index = coordinates()[None].repeat(40, 1, 1, 1), torch.arange(40)
-    for view, at_least in zip(VIEWS, (15, 39), strict=True):
+    for view, at_least in zip(VIEWS, (15, 39, 39, 39), strict=True):
         seen = {image.numpy().tobytes() for image in view(images, index, 0, 0)}
         assert len(seen) >= at_least  # of 25 crops, or of any number of strong views
 
@@ -126,3 +128,41 @@ assert "albumentations" in sys.modules
 """
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "error", "-c", lines], check=True, env=environment)
+
+
+def moved(strength: Literal["zoom", "affine"], count: int = 150) -> Tensor:
+    """Return for each view how it maps positions: scale x, scale y, degrees, and shifts in shares of the side."""
+    size, found = 64, []
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    image = torch.stack([rows * 4, columns * 4, torch.zeros(size, size)]).to(torch.uint8)
+    middle = slice(22, 42)
+    at = torch.stack([columns[middle, middle].flatten(), rows[middle, middle].flatten(), torch.ones(400)], 1).double()
+    for seed in range(count):
+        view = Augmentation(strength, size)(image, seed)[:, middle, middle].double() / 4
+        solved = torch.linalg.lstsq(at, torch.stack([view[1].flatten(), view[0].flatten()], 1)).solution  # (3, 2)
+        forth = torch.linalg.inv(solved[:2].T)
+        centre = forth @ (torch.full((2,), 31.5).double() - solved[2]) - 31.5
+        degrees = torch.rad2deg(torch.atan2(forth[1, 0], forth[0, 0]))
+        found.append(torch.cat([forth.norm(dim=0), degrees[None], centre / size]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("strength", "scale", "degrees", "shift"), [("zoom", 0.2, 7.2, 0.0), ("affine", 0.1, 30.0, 0.1)]
+)
+def test_classifiers_views_move_images_as_far_as_they_say(strength, scale, degrees, shift):
+    found = moved(strength)
+    for side in (0, 1):
+        assert (
+            0.9 * scale < (found[:, side] - 1).abs().max() < 1.1 * scale + 0.03
+        )  # where it is sheared, a side is longer by that
+        assert (found[:, side] < 1).any()
+        assert (found[:, side] > 1).any()
+    assert (found[:, 0] - found[:, 1]).abs().max() > 0.8 * scale  # drawn apart
+    turned = found[:, 2]
+    assert 0.9 * degrees < turned.abs().max() < 1.25 * degrees + 0.5
+    assert turned.min() < -0.8 * degrees
+    assert turned.max() > 0.8 * degrees
+    assert found[:, 3:].abs().max() < shift + 0.02
+    if shift:
+        assert (found[:, 3:].abs().amax(0) > 0.8 * shift).all()

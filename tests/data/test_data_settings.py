@@ -18,7 +18,9 @@ BELOW_1 = math.nextafter(1.0, 0.0)
         {"workers": 0},
         *({"name": name, "labels": "coarse"} for name in ("cifar100", "oxford_pet")),
         {"name": "imagefolder", "root": Path("a"), "test_root": Path("b"), "superclasses": Path("c.json")},
-        {"name": "mnist_m", "blend": "photographs"},
+        {"name": "mnist_m", "blend": "photographs"}, {"name": "oxford_pet", "split": "paper"},
+        *({"name": name, "fit": "pad"} for name in ("imagefolder", "oxford_pet")),
+        *({"name": name, "in_memory": False} for name in ("imagefolder", "tiny_imagenet", "oxford_pet")),
     ],
 )  # fmt: skip
 def test_a_range_holds_its_ends(values):
@@ -44,6 +46,10 @@ SIZE = "data.size: expected a multiple of 4 from 8 to 1024, got"
         ({"superclasses": "x"},
          "data.superclasses: expected null, since digits takes none (taken by imagefolder), got x"),
         ({"blend": "x"}, "data.blend: expected sklearn, since digits takes none (taken by mnist_m), got x"),
+        ({"split": "paper"}, "data.split: expected official, since digits takes none (taken by oxford_pet), got paper"),
+        ({"fit": "pad"}, "data.fit: expected cut, since digits takes none (taken by imagefolder, oxford_pet), got pad"),
+        ({"in_memory": False}, "data.in_memory: expected True, since digits takes none (taken by imagefolder, "
+         "tiny_imagenet, oxford_pet), got False"),
     ],
 )  # fmt: skip
 def test_beyond_them_a_line_names_field_range_and_value(values, line):

@@ -16,6 +16,7 @@ from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
+from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
 from common.reports.tables import TablesConfig
@@ -33,6 +34,7 @@ CONFIGURATIONS = {
     "cbgan.evaluate": EvaluateConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
+    "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
     "common.tables": TablesConfig,
 }

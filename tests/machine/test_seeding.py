@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from common.machine.seeding import derive, generator, permutation, uniform_per_sample
+from common.machine.seeding import derive, drawing, generator, permutation, uniform_per_sample
 from common.norms.estimation.draws import generator as own_generator
 
 
@@ -53,3 +53,20 @@ def test_splitmix64_agrees_with_its_published_first_outputs(monkeypatch):
 def test_the_layers_own_copy_draws_the_same():
     for position in [(0,), (3, "points", "fit", 12), (3, "points", "fit", "12")]:
         assert own_generator(*position).initial_seed() == generator(*position).initial_seed()
+
+
+def test_global_draws_inside_a_block_follow_from_seed_and_position_and_leave_no_trace():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    draws = []
+    for seed, position in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        torch.rand(3)
+        with drawing(seed, "dropout", position):
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[3])
+    torch.set_rng_state(before)
+    with drawing(3):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), before)

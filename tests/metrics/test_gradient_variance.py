@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from common.metrics.gradient_variance import gradient_variance
+from common.metrics.gradient_variance import gradient_noise, gradient_variance
 
 
 def test_mean_and_maximum_counted_by_hand():
@@ -31,3 +32,36 @@ def test_it_is_what_backward_and_numpy_say():
 def test_a_loss_of_other_parameters_is_refused():
     with pytest.raises(ValueError, match="parameters: expected some that the loss depends on"):
         gradient_variance(nn.Parameter(torch.ones(2)).sum(), [nn.Parameter(torch.ones(2))])
+
+
+def test_noise_counted_by_hand():
+    # Of a's entries the gradients are (1, 2, 6) and (0, 0, 3): unbiased variances 7 and 3; of b's 12 in (0, 0, 6).
+    a, b, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(4))
+    slopes = [((1.0, 0.0), 0.0), ((2.0, 0.0), 0.0), ((6.0, 3.0), 6.0)]
+    losses = [(a * torch.tensor(of_a)).sum() + of_b * b.sum() for of_a, of_b in slopes]
+    mean, largest = gradient_noise(losses, [a, b, unused])
+    assert (mean.item(), largest.item()) == (pytest.approx(8.5), pytest.approx(12))
+    assert a.grad is None
+    sum(losses, torch.zeros(())).backward()  # the graph is still there
+
+
+def test_noise_is_what_backward_and_numpy_say_of_the_parts_of_a_batch():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    outputs = network(torch.randn(16, 3, 4, 4))
+    losses = [part.square().mean() for part in outputs.tensor_split(8)]
+    found = gradient_noise(losses, network.parameters())
+    gradients = []
+    for loss in losses:
+        network.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append([p.grad.numpy().copy() for p in network.parameters() if p.grad is not None])
+    variances = [np.stack(of_one).var(0, ddof=1).mean() for of_one in zip(*gradients, strict=True)]
+    assert [v.item() for v in found] == pytest.approx([np.mean(variances), max(variances)], rel=1e-4)
+
+
+def test_noise_takes_two_losses():
+    with pytest.raises(ValueError, match="losses: expected at least 2, got 1"):
+        gradient_noise([torch.zeros(())], [])
+    with pytest.raises(ValueError, match="parameters: expected some that the loss depends on"):
+        gradient_noise([torch.zeros(())] * 2, [nn.Parameter(torch.ones(2))])

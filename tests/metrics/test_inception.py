@@ -14,7 +14,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from common.data import Splits
-from common.data.reading.image_folder import read_folder
+from common.data.reading.image_folder import Decoding, read_folder
 from common.errors import UsageError
 from common.metrics import Fid, FidConfig
 from common.metrics import inception as module
@@ -72,7 +72,7 @@ def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path):
     want = json.loads(done.stdout)["frechet_inception_distance"]
 
     config = FidConfig(extractor="inception", weights=path, weights_sha256=digest, batch_size=4)
-    real, fake = (read_folder(tmp_path / name, 32) for name in ("real", "fake"))
+    real, fake = (read_folder(tmp_path / name, Decoding(32)) for name in ("real", "fake"))
     torch.manual_seed(1)
     before = torch.get_rng_state()
     fid = Fid(config, Splits(real, None), tmp_path / "cache", "cpu")

@@ -73,6 +73,99 @@ def test_warnings_begin_below_a_hundredth_of_the_locations_and_a_twentieth_of_a_
     assert len(state(math.nan, math.nan).warnings()) == 3
 
 
+def certain(component: torch.Tensor) -> Health:
+    """Measure a layer of two components on x whose locations belong to these, (N, L), for certain."""
+    layer = UCBNorm(1, 2)
+    layer.mean.copy_(torch.tensor([[-50.0], [50.0]]))
+    return health(layer, 100.0 * component.float()[:, None] - 50)
+
+
+QUARTER = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+
+
+@pytest.mark.parametrize(
+    ("component", "information", "content"),
+    [
+        (torch.tensor([[0, 1, 1, 1]] * 6), QUARTER, 0.0),  # what position tells, whatever the sample
+        (torch.tensor([[0] * 5, [1] * 5, [1] * 5, [1] * 5]), QUARTER, QUARTER),  # what sample tells
+        (torch.tensor([[0, 0], [1, 0]] * 3), QUARTER, math.log(2) / 2),  # at one position in two
+        (torch.tensor([[0, 1], [1, 0]]), math.log(2), math.log(2)),
+    ],
+    ids=["position", "sample", "one position", "both"],
+)
+def test_content_is_what_is_told_of_the_sample_at_one_position(component, information, content):
+    found = certain(component)
+    assert found.information == pytest.approx(information, abs=1e-6)
+    assert found.content == pytest.approx(content, abs=1e-6)
+    lines = [line for line in found.warnings() if line.startswith("content")]
+    assert len(lines) == (content == 0)
+
+
+def test_information_is_content_and_what_is_told_of_the_position():
+    layer = UCBNorm(4, 3, groups=2, momentum=0.0)
+    x = mixture_case((5, 4, 6), num=1, dtype=torch.float32)[0] + torch.linspace(-1, 1, 6)
+    tau = layer.posterior(x).double()
+    found = health(layer, x)
+    content = position = 0.0
+    for group in range(2):
+        for at in range(6):
+            mean = tau[:, :, group, at].mean(1)
+            for row in tau[:, :, group, at].T:
+                content += sum(float(p * (p / m).log()) for p, m in zip(row, mean, strict=True)) / 60
+            overall = tau[:, :, group].mean((1, 2))
+            position += sum(float(m * (m / o).log()) for m, o in zip(mean, overall, strict=True)) / 12
+    assert min(content, position) > 0.01
+    assert found.content == pytest.approx(content, rel=1e-4)
+    assert found.information == pytest.approx(content + position, rel=1e-4)
+
+
+def test_without_positions_content_is_information():
+    layer, x = two_clouds()
+    found = health(layer, x)
+    assert found.content == pytest.approx(found.information, rel=1e-6)
+
+
+def test_one_sample_has_no_content_and_no_warning_of_it():
+    found = certain(torch.tensor([[0, 1, 0, 1]]))
+    assert found.content is None
+    assert found.warnings() == []
+    assert "health/0/content" not in log_scalars({"0": found})
+
+
+def test_dead_channels_are_those_whose_least_component_is_hardly_used():
+    layer = UCBNorm(8, 2)
+    layer.mean.copy_(torch.tensor([[-50.0] * 8, [50.0] * 8]))
+    member = torch.zeros(200, 8).long()
+    for channel, used in enumerate((100, 100, 100, 100, 4, 1, 0, 0)):  # of 200; three of these hold below 1 %
+        member[:used, channel] = 1
+    found = health(layer, 100.0 * member.float() - 50)
+    assert found.dead_channels == pytest.approx(3 / 8)
+    assert found.warnings() == [
+        "38 % of the channel groups have a component that holds less than 1 % of their locations, more than 10 %"
+    ]
+    joint = UCBNorm(8, 2, groups=2)
+    joint.mean.copy_(layer.mean)
+    assert health(joint, 100.0 * member.float() - 50).dead_channels == 0.5
+    assert health(UCBNorm(8, 1), torch.randn(9, 8)).dead_channels == 0
+
+
+def test_what_follows_from_a_warning_is_not_said_again():
+    def lines(least: float = 0.4, information: float = 1.0, content: float | None = 1.0, dead: float = 0.0) -> list:
+        found = Health((least, 1 - least), 1.5, information, 1, 0, content, dead).warnings()
+        return [line.split(" ")[0] for line in found]
+
+    assert lines(content=0.021, dead=0.1) == []
+    assert lines(content=None) == []
+    assert lines(content=0.019) == ["content"]
+    assert lines(content=math.nan) == ["content"]
+    assert lines(information=0.01, content=0.0) == ["information"]
+    assert lines(dead=0.11) == ["11"]
+    assert lines(dead=1.0, least=0.001) == ["component"]
+    assert lines(dead=1.0, content=0.0) == ["content"]
+    (line,) = Health((0.5, 0.5), 2, 1, 1, 0, 0.0125).warnings()
+    assert line == ("content is 0.013 nats, less than 0.02: the posteriors tell where a location is, not what is there")
+
+
 def test_the_distance_is_the_least():
     layer = UCBNorm(2, 3, eps=1.0)
     layer.mean.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0], [6.0, 6.0]]))
@@ -163,6 +256,10 @@ def test_collected_health_is_that_of_the_layers_own_input():
     tags = log_scalars(found)
     assert tags["health/1/information"] == found["1"].information
     assert tags["health/3.0/usage_min"] == min(found["3.0"].usage)
+    names = {"usage_min", "effective", "information", "content", "dead_channels", "distance", "drift"}
+    assert set(tags) == {f"health/{layer}/{name}" for layer in ("1", "3.0") for name in names}
+    assert tags["health/1/content"] == found["1"].content
+    assert tags["health/1/dead_channels"] == found["1"].dead_channels
 
 
 @pytest.mark.parametrize("dim", [1, -1])

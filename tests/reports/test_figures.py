@@ -16,7 +16,7 @@ from PIL import Image
 import common.reports.figures
 from common.cli.command import run_command
 from common.machine.seeding import generator
-from common.reports.figures import curves, grid
+from common.reports.figures import Curves, curve_panels, curves, grid
 
 X = [0.0, 10.0, 20.0, 30.0]
 RUNS = [(X, [80.0, 50.0, 30.0, 20.0]), (X, [70.0, 55.0, 33.0, 29.0]), (X, [90.0, 60.0, 27.0, 14.0])]
@@ -215,6 +215,33 @@ def test_the_command_joins_runs_that_differ_by_seed_alone(tmp_path, capsys):
     assert "ucb-seed0, ucb-seed1, odd (n = 3)" in (tmp_path / "all.svg").read_text()
 
 
+def test_several_values_have_a_panel_each_and_one_legend(tmp_path):
+    runs = [make_run(tmp_path, name, seed=seed) for name, seed in (("a", 0), ("b", 1))]
+    other = make_run(tmp_path, "bn", seed=0, kind="bn")
+    for run in (*runs, other):
+        with Path(run, "metrics.jsonl").open("a") as file:
+            file.write('{"step": 0, "epoch": 0, "loss/test": 2.0}\n{"step": 80, "epoch": 10, "loss/test": 1.0}\n')
+    argv = ["--runs", *runs, other, "--out", f"{tmp_path}/f", "--tag", TAG, "loss/test", "--title", "both"]
+    common.reports.figures.main(argv)
+    text = (tmp_path / "f.svg").read_text()
+    shown = [line.strip() for line in re.findall(r"<!--(.*?)-->", text)]
+    for words, count in ((TAG, 1), ("loss/test", 1), ("ucb (n = 2)", 1), ("bn (n = 1)", 1), ("both", 1), ("epoch", 2)):
+        assert shown.count(words) == count, words
+    assert text.count('<g id="axes_') == 2
+    assert "real test images (3)" in shown
+    for colour in (BLUE, ORANGE):
+        assert len(re.findall(f"fill: none; stroke: {colour}; stroke-width: 1.8", text)) == 3  # twice, and the legend
+
+
+@pytest.mark.parametrize(("count", "wide"), [(2, 2), (3, 3), (4, 2), (6, 3)])
+def test_panels_stand_two_or_three_a_row(tmp_path, count, wide):
+    panels = [Curves({"a": [(X, ONE)]}, "y")] * count
+    curve_panels(tmp_path / "f", panels, xlabel="x")
+    with Image.open(tmp_path / "f.png") as image:
+        width, height = image.size
+    assert width / height == pytest.approx(4.2 * wide / (3.1 * count / wide), rel=0.01)
+
+
 def test_the_legend_names_what_differs(tmp_path, capsys):
     norms = {"a": "kind: ucb, num_components: 3, groups: null", "b": "kind: ucb, num_components: 3, groups: 1",
              "c": "kind: bn, num_components: 5"}  # fmt: skip
@@ -279,6 +306,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "is not a run's folder" in refused(capsys, "--runs", f"{tmp_path}", *out)
     assert f"{Path.home()}/ghost is not a run's folder" in refused(capsys, "--runs", "~/ghost", *out)
     assert "has no loss/g; it has loss/d, metric/fid" in refused(capsys, "--runs", run, "--tag", "loss/g", *out)
+    assert "tag: " in refused(capsys, "--runs", run, *out, "--tag")
     assert "use --x step" in refused(capsys, "--runs", run, "--tag", "loss/d", *out)
     assert "same settings and seed" in refused(capsys, "--runs", run, run, *out)
     longer = make_run(tmp_path, "a-seed1", seed=1, epochs=(0, 10, 20))

@@ -88,10 +88,22 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     for name in ("step-extra.pt", "notes.txt"):  # not ours
         (tmp_path / name).write_bytes(b"kept")
+    checkpoints.load_latest()  # reading alone must not take a file away from a process that is writing it
+    assert len(list(tmp_path.iterdir())) == 5
+    checkpoints.remove_leftovers()
     loaded, reports = checkpoints.load_latest()
     assert loaded is not None
     assert (loaded["at"], reports) == ({"step": 10}, [])
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000010.pt", "step-extra.pt", "notes.txt"}
+
+
+def test_kept_epochs_are_found_by_number(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.epochs() == []
+    for step, epoch in ((10, 2), (20, None), (30, 12)):
+        checkpoints.save(step, state(step), epoch=epoch)
+    assert checkpoints.epochs() == [2, 12]
+    assert checkpoint.load(checkpoints.of_epoch(2))["at"] == {"step": 10}
 
 
 def test_the_newest_is_the_one_of_the_largest_step(tmp_path):

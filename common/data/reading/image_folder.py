@@ -3,23 +3,100 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from common.data.image_set import ImageSet
+from common.data.image_set import ImageSet, Lazy
 from common.data.reading.layout import refuse_splits, subfolders
 from common.errors import UsageError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How files become images.
+
+    Each becomes RGB as Pillow's ``convert("RGB")`` makes it: an alpha channel is dropped, the colours under it stay;
+    EXIF orientation is not applied. 16-bit grey keeps the high byte, as Pillow does for 16-bit RGB. An image that is
+    size x size already is not touched.
+
+    Attributes:
+        size: side of the result, in pixels.
+        fit: "cut" brings the short side to the size (bicubic, antialiased) and cuts the centre out, "pad" the long
+            side, and puts the image between black bars.
+        in_memory: decode at once; else whenever images are asked for.
+    """
+
+    size: int
+    fit: Literal["cut", "pad"] = "cut"
+    in_memory: bool = True
+
+    def read(self, files: list[Path]) -> Tensor:
+        """Return images (N, 3, size, size), uint8, or what stands for them and decodes them.
+
+        Raises:
+            UsageError: naming a file that cannot be read.
+        """
+        if self.in_memory:
+            return self.decode(files)
+        return cast(Tensor, ImagesOnDisk(files, self))
+
+    def decode(self, files: list[Path]) -> Tensor:
+        """Return images (N, 3, size, size), uint8.
+
+        Raises:
+            UsageError: naming a file that cannot be read.
+        """
+        images = torch.empty(len(files), 3, self.size, self.size, dtype=torch.uint8)
+        target = images.permute(0, 2, 3, 1).numpy()  # a view as Pillow lays pixels out
+        square = _cut if self.fit == "cut" else _padded
+
+        def read_one(i: int) -> None:
+            target[i] = _decode(files[i], lambda image: square(_to_rgb(image), self.size))
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock
+            try:
+                list(pool.map(read_one, range(len(files))))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return images
+
+
+class ImagesOnDisk(Lazy):
+    """Images that are decoded when they are asked for.
+
+    Args:
+        files: one an image.
+        how: how they become images.
+    """
+
+    def __init__(self, files: list[Path], how: Decoding) -> None:
+        super().__init__((len(files), 3, how.size, how.size))
+        self.files, self.how = files, how
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """Decode images by their positions."""
+        return self.how.decode(self._chosen(index))
+
+    def subset(self, index: Tensor) -> "ImagesOnDisk":
+        """Return those at some positions, int64 (M,), without decoding them."""
+        return ImagesOnDisk(self._chosen(index), self.how)
+
+    def _chosen(self, index: Tensor | slice) -> list[Path]:
+        return self.files[index] if isinstance(index, slice) else [self.files[i] for i in index.tolist()]
+
+
 def read_folder(
     root: Path,
-    size: int,
+    how: Decoding,
     *,
     field: str = "data.root",
     split: str = "train",
@@ -31,14 +108,9 @@ def read_folder(
     files beside them ignored. A folder without sub-folders is a set without labels. Files count by extension
     (.png, .jpg, .jpeg in any case).
 
-    Each image becomes RGB as Pillow's ``convert("RGB")`` makes it: an alpha channel is dropped, the colours
-    under it stay; EXIF orientation is not applied. 16-bit grey keeps the high byte, as Pillow does for 16-bit
-    RGB. The short side is brought to `size` (bicubic, antialiased) and the centre cut out; an image that is
-    size x size already is not touched.
-
     Args:
         root: the folder.
-        size: side of the result, in pixels.
+        how: how files become images.
         field: the setting that names the folder, for messages.
         split: what the images are for.
         classes: the only class names allowed, in the order of their labels; by default the sub-folders found.
@@ -53,7 +125,7 @@ def read_folder(
         files = [Path(entry.path) for entry in sorted(os.scandir(root), key=lambda e: e.name) if _is_image(entry.name)]
         if not files:
             raise UsageError(f"{field}: no PNG or JPEG files in {root}")
-        return ImageSet(read_images(files, size), None, (), root.name, split)
+        return ImageSet(how.read(files), None, (), root.name, split)
     refuse_splits(field, root, found)
     known = classes or tuple(found)
     files, labels = [], []
@@ -65,7 +137,7 @@ def read_folder(
             raise UsageError(f"{field}: class folder {root / name} has no PNG or JPEG files")
         files += members
         labels += [known.index(name)] * len(members)
-    return ImageSet(read_images(files, size), torch.tensor(labels), known, root.name, split)
+    return ImageSet(how.read(files), torch.tensor(labels), known, root.name, split)
 
 
 def check_folder(root: Path, field: str) -> None:
@@ -91,24 +163,12 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def read_images(files: list[Path], size: int) -> Tensor:
-    """Read files as uint8 (N, 3, size, size), each by the rules of `read_folder`.
+    """Read files as uint8 (N, 3, size, size), the centre of each.
 
     Raises:
         UsageError: naming a file that cannot be read.
     """
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    target = images.permute(0, 2, 3, 1).numpy()  # a view as Pillow lays pixels out
-
-    def read_one(i: int) -> None:
-        target[i] = _decode(files[i], lambda image: _square(_to_rgb(image), size))
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock
-        try:
-            list(pool.map(read_one, range(len(files))))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return images
+    return Decoding(size).decode(files)
 
 
 def read_photograph(path: Path) -> np.ndarray:
@@ -137,7 +197,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _cut(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     short = min(width, height)
     if short != size:
@@ -145,3 +205,14 @@ def _square(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    long = max(width, height)
+    if long != size:
+        width, height = max(1, round(size * width / long)), max(1, round(size * height / long))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    whole = Image.new("RGB", (size, size))
+    whole.paste(image, ((size - width) // 2, (size - height) // 2))
+    return whole

@@ -5,7 +5,7 @@ from pathlib import Path
 from common.data.config import DataConfig
 from common.data.image_set import Splits
 from common.data.names import DATA_SETS, register_data_set
-from common.data.reading.image_folder import read_folder
+from common.data.reading.image_folder import Decoding, read_folder
 from common.data.reading.layout import own_folders, published_root
 from common.data.superclasses import read_superclasses, with_superclasses
 from common.errors import UsageError
@@ -24,7 +24,7 @@ def load(config: DataConfig) -> Splits:
     splits = DATA_SETS[config.name].load(config)
     if not isinstance(splits, Splits):
         raise UsageError(f"data.name: expected {config.name} to load Splits of images, got {type(splits).__name__}")
-    for images in filter(None, (splits.train, splits.test)):
+    for _, images in splits.items():
         height, width = images.images.shape[2:]
         if (height, width) != (config.size, config.size):
             raise UsageError(
@@ -49,11 +49,12 @@ def _folders(config: DataConfig) -> Splits:
     if config.root is None:
         raise UsageError("data.root: expected the folder that holds the images, as in --data.root PATH")
     root, test_root = own_folders(config.root, config.test_root)
-    train, test = read_folder(root, config.size), None
+    how = Decoding(config.size, config.fit, config.in_memory)
+    train, test = read_folder(root, how), None
     if test_root is not None:
         if test_root.resolve() == root.resolve():
             raise UsageError(f"data.test_root: {test_root} is data.root, expected images held apart from it")
-        test = read_folder(test_root, config.size, field="data.test_root", split="test", classes=train.classes or None)
+        test = read_folder(test_root, how, field="data.test_root", split="test", classes=train.classes or None)
     if config.superclasses is None:
         return Splits(train, test)
     if train.labels is None:
@@ -92,13 +93,16 @@ def _svhn(config: DataConfig) -> Splits:
 def _tiny_imagenet(config: DataConfig) -> Splits:
     from common.data.sets import tiny_imagenet
 
-    return tiny_imagenet.tiny_imagenet(_published(config), config.size, download=config.download)
+    how = Decoding(config.size, in_memory=config.in_memory)
+    return tiny_imagenet.tiny_imagenet(_published(config), how, download=config.download)
 
 
 def _oxford_pet(config: DataConfig) -> Splits:
     from common.data.sets import oxford_pet
 
-    return oxford_pet.oxford_pet(_published(config), config.size, config.labels, download=config.download)
+    how = Decoding(config.size, config.fit, config.in_memory)
+    load = oxford_pet.oxford_pet if config.split == "official" else oxford_pet.oxford_pet_of_the_paper
+    return load(_published(config), how, config.labels, download=config.download)
 
 
 def _published(config: DataConfig) -> Path:
@@ -108,11 +112,11 @@ def _published(config: DataConfig) -> Path:
 
 register_data_set("digits", _digits)
 register_data_set("digits_m", _digits_m)
-register_data_set("imagefolder", _folders, takes=("root", "test_root", "superclasses"))
+register_data_set("imagefolder", _folders, takes=("root", "test_root", "superclasses", "fit", "in_memory"))
 register_data_set("cifar10", _cifar, takes=("root",))
 register_data_set("cifar100", _cifar, takes=("root", "labels"))
 register_data_set("mnist", _mnist, takes=("root",))
 register_data_set("mnist_m", _mnist_m, takes=("root", "blend"))
 register_data_set("svhn", _svhn, takes=("root",))
-register_data_set("tiny_imagenet", _tiny_imagenet, takes=("root",))
-register_data_set("oxford_pet", _oxford_pet, takes=("root", "labels"))
+register_data_set("tiny_imagenet", _tiny_imagenet, takes=("root", "in_memory"))
+register_data_set("oxford_pet", _oxford_pet, takes=("root", "labels", "split", "fit", "in_memory"))

@@ -6,7 +6,7 @@ import torch
 
 from common.data.image_set import ImageSet, Splits
 from common.data.reading.downloads import Published, obtain_folders, present, reading
-from common.data.reading.image_folder import read_images
+from common.data.reading.image_folder import Decoding
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # Stanford publishes no checksum. This one stands in a dozen independent loaders of the archive, and in a public log
@@ -16,7 +16,7 @@ COUNTS = {"train": 100_000, "test": 10_000}
 _FOLDER = "tiny-imagenet-200"
 
 
-def tiny_imagenet(root: Path, size: int, *, download: bool) -> Splits:
+def tiny_imagenet(root: Path, how: Decoding, *, download: bool) -> Splits:
     """Load 100,000 training images, and as test images the 10,000 of the validation split.
 
     The archive's own test images have no labels and are left out. Labels follow the order of the WordNet ids;
@@ -24,7 +24,7 @@ def tiny_imagenet(root: Path, size: int, *, download: bool) -> Splits:
 
     Args:
         root: the folder that holds, or will hold, ``tiny-imagenet-200``.
-        size: side that the 64x64 images are brought to.
+        how: how files become images, of 64x64 pixels.
         download: fetch the archive where neither the folder nor the archive is there.
 
     Raises:
@@ -41,14 +41,12 @@ def tiny_imagenet(root: Path, size: int, *, download: bool) -> Splits:
             (folder / "val" / "images" / file, number[wnid])
             for file, wnid, *_ in _rows(folder / "val" / "val_annotations.txt")
         ]
-        return Splits(_read(train, size, names, "train"), _read(test, size, names, "test"))
+        return Splits(_read(train, how, names, "train"), _read(test, how, names, "test"))
 
 
-def _read(samples: list[tuple[Path, int]], size: int, names: tuple[str, ...], split: str) -> ImageSet:
+def _read(samples: list[tuple[Path, int]], how: Decoding, names: tuple[str, ...], split: str) -> ImageSet:
     files, labels = zip(*samples, strict=True)
-    return ImageSet(
-        read_images(present(list(files), COUNTS[split]), size), torch.tensor(labels), names, "tiny_imagenet", split
-    )
+    return ImageSet(how.read(present(list(files), COUNTS[split])), torch.tensor(labels), names, "tiny_imagenet", split)
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -435,9 +435,9 @@ def mixture_bwd_kernel(
 ):  # fmt: skip
     """Gradient dx, and sums (programs, K, C) that those of parameters are made of.
 
-    With a state, the batch's moments carry a gradient; coefficients are of mixture_coefficients_kernel. If DENSITY, sums are
-    of z, z (x - mean) / s and z ((x - mean) / s)^2, where z is the gradient of a log density, and then, if DIRECT, of
-    tau g and tau g (x - mean).
+    With a state, the batch's moments carry a gradient, and coefficients are of mixture_coefficients_kernel. Sums are,
+    if DENSITY, of z, z (x - mean) / s and z ((x - mean) / s)^2, where z is the gradient of a log density, and then, if
+    DIRECT, of tau g and tau g (x - mean).
     """
     BATCH: tl.constexpr = state_ptr is not None
     c, end = _channels(C, D, JOINT, BLOCK_C)

@@ -1,211 +1,184 @@
-"""Compile the kernels for GPUs that need not be there, and see that none spills: ``python -m common.norms.aot``."""
+"""Compile the kernels for GPUs that need not be there, and hold them to budgets: ``python -m common.norms.aot``."""
 
 import itertools
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import torch
 
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.norms.kernels import launch
+from common.norms.tools import bench, counts
+from common.norms.tools.machine_code import Code, compile_launch, disassembled, specialise
+from common.norms.tools.recording import Launch
 
-ADJACENT = {"positions": "_sl", "channels": "_sc"}
-"""Strides that are 1 where neighbours in memory are positions (contiguous) or channels (channels_last)."""
-NUMBERS = ("eps", "floor", "kappa", "momentum", "min_weight")
-"""Arguments that are no integers."""
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+ARCHS = (80, 90, 100)
+MEASURED = (64, 64, 112, 112)
+"""The shape of the budgets, in float32, K = 3, on sm_90."""
+SHAPES = (
+    MEASURED,
+    (64, 256, 8, 8),
+    (64, 256, 14, 14),  # no multiples of 16 from here
+    (64, 2048, 7, 7),
+    (64, 255, 7, 7),
+    (64, 512, 1, 1),
+    (128, 3, 32, 32),
+)
+COMPONENTS = (2, 3, 8)
+"""Of each entry of the launch table the most, and the benchmark's."""
+BUDGETS = {
+    "mixture_moments_kernel": {"NCHW": 50, "NHWC": 55},
+    "mixture_apply_kernel": {"NCHW": 42, "NHWC": 48},
+    "mixture_sums_kernel": {"NCHW": 45, "NHWC": 52},
+    "mixture_bwd_kernel": {"NCHW": 72, "NHWC": 80},
+}
+"""Instructions an element of the default layer."""
+JOINT = 1.3
+"""Of these, where all channels share a posterior."""
+BUDGETED = {"UCBNorm": 1.0, "UCBNorm, groups=1": JOINT}
+"""The layers that have budgets."""
+WIDE = 0.99
+"""The least share of an activation that arrives by loads of 128 bits, where its layout allows them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
-    """One kernel as a launch would specialise it."""
+    """A launch, and where it was met first."""
 
-    kernel: str
-    num_warps: int
-    constants: dict[str, Any] = field(default_factory=dict)
-    adjacent: str = "positions"
-    dtype: str = "fp32"
-    odd: bool = False
-    """Whether no size or stride is a multiple of 16, as with 7 x 7 positions of 255 channels."""
-    hardest: bool = True
-    """Whether the quick check takes it."""
+    launch: Launch
+    subject: str
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str
+    num: int
 
     def __str__(self) -> str:
-        constants = " ".join(
-            f"no {name[:-4]}" if value is None else f"{name}={int(value)}" for name, value in self.constants.items()
-        )
-        sizes = ", odd sizes" if self.odd else ""
-        return f"{self.kernel} {self.dtype} {self.adjacent} adjacent{sizes}, {self.num_warps} warps, {constants}"
+        return f"{self.subject}, K={self.num}, {'x'.join(map(str, self.shape))} {self.layout} {self.dtype}"
+
+    @property
+    def size(self) -> int:
+        """Elements of an activation."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def budget(self) -> float | None:
+        """Instructions an element that it may take on sm_90; None if there is no budget."""
+        share = BUDGETED.get(self.subject)
+        if share is None or (self.shape, self.dtype, self.num) != (MEASURED, "float32", counts.COMPONENTS):
+            return None
+        return share * BUDGETS[self.launch.name][self.layout] if self.launch.name in BUDGETS else 0.0
+
+    @property
+    def may_be_wide(self) -> bool:
+        """Whether neighbours in memory come in runs that Triton knows to be a multiple of 16."""
+        _, channels, *spatial = self.shape
+        return (torch.Size(spatial).numel() if self.layout == "NCHW" else channels) % 16 == 0
 
 
-def _sizes(entry: launch.Launch, adjacent: str) -> dict[str, int]:
-    """The largest tile of an entry."""
-    channels = launch.CHANNEL_BLOCK if adjacent == "channels" else 1
-    return {"BLOCK_L": entry.elements // channels, "BLOCK_C": channels}
+def cases(quick: bool = False) -> list[Case]:
+    """Return a case of each code that the layers make Triton compile at these shapes; no two differ on one GPU alone.
+
+    Quick: of the default layer, what has a budget in NCHW, and what is most likely to spill.
+    """
+    found: dict[str, Case] = {}
+    for subject, shape, layout, dtype, num in _wanted(quick):
+        try:
+            step = counts.record(subject, shape, counts.DTYPES[dtype], layout, num)
+        except ValueError:  # more channels share a posterior than the kernels take
+            continue
+        for each in (*step.forward.kernels, *step.backward.kernels):
+            found.setdefault(specialise(each, ARCHS[0]).key, Case(each, subject.name, shape, layout, dtype, num))
+    return list(found.values())
 
 
-def _cluster_cases() -> Iterator[Case]:
-    kernels = (("scb_fwd_kernel", launch.SCB_FORWARD), ("scb_bwd_kernel", launch.SCB_BACKWARD))
-    for (kernel, entry), adjacent, dtype in itertools.product(kernels, ADJACENT, ("fp32", "bf16", "fp16")):
-        yield Case(
-            kernel=kernel, num_warps=entry.num_warps, constants=_sizes(entry, adjacent), adjacent=adjacent,
-            dtype=dtype, hardest=dtype == "fp32",
-        )  # fmt: skip
-    rows = launch.SUMS.elements // launch.CHANNEL_BLOCK
-    constants = {"BLOCK_N": rows, "BLOCK_C": launch.CHANNEL_BLOCK}
-    yield Case(kernel="scb_rows_kernel", num_warps=launch.SUMS.num_warps, constants=constants)
+def _wanted(quick: bool) -> Iterator[tuple[counts.Subject, tuple[int, ...], str, str, int]]:
+    subjects = {subject.name: subject for subject in counts.SUBJECTS if subject.name != "BatchNorm2d"}
+    if quick:
+        for name in BUDGETED:
+            yield subjects[name], MEASURED, "NCHW", "float32", counts.COMPONENTS
+        yield subjects["UCBNorm, update=weight"], (64, 255, 7, 7), "NCHW", "float32", min(COMPONENTS)
+        return
+    # MixtureNorm's kernels are those of UCBNorm
+    some = [subject for name, subject in subjects.items() if not name.startswith("MixtureNorm")]
+    yield from itertools.product(some, SHAPES, bench.LAYOUTS, counts.DTYPES, [counts.COMPONENTS])
+    few = [subjects[name] for name in ("UCBNorm", "UCBNorm, groups=1", "UCBNorm, update=weight")]
+    rest = [num for num in COMPONENTS if num != counts.COMPONENTS]
+    yield from itertools.product(few, SHAPES, bench.LAYOUTS, ["float32"], rest)
 
 
-def _mixture_sizes(entry: launch.Launch, num: int) -> Iterator[tuple[bool, str, dict[str, int]]]:
-    """Whether joint, what is adjacent, and tiles: of single channels, and of groups of various widths."""
-    for adjacent in ADJACENT:
-        yield False, adjacent, _sizes(entry, adjacent)
-        for width in (8, 64, launch.MAX_GROUP_CHANNELS[num]):
-            yield True, adjacent, {"BLOCK_L": max(1, entry.elements // width), "BLOCK_C": width}
-    yield False, "positions", {"BLOCK_L": 64, "BLOCK_C": entry.elements // 64}  # 8 x 8 positions
+class Finding(NamedTuple):
+    """What a case takes of a GPU."""
+
+    row: list[str]
+    missed: list[str]
 
 
-def _without(*pointers: str) -> dict[str, Any]:
-    return {f"{name}_ptr": None for name in pointers}
-
-
-_BATCH = {**_without("log", "mean", "var"), "STORED": False}
-_LEARNED = {**_without("state"), "STORED": True}
-_NO_SUMS = {**_without("sums"), "DENSITY": False, "DIRECT": False}
-MODES: dict[str, list[dict[str, Any]]] = {
-    "mixture_moments_kernel": [{"STORED": True}],
-    "mixture_apply_kernel": [_BATCH, _LEARNED],
-    "mixture_sums_kernel": [{}],
-    "mixture_bwd_kernel": [
-        {**_BATCH, **_NO_SUMS},
-        {**_BATCH, "DENSITY": True, "DIRECT": False},
-        {**_LEARNED, **_without("coefficients"), **_NO_SUMS},
-        {**_LEARNED, **_without("coefficients"), "DENSITY": True, "DIRECT": True},
-    ],
-}
-"""What a kernel may be launched for, by the pointers that there are none of and the constants."""
-
-
-def _mixture_cases() -> Iterator[Case]:
-    for (kernel, table), dtype in itertools.product(launch.MIXTURE.items(), ("fp32", "bf16")):
-        for mode in MODES[kernel]:
-            for num, entry in table.items():
-                for joint, adjacent, sizes in _mixture_sizes(entry, num):
-                    widest = sizes["BLOCK_C"] == launch.MAX_GROUP_CHANNELS[num]
-                    hardest = dtype == "fp32" and num == max(table) and widest
-                    constants = {"K": num, "JOINT": joint, "FLAT": adjacent == "channels", **mode, **sizes}
-                    for odd in (False, True):
-                        yield Case(
-                            kernel=kernel, num_warps=entry.num_warps, adjacent=adjacent, dtype=dtype,
-                            constants=constants, odd=odd, hardest=hardest and adjacent == "positions" and odd,
-                        )  # fmt: skip
-
-
-def _gather_cases() -> Iterator[Case]:
-    """The kernels that touch no activation."""
-    block_p, block_c = launch.sums_tile()
-    num, sizes = max(launch.MAX_GROUP_CHANNELS), {"BLOCK_P": block_p, "BLOCK_C": block_c}
-    every = {"BLOCK_ALL": launch.ALL_CHANNELS, "BLOCK_C": launch.PARAMETER_CHANNELS}
-    learned = {**_without("state", "coefficients"), "STORED": True}
-    for kernel, constants in (
-        ("mixture_merge_kernel", sizes),
-        ("mixture_coefficients_kernel", sizes),
-        (
-            "mixture_gradients_kernel",
-            {**_without("log", "var", "affine"), "JOINT": True, "STORED": True, "DENSITY": True} | sizes,
-        ),
-        ("mixture_gradients_kernel", {**learned, "JOINT": True, "DENSITY": True} | sizes),
-        ("mixture_averages_kernel", {**_without("before"), "PAPER": False, "SHARED": False} | every),
-        ("mixture_averages_kernel", {"PAPER": False, "SHARED": True} | every),
-        ("mixture_logits_kernel", {**_without("state"), "STORED": True, "BLOCK_C": launch.ALL_CHANNELS}),
-    ):
-        yield Case(kernel=kernel, num_warps=launch.SUMS.num_warps, constants={"K": num} | constants)
-
-
-def cases() -> list[Case]:
-    """Return every entry of the launch table at its largest tiles and numbers of components, in every layout."""
-    return [*_cluster_cases(), *_mixture_cases(), *_gather_cases()]
-
-
-def compile_case(case: Case, arch: int) -> bytes:
-    """Compile for compute capability ``arch`` (90 is sm_90) and return the cubin."""
-    import triton  # noqa: PLC0415 - an optional dependency
-    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
-    from triton.compiler import ASTSource  # noqa: PLC0415
-
-    from common.norms.kernels import cluster_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
-
-    modules = (cluster_kernels, mixture_kernels, parameter_kernels)
-    function = next(found for module in modules if (found := vars(module).get(case.kernel)) is not None)
-    signature, constants, attributes = {}, dict(case.constants), {}
-    for index, name in enumerate(function.arg_names):
-        if name.endswith(ADJACENT[case.adjacent]):
-            constants[name] = 1
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            pointed = {"cluster_ptr": "i64"}.get(name, case.dtype if name[:-4] in ("x", "g", "y", "dx") else "fp32")
-            signature[name] = f"*{pointed}"
-        else:
-            signature[name] = "fp32" if name in NUMBERS else "i32"
-        if name.endswith("_ptr") or (not case.odd and ("_s" in name or name in ("C", "L"))):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    attributes = {at: value for at, value in attributes.items() if function.arg_names[at[0]] not in constants}
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
-    return compiled.asm["cubin"]
-
-
-def resources(cubin: bytes) -> tuple[int, int, int, int]:
-    """Return registers, and bytes of stack, shared and local memory, a thread or a block, as cuobjdump says."""
-    import triton.backends.nvidia  # noqa: PLC0415 - an optional dependency
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = USAGE.search(done.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: expected REG, STACK, SHARED and LOCAL, got {done.stdout!r}")
-    registers, stack, shared, local = (int(value) for value in found.groups())
-    return registers, stack, shared, local
+def examine(case: Case, arch: int) -> Finding:
+    """Compile a case and hold it to the budgets."""
+    code = Code(case.launch, disassembled(compile_launch(case.launch, arch)), case.size)
+    reads = case.launch.reads_activation(case.size)
+    taken = [str(value) for value in code.resources]
+    missed = [f"{code.resources.stack} bytes of stack, {code.resources.local} of local memory"] * code.resources.spills
+    cells = ["-"] * 4
+    if reads:
+        count, budget = code.per_element(), case.budget if arch == 90 else None
+        cells = [f"{count:.0f}", "-" if budget is None else f"{budget:.0f}"]
+        cells += [f"{code.per_element('MUFU'):.1f}", f"{code.wide:.0%}"]
+        if budget is not None and round(count) > round(budget):
+            missed.append(f"{count:.0f} instructions an element, budget {budget:.0f}")
+        if case.may_be_wide and code.wide < WIDE:
+            missed.append(f"{code.wide:.0%} by loads of 128 bits")
+    return Finding([f"sm_{arch}", case.launch.name, *taken, *cells, str(case)], missed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AotConfig:
-    """Compile every kernel ahead of time and print what it takes of a GPU; the exit status is 1 if one spills."""
+    """Compile every kernel as launches of the layers would, and print what it takes of a GPU, which need not be there.
 
-    archs: list[int] = field(default_factory=lambda: [80, 90, 100])
+    Instructions are those of the loops that touch an activation, by element of it. The exit status is 1 if a kernel
+    spills registers, takes more instructions than its budget, or reads an activation by narrow loads where its layout
+    allows wide ones.
+    """
+
+    archs: list[int] = field(default_factory=lambda: list(ARCHS))
     """Compute capabilities to compile for."""
     quick: bool = False
-    """Take each kernel's hardest cases only."""
+    """Take the default layer only, at one shape of few channels and one that is likely to spill."""
     kernel: str = ""
     """Take the kernels with this in their name only."""
+
+
+TITLES = (
+    "arch", "kernel", "registers", "stack", "shared", "local",
+    "instructions", "budget", "MUFU", "128 bits", "of",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: if kernels would be interpreted.
-        SystemExit: with status 1 if a kernel spills.
+        UsageError: if kernels would be interpreted, or Triton is not installed.
+        SystemExit: with status 1 if a budget is missed.
     """
     cfg = parse(AotConfig, argv, prog="python -m common.norms.aot")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET: expected it unset, since interpreted kernels cannot be compiled, got 1")
-    chosen = [case for case in cases() if (case.hardest or not cfg.quick) and cfg.kernel in case.kernel]
+    if not launch.INSTALLED:
+        raise UsageError("triton: expected it to be installed, since it is what compiles the kernels")
+    chosen = [case for case in cases(cfg.quick) if cfg.kernel in case.launch.name]
+    missed: list[str] = []
     spills = 0
-    print("| arch | registers | stack | shared | local | kernel |\n|---|---|---|---|---|---|")
+    print(bench.line(list(TITLES)) + "\n|" + "---|" * len(TITLES))
     for arch, case in itertools.product(cfg.archs, chosen):
-        registers, stack, shared, local = resources(compile_case(case, arch))
-        spills += stack + local > 0
-        print(f"| sm_{arch} | {registers} | {stack} | {shared} | {local} | {case} |", flush=True)
-    print(f"\n{len(cfg.archs) * len(chosen)} compiled, {spills} spill")
-    sys.exit(spills > 0)
+        finding = examine(case, arch)
+        print(bench.line(finding.row), flush=True)
+        missed += [f"sm_{arch} {case.launch.name}, {case}: {what}" for what in finding.missed]
+        spills += any("stack" in what for what in finding.missed)
+    print(*(f"missed: {each}" for each in missed), sep="\n")
+    print(f"\n{len(cfg.archs) * len(chosen)} compiled, {spills} spill, {len(missed)} budgets missed")
+    sys.exit(bool(missed))

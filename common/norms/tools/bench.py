@@ -12,10 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
-from common.norms import SCBNorm, UCBNorm, functional
+from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
 from common.runs.folder import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
+GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
+"""Where there is memory and time for a map as large as a classifier's first."""
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
@@ -29,16 +31,23 @@ def layers(channels: int, backend: str) -> dict[str, nn.Module]:
     }
 
 
+def arguments(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Return what a layer takes of x (N, C, *): x alone, or x and a cluster for each sample, all of them in turn."""
+    if not isinstance(layer, SCBNorm | SCBNormBase):
+        return (x,)
+    return x, torch.arange(len(x), device=x.device) % layer.num_clusters
+
+
 def step(layer: nn.Module, x: Tensor, g: Tensor, *, backward: bool) -> Callable[[], object]:
     """Return one run of a layer on x (N, C, *), with or without its backward pass for the gradient g."""
-    arguments = (x, torch.arange(len(x), device=x.device) % COMPONENTS) if isinstance(layer, SCBNorm) else (x,)
+    given = arguments(layer, x)
     inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return layer(*arguments)
+            return layer(*given)
 
-    return (lambda: torch.autograd.grad(layer(*arguments), inputs, g)) if backward else forward
+    return (lambda: torch.autograd.grad(layer(*given), inputs, g)) if backward else forward
 
 
 def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -146,6 +155,14 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def machine(device: torch.device) -> str:
+    """Return on what numbers are measured, and of which code."""
+    found = environment(device)
+    hardware, versions = found["hardware"], found["versions"]
+    code = f"torch {versions['torch']}, Python {found['python']}, commit {found['commit']}"
+    return f"{hardware['gpu'] or hardware['cpu']}, {found['threads']} threads, {code}"
+
+
 def runnable(device: torch.device) -> list[str]:
     """Return the backends in closed form that can run on a device."""
     return [backend for backend in ("eager", "compiled", "triton") if refusal(backend, device) is None]
@@ -197,10 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"backends: {reason}")
     set_threads(cfg.threads)
     backends = cfg.backends or runnable(device)
-    found = environment(device)
-    hardware, versions = found["hardware"], found["versions"]
-    print(f"{hardware['gpu'] or hardware['cpu']}, {found['threads']} threads, torch {versions['torch']}, ", end="")
-    print(f"Python {found['python']}, commit {found['commit']}, K={COMPONENTS}, float32, training mode\n")
+    print(f"{machine(device)}, K={COMPONENTS}, float32, training mode\n")
     titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
     print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
     print("|" + "---|" * (4 + len(titles)))

@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from common.data import DataConfig, load
-from common.data.reading.image_folder import images_below, read_folder
+from common.data.reading.image_folder import Decoding, images_below, read_folder
 from common.errors import UsageError
 
 
@@ -48,13 +48,46 @@ def test_resize_and_crop_agree_with_torchvision(tmp_path, shape):
     write(tmp_path / "i.png", pixels(*shape))
     steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
     want: Any = steps(Image.fromarray(pixels(*shape)))
-    assert torch.equal(read_folder(tmp_path, 16).images[0], want)
+    assert torch.equal(read_folder(tmp_path, Decoding(16)).images[0], want)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (41, 16), (9, 5), (100, 37)], ids=str)
+def test_padding_keeps_the_whole_image_between_black_bars(tmp_path, shape):
+    write(tmp_path / "i.png", np.maximum(pixels(*shape), 1))
+    got = read_folder(tmp_path, Decoding(16, "pad")).images[0]
+    height, width = (max(1, round(16 * side / max(shape))) for side in shape)
+    top, left = (16 - height) // 2, (16 - width) // 2
+    inner = Image.fromarray(np.maximum(pixels(*shape), 1)).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.array_equal(got[:, top : top + height, left : left + width].permute(1, 2, 0).numpy(), np.asarray(inner))
+    got[:, top : top + height, left : left + width] = 0
+    assert not got.any()
+
+
+@pytest.mark.parametrize("fit", ["cut", "pad"])
+def test_images_decoded_when_they_are_asked_for_are_the_same(classes, fit):
+    now, later = (
+        load(DataConfig(name="imagefolder", root=classes, size=16, fit=fit, in_memory=kept)).train
+        for kept in (True, False)
+    )
+    assert not isinstance(later.images, torch.Tensor)
+    assert len(later) == len(now) == 4
+    index = torch.tensor([3, 0, 0])
+    assert torch.equal(later.images[index], now.images[index])
+    assert torch.equal(later.images[1:3], now.images[1:3])
+    assert (later.content_hash, later.pixel_hash) == (now.content_hash, now.pixel_hash)
+    some = later.select(torch.tensor([2, 3]))
+    assert not isinstance(some.images, torch.Tensor)
+    assert torch.equal(some.images[:], now.images[2:])
+    assert torch.equal(torch.cat(list(some.chunks())), now.images[2:])
+    (classes / "b" / "2.png").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"2.png: cannot be read as an image"):
+        later.images[:]
 
 
 def test_a_flat_folder_has_no_labels_and_keeps_pixels(tmp_path):
     for i, name in enumerate(["b.png", "c.png", "a.png"]):
         write(tmp_path / name, pixels(16, 16, seed=i))
-    got = read_folder(tmp_path, 16)
+    got = read_folder(tmp_path, Decoding(16))
     assert got.labels is None
     want = np.stack([pixels(16, 16, seed=i) for i in (2, 0, 1)])
     assert np.array_equal(got.images.permute(0, 2, 3, 1).numpy(), want)
@@ -86,13 +119,13 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         with Image.open(path) as read:
             assert read.mode == "CMYK"
             want = np.asarray(read.convert("RGB"))
-    assert np.array_equal(read_folder(tmp_path, 16).images[0].permute(1, 2, 0).numpy(), want)
+    assert np.array_equal(read_folder(tmp_path, Decoding(16)).images[0].permute(1, 2, 0).numpy(), want)
 
 
 def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
     deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(deep).save(tmp_path / "i.png")
-    got = read_folder(tmp_path, 16).images[0]
+    got = read_folder(tmp_path, Decoding(16)).images[0]
     assert np.array_equal(got.numpy(), np.broadcast_to((deep // 256).astype(np.uint8), (3, 16, 16)))
 
 
@@ -104,14 +137,14 @@ def test_a_truncated_file_is_named(tmp_path, extension, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep > 1 else int(keep * len(content))])
     with pytest.raises(UsageError, match=rf"whole\.{extension}: cannot be read as an image \(.+\)") as caught:
-        read_folder(tmp_path, 16)
+        read_folder(tmp_path, Decoding(16))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UsageError, match=r"text\.png: cannot be read as an image"):
-        read_folder(tmp_path, 16)
+        read_folder(tmp_path, Decoding(16))
 
 
 def bad_folder(tmp_path, kind):

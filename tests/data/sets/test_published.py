@@ -207,6 +207,43 @@ def test_oxford_pet_reads_the_official_archives_as_torchvision_does(tmp_path, mo
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(want))
 
 
+def test_the_papers_split_draws_a_tenth_of_each_breed_apart_twice(tmp_path, monkeypatch):
+    """Numbers in the pixels tell which photograph is where; counts are the paper's, a tenth rounded up."""
+    write_oxford_pet(tmp_path, monkeypatch)
+    folder = tmp_path / "oxford-iiit-pet"
+    with tarfile.open(folder / "annotations.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    (folder / "images").mkdir()
+    breeds = ("Abyssinian", "beagle", "Maine_Coon", "american_bulldog")
+    for number in range(48):
+        name = f"{breeds[number % 4]}_{number}"
+        Image.fromarray(np.full((9, 9, 3), 5 * number, np.uint8)).save(folder / "images" / f"{name}.jpg", "PNG")
+    config = DataConfig(name="oxford_pet", root=tmp_path, size=8, split="paper", download=False)
+    with pytest.raises(UsageError, match="48 photographs of 7,390"):
+        load(config)
+    monkeypatch.setattr(oxford_pet, "ALL", 48)
+    splits = dict(load(config).items())
+    assert {name: len(images) for name, images in splits.items()} == {"train": 38, "test": 5, "validation": 5}
+    seen = []
+    for name, images in splits.items():
+        assert images.split == name
+        assert images.labels is not None
+        assert images.superclasses is not None
+        numbers = [round(float(image.float().mean()) / 5) for image in images.images]
+        assert images.labels.tolist() == [number % 4 for number in numbers]
+        assert images.superclasses.tolist() == [[0, 1, 0, 1][number % 4] for number in numbers]
+        assert images.classes == breeds
+        assert min(images.labels.bincount(minlength=4).tolist()) >= len(images) // 4
+        seen += numbers
+    assert sorted(seen) == list(range(48))
+    again = dict(load(config).items())
+    assert all(torch.equal(splits[name].images, again[name].images) for name in splits)
+    sizes = [7390]
+    for _ in range(2):
+        sizes.append(sizes[-1] - -(-sizes[-1] // 10))
+    assert sizes[-1] == 5985  # the published count follows from the same rule
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_sets_are_known_by_the_name_and_split_they_were_asked_by(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)

@@ -1,75 +1,128 @@
-"""The cases that are compiled ahead of time, and the table that is printed of them; no compiler runs here."""
+"""The launches that are compiled ahead of time and the table that is printed of them; no compiler runs here."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from common.errors import UsageError
-from common.norms.kernels import launch
-from common.norms.tools import aot
+from common.norms.tools import aot, counts
+from common.norms.tools.recording import Launch
+
+pytest.importorskip("triton")
+
+
+def launched(name: str, size: int = 0) -> Launch:
+    x = torch.empty(size, device="meta")
+    function = SimpleNamespace(__name__=name)
+    return Launch(name, 0, 0, function, {"x_ptr": x, "BLOCK_L": 256}, {"x_ptr": (1.0, 0.0)}, {"num_warps": 4}, (1,))
+
+
+def case(name: str = "mixture_apply_kernel", **other: Any) -> aot.Case:
+    values: dict[str, Any] = {"subject": "UCBNorm", "shape": aot.MEASURED, "layout": "NCHW", "dtype": "float32"}
+    values |= {"num": 3, **other}
+    return aot.Case(launched(name, torch.Size(values["shape"]).numel()), **values)
 
 
 def test_a_case_says_what_it_is():
-    case = aot.Case(kernel="scb_rows_kernel", num_warps=4, constants={"JOINT": True, "BLOCK_C": 64})
-    assert str(case) == "scb_rows_kernel fp32 positions adjacent, 4 warps, JOINT=1 BLOCK_C=64"
-    with pytest.raises(TypeError, match="positional"):
-        aot.Case("scb_rows_kernel", 4)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        case.num_warps = 8  # pyright: ignore[reportAttributeAccessIssue]
+    assert str(case()) == "UCBNorm, K=3, 64x64x112x112 NCHW float32"
+    assert case(shape=(2, 3, 4, 5)).size == 120
 
 
-def test_cases_hold_every_kernel_in_every_layout_and_type_that_it_is_launched_in():
-    cases = aot.cases()
-    kernels = {case.kernel for case in cases}
-    walks = {"scb_fwd_kernel", "scb_bwd_kernel", *launch.MIXTURE}
-    sums = {
-        "scb_rows_kernel",
-        *(f"mixture_{name}_kernel" for name in ("merge", "coefficients", "gradients", "averages", "logits")),
+@pytest.mark.parametrize(
+    ("other", "budget"),
+    [
+        ({}, 42),
+        ({"layout": "NHWC"}, 48),
+        ({"name": "mixture_moments_kernel"}, 50),
+        ({"name": "mixture_moments_kernel", "layout": "NHWC"}, 55),
+        ({"name": "mixture_sums_kernel"}, 45),
+        ({"name": "mixture_sums_kernel", "layout": "NHWC"}, 52),
+        ({"name": "mixture_bwd_kernel"}, 72),
+        ({"name": "mixture_bwd_kernel", "layout": "NHWC"}, 80),
+        ({"subject": "UCBNorm, groups=1"}, 42 * 1.3),
+        ({"subject": "UCBNorm, evaluation"}, None),
+        ({"num": 8}, None),
+        ({"dtype": "bfloat16"}, None),
+        ({"shape": (64, 256, 8, 8)}, None),
+        ({"name": "another_kernel"}, 0),  # a kernel without a budget has to be given one
+    ],
+)
+def test_budgets_are_those_that_were_set(other, budget):
+    assert case(**other).budget == budget
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "wide"),
+    [
+        ((64, 64, 112, 112), "NCHW", True),
+        ((64, 255, 4, 4), "NCHW", True),
+        ((64, 64, 7, 7), "NCHW", False),
+        ((64, 64, 7, 7), "NHWC", True),
+        ((64, 255, 4, 4), "NHWC", False),
+    ],
+)
+def test_loads_may_be_wide_where_neighbours_come_in_runs_of_sixteen(shape, layout, wide):
+    assert case(shape=shape, layout=layout).may_be_wide == wide
+
+
+def test_quick_cases_are_every_kernel_of_the_default_layer_once():
+    found = aot.cases(quick=True)
+    where = {(each.subject, each.shape, each.num) for each in found}
+    assert where == {
+        ("UCBNorm", aot.MEASURED, 3),
+        ("UCBNorm, groups=1", aot.MEASURED, 3),
+        ("UCBNorm, update=weight", (64, 255, 7, 7), 2),
     }
-    assert kernels == walks | sums
-    for case in cases:
-        assert case.adjacent in {"positions", "channels"}
-        assert case.dtype in {"fp32", "bf16", "fp16"}
-        assert all(value is None or value >= 0 for value in case.constants.values())
-    for kernel in walks:
-        mine = [case for case in cases if case.kernel == kernel]
-        assert {(case.adjacent, case.dtype) for case in mine} >= {
-            (adjacent, dtype) for adjacent in ("positions", "channels") for dtype in ("fp32", "bf16")
-        }
-        assert any(case.hardest for case in mine)
-        assert {case.dtype for case in mine if case.hardest} == {"fp32"}
-    for kernel, table in launch.MIXTURE.items():
-        mine = [case for case in cases if case.kernel == kernel]
-        assert {case.constants["K"] for case in mine} == set(table)
-        for case in mine:
-            entry = table[case.constants["K"]]
-            assert case.num_warps == entry.num_warps
-            widest = launch.MAX_GROUP_CHANNELS[case.constants["K"]]
-            assert case.constants["BLOCK_L"] * case.constants["BLOCK_C"] in (
-                entry.elements,
-                max(entry.elements, widest),
-            )
-    for kernel in sums:
-        for case in (case for case in cases if case.kernel == kernel):
-            assert (case.num_warps, case.adjacent, case.dtype) == (launch.SUMS.num_warps, "positions", "fp32")
+    step = counts.record(next(s for s in counts.SUBJECTS if s.name == "UCBNorm"), aot.MEASURED, torch.float32)
+    first = [each.launch.name for each in found if each.subject == "UCBNorm"]
+    assert sorted(first) == sorted({each.name for each in (*step.forward.kernels, *step.backward.kernels)})
+
+
+def test_cases_hold_layers_layouts_and_types_and_pass_over_what_the_kernels_do_not_take(monkeypatch):
+    subjects = [s for s in counts.SUBJECTS if s.name in ("BatchNorm2d", "UCBNorm", "UCBNorm, groups=1", "MixtureNorm")]
+    weight = next(s for s in counts.SUBJECTS if s.name == "UCBNorm, update=weight")
+    monkeypatch.setattr(counts, "SUBJECTS", [*subjects, weight])
+    monkeypatch.setattr(aot, "SHAPES", ((2, 600, 4, 4),))  # up to 512 channels share one of 3 posteriors
+    found = aot.cases()
+    assert {each.subject for each in found if each.num == 3} == {"UCBNorm", "UCBNorm, update=weight"}
+    assert {each.num for each in found} == set(aot.COMPONENTS)
+    assert {(each.layout, each.dtype) for each in found} == {
+        (layout, dtype) for layout in ("NCHW", "NHWC") for dtype in ("float32", "bfloat16")
+    }
+
+
+USAGE = "Function k: REG:40 STACK:{stack} SHARED:512 LOCAL:{local} TEXTURE:0"
+LOOP = """
+        /*0000*/                   MOV R1, R2 ;  /* 0x0 */
+        /*0010*/                   LDG.E{wide} R4, desc[UR4][R2.64] ;  /* 0x0 */
+{body}        /*f000*/              @P0 BRA 0x10 ;  /* 0x0 */
+        /*f010*/                   EXIT ;  /* 0x0 */
+"""
 
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Compile nothing: a case takes 32 registers, and what a test says of local memory and the stack."""
-    done, taken = [], {}
+    """Compile nothing: what the compiler would make of a kernel is what a test says."""
+    done, made = [], {}
 
-    def compile_case(case, arch):
-        done.append((case.kernel, arch))
-        return case.kernel.encode()
+    def compile_launch(launch, arch):
+        done.append((launch.name, arch))
+        return launch.name
+
+    def disassembled(name):
+        stack, local, wide, count = made.get(name, (0, 0, ".128", 5))
+        body = "".join(f"        /*{32 + 16 * i:04x}*/ FADD R{i}, R1, R2 ;\n" for i in range(count))
+        return USAGE.format(stack=stack, local=local) + LOOP.format(wide=wide, body=body)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(aot, "compile_case", compile_case)
-    monkeypatch.setattr(aot, "resources", lambda cubin: taken.get(cubin.decode(), (32, 0, 128, 0)))
-    case = aot.Case(kernel="a_kernel", num_warps=4, constants={"K": 1})
-    cases = [case, dataclasses.replace(case, kernel="b_kernel"), dataclasses.replace(case, hardest=False)]
-    monkeypatch.setattr(aot, "cases", lambda: cases)
-    return done, taken
+    monkeypatch.setattr(aot, "compile_launch", compile_launch)
+    monkeypatch.setattr(aot, "disassembled", disassembled)
+    cases = [case(), case("mixture_sums_kernel"), case("mixture_bwd_kernel", num=8)]
+    monkeypatch.setattr(aot, "cases", lambda quick=False: cases[: 2 if quick else 3])
+    return done, made
 
 
 def lines(capsys, *argv: str) -> tuple[int, list[str]]:
@@ -81,30 +134,47 @@ def lines(capsys, *argv: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     ("flags", "want"),
     [
-        ([], [("a_kernel", 80), ("b_kernel", 80), ("a_kernel", 80)]),
-        (["--quick"], [("a_kernel", 80), ("b_kernel", 80)]),
-        (["--kernel", "b_"], [("b_kernel", 80)]),
-        (["--kernel", "a_", "--quick", "--archs", "80", "90"], [("a_kernel", 80), ("a_kernel", 90)]),
+        ([], [("mixture_apply_kernel", 80), ("mixture_sums_kernel", 80), ("mixture_bwd_kernel", 80)]),
+        (["--quick"], [("mixture_apply_kernel", 80), ("mixture_sums_kernel", 80)]),
+        (["--kernel", "sums"], [("mixture_sums_kernel", 80)]),
+        (["--kernel", "sums", "--archs", "80", "90"], [("mixture_sums_kernel", 80), ("mixture_sums_kernel", 90)]),
     ],
 )
 def test_it_compiles_what_is_asked_for(compiled, capsys, flags, want):
     code, told = lines(capsys, "--archs", "80", *flags)
-    assert code == 0
-    assert compiled[0] == want
-    assert told[:2] == ["| arch | registers | stack | shared | local | kernel |", "|---|---|---|---|---|---|"]
-    assert told[2:-2] == [
-        f"| sm_{arch} | 32 | 0 | 128 | 0 | {kernel} fp32 positions adjacent, 4 warps, K=1 |" for kernel, arch in want
-    ]
-    assert told[-2:] == ["", f"{len(want)} compiled, 0 spill"]
+    assert (code, compiled[0]) == (0, want)
+    assert told[-1] == f"{len(want)} compiled, 0 spill, 0 budgets missed"
 
 
-@pytest.mark.parametrize("taken", [(255, 8, 0, 0), (255, 0, 0, 4)])
-def test_a_kernel_that_needs_stack_or_local_memory_spills(compiled, capsys, taken):
-    compiled[1]["b_kernel"] = taken
-    code, told = lines(capsys, "--archs", "80", "90")
-    assert code == 1
-    assert told[-1] == "6 compiled, 2 spill"
-    assert "| sm_90 | " + " | ".join(map(str, taken)) + " | b_kernel fp32 positions adjacent, 4 warps, K=1 |" in told
+def test_a_row_says_what_a_kernel_takes(compiled, capsys):
+    """Seven instructions in a loop of 128 threads, each of which loads four of the elements of two tiles of 256."""
+    _, told = lines(capsys, "--archs", "90", "--kernel", "apply")
+    assert told[2] == f"| sm_90 | mixture_apply_kernel | 40 | 0 | 512 | 0 | 2 | 42 | 0.0 | 100% | {case()} |"
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        ((8, 0, ".128", 5), "8 bytes of stack, 0 of local memory"),
+        ((0, 4, ".128", 5), "0 bytes of stack, 4 of local memory"),
+        ((0, 0, ".64", 5), "0% by loads of 128 bits"),
+        ((0, 0, ".128", 167), "42 instructions an element, budget 42"),
+        ((0, 0, ".128", 170), "43 instructions an element, budget 42"),
+    ],
+)
+def test_what_misses_a_budget_is_named_and_fails(compiled, capsys, made, what):
+    compiled[1]["mixture_apply_kernel"] = made
+    code, told = lines(capsys, "--archs", "90")
+    bad = [line for line in told if line.startswith("missed: ")]
+    want = [] if what.startswith("42") else [f"missed: sm_90 mixture_apply_kernel, {case()}: {what}"]
+    assert (code, bad) == (len(want), want)
+    assert told[-1] == f"3 compiled, {'bytes' in what:d} spill, {len(want)} budgets missed"
+
+
+def test_budgets_of_instructions_are_of_one_gpu(compiled, capsys):
+    compiled[1]["mixture_apply_kernel"] = (0, 0, ".128", 1000)
+    assert lines(capsys, "--archs", "80", "100")[0] == 0
+    assert lines(capsys, "--archs", "90")[0] == 1
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
@@ -113,11 +183,6 @@ def test_interpreted_kernels_are_refused(monkeypatch):
         aot.main([])
 
 
-@pytest.mark.parametrize(("said", "found"), [(" REG:40 STACK:8 SHARED:512 LOCAL:16 TEXTURE:0", (40, 8, 512, 16))])
-def test_resources_are_those_that_cuobjdump_says(monkeypatch, said, found):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(aot.subprocess, "run", lambda *_, **__: aot.subprocess.CompletedProcess([], 0, stdout=said))
-    assert aot.resources(b"cubin") == found
-    monkeypatch.setattr(aot.subprocess, "run", lambda *_, **__: aot.subprocess.CompletedProcess([], 0, stdout="none"))
-    with pytest.raises(RuntimeError, match="expected REG, STACK, SHARED and LOCAL, got 'none'"):
-        aot.resources(b"cubin")
+def test_a_case_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case().num = 8  # pyright: ignore[reportAttributeAccessIssue]

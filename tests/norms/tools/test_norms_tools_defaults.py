@@ -8,8 +8,10 @@ from settings import assert_documented
     "name",
     [
         "common.norms.tools.bench.BenchConfig",
+        "common.norms.tools.costs.CostsConfig",
         "common.norms.tools.doctor.DoctorConfig",
         "common.norms.tools.aot.AotConfig",
+        "common.norms.tools.counts.CountsConfig",
     ],
 )
 def test_defaults_are_those_of_the_page(name):

@@ -1,0 +1,66 @@
+"""Networks of timm by name, with weights from a file or timm's own."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import UsageError
+
+
+def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weights: Path | None = None) -> nn.Module:
+    """Make a network of timm.
+
+    Args:
+        name: as timm calls it, with or without ``timm:`` before it.
+        num_classes: length of its output; 0 for features.
+        pretrained: take timm's weights, which may be downloaded.
+        weights: a file to take weights from, but for a last layer of another size.
+
+    Raises:
+        UsageError: if timm has no such network, or its weights cannot be had or do not fit.
+    """
+    import timm  # noqa: PLC0415 - takes seconds, which other networks need not
+
+    name = name.removeprefix("timm:")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of networks by older names
+            network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except RuntimeError as error:
+        raise UsageError(f"model.name: timm cannot make {name} ({' '.join(str(error).split())[:200]})") from None
+    except OSError as error:
+        raise UsageError(
+            f"model.pretrained: the weights of {name} cannot be had ({' '.join(str(error).split())[:200]}); "
+            "expected a connection, or a file by --model.weights"
+        ) from None
+    if weights is not None:
+        _load(network, weights, f"timm:{name}")
+    return network
+
+
+def _load(network: nn.Module, path: Path, called: str) -> None:
+    """Take over a file of weights, but for a last layer of another size."""
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # noqa: PLC0415
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise a dozen unrelated types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"model.weights: {path} cannot be read as weights ({reason})") from None
+    state = state.get("state_dict", state.get("model", state))
+    own = network.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    missing = [name for name in own if name not in fitting]
+    if len(missing) > 2:  # the last layer's weight and bias
+        raise UsageError(
+            f"model.weights: {path} holds {len(fitting)} of the {len(own)} tensors of {called}; "
+            f"missing or of another shape: {', '.join(missing[:3])}, ..."
+        )
+    network.load_state_dict(fitting, strict=False)

@@ -1,0 +1,188 @@
+"""A run that collapses, by a classifier that follows a script, is noticed while it trains."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cbda.adamatch
+from cbda.adamatch import AdaMatch
+from cbda.config import AdaMatchConfig, MethodConfig
+from cbda.losses import Alignment, Watch
+from common.data import plain
+from common.errors import NonFiniteError
+from common.runs.log import read_metrics
+from common.training.update import Part
+
+TURN = 20
+"""The step in which the script turns."""
+
+
+class Scripted(nn.Module):
+    """Says what its script says, in the three classes of the tiny domains, whatever it sees."""
+
+    def __init__(self, script: str) -> None:
+        super().__init__()
+        self.script = script
+        self.scale = nn.Parameter(torch.ones(()))
+        self.labels, self.step = torch.zeros(9, dtype=torch.int64), 0
+
+    def forward(self, x: Tensor, cluster: Tensor, alone: int = 0, **_: object):
+        late = self.step >= TURN
+        if not self.training:
+            return self.scale * F.one_hot(torch.arange(len(x)) % 3, 3).float()
+        source, rows = self.labels.repeat(2), len(x) - 2 * len(self.labels)
+        target, sharp = torch.arange(rows) % 3, 3.0
+        if late and self.script == "fading":
+            sharp = 0.3  # so are both domains: every pseudo-label passes as before
+        if late and self.script == "lost":
+            source, sharp = (source + 1) % 3, 1.0
+        if late and self.script == "one class":
+            target = torch.ones_like(target)
+        logits = self.scale * sharp * F.one_hot(torch.cat([source, target]), 3).float()
+        return (logits, logits[:alone].clone()) if alone else logits
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Return a function that has runs follow a script."""
+    sound = AdaMatch.loss
+
+    def loss(self: AdaMatch, part: Part, mu: float):
+        network = self.networks["adamatch"]
+        assert isinstance(network, Scripted)
+        network.labels, network.step = part["train"].labels, part.number
+        return sound(self, part, mu)
+
+    def follow(script: str) -> None:
+        monkeypatch.setattr(AdaMatch, "loss", loss)
+        for strength in ("weak", "strong"):
+            monkeypatch.setattr(cbda.adamatch, strength, lambda *_: plain)
+        monkeypatch.setattr(cbda.adamatch, "build_classifier", lambda *_, **__: Scripted(script))
+
+    return follow
+
+
+@pytest.fixture
+def flags(tiny) -> list[str]:
+    return [*tiny, "--epochs", "12", "--evaluate_every", "12", "--log_every", "4", "--lr", "1e-9",
+            "--source_only", "false", "--norm.kind", "none", "--method.warmup", "0.1", "--method.alignment", "none",
+            "--variance_every", "0", "--name", "run"]  # fmt: skip
+
+
+CAUSES = {
+    "fading": r"every pseudo-label passes a threshold that has fallen from 0\.\d+ to 0\.\d+",
+    "lost": r"accuracy on the source has fallen from \d\d % to \d+ %",
+    "one class": r"9\d % of the pseudo-labels are of one class",
+}
+
+
+@pytest.mark.parametrize("script", CAUSES)
+def test_each_failure_stops_a_run_that_is_to_stop(flags, scripted, tmp_path, script):
+    scripted(script)
+    with pytest.raises(NonFiniteError, match=rf"^collapsed in step \d+: {CAUSES[script]}; the checkpoint before"):
+        cbda.adamatch.main([*flags, "--guard.action", "stop"])
+    lines = [line for line in read_metrics(tmp_path / "cbda" / "run") if "adapt/source_accuracy" in line]
+    assert TURN < lines[-1]["step"] <= TURN + 24
+    accuracies = [line["adapt/source_accuracy"] for line in lines]
+    assert accuracies[0] == 1
+    assert accuracies[-1] == (0 if script == "lost" else 1)
+
+
+def test_it_warns_once_by_default_and_goes_on(flags, scripted, tmp_path, capsys):
+    scripted("fading")
+    cbda.adamatch.main(flags)
+    assert capsys.readouterr().err.count("warning: collapsed in step") == 1
+    assert json.loads((tmp_path / "cbda" / "run" / "summary.json").read_text())["state"] == "finished"
+
+
+def test_a_rewind_forgets_what_it_watched(flags, scripted, tmp_path):
+    scripted("lost")
+    with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+ after 2 rewinds: accuracy on the source"):
+        cbda.adamatch.main([*flags, "--guard.action", "rewind", "--guard.max_rewinds", "2"])
+    rewinds = json.loads((tmp_path / "cbda" / "run" / "summary.json").read_text())["rewinds"]
+    assert len(rewinds) == 2
+    for rewind in rewinds:  # back to an end of an epoch; the script repeats itself, and is noticed anew
+        assert rewind["to"] % 4 == 0
+        assert rewind["to"] < rewind["step"]
+
+
+def test_a_sound_run_is_left_alone(flags, scripted, capsys):
+    scripted("none of them")
+    cbda.adamatch.main(flags)
+    assert "collapsed" not in capsys.readouterr().err
+
+
+def test_averages_and_their_highest_counted_by_hand():
+    watch, recent, highest = Watch(2), [0.0] * 4, [0.0] * 2
+    for threshold, accuracy, first, second in ((0.8, 1.0, 0.5, 0.25), (0.9, 0.5, 0.0, 1.0), (0.1, 0.0, 0.2, 0.2)):
+        watch(torch.tensor(threshold), torch.tensor(accuracy), torch.tensor([first, second]))
+        now = (threshold, accuracy, first, second)
+        recent = [0.9 * old + 0.1 * new for old, new in zip(recent, now, strict=True)]
+        highest = [max(old, new) for old, new in zip(highest, recent, strict=False)]
+        assert watch.recent.tolist() == pytest.approx(recent)
+        assert watch.highest.tolist() == pytest.approx(highest)
+    assert highest[0] > recent[0]
+    assert highest[1] > recent[1]
+
+
+def test_a_checkpoint_from_before_it_watched_still_loads():
+    state = {name: value for name, value in Alignment(3).state_dict().items() if "watch" not in name}
+    state["threshold"] = torch.tensor(0.5)
+    alignment = Alignment(3)
+    alignment.load_state_dict(state)
+    assert alignment.threshold == 0.5
+    assert not alignment.watch.recent.any()
+
+
+GOOD = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97}
+
+
+def said(
+    means: dict[str, float], recent: list[float], highest: list[float], classes: int = 3, **of_method: Any
+) -> str | None:
+    """Return what a method with such averages says of logged means."""
+    method = AdaMatch.__new__(AdaMatch)
+    method.cfg = AdaMatchConfig(method=MethodConfig(**of_method)).resolved()
+    names = ("cat", "dog", "fox", "owl")[:classes]
+    images = torch.zeros(classes, 3, 8, 8, dtype=torch.uint8)
+    method.images = {"train": cbda.adamatch.ImageSet(images, torch.arange(classes), names, "set", "train")}
+    alignment = Alignment(classes)
+    alignment.watch.recent.copy_(torch.tensor(recent))
+    alignment.watch.highest.copy_(torch.tensor(highest))
+    method.networks = {"alignment": alignment}
+    return method.collapse(GOOD | means)
+
+
+EVEN = [0.3, 0.3, 0.3]
+
+
+def test_what_counts_as_a_collapse_and_what_does_not():
+    assert said({}, [0.87, 0.95, *EVEN], [0.88, 0.97]) is None
+    # A threshold below nine tenths of its highest, but only where every label passes, and the target counts.
+    assert "fallen from 0.88 to 0.79" in (said({}, [0.79, 0.95, *EVEN], [0.88, 0.97]) or "")
+    assert said({}, [0.80, 0.95, *EVEN], [0.88, 0.97]) is None
+    assert said({"adapt/mask_rate": 0.94}, [0.5, 0.95, *EVEN], [0.88, 0.97]) is None
+    assert said({"schedule/mu": 0.49}, [0.5, 0.95, *EVEN], [0.88, 0.97]) is None
+    # The source's accuracy below four fifths of its highest, whatever the target does.
+    lost = said({"schedule/mu": 0.0, "adapt/mask_rate": 0.0}, [0.87, 0.77, *EVEN], [0.88, 0.97])
+    assert "source has fallen from 97 % to 77 %" in (lost or "")
+    assert said({}, [0.87, 0.78, *EVEN], [0.88, 0.97]) is None
+    # More than nine tenths of one class, or 99 in 100 of one of two, where a tenth of the target passes.
+    assert "91 % of the pseudo-labels" in (said({}, [0.87, 0.95, 0.05, 0.91, 0.04], [0.88, 0.97]) or "")
+    assert said({}, [0.87, 0.95, 0.06, 0.89, 0.05], [0.88, 0.97]) is None
+    assert said({}, [0.87, 0.95, 0.0, 0.09, 0.0], [0.88, 0.97]) is None
+    assert said({}, [0.87, 0.95, 0.03, 0.97], [0.88, 0.97], 2) is None
+    assert "one class" in (said({}, [0.87, 0.95, 0.005, 0.995], [0.88, 0.97], 2) or "")
+    # 2 log 3 = 2.197
+    assert "source's loss 2.2 is more than twice" in (
+        said({"loss/source": 2.2}, [0.87, 0.95, *EVEN], [0.88, 0.97]) or ""
+    )
+    sound = ([0.87, 0.95, *EVEN], [0.88, 0.97])
+    assert said({"loss/source": 2.19}, *sound) is None
+    assert said({"loss/source": 4.39}, *sound, source_loss="sum") is None
+    assert said({"loss/source": 4.4}, *sound, source_loss="sum")
+    assert said({"loss/source": 1e9}, *sound, source_pass="inference") is None

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+
+from common.data.clusters import ClustersConfig, with_clusters, write_clusters
+from common.data.image_set import ImageSet, Splits
+from common.errors import UsageError
+from common.machine.seeding import generator
+
+LABELS = torch.tensor([2, 0, 1, 2, 2, 0])
+SUPER = torch.tensor([1, 0, 0, 1, 1, 0])
+
+
+def images(split: str, count: int = 6, seed: int = 0) -> ImageSet:
+    pixels = torch.randint(0, 256, (count, 3, 4, 4), generator=generator(seed, split), dtype=torch.uint8)
+    return ImageSet(pixels, LABELS[:count], ("a", "b", "c"), "shapes", split, SUPER[:count], ("round", "sharp"))
+
+
+@pytest.fixture
+def splits() -> Splits:
+    return Splits(images("train"), images("test", 4))
+
+
+@pytest.mark.parametrize(
+    ("by", "numbers", "names"), [("superclasses", SUPER, ("round", "sharp")), ("classes", LABELS, ("a", "b", "c"))]
+)
+def test_clusters_are_what_the_data_set_says(splits, by, numbers, names):
+    found = with_clusters(splits, ClustersConfig(by=by))
+    assert [name for name, _ in found.items()] == ["train", "test"]
+    for _, images in found.items():
+        assert images.clusters is not None
+        assert torch.equal(images.clusters, numbers[: len(images)])
+        assert images.cluster_names == names
+    assert found.train.content_hash == splits.train.content_hash  # the images are the same
+    assert ClustersConfig(by=by).tells_labels
+
+
+def test_clusters_go_where_the_images_go(splits):
+    found = with_clusters(splits, ClustersConfig(by="classes")).train
+    some = found.select(torch.tensor([4, 1]))
+    assert some.clusters is not None
+    assert some.clusters.tolist() == [2, 0]
+    assert some.clusters_hash != found.clusters_hash
+    at = found.clusters_at(torch.tensor([5, 2]), torch.device("cpu"))
+    assert at is not None
+    assert at.tolist() == [0, 1]
+    assert splits.train.clusters_at(slice(None), torch.device("cpu")) is None
+    assert splits.train.clusters_hash is None
+
+
+def test_without_clusters_images_stay_as_they_are(splits):
+    assert with_clusters(splits, ClustersConfig()) is splits
+    assert not ClustersConfig().tells_labels
+
+
+@pytest.fixture
+def file(splits, tmp_path):
+    """Write clusters of the images, 0 to 4 of five, and return the file and the images with them."""
+
+    def given(images: ImageSet, first: int) -> ImageSet:
+        clusters = (torch.arange(len(images)) + first) % 5
+        return ImageSet(images.images, images.labels, images.classes, "", "", None, (), clusters, tuple("vwxyz"))
+
+    told = Splits(given(splits.train, 0), given(splits.test, 3))
+    path = tmp_path / "clusters.json"
+    write_clusters(path, told, {"method": "by hand"})
+    return path, told
+
+
+def test_a_file_holds_what_was_written(splits, file):
+    path, told = file
+    found = with_clusters(splits, ClustersConfig(by="file", file=path))
+    for name, images in found.items():
+        assert images.clusters is not None
+        assert torch.equal(images.clusters, dict(told.items())[name].clusters)
+        assert images.cluster_names == tuple("vwxyz")
+        assert images.classes == ("a", "b", "c")
+    assert json.loads(path.read_text())["configuration"] == {"method": "by hand"}
+    assert not ClustersConfig(by="file", file=path).tells_labels
+
+
+def test_a_file_of_other_images_is_refused(splits, file):
+    path, _ = file
+    cfg = ClustersConfig(by="file", file=path)
+    assert splits.test is not None
+    for other, split in (
+        (Splits(images("train", seed=1), splits.test), "train"),
+        (Splits(splits.train, images("test", 4, seed=1)), "test"),
+        (Splits(splits.train, splits.test.select(torch.tensor([1, 0, 2, 3]))), "test"),
+    ):
+        with pytest.raises(UsageError, match=rf"^clusters.file: .* was made of other {split} images than shapes"):
+            with_clusters(other, cfg)
+    relabelled = ImageSet(splits.train.images, SUPER, ("x", "y"), "shapes", "train")
+    assert with_clusters(Splits(relabelled, splits.test), cfg).train.clusters is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["clusters"]["train"].append(0), "is damaged"),
+        (lambda c: c["clusters"]["train"].__setitem__(0, 5), "is damaged"),
+        (lambda c: c.pop("names"), "holds no clusters"),
+        (lambda c: c["clusters"].__setitem__("train", ["x"]), "holds no clusters"),
+    ],
+)
+def test_a_damaged_file_is_refused(splits, file, change, message):
+    path, _ = file
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"^clusters.file: .* {message}"):
+        with_clusters(splits, ClustersConfig(by="file", file=path))
+    path.write_text("[1, 2]")
+    with pytest.raises(UsageError, match=r"^clusters.file: .* holds no clusters; python -m cbcls.clusters writes one"):
+        with_clusters(splits, ClustersConfig(by="file", file=path))
+
+
+def test_images_without_such_labels_are_refused():
+    bare = ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, (), "bare", "train")
+    for by in ("superclasses", "classes"):
+        with pytest.raises(UsageError, match=rf"^clusters.by: the train images of bare have no {by}"):
+            with_clusters(Splits(bare, None), ClustersConfig(by=by))
+
+
+def test_a_file_is_named_where_it_is_needed_and_nowhere_else(tmp_path):
+    with pytest.raises(ValueError, match=r"^clusters.file: expected a file for clusters.by file, got null"):
+        ClustersConfig(by="file")
+    with pytest.raises(ValueError, match=r"^clusters.file: expected null for clusters.by classes, got x"):
+        ClustersConfig(by="classes", file=tmp_path.__class__("x"))
