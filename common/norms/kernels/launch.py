@@ -35,8 +35,10 @@ MIXTURE = {
 
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 """Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
-LOCATIONS_PER_SUM = 32
-"""A program takes K times as many, so that the sums it leaves are a tenth of x at most."""
+SUMS_SHARE = 0.06
+"""Of an activation's bytes: the sums that a pass may leave and read again."""
+LEAST_PROGRAMS = 132
+"""A multiprocessor each of an H100, whatever sums that leaves where channels share a posterior."""
 PROGRAMS = 1024
 """Enough for every multiprocessor of today's devices; not asked of the device, so that sums keep their order."""
 CHANNEL_BLOCK = 64
@@ -161,21 +163,35 @@ class Tiling:
     num_warps: int
 
 
-def mixture_tiling(kernel: str, walk: Walk, groups: int, num_components: int, *, sums: bool) -> Tiling:
-    """Return the tiles of a kernel, and few enough programs that their sums, if it leaves any, stay small."""
+def mixture_tiling(
+    kernel: str, walk: Walk, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
+) -> Tiling:
+    """Return the tiles of a kernel, and few enough programs that the sums which a pass leaves stay small.
+
+    Args:
+        kernel: its name.
+        walk: over activations.
+        groups: of channels.
+        num_components: K.
+        planes: of (K, C) in float32 that each program of the pass leaves; 0 for a kernel without sums.
+        itemsize: bytes of an activation's element.
+    """
     entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
-    width = walk.channels // groups
+    width, locations = walk.channels // groups, walk.samples * walk.positions
+    most = PROGRAMS
+    if planes:
+        most = max(1, int(SUMS_SHARE * itemsize * locations / (2 * 4 * planes * num_components)))
     if width > 1:
         block_c, columns = power_of_two(width), groups
-        most = entry.elements if walk.flat else power_of_two(walk.positions)
-        block_l = max(1, min(most, entry.elements // block_c))
+        longest = entry.elements if walk.flat else power_of_two(walk.positions)
+        block_l = max(1, min(longest, entry.elements // block_c))
+        most = max(most, LEAST_PROGRAMS // columns)
     else:
         block_l, block_c = tile(entry, walk)
+        while block_c > SUMS_CHANNELS and most * divide(walk.channels, block_c) < LEAST_PROGRAMS:
+            block_c //= 2  # narrower columns are more of them, which leave no more sums
         columns = divide(walk.channels, block_c)
-    locations = walk.samples * walk.positions
     tiles = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
-    most = max(1, PROGRAMS // columns)
-    if sums:
-        most = min(most, max(1, locations // (LOCATIONS_PER_SUM * num_components)))
+    most = min(most, max(1, PROGRAMS // columns))
     programs = divide(tiles, divide(tiles, most))  # all of them with as many tiles, but the last
     return Tiling(walk, width > 1, block_l, block_c, columns, programs, entry.num_warps)

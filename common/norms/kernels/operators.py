@@ -116,11 +116,12 @@ scb_backward.register_autograd(_refuse)
 
 
 def _walk(
-    kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, *, sums: bool = False
+    kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0
 ) -> launch.Tiling:
-    """Return how a mixture kernel walks over activations (N, C, L)."""
+    """Return how a mixture kernel walks over activations (N, C, L); planes are of all sums that its pass leaves."""
     walk = launch.walk(activations, merge=True)
-    return launch.mixture_tiling(kernel, walk, groups, num_components, sums=sums)
+    itemsize = activations[0].element_size()
+    return launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
 
 
 def _run(
@@ -187,7 +188,7 @@ def _moments(
 ) -> None:  # fmt: skip
     """Find the state of x (N, C, L) under a mixture."""
     num = state.shape[1]
-    tiling = _walk("mixture_moments_kernel", (x,), groups, num, sums=True)
+    tiling = _walk("mixture_moments_kernel", (x,), groups, num, 3)
     sums = state.new_empty(3, tiling.programs, *state.shape[1:])
     pointers = (x, *mixture, sums, state)
     _run("mixture_moments_kernel", tiling, pointers, groups, num, (eps, floor), STORED=stored)
@@ -237,14 +238,14 @@ def mixture_backward(
     What there is none of is (0,).
     """
     num = state.shape[1]
-    tiling = _walk("mixture_sums_kernel", (x, g), groups, num, sums=True)
+    planes = 3 if parameters else 0
+    tiling = _walk("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
     sums = state.new_empty(2, tiling.programs, *state.shape[1:])
     _run("mixture_sums_kernel", tiling, (x, g, state, sums), groups, num, ())
     coefficients, affine = state.new_empty(4, *state.shape[1:]), _affine_gradients(state, weight)
     _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
     dx = torch.empty_like(x)
     sources = (None, None, None, state, coefficients, weight)
-    planes = 3 if parameters else 0
     sums = _backward_pass(x, g, dx, sources, groups, (eps, floor, 1.0), planes, stored=False)
     rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
                                      (eps, floor, 1.0), stored, parameters)  # fmt: skip
@@ -269,7 +270,8 @@ def _backward_pass(
     like = sources[3] if sources[3] is not None else sources[1]
     assert like is not None
     num, channels = like.shape[-2:]
-    tiling = _walk("mixture_bwd_kernel", (x, g, dx), groups, num, sums=planes > 0)
+    others = 2 if planes == 3 else 0  # of mixture_sums_kernel
+    tiling = _walk("mixture_bwd_kernel", (x, g, dx), groups, num, planes + others)
     sums = like.new_empty(planes, tiling.programs, num, channels, dtype=torch.float32)
     _run(
         "mixture_bwd_kernel", tiling, (x, g, *sources, dx, _some(sums)), groups, num, numbers,

@@ -65,30 +65,32 @@ def mixture_merge_kernel(
     """Mass, mean and variance of P programs' locations together, and the output's weight, into the state."""
     k = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mass = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    centre = tl.zeros((BLOCK_C,), tl.float32)
+    square = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, P, BLOCK_P):
         at, mask = _partial(start + tl.arange(0, BLOCK_P), k, c, P, K, C)
-        here = tl.load(sums_ptr + at, mask=mask, other=0.0)
-        mass += here
-        first += here * tl.load(sums_ptr + at + _plane(P, K, C, 1), mask=mask, other=0.0)
-    total = tl.sum(mass, axis=0)
-    inverse = 1.0 / tl.maximum(total, TINY)
-    centre = tl.sum(first, axis=0) * inverse
-    rest = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        at, mask = _partial(start + tl.arange(0, BLOCK_P), k, c, P, K, C)
-        here = tl.load(sums_ptr + at, mask=mask, other=0.0)
-        d = tl.load(sums_ptr + at + _plane(P, K, C, 1), mask=mask, other=0.0) - centre[None, :]
-        rest += here * d
-        square += tl.load(sums_ptr + at + _plane(P, K, C, 2), mask=mask, other=0.0) + here * d * d
-    shift = tl.sum(rest, axis=0) * inverse
+        mass = tl.load(sums_ptr + at, mask=mask, other=0.0)
+        mean = tl.load(sums_ptr + at + _plane(P, K, C, 1), mask=mask, other=0.0)
+        within = tl.load(sums_ptr + at + _plane(P, K, C, 2), mask=mask, other=0.0)
+        here = tl.sum(mass, axis=0)
+        inverse = 1.0 / tl.maximum(here, TINY)
+        middle = tl.sum(mass * mean, axis=0) * inverse
+        distance = mean - middle[None, :]
+        rest = tl.sum(mass * distance, axis=0) * inverse  # what rounding took from the middle
+        squares = tl.sum(within + mass * distance * distance, axis=0) - rest * rest * here
+        # What came before, by Chan's formula.
+        joined = total + here
+        share = here / tl.maximum(joined, TINY)
+        delta = (middle - centre) + rest
+        centre += delta * share
+        square += squares + delta * delta * total * share
+        total = joined
     pilot = tl.load(x_ptr + c.to(tl.int64) * x_sc, mask=c < C, other=0.0).to(tl.float32)
-    v = at_least(tl.sum(square, axis=0) * inverse - shift * shift, 0.0)
+    v = at_least(square / tl.maximum(total, TINY), 0.0)
     out = state_ptr + k * C + c
     tl.store(out + MASS * K * C, total, mask=c < C)
-    tl.store(out + BATCH_MEAN * K * C, tl.where(total == 0.0, 0.0, pilot + (centre + shift)), mask=c < C)
+    tl.store(out + BATCH_MEAN * K * C, tl.where(total == 0.0, 0.0, pilot + centre), mask=c < C)
     tl.store(out + BATCH_VAR * K * C, v, mask=c < C)
     log = at_least(_row(state_ptr, LOG_WEIGHT, k, c, C, 0.0, K), floor)
     tl.store(out + OUTPUT * K * C, tl.exp(-0.5 * log) * kappa * inverse_root(v, eps), mask=c < C)

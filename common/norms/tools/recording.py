@@ -27,7 +27,6 @@ TIMES = {"native_batch_norm": 2, "native_batch_norm_backward": 2}
 """How often an operator reads its inputs, where not once."""
 TOUCHES: dict[tuple[str, str], tuple[float, float]] = {
     ("mixture_merge_kernel", "x_ptr"): (0, 0),  # the batch's first location
-    ("mixture_merge_kernel", "sums_ptr"): (5 / 3, 0),  # masses and means twice, squares once
     ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 4, 0),  # the last plane
     ("mixture_bwd_kernel", "coefficients_ptr"): (3 / 4, 0),  # the others
     # planes of a state

@@ -42,7 +42,8 @@ def tiles(request, monkeypatch):
         mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
         monkeypatch.setattr(launch, "MIXTURE", mixture)
         monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
-        monkeypatch.setattr(launch, "LOCATIONS_PER_SUM", 12)  # several tiles a program
+        monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
+        monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)  # several tiles a program
         monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
 
 
@@ -232,9 +233,9 @@ def test_an_offset_costs_what_it_costs_eager(groups, statistics):
 def test_an_empty_component_adds_nothing(groups):
     x, log_lambda, mean, var, g = case((8, 4, 6), 3, torch.float32)
     mean[2] = 1e4
-    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", groups=groups)
+    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", affine=False, groups=groups)
     assert all(value.isfinite().all() for value in got.values())
-    two = mixture_gradients((x, log_lambda[:2], mean[:2], var[:2], g), None, "triton", groups=groups)
+    two = mixture_gradients((x, log_lambda[:2], mean[:2], var[:2], g), None, "triton", affine=False, groups=groups)
     for name in ("y", "dx"):
         torch.testing.assert_close(got[name], two[name])
     for name in set(got) - {"y", "dx"}:
@@ -265,7 +266,7 @@ def test_results_repeat_bit_for_bit(groups):
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
 def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
     *inputs, g = case((8, 4, 6), 3, torch.float32)
-    want = mixture_gradients((*inputs, g), None, "triton", statistics=statistics)
+    want = mixture_gradients((*inputs, g), None, "triton", affine=False, statistics=statistics)
     for i, name in enumerate(GRADIENTS[1:]):
         given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
         (got,) = torch.autograd.grad(mixture_norm(*given, statistics=statistics, backend="triton")[0], given[i], g)

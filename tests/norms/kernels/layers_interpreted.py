@@ -25,7 +25,8 @@ def small(monkeypatch):
     entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
     monkeypatch.setattr(launch, "MIXTURE", entries)
     monkeypatch.setattr(launch, "SUMS", launch.Launch(elements=64, num_warps=1))
-    monkeypatch.setattr(launch, "LOCATIONS_PER_SUM", 4)
+    monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
+    monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)
     monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
     monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
     torch.use_deterministic_algorithms(True)
@@ -64,13 +65,15 @@ def assert_near(got, want, rtol):
 def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
     """The second step sees what the first has stored; evaluation what both have."""
     kernel, exact = pair(*OPTIONS[name])
-    for seed in range(2):
-        x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32, seed=seed)
-        x = 2 * x + 1
-        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=2e-5)
-        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=2e-5)
-    kernel.eval(), exact.eval()
-    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=2e-5)
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    rtol = 5e-3 if OPTIONS[name][0] == "mn" else 2e-5  # EM itself is in float32
+    for shift in (1, -1):
+        x = 2 * x + shift
+        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
+    for layer in (kernel, exact):
+        layer.eval()
+    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
 
 
 def test_bfloat16_is_rounded_once():
