@@ -17,6 +17,17 @@ if (
     print(f"error: {_LINE}", file=sys.stderr)
     sys.exit(2)
 
+from typing import Any  # noqa: E402
+
 from common import __version__  # noqa: E402
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load_model"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `load_model` when it is asked for: commands answer a mistyped flag without torch."""
+    if name == "load_model":
+        from cbcls.export import load_model  # noqa: PLC0415 - see above
+
+        return load_model
+    raise AttributeError(f"module {__name__} has no attribute {name}")

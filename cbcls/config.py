@@ -1,7 +1,7 @@
 """The configuration of a classification run."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -121,6 +121,9 @@ class ClassifierConfig(RunConfig):
     decay: Literal["of_lr", "absolute"] = "of_lr"
     """adamw: each step subtracts weight_decay times the learning rate from a weight of 1, as torch does, or
     weight_decay itself times the schedule's factor, as TensorFlow Addons did for the paper's authors."""
+    calibration_batches: int = 100
+    """mn: batches of training images that its mixture is fitted to anew before each measurement, without a trace in
+    training."""
     model: ModelConfig = field(default_factory=ModelConfig)
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
@@ -135,6 +138,8 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"model.cluster_input: {self.norm.kind} is told the clusters already; expected norm.kind {without}"
             )
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches: expected at least 1, got {self.calibration_batches}")
         if self.decay == "absolute" and self.optimizer != "adamw":
             raise ValueError(f"decay: expected of_lr, since absolute means adamw's, got absolute for {self.optimizer}")
         self._check_model()
@@ -145,8 +150,10 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"data.size: oxford_cnn takes images from {_OXFORD_LEAST} pixels on (the paper's 256), got {size}"
             )
-        if model.name == "oxford_cnn" and self.norm.kind == "in":
-            raise ValueError("norm.kind: oxford_cnn has one value a channel where the layer is, too few for in")
+        if model.name == "oxford_cnn" and self.norm.kind in ("in", "dsbn"):
+            raise ValueError(
+                f"norm.kind: oxford_cnn has one value a channel where the layer is, too few for {self.norm.kind}"
+            )
         if not model.convert:
             self.norm.build(model.channels)  # the layer knows best which options it refuses
         elif self.norm.kind not in _BATCH_NORMS_BECOME:
@@ -154,10 +161,21 @@ class ClassifierConfig(RunConfig):
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
             )
 
+    def resolved(self) -> "ClassifierConfig":
+        """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
+        resolved = super().resolved()
+        own = {name: getattr(self.norm, name) for name in ("eps", "affine", "momentum")}
+        return replace(resolved, norm=replace(resolved.norm, **own)) if self.model.convert else resolved
+
     @property
     def takes_clusters(self) -> bool:
         """Whether the layer under test is told the cluster of each image."""
         return self.norm.kind in kinds(takes_clusters=True)
+
+    @property
+    def knows_unknown(self) -> bool:
+        """Whether the network can do without the cluster of an image that it classifies."""
+        return self.norm.kind in ("scb", "scb_base") or self.model.cluster_input
 
     @property
     def told_clusters(self) -> bool:

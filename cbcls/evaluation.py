@@ -1,6 +1,9 @@
-"""What is measured of a classifier: loss and scores on images it was not trained on."""
+"""What is measured of a classifier: loss, scores and the leak audit, on images it was and was not trained on."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -8,14 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
+from common.classification.leak_audit import Categories, LeakAudit, leak_audit, told
 from common.data.image_set import ImageSet, to_input
 from common.errors import NonFiniteError, UsageError
+from common.machine.atomic import write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
-from common.metrics.logits import classify
+from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
+from common.norms import calibrated
+from common.runs.log import listed
 from common.training.method import Tracked
+
+CATEGORIES = "categories.json"
+"""In a run's folder: names of its classes and clusters, in the order of their numbers."""
+_SPLITS = (
+    ("test", "", "loss/test"),
+    ("validation", "validation_", "loss/validation"),
+    ("train", "train_", "loss/train_seen"),
+)
+"""Name, prefix of metrics, and loss."""
+_SEEN = 2000
+"""Most training images that are measured as test images are."""
+CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
+"""What TensorBoard shows in one picture."""
 
 
 class Evaluation:
@@ -35,56 +58,170 @@ class Evaluation:
         self, cfg: ClassifierConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None
     ) -> None:
         self.cfg, self.images, self.device, self.env = cfg, images, device, env or Env()
-        order = permutation(len(images["train"]), cfg.seed, "health")
-        self.health_images = images["train"].select(order[: cfg.batch_size])
+        train, test = images["train"], images["test"]
+        self.health_images = train.select(permutation(len(train), cfg.seed, "health")[: cfg.batch_size])
+        count = min(len(train), len(test), _SEEN)
+        self._seen = train.select(permutation(len(train), cfg.seed, "seen")[:count].sort().values)
 
     def scores(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
         """Return loss and scores in evaluation mode, by tag: loss/test and metric/accuracy, loss/validation and so on.
+
+        Of training images a fixed sample is measured, as test images are; of a network that is told clusters, the
+        leak audit on all test images.
 
         Raises:
             Interrupted: if ``go_on``, called between two batches, raises it.
             NonFiniteError: if a logit is not finite.
         """
         values: dict[str, float] = {}
-        for split in ("test", "validation"):
-            if split in self.images:
-                values |= self._scores(network, split, go_on)
+        with self.measuring(network):
+            logits = self.logits(network, self.images["test"], go_on=go_on)
+            values |= _scored("loss/test", "", self.images["test"], logits)
+            if "validation" in self.images:
+                held = self.images["validation"]
+                values |= _scored("loss/validation", "validation_", held, self.logits(network, held, go_on=go_on))
+            seen = _scored("loss/train_seen", "train_", self._seen, self.logits(network, self._seen, go_on=go_on))
+            values |= {tag: seen[tag] for tag in ("loss/train_seen", "metric/train_accuracy", "metric/train_error")}
+            if self.cfg.told_clusters:
+                values |= self.audit(network, go_on, logits).scalars()
         return values
 
-    def _scores(self, network: nn.Module, split: str, go_on: Callable[[], None]) -> dict[str, float]:
-        images = self.images[split]
-        assert images.labels is not None
-        logits = self._logits(network, images, go_on)
+    @contextlib.contextmanager
+    def measuring(self, network: nn.Module) -> Iterator[None]:
+        """Make a network the one that is measured inside the block, and what it was after it.
+
+        It is in evaluation mode, has rank 0's running averages, and its mixtures are calibrated if it has
+        Mixture Normalization.
+
+        Raises:
+            NonFiniteError: if what a mixture is to be calibrated to is not finite.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(network))
+            stack.enter_context(self.env.buffers_of_first(network))
+            inputs = _Inputs(self.cfg, self.images["train"], self.device)
+            try:
+                with autocast(self.device, self.cfg.precision):
+                    stack.enter_context(calibrated(network, inputs, self.cfg.calibration_batches))
+            except ValueError as error:
+                raise NonFiniteError(f"mixtures cannot be calibrated ({error})") from None
+            yield
+
+    def logits(
+        self,
+        network: nn.Module,
+        images: ImageSet,
+        clusters: Tensor | None = None,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Return logits (N, classes) in float64, of a network inside `measuring`.
+
+        Args:
+            network: the classifier.
+            images: what it classifies.
+            clusters: what it is told of them, int64 (N,); by default each image's own.
+            go_on: called between batches.
+
+        Raises:
+            NonFiniteError: if a logit is not finite.
+        """
+        told_of_them = images.clusters if clusters is None else clusters
+        logits = logits_of(
+            self.cfg, network, images.images, images.num_classes, told_of_them, self.device, self.env, go_on
+        )
         if not logits.isfinite().all():
-            raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
-        prefix = "" if split == "test" else f"{split}_"
-        found = measure_all(images.labels, logits)
-        scores = {f"metric/{prefix}{name}": value for name, value in found.items()}
-        return {f"loss/{split}": float(F.cross_entropy(logits, images.labels)), **scores}
+            raise NonFiniteError(f"logits of the {images.split} images are not finite; the checkpoint before stands")
+        return logits
 
-    def _logits(self, network: nn.Module, images: ImageSet, go_on: Callable[[], None]) -> Tensor:
-        """Return logits (N, classes) in float64, each image as a member of its own cluster."""
+    def audit(
+        self,
+        network: nn.Module,
+        go_on: Callable[[], None] = lambda: None,
+        known: Tensor | None = None,
+        baseline: Tensor | None = None,
+    ) -> LeakAudit:
+        """Audit a network that is told clusters, on the test images; inside `measuring`.
 
-        def classifier(batch: Tensor, cluster: Tensor | None = None) -> Tensor:
-            with autocast(self.device, self.cfg.precision):
-                x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
-                return network(x, None if cluster is None else cluster.to(self.device))
+        Args:
+            network: the classifier.
+            go_on: called between batches.
+            known: its logits with each image's own cluster, if they are there already.
+            baseline: those of a classifier that is told the same without such a layer.
+        """
+        train, test = self.images["train"], self.images["test"]
+        ids = told(_categories(train).clusters, _categories(test).clusters, unknown=self.cfg.knows_unknown)
+        logits = {
+            name: known if name == "known" and known is not None else self.logits(network, test, given, go_on)
+            for name, given in ids.items()
+        }
+        return leak_audit(
+            _categories(train),
+            _categories(test),
+            logits,
+            len(test.cluster_names),
+            labelled=f"clusters.by {self.cfg.clusters.by}" if self.cfg.clusters.tells_labels else None,
+            baseline=baseline,
+        )
 
-        training = network.training
-        network.eval()
-        try:
-            with self.env.buffers_of_first(network):  # running averages differ between ranks
-                return classify(
-                    classifier,
-                    images.images,
-                    images.num_classes,
-                    clusters=images.clusters,
-                    batch_size=self.cfg.batch_size,
-                    env=self.env,
-                    go_on=go_on,
-                )
-        finally:
-            network.train(training)
+    def write_categories(self, folder: Path) -> None:
+        """Write the names of classes and clusters into a run's folder, for those who have not its images."""
+        names = {"classes": self.images["train"].classes, "clusters": self.images["train"].cluster_names}
+        write_text_atomic(folder / CATEGORIES, json.dumps(names) + "\n")
+
+
+def logits_of(
+    cfg: ClassifierConfig,
+    network: nn.Module,
+    images: Tensor,
+    num_classes: int,
+    clusters: Tensor | None,
+    device: torch.device,
+    env: Env | None = None,
+    go_on: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Return logits (N, classes) in float64 of uint8 images (N, 3, S, S), as a run measures them.
+
+    Args:
+        cfg: the run's configuration.
+        network: in evaluation mode.
+        images: what it classifies.
+        num_classes: of the network.
+        clusters: what it is told of them, int64 (N,), -1 for unknown; None tells nothing.
+        device: where the network is.
+        env: as for `classify`.
+        go_on: as for `classify`.
+    """
+
+    def classifier(batch: Tensor, cluster: Tensor | None = None) -> Tensor:
+        with autocast(device, cfg.precision):
+            x = to_input(batch, device, channels_last=cfg.channels_last)
+            return network(x, None if cluster is None else cluster.to(device))
+
+    return classify(classifier, images, num_classes, clusters=clusters, batch_size=cfg.batch_size, env=env, go_on=go_on)
+
+
+class _Inputs:
+    """What a network is calibrated with: batches of training images, the same each time."""
+
+    def __init__(self, cfg: ClassifierConfig, train: ImageSet, device: torch.device) -> None:
+        self.cfg, self.train, self.device = cfg, train, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = permutation(len(self.train), self.cfg.seed, "calibration")
+        for index in order.split(self.cfg.batch_size):
+            yield to_input(self.train.images[index], self.device, channels_last=self.cfg.channels_last)
+
+
+def _scored(loss: str, prefix: str, images: ImageSet, logits: Tensor) -> dict[str, float]:
+    assert images.labels is not None
+    scores = {f"metric/{prefix}{name}": value for name, value in measure_all(images.labels, logits).items()}
+    return {loss: float(F.cross_entropy(logits, images.labels)), **scores}
+
+
+def _categories(images: ImageSet) -> Categories:
+    assert images.labels is not None
+    assert images.clusters is not None
+    return Categories(images.labels, images.clusters)
 
 
 def choosable() -> dict[str, Tracked]:
@@ -98,6 +235,25 @@ def choosable() -> dict[str, Tracked]:
         **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
         "loss/test": Tracked("test", "lower", chosen_by_test=True),
     }
+
+
+def closing_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Return what a finished run says of its last scores and leak audit, a name and a text each."""
+    rows = []
+    for split, prefix, loss in _SPLITS:
+        if (value := latest.get(loss)) is not None:
+            names = [name for name in METRICS.names() if f"metric/{prefix}{name}" in latest]
+            rows.append(
+                (split, f"loss {value:.4g}, {listed({name: latest[f'metric/{prefix}{name}'] for name in names})}")
+            )
+    told = {tag.removeprefix("audit/accuracy_"): latest[tag] for tag in latest if tag.startswith("audit/accuracy_")}
+    if told:
+        chance = {"chance_given_the_cluster": latest["audit/chance_given_cluster"]}
+        rows.append(("clusters", listed({"known": latest["metric/accuracy"], **told, **chance})))
+        if latest["audit/flagged"]:
+            rows.append(("LEAK", "test clusters tell of labels: quote the accuracy with clusters unknown, or the gain "
+                         "over a baseline that is told them (docs/leak-audit.md)"))  # fmt: skip
+    return rows
 
 
 def check_labels(images: Mapping[str, ImageSet]) -> None:

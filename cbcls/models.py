@@ -72,8 +72,9 @@ def _of_timm(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> Timm
     try:
         made = TimmClassifier(network, cfg.norm, model.convert, seed=cfg.seed, num_clusters=num_clusters)
     except ValueError as error:
-        reason = re.sub(r"^(where|model): ", f"convert: {model.name}: ", str(error))
-        raise UsageError(f"model.{reason}") from None
+        reason = re.sub(r"^(where|model): ", f"model.convert: {model.name}: ", str(error))
+        place = "" if reason.startswith("model.") else "model." if reason.startswith("name: ") else "norm."
+        raise UsageError(f"{place}{reason}") from None
     try:
         made.check_size(cfg.data.size)
     except ValueError as error:

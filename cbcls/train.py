@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, check_labels, choosable
+from cbcls.evaluation import CHARTS, Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
 from common.machine.seeding import drawing
-from common.runs.log import listed
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
@@ -49,9 +48,8 @@ class Classification(Method[ClassifierConfig]):
 
     def default_name(self) -> str:
         """Return what a run without a name is called."""
-        cfg = self.cfg
-        told = "-told" if cfg.model.cluster_input else ""
-        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{told}-seed{cfg.seed}"
+        told = "-told" if self.cfg.model.cluster_input else ""
+        return f"{self.cfg.data.name}-{self.cfg.model.prefix}{self.cfg.norm.kind}{told}-seed{self.cfg.seed}"
 
     def view(self) -> View:
         """Return what training shows of images."""
@@ -88,7 +86,11 @@ class Classification(Method[ClassifierConfig]):
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""
-        return self.evaluation.scores(networks["network"], moment.go_on)
+        values = self.evaluation.scores(networks["network"], moment.go_on)
+        if self.env.first:
+            self.evaluation.write_categories(moment.folder)
+            moment.log.charts(CHARTS)
+        return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify one batch of training images, the same all through a run, in training mode."""
@@ -109,12 +111,12 @@ class Classification(Method[ClassifierConfig]):
         return f"the training loss {means['loss/train']:.3g} is more than twice that of equal guesses, {constant:.3g}"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return the last scores."""
-        latest = {name: value for line in lines for name, value in line.items()}
-        scores = {name: value for name, value in latest.items() if name.startswith("metric/")}
+        """Return the last scores, what the leak audit found, and how to measure more."""
+        rows = closing_rows({name: value for line in lines for name, value in line.items()})
         return [
-            ("test", f"loss {latest['loss/test']:.4g}, {listed(scores)}"),
-            ("paper's run", "python -m cbcls.train --config shallow_cifar10 --device cuda"),
+            *rows,
+            ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
+            ("paper's run", "python -m cbcls.train --config shallow --config cifar10 --config ucb --device cuda"),
         ]
 
 

@@ -113,8 +113,9 @@ class AdaMatch(Method[AdaMatchConfig]):
             "adamatch": build_classifier(cfg, classes),
             "alignment": Alignment(classes, cfg.method.decay, cfg.method.history),
         }
-        if cfg.source_only:  # of one domain, BatchNorm by domain is BatchNorm
-            networks["source_only"] = build_classifier(cfg, classes, kind="bn" if cfg.norm.kind == "dsbn" else None)
+        if cfg.source_only:  # of one domain, BatchNorm by domain is BatchNorm: a first layer, or what the network has
+            plain = "none" if cfg.model.convert else "bn"
+            networks["source_only"] = build_classifier(cfg, classes, kind=plain if cfg.norm.kind == "dsbn" else None)
         return networks
 
     def optimize(self, networks: Mapping[str, nn.Module]) -> dict[str, Optimizer]:

@@ -268,5 +268,9 @@ class AdaMatchConfig(RunConfig):
         return super().follows_length or self.method.warmup > 0
 
     def resolved(self) -> "AdaMatchConfig":
-        """Return the configuration as a run stores it."""
-        return replace(super().resolved(), method=self.method.resolved())
+        """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
+        resolved = replace(super().resolved(), method=self.method.resolved())
+        if not self.model.convert:
+            return resolved
+        own = {name: getattr(self.norm, name) for name in ("eps", "affine", "momentum")}
+        return replace(resolved, norm=replace(resolved.norm, **own))

@@ -9,6 +9,7 @@ from cbda.networks.classifier import Classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
 from common.networks.from_timm import timm_network
+from common.norms.config import settings_of
 
 
 def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None = None) -> Classifier:
@@ -17,7 +18,7 @@ def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None 
     Args:
         cfg: the run's configuration.
         num_classes: length of the output.
-        kind: another layer in place of the one under test.
+        kind: another layer in place of the one under test, the first; the network's BatchNorms stay.
 
     Raises:
         UsageError: if timm has no such network, its weights cannot be had or do not fit, or it has no such BatchNorm.
@@ -25,9 +26,11 @@ def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None 
     norm = cfg.norm if kind is None else type(cfg.norm)(kind=kind)
     network = _network(cfg.model, num_classes)
     try:
-        return Classifier(network, norm, () if kind == "bn" else cfg.model.convert, cfg.seed)
+        return Classifier(network, norm, cfg.model.convert if kind is None else (), cfg.seed)
     except ValueError as error:
-        raise UsageError(str(error).replace("where:", "model.convert:")) from None
+        field = str(error).split(":")[0]
+        own = {"where": "model.convert"} | {name: f"norm.{name}" for name in settings_of(norm.kind)}
+        raise UsageError(str(error).replace(field, own.get(field, field), 1)) from None
 
 
 def _network(model: ModelConfig, num_classes: int) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Literal
 from cbda.evaluation import clusters_of
 from cbda.export import AdaptedModel, load_model
 from common.classification.predictions import PredictionFiles
+from common.classification.stored import check_free
 from common.cli.arguments import parse
 from common.machine.device import resolve_device
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(PredictConfig, argv, prog="python -m cbda.predict")
     assert cfg.run is not None  # PredictConfig refuses otherwise
     files = None if cfg.images is None else PredictionFiles(cfg.images, cfg.out, force=cfg.force)
+    if cfg.export is not None:
+        check_free(cfg.export)
     model = load_model(cfg.run, resolve_device(cfg.device))
     if files is not None:
         _predict(model, cfg, files)

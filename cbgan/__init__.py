@@ -17,6 +17,17 @@ if (
     print(f"error: {_LINE}", file=sys.stderr)
     sys.exit(2)
 
+from typing import Any  # noqa: E402
+
 from common import __version__  # noqa: E402
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load_generator"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `load_generator` when it is asked for: commands answer a mistyped flag without torch."""
+    if name == "load_generator":
+        from cbgan.export import load_generator  # noqa: PLC0415 - see above
+
+        return load_generator
+    raise AttributeError(f"module {__name__} has no attribute {name}")

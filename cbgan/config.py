@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from cbgan.networks.augmentation import KINDS
+from cbgan.networks.losses import Loss
 from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
@@ -14,7 +16,8 @@ class GanConfig(RunConfig):
     """Train a DCGAN whose generator normalises with the layer under test, and measure its FID.
 
     Without arguments: UCB-Norm on scikit-learn's handwritten digits, a few minutes on two CPU cores. lr, weight_decay
-    and what else is told an optimizer concern Adam, of both networks.
+    and what else is told an optimizer concern Adam, of both networks. A norm.kind that takes clusters (scb, scb_base,
+    dsbn) takes the images' classes, and makes the GAN a conditional one.
     """
 
     epochs: int = field(default=60, metadata=MAY_CHANGE)
@@ -31,6 +34,16 @@ class GanConfig(RunConfig):
     """Adam's first decay rate."""
     beta2: float = 0.9
     """Adam's second decay rate."""
+    loss: Loss = "logistic"
+    """The non-saturating logistic loss, or hinge."""
+    spectral: bool = False
+    """Spectral normalization of the discriminator's weights, in place of its BatchNorm."""
+    r1: float = 0.0
+    """Factor gamma of the penalty gamma / 2 |gradient of the logit by the real image|^2; 0 leaves it out."""
+    augment: list[str] = field(default_factory=list)
+    """Changes to what the discriminator sees of real and generated images alike: color, translation, cutout."""
+    calibration_batches: int = 100
+    """mn: batches of noise from which the mixtures are fitted anew before each measurement; 0 takes moving averages."""
     best: BestConfig = field(default_factory=lambda: BestConfig(keep=True))
     data: DataConfig = field(default_factory=DataConfig)
     fid: FidConfig = field(default_factory=FidConfig)
@@ -39,18 +52,20 @@ class GanConfig(RunConfig):
         super().__post_init__()
         if not self.data.in_memory:
             raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
-        if self.latent_dim < 1:
-            raise ValueError(f"latent_dim: expected at least 1, got {self.latent_dim}")
+        for name, least, wanted in (
+            ("latent_dim", 1, "at least 1"), ("r1", 0, "0 or more"), ("calibration_batches", 0, "0 or more"),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {wanted}, got {getattr(self, name)}")
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width: expected a multiple of 8, got {self.width}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 up to, not including, 1, got {getattr(self, name)}")
-        if self.norm.kind not in (usable := kinds(takes_clusters=False)):
-            raise ValueError(
-                f"norm.kind: {self.norm.kind} needs a cluster id per image, which a GAN has not; use "
-                f"{', '.join(usable)}"
-            )
+        if self.r1 and self.precision == "fp16":
+            raise ValueError(f"r1: expected 0 with precision fp16, whose range its gradients leave, got {self.r1}")
+        if unknown := [name for name in self.augment if name not in KINDS]:
+            raise ValueError(f"augment: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
         for channels in (self.width // 2, self.width // 4):
             self.norm.check_features(channels)
         if self.data.validation:
@@ -66,3 +81,8 @@ class GanConfig(RunConfig):
                 f"base_size: expected 0 or {' or '.join(map(str, allowed))} for images of {self.data.size}, "
                 f"got {self.base_size}"
             )
+
+    @property
+    def conditional(self) -> bool:
+        """Whether images are made of a class that is asked for: the layer under test takes clusters."""
+        return self.norm.kind in kinds(takes_clusters=True)

@@ -1,4 +1,4 @@
-"""Measure a trained generator: ``python -m cbgan.evaluate --run runs/cbgan/NAME``."""
+"""Measure a generator or a folder of images: ``python -m cbgan.evaluate``."""
 
 from common.cli.command import start
 
@@ -9,102 +9,161 @@ import errno
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, fid_series, save_grid
-from cbgan.models import Generator
-from cbgan.noise import fixed_noise
+from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
+from cbgan.networks.dcgan import Generator
+from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.train import Gan
-from common.cli.arguments import parse
+from common.classification.stored import Stored, read_stored
+from common.cli.arguments import parse, read, to_dict, to_yaml
+from common.data import DataConfig, Decoding, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
-from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
-from common.runs.log import read_metrics
-from common.training.config import stored_config
-from common.training.parts import upgraded
+from common.metrics.fid import Fid, FidConfig
+from common.runs.log import METRICS, read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
+_PROG = "python -m cbgan.evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure FID and the classes found by a trained generator."""
+    """Measure images against real ones: those of a trained generator, or of a folder.
+
+    With a run, data, fid, cache and plugins are those of the run where nothing else is said here.
+    """
 
     run: Path | None = None
-    """The run's folder, for instance runs/cbgan/digits-ucb-seed0."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which checkpoint to measure."""
+    """The folder of a run, for instance runs/cbgan/digits-ucb-seed0, or of an exported generator."""
+    checkpoint: str = "last"
+    """Which one of the run: last, best, an epoch that was kept (checkpoint_keep), or a file, which needs no --run."""
+    raw: bool = False
+    """Measure the weights as they were trained, where the run keeps an average of them."""
+    images: Path | None = None
+    """A folder of PNG or JPEG images to measure in place of a generator's, brought to data.size."""
     samples: int | None = None
-    """Images to generate; null takes as many as the run itself did."""
+    """Images to generate, or to take of the folder; null: as many as the run itself did, or all."""
+    out: Path | None = None
+    """Folder for the JSON file and the pictures; null: evaluations, in the run's folder or here."""
     grid: Path | None = None
-    """Write a grid of 64 generated images to this PNG file."""
+    """Write a grid of 64 of the images to this PNG file too."""
     force: bool = False
     """Replace a grid that exists."""
     check: bool = False
     """Exit with status 1 unless the last FID is below a tenth of the first and every class was found."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
+    cache: Path = Path("~/.cache/cluster-based-norm")
+    """Folder for features of real images, feature extractors and downloads."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import first, by the names that import takes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
 
     def __post_init__(self) -> None:
-        if self.run is None:
-            raise ValueError("run: give the run's folder, --run runs/cbgan/NAME")
+        if self.run is None and self.images is None:
+            raise ValueError("run: give the run's folder, --run runs/cbgan/NAME, or a folder of images, --images PATH")
+        if self.run is not None and self.images is not None:
+            raise ValueError(f"images: expected null with a run, got {self.images}")
+        if self.images is not None and self.check:
+            raise ValueError("check: expected false with --images, whose first FID is not known")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples: expected at least 2, got {self.samples}")
+        if not self.data.in_memory:
+            raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: if there is no such run or checkpoint, it is no GAN's, the run measures no FID, or a picture is in
-            the way of the grid.
+        UsageError: if there is no such run, checkpoint or folder, they do not fit what they are to be measured
+            against, or a picture is in the way of the grid.
         SystemExit: with status 1 if ``check`` fails.
     """
-    options = parse(EvaluateConfig, argv, prog="python -m cbgan.evaluate")
-    folder = options.run
-    assert folder is not None  # EvaluateConfig refuses otherwise
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"run: {folder} is not a run's folder (it holds no config.yaml)")
+    given = list(sys.argv[1:] if argv is None else argv)
+    asked = read(EvaluateConfig, given, prog=_PROG)
+    path, which = asked["run"], asked["checkpoint"]
+    if (file := Path(which).expanduser()).is_file():
+        if path is not None and file.resolve().parent.parent != Path(path).expanduser().resolve():
+            raise UsageError(f"checkpoint: expected one of {path}, got {which}; leave --run out")
+        path, which = file, "last"
+    if path is None or asked["images"] is not None:
+        if path is not None:
+            given += ["--run", str(path)]
+        options = parse(EvaluateConfig, given, prog=_PROG)
+        if not any(argument.startswith(("--data", "--config")) for argument in given):
+            raise UsageError(
+                "data.name: say which real images to measure against, as --data.name cifar10, or --data.name "
+                "imagefolder --data.root PATH"
+            )
+        _refuse_grid(options)
+        _measure_folder(options)
+        return
+    stored = read_stored(GanConfig, Path(path).expanduser(), "g", which, average=not asked["raw"])
+    options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
+    _refuse_grid(options)
+    _measure_run(options, stored)
+
+
+def _refuse_grid(options: EvaluateConfig) -> None:
     if options.grid is not None and options.grid.exists() and not options.force:
         raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
-    state = upgraded(_load(folder, options.checkpoint))
-    if "g" not in state["networks"]:
-        held = ", ".join(state["networks"])
-        raise UsageError(f"run: {folder} is no run of a GAN (its networks: {held}); expected one of runs/cbgan")
-    cfg = stored_config(GanConfig, folder)
-    if not cfg.fid.every:
-        raise UsageError("run: its fid.every is 0, so there is no FID to compare with")
+
+
+def _with_settings_of(cfg: GanConfig, given: Sequence[str]) -> EvaluateConfig:
+    """Read the command line over those settings of a run that the command has too."""
+    own = {name: value for name, value in to_dict(cfg).items() if name in ("data", "fid", "cache", "plugins")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(to_yaml(own), encoding="utf-8")
+        return parse(EvaluateConfig, ["--config", str(file), *given], prog=_PROG)
+
+
+def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
+    folder, was = stored.folder, stored.cfg
+    if options.data.size != was.data.size:
+        size = was.data.size
+        raise UsageError(f"data.size: the run makes images of {size} pixels, expected {size}, got {options.data.size}")
+    same = options.data == was.data and options.fid.reference == was.fid.reference and (folder / METRICS).is_file()
+    cfg = replace(was, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
     set_threads(cfg.threads)
     device = resolve_device(options.device)
     images = Gan.load(cfg)
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
-    g.load_state_dict(state["averages"].get("g", state["networks"]["g"]))
-    evaluation, at = Evaluation(cfg, images, device), state["at"]
-    result = evaluation.measure(g, options.samples or evaluation.count(at["epoch"]))
-    series = fid_series(read_metrics(folder), evaluation.fid.tag) if evaluation.fid else []
-    print(f"epoch {at['epoch']}: FID ({cfg.fid.extractor}) {result.fid:.4g} from {result.count:,} samples")
-    if evaluation.fid is not None and evaluation.fid.floor is not None:
-        print(f"real test images: {evaluation.fid.floor:.4g}")
-    if series:
-        print("logged: " + ", ".join(f"{fid:.4g} (epoch {epoch})" for epoch, fid in series))
+    stored.load_into(g)
+    evaluation, weights = Evaluation(cfg, images, device), _digest(g)
+    fid = evaluation.fid
+    assert fid is not None
+    series = fid_series(read_metrics(folder), fid.tag) if same else []
+    if options.check and not series:
+        raise UsageError(f"check: {folder} logged no {fid.tag} to compare with; leave it out")
+    exported = stored.facts is not None
+    g = g if exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
+    at = {"epoch": stored.fact("epoch", int), "step": None} if exported else stored.state["at"]
+    count = options.samples or evaluation.count(at["epoch"])
+    _warn(evaluation.fid_warnings(count))
+    result = evaluation.measure(g, count, thorough=True)
+    logged = ["logged: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in series)] if series else []
     classes = evaluation.named_classes(result)
-    if classes is not None:
-        found = sum(n > 0 for n in classes.values())
-        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
-        print(f"classes: {found} of {len(classes)} found; samples of {counts}")
-    if options.grid is not None:
-        save_grid(evaluation.sample(g, fixed_noise(GRID, cfg.latent_dim, device)), options.grid)
-    record = {"epoch": at["epoch"], "step": at["step"], "weights": _digest(g), **evaluation.record(result)}
-    _note(folder, record | {"device": str(device)})
+    print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
+    record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}
+    pictures: dict[str, Callable[[Path], object]] = {
+        "grid": lambda path: save_grid(evaluation.grid(g), path),
+        "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
+    }
+    _write(options, f"epoch-{at['epoch']:04d}", record | {"device": str(device)}, pictures)
     if options.check:
         first, missing = series[0][1], 0 if result.classes is None else result.classes.count(0)
         learnt = result.fid < first / _FALL
@@ -114,15 +173,52 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
 
 
-def _note(folder: Path, record: dict[str, Any]) -> None:
-    """Write a measurement beside the run; what is measured again alike has the same file.
+def _measure_folder(options: EvaluateConfig) -> None:
+    assert options.images is not None
+    set_threads(0)
+    device = resolve_device(options.device)
+    how = Decoding(options.data.size, options.data.fit)
+    given = read_folder(options.images, how, field="images", split="generated")
+    if len(given) < (options.samples or 2):
+        name = "images" if options.samples is None else "samples"
+        line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
+        raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
+    found, count = given.images, options.samples or len(given)
+    splits = load(options.data)
+    fid = Fid(options.fid, splits, options.cache, device)
+    _warn([line for line in (fid.warning, fid.short(count)) if line is not None])
+    result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
+    classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
+    print("\n".join(measured_lines(str(options.images), fid, result, classes)))
+    record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
+    pictures: dict[str, Callable[[Path], object]] = {
+        "grid": lambda path: save_grid(found[: min(GRID, count)], path),
+        "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
+    }
+    _write(options, options.images.resolve().name, record | {"device": str(device)}, pictures)
 
-    The name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def _write(
+    options: EvaluateConfig, what: str, record: dict[str, Any], pictures: dict[str, Callable[[Path], object]]
+) -> None:
+    """Write a measurement and its pictures; what is measured again alike has the same files.
+
+    Their name ends in a hash of all that the measurement follows from, so that no other one is overwritten.
     """
-    follows = json.dumps({name: record[name] for name in ("weights", "samples", "passport")}, sort_keys=True)
-    key = hashlib.sha256(follows.encode()).hexdigest()[:8]
-    file = folder / "evaluations" / f"epoch-{record['epoch']:04d}-{record['samples']}-samples-{key}.json"
+    if options.grid is not None:
+        pictures["grid"](options.grid)
+    follows = {name: record[name] for name in ("weights", "samples", "passport")} | {"values": sorted(record["values"])}
+    key = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+    folder = options.out or (options.run or Path()) / "evaluations"
+    file = folder / f"{what}-{record['samples']}-samples-{key}.json"
     try:
+        for name, save in pictures.items():
+            save(file.with_name(f"{file.stem}-{name}.png"))
         write_text_atomic(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -139,18 +235,3 @@ def _digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _load(folder: Path, which: str) -> dict[str, Any]:
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if which == "best":
-        try:
-            return load(checkpoints.best)
-        except DamagedCheckpoint as error:
-            raise UsageError(f"checkpoint: {error}") from None
-    state, reports = checkpoints.load_latest()
-    for report in reports:
-        print(f"warning: {report}", file=sys.stderr)
-    if state is None:
-        raise UsageError(f"run: {folder} has no checkpoint yet")
-    return state

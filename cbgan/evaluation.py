@@ -1,24 +1,35 @@
 """What is measured of a generator: FID against real images, classes found, pictures."""
 
+import copy
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from cbgan.config import GanConfig
-from cbgan.models import Generator
-from cbgan.noise import fixed_noise
+from cbgan.networks.dcgan import Generator
+from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
+from cbgan.reports.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from common.data.image_set import ImageSet, Splits, to_uint8
+from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
+from common.machine.seeding import permutation
+from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
+from common.norms import calibrate
+from common.runs.log import read_metrics
 from common.training.method import Moment
 
 GRID = 64
 """Images in a grid, eight a row."""
+CLASSES = "classes.json"
+"""In the folder of a conditional run: names, and numbers of training images, of the classes."""
 
 
 class Evaluation:
@@ -33,6 +44,7 @@ class Evaluation:
 
     Attributes:
         warnings: why what is measured should not be trusted, to be told with the first measurement.
+        most: the largest value so far of what was measured, by tag.
 
     Raises:
         UsageError: if the feature extractor cannot be had.
@@ -51,17 +63,35 @@ class Evaluation:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
-        self.warnings = [self.fid.warning] if self.fid is not None and self.fid.warning is not None else []
+        self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
         self.latest: FidResult | None = None
+        self.most: dict[str, float] = {}
 
     def count(self, epoch: int) -> int:
         """Return how many images the measurement after this many epochs generates."""
         final = self.cfg.fid.final_samples
         return final if final is not None and epoch == self.cfg.epochs else self.cfg.fid.samples
 
+    def fid_warnings(self, count: int) -> list[str]:
+        """Return why a distance of so many images should not be trusted."""
+        found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
+        return [line for line in found if line is not None]
+
     def passport(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
-        return {} if self.fid is None else self.fid.passport()
+        if self.fid is None:
+            return {}
+        fitted = {"calibration_batches": self.cfg.calibration_batches} if self.cfg.norm.kind == "mn" else {}
+        return {**self.fid.passport(), **fitted}
+
+    def class_counts(self) -> list[int]:
+        """Return how many training images each class has; nothing where no class is asked for."""
+        labels = self.images["train"].labels if self.cfg.conditional else None
+        return [] if labels is None else torch.bincount(labels, minlength=self.cfg.norm.num_components).tolist()
+
+    def labels(self, count: int) -> Tensor | None:
+        """Return the classes that ``count`` images are asked for, as frequent as in training; None without classes."""
+        return fixed_labels(counts, count, self.device) if (counts := self.class_counts()) else None
 
     def note_extractor(self, before: object) -> None:
         """Compare the extractor with the one that measured the run before."""
@@ -71,31 +101,49 @@ class Evaluation:
                 "before; values before and after differ in their last digits"
             )
 
-    def measure(self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None) -> FidResult:
+    def measure(
+        self, g: Generator, count: int, should_stop: Callable[[], bool] | None = None, *, thorough: bool = False
+    ) -> FidResult:
         """Measure FID (and classes, where the extractor knows them) on ``count`` images in evaluation mode.
+
+        With ``thorough`` its interval, FID-infinity and the nearest training images too.
 
         Raises:
             Interrupted: if ``should_stop`` says so on the way.
         """
         assert self.fid is not None
-        z = fixed_noise(count, g.latent_dim, self.device)
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+
+        def sample(start: int, n: int) -> Tensor:
+            return self.sample(g, z[start : start + n], None if labels is None else labels[start : start + n])
+
         training = g.training
         try:
             with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(lambda start, n: self.sample(g, z[start : start + n]), count, should_stop)
+                return self.fid.measure(sample, count, should_stop, thorough=thorough)
         finally:
             g.train(training)
 
     @torch.no_grad()
-    def sample(self, g: Generator, z: Tensor) -> Tensor:
-        """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim)."""
+    def sample(self, g: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim), of classes (N,)."""
         g.eval()
         with autocast(self.device, self.cfg.precision):
-            images = g(z)
+            images = g(z, labels)
         return to_uint8(images)
 
-    def run(self, g: Generator, moment: Moment) -> dict[str, float]:
+    def grid(self, g: Generator) -> Tensor:
+        """Generate the images of a grid, from the same noise every time, of classes in rising order."""
+        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
+        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+
+    def run(self, g: Generator, moment: Moment, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
+
+        Args:
+            g: the generator that counts.
+            moment: when it is measured.
+            raw: the same one without averages of its weights, whose FID is logged beside it.
 
         Raises:
             Interrupted: if ``moment.should_stop`` says so on the way; nothing is drawn then.
@@ -104,16 +152,25 @@ class Evaluation:
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop)
-            values[self.fid.tag] = result.fid
-            if result.other is not None and self.fid.floor is not None:
-                values |= {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
+            last = moment.epoch >= self.cfg.epochs
+            thorough = self.fid.thorough(last=last)
+            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop, thorough=thorough)
+            values |= self.fid.values(result)
             if result.classes is not None:
                 values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
+            if raw is not None:
+                values[f"{self.fid.tag}_raw"] = self.measure(raw, self.count(moment.epoch), moment.should_stop).fid
             if moment.epoch == 0:
-                moment.log.charts({"FID": [tag for tag in values if "fid" in tag]})
-        if self.env.first:
-            self._draw(g, moment)
+                moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
+            if last and result.copying is not None:
+                if result.copying.alarm:
+                    moment.report(copying_line(result))
+                if self.env.first:
+                    self._draw_nearest(g, result, moment)
+        training = g.training
+        values |= self.env.lead(lambda: self._draw(g, moment))
+        g.train(training)
+        self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
         return values
 
     def named_classes(self, result: FidResult) -> dict[str, int] | None:
@@ -125,24 +182,55 @@ class Evaluation:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        other = {} if result.other is None else {self.fid.other_tag: result.other, self.fid.floor_tag: self.fid.floor}
-        return {
-            "samples": result.count,
-            "values": {self.fid.tag: result.fid, **other},
-            "classes": self.named_classes(result),
-            "passport": self.passport(),
-        }
+        own, passport = self.fid.passport(), self.passport()
+        more = {name: value for name, value in passport.items() if name not in own} | {"noise_seed": SEED}
+        return recorded(self.fid, result, self.named_classes(result), more) | {"passport": passport}
 
-    def _draw(self, g: Generator, moment: Moment) -> None:
-        """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard."""
-        samples = moment.folder / "samples"
-        if not (samples / "real.png").exists():
-            save_grid(self.images["train"].images[:GRID], samples / "real.png")
+    def nearest(self, g: Generator, result: FidResult) -> Tensor:
+        """Return the sheet of the generated images that are nearest to training images, each beside its own."""
+        z, labels = fixed_noise(result.count, g.latent_dim, self.device), self.labels(result.count)
+
+        def generate(index: Tensor) -> Tensor:
+            at = index.to(self.device)
+            return self.sample(g, z[at], None if labels is None else labels[at])
+
+        return nearest_sheet(result, generate, self.images["train"])
+
+    def _draw_nearest(self, g: Generator, result: FidResult, moment: Moment) -> None:
         training = g.training
-        images = self.sample(g, fixed_noise(GRID, g.latent_dim, self.device))
+        sheet = self.nearest(g, result)
         g.train(training)
+        save_sheet(sheet, moment.folder / "samples" / "nearest.png")
+        moment.log.image(moment.step, "samples/nearest", sheet)
+
+    def _draw(self, g: Generator, moment: Moment) -> dict[str, float]:
+        """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
+
+        Returns:
+            How much its images differ, and the share whose class is the one that was asked for, by tag.
+        """
+        samples, train = moment.folder / "samples", self.images["train"]
+        if not (samples / "real.png").exists():
+            save_grid(train.images[:GRID], samples / "real.png")
+            if self.cfg.conditional:
+                known = json.dumps({"classes": train.classes, "counts": self.class_counts()}, ensure_ascii=False)
+                write_text_atomic(moment.folder / CLASSES, known + "\n")
+        images = self.grid(g)
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
+        some = permutation(len(train), SEED, "diversity")[:GRID]
+        values = {"metric/diversity": distance(images) / distance(train.images[some])}
+        if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
+            values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
+        return values
+
+    def _share_as_asked(self, g: Generator, classifier: Classifier) -> float:
+        """Return the share of images that a classifier sees as of the class that was asked for."""
+        count, size = self.cfg.fid.samples, self.cfg.fid.batch_size
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        assert labels is not None
+        parts = zip(z.split(size), labels.split(size), strict=True)
+        return sum(int((classifier.predict(self.sample(g, *part)) == part[1]).sum()) for part in parts) / count
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user."""
@@ -158,7 +246,7 @@ class Evaluation:
                 text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
             if self.fid.floor is not None:
                 text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text)]
+            rows = [(f"FID ({self.fid.extractor.name})", text), *uncertainty_rows(self.latest)]
         if self.latest is not None and self.latest.classes is not None:
             classes = self.latest.classes
             found = sum(n > 0 for n in classes)
@@ -171,16 +259,42 @@ class Evaluation:
         ]
 
 
+def calibrated(g: nn.Module, cfg: GanConfig, device: torch.device) -> Generator:
+    """Return a generator as it is measured: one with Mixture Normalization is a copy, its mixtures fitted anew."""
+    assert isinstance(g, Generator)
+    if cfg.norm.kind != "mn" or not cfg.calibration_batches:
+        return g
+    fitted = copy.deepcopy(g)
+    with autocast(device, cfg.precision):
+        calibrate(fitted, calibration_noise(cfg, device), cfg.calibration_batches)
+    return fitted
+
+
+def distance(images: Tensor) -> float:
+    """Return the mean Euclidean distance between two of some images (N, ...), N >= 2."""
+    return float(torch.pdist(images.float().flatten(1)).mean())
+
+
+def largest(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest value of each ``metric/`` tag in the lines of a log."""
+    found: dict[str, float] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag.startswith("metric/") and value is not None:
+                found[tag] = max(value, found.get(tag, value))
+    return found
+
+
 def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]:
     """Return (epoch, FID) pairs in the order measured."""
     return [(line["epoch"], line[tag]) for line in lines if line.get(tag) is not None]
 
 
-def save_grid(images: Tensor, path: Path) -> Tensor:
-    """Write uint8 images (N, 3, S, S) as a near-square grid and return it, uint8 (3, H, W)."""
-    from torchvision.utils import make_grid, save_image  # noqa: PLC0415 - takes long, and --help need not
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> Tensor:
+    """Write uint8 images (N, 3, S, S) as a grid and return it, uint8 (3, H, W); without columns a near-square one."""
+    from torchvision.utils import make_grid  # noqa: PLC0415 - takes long, and --help need not
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=1)
-    save_image(grid.float() / 255, path)
+    grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=1)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
     return grid

@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation
-from cbgan.losses import discriminator_loss, generator_loss
-from cbgan.models import Discriminator, Generator
+from cbgan.evaluation import Evaluation, calibrated
+from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
+from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
+from common.data import ImageSet
+from common.errors import UsageError
 from common.metrics.fid import other_split
 from common.training.loop import train
 from common.training.method import Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
-from common.training.update import Part, Update, frozen
-
-_LEAST_LOSS = 1e-3
-"""A discriminator whose loss is below it tells every image apart, and the generator learns nothing more."""
+from common.training.update import Update, frozen
 
 
 class Gan(Method[GanConfig]):
-    """The non-saturating GAN: a step updates the discriminator, then the generator, on one batch."""
+    """A GAN: a step updates the discriminator, then the generator, on one batch."""
 
     application = "cbgan"
     config = GanConfig
@@ -41,11 +40,24 @@ class Gan(Method[GanConfig]):
         other, tag = other_split(cfg.fid.reference), f"metric/fid_{cfg.fid.extractor}"
         return {tag: Tracked(cfg.fid.reference, "lower"), f"{tag}_{other}": Tracked(other, "lower")}
 
+    @classmethod
+    def load(cls, cfg: GanConfig) -> dict[str, ImageSet]:
+        """Return the images; a conditional GAN's have labels, of as many classes as its layers have clusters."""
+        images = super().load(cfg)
+        if cfg.conditional and (found := images["train"].num_classes) != cfg.norm.num_components:
+            what = f"{cfg.data.name} has {found} classes" if found else f"the images of {cfg.data.name} have no labels"
+            hint = f"--norm.num_components {found}" if found else "a norm.kind without clusters, such as ucb"
+            raise UsageError(
+                f"norm.num_components: {cfg.norm.kind} takes the classes as clusters, and {what}; expected {hint}, got "
+                f"{cfg.norm.num_components}"
+            )
+        return images
+
     def build(self) -> dict[str, nn.Module]:
         """Make generator and discriminator."""
         cfg = self.cfg
         g = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed)
-        return {"g": g, "d": Discriminator(cfg.width, cfg.data.size)}
+        return {"g": g, "d": Discriminator(cfg.width, cfg.data.size, g.num_classes, spectral=cfg.spectral)}
 
     def optimize(self, networks: Mapping[str, nn.Module]) -> dict[str, Optimizer]:
         """Make Adam for each."""
@@ -58,26 +70,14 @@ class Gan(Method[GanConfig]):
         }
 
     def step(self, update: Update) -> None:
-        """Update the discriminator, then the generator; each sees images of its own noise."""
-        g, d = self.networks["g"], self.networks["d"]
-
-        def loss_d(part: Part) -> Tensor:
-            real = self.to_input(part["train"].images)
-            with torch.no_grad():  # this half does not train the generator
-                fake = g(self._noise(part)[0])
-            return discriminator_loss(self.wrapped["d"](real), self.wrapped["d"](fake))
-
-        def loss_g(part: Part) -> Tensor:
-            return generator_loss(d(self.wrapped["g"](self._noise(part)[1])))
-
-        update.descend("d", loss_d)
-        with frozen(d):  # and unwrapped: none of its gradients are computed, or averaged over ranks
-            update.descend("g", loss_g)
-
-    def _noise(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Draw the generator's inputs of a part, for the discriminator's update and for its own."""
-        rows = 2 * len(part["train"].images)
-        return noise(self.cfg, part.number, rows, self.device, self.env.rank, part.seed).chunk(2)  # pyright: ignore[reportReturnType]
+        """Update the discriminator, then the generator."""
+        objective = Objective(self)
+        update.descend("d", objective.discriminator)
+        with frozen(self.networks["d"]):  # and unwrapped: none of its gradients are computed, or averaged over ranks
+            update.descend("g", objective.generator)
+        update.values |= objective.shown()
+        if (update.parts[-1].number + 1) % (self.cfg.log_every * self.cfg.accumulate) == 0:
+            update.values |= gradient_variances(self.networks)
 
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Measure the real images."""
@@ -100,20 +100,22 @@ class Gan(Method[GanConfig]):
         return (epoch % every == 0 or epoch == self.cfg.epochs) and bool(epoch or self.cfg.fid.every)
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
-        """Measure the generator and draw a grid of what it makes."""
-        g = networks["g"]
-        assert isinstance(g, Generator)
-        return self.evaluation.run(g, moment)
+        """Measure the generator, as trained too where its average is what is measured, and draw what it makes."""
+        raw = calibrated(self.networks["g"], self.cfg, self.device) if self.cfg.ema else None
+        return self.evaluation.run(calibrated(networks["g"], self.cfg, self.device), moment, raw)
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Generate a batch in training mode."""
-        networks["g"](noise(self.cfg, step, self.cfg.batch_size, self.device, self.env.rank))
+        z = noise(self.cfg, step, self.cfg.batch_size, self.device, self.env.rank)
+        networks["g"](z, self.evaluation.labels(len(z)))
 
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say so when the discriminator has won."""
-        if means["loss/d"] >= _LEAST_LOSS:
-            return None
-        return f"the discriminator's loss is {means['loss/d']:.2g}, less than {_LEAST_LOSS:g}: it has won"
+        return collapse_of_losses(means)
+
+    def collapse_measured(self, values: Mapping[str, float]) -> str | None:
+        """Say so when samples have become alike, or a layer's component is dead."""
+        return collapse_of_values(values, self.evaluation.most)
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return FID, classes found, and what to do next."""

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},
-    "common/metrics": {"common/data", "common/machine"},
+    "common/metrics/features": {"common/machine"},
+    "common/metrics": {"common/metrics/features", "common/data", "common/machine"},
     "common/networks": set(),
     "common/runs": {"common/cli", "common/machine"},
     "common/training": {
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "common/reports": {
         "common/norms", "common/runs", "common/data", "common/data/sets", "common/cli", "common/machine",
     },
+    "common/reports/paper": {"common/reports", "common/cli", "common/machine"},
     "common/classification": {
         "common/training", "common/metrics", "common/reports", "common/data", "common/runs", "common/cli",
         "common/machine",
@@ -43,10 +45,16 @@ MAY_IMPORT = {
         for application in APPLICATIONS
     },
     "cbda/networks": {"common/norms", "common/machine"},
+    "cbgan/networks": {"common/norms", "common/machine"},
+    "cbgan/reports": {
+        "common/metrics", "common/metrics/features", "common/reports", "common/data", "common/cli", "common/machine",
+    },
     "cbcls/networks": {"common/networks", "common/norms", "common/machine"},
 }  # fmt: skip
-MAY_IMPORT["cbda"].add("cbda/networks")
+for application in ("cbda", "cbgan"):
+    MAY_IMPORT[application].add(f"{application}/networks")
 MAY_IMPORT["cbcls"].add("cbcls/networks")
+MAY_IMPORT["cbgan"].add("cbgan/reports")
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""
 

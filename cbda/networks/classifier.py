@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -51,7 +52,17 @@ class Classifier(nn.Module):
                 without a trace in running statistics. One call does both, since gradients of several processes are
                 averaged once a call.
             inference: run these in evaluation mode, by the statistics that the joint pass has left.
+
+        Raises:
+            ValueError: for another cluster than these, on the CPU.
         """
+        if cluster.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            low, high = (int(end) for end in cluster.aminmax())
+            if low < UNKNOWN or high > TARGET:
+                raise ValueError(
+                    f"cluster: expected {SOURCE} for the source, {TARGET} for the target or {UNKNOWN} for unknown, got "
+                    f"{low if low < UNKNOWN else high}"
+                )
         together = self._logits(x, cluster)
         if not alone:
             return together

@@ -166,6 +166,11 @@ class LeakAudit:
         """Whether known clusters tell of labels."""
         return bool(self.reasons)
 
+    def scalars(self) -> dict[str, float]:
+        """Return what a run logs by tag: accuracies but the known one, the chance given the cluster, the flag."""
+        shown = {f"audit/accuracy_{name}": value for name, value in self.accuracy.items() if name != "known"}
+        return shown | {"audit/chance_given_cluster": self.classes.given, "audit/flagged": float(self.flagged)}
+
     def plain(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         return {
@@ -191,7 +196,10 @@ class LeakAudit:
         }
         rows = []
         for name, accuracy in self.accuracy.items():
-            less = f", {_points(self.lost[name])} less" if name in self.lost else ""
+            less = ""
+            if (lost := self.lost.get(name)) is not None:
+                way = "less" if lost.value >= 0 else "more"
+                less = f", {_points(Difference(abs(lost.value), lost.half_width))} {way}"
             rows.append((name, accuracy, f"{meanings[name]}{less}"))
         rows.append(
             ("chance", self.classes.given, f"guessed from the cluster alone; {self.classes.without:.3f} without")

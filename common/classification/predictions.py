@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from torch import Tensor
@@ -36,8 +37,12 @@ class PredictionFiles:
         if there is not None and not force:
             raise UsageError(f"out: {there} exists; choose another folder, or write over it with --force")
 
-    def read(self, size: int) -> Tensor:
+    def read(self, size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
         """Return the PNG and JPEG files at any depth of the folder, uint8 (N, 3, size, size), in the order of paths.
+
+        Args:
+            size: side that images are brought to.
+            fit: the centre of each, or all of it between bars.
 
         Raises:
             UsageError: if there are none, or one cannot be read.
@@ -45,7 +50,7 @@ class PredictionFiles:
         self.files = images_below(self.root)
         if not self.files:
             raise UsageError(f"images: no PNG or JPEG files in {self.root}")
-        return read_images(self.files, size)
+        return read_images(self.files, size, fit)
 
     def write(
         self, images: Tensor, logits: Tensor, classes: Sequence[str], columns: Mapping[str, Sequence[str]]

@@ -64,19 +64,24 @@ class Stored(Generic[C]):
             raise UsageError(f"run: the weights in {self.folder} are not of its {_CONFIG} ({reason})") from None
 
 
-def read_stored(kind: type[C], path: Path | str, network: str, checkpoint: str = "last") -> Stored[C]:
+def read_stored(
+    kind: type[C], path: Path | str, network: str, checkpoint: str = "last", *, average: bool = True
+) -> Stored[C]:
     """Read a network from a run's folder or from one that `export` wrote; nothing but tensors is unpickled.
 
     Args:
         kind: the class of the run's configuration.
-        path: the folder.
+        path: the folder, or a file in the folder ``checkpoints`` of a run.
         network: its name among the networks of a run.
         checkpoint: of a run: last, best, or a kept epoch (``checkpoint_keep``); an exported folder has one alone.
+        average: of a run that keeps an average of weights (``ema``), take that.
 
     Raises:
         UsageError: if the folder is neither, its run has no such checkpoint or network, or a file is damaged.
     """
-    folder = Path(path)
+    folder, file = Path(path), None
+    if folder.is_file():
+        folder, file = folder.resolve().parent.parent, folder
     if not (folder / _CONFIG).is_file():
         raise UsageError(f"run: {folder} is no run's folder, nor an exported model's (it holds no {_CONFIG})")
     if (folder / _WEIGHTS).is_file():
@@ -84,12 +89,19 @@ def read_stored(kind: type[C], path: Path | str, network: str, checkpoint: str =
             raise UsageError(f"checkpoint: {folder} holds an exported model, which has no {checkpoint}; leave it out")
         weights, facts = _exported(folder)
         return Stored(folder, stored_config(kind, folder), weights, facts, {})
-    state = upgraded(_checkpoint(folder, checkpoint))
+    state = upgraded(_checkpoint(folder, checkpoint) if file is None else _load(file))
     if network not in state["networks"]:
         held = ", ".join(state["networks"])
         raise UsageError(f"run: {folder} holds the networks {held}, no {network}; expected a run of this command's")
-    weights = state["averages"].get(network, state["networks"][network])
+    raw = state["networks"][network]
+    weights = state["averages"].get(network, raw) if average else raw
     return Stored(folder, stored_config(kind, folder), weights, None, state)
+
+
+def check_free(folder: Path) -> None:
+    """Raise UsageError if a folder for an exported model holds one already."""
+    if (folder / _WEIGHTS).exists():
+        raise UsageError(f"out: {folder} holds a model already; choose another folder")
 
 
 def export(folder: Path, network: nn.Module, cfg: RunConfig, facts: Mapping[str, Any]) -> None:
@@ -100,8 +112,7 @@ def export(folder: Path, network: nn.Module, cfg: RunConfig, facts: Mapping[str,
     """
     from safetensors.torch import save  # noqa: PLC0415 - as timm's weights, only where it is needed
 
-    if (folder / _WEIGHTS).exists():
-        raise UsageError(f"out: {folder} holds a model already; choose another folder")
+    check_free(folder)
     state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
     write_text_atomic(folder / _CONFIG, to_yaml(to_dict(cfg)))
     write_text_atomic(folder / _FACTS, json.dumps(facts) + "\n")
@@ -138,7 +149,11 @@ def _checkpoint(folder: Path, which: str) -> dict[str, Any]:
     if not path.is_file():
         kept = ", ".join(["last", *(["best"] if checkpoints.best.is_file() else []), *map(str, checkpoints.epochs())])
         raise UsageError(f"checkpoint: {folder} has none of {which}; there are {kept}")
+    return _load(path)
+
+
+def _load(file: Path) -> dict[str, Any]:
     try:
-        return load(path)
+        return load(file)
     except DamagedCheckpoint as error:
         raise UsageError(f"checkpoint: {error}") from None

@@ -253,7 +253,9 @@ def _printable(text: str) -> str:
 
 def shown(value: object) -> str:
     """Return a plain value as a YAML file would have it."""
-    return "null" if value is None else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type_name(text: str) -> str:

@@ -3,7 +3,7 @@
 from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
 from common.data.names import register_data_set
-from common.data.reading.image_folder import check_folder, images_below, read_images
+from common.data.reading.image_folder import Decoding, check_folder, images_below, read_folder, read_images
 from common.data.sets.registry import load
 from common.data.streams import Batch, Feed, PerImage, Stream, View, mirrored, plain
 from common.data.validation import hold_out
@@ -11,6 +11,7 @@ from common.data.validation import hold_out
 __all__ = [
     "Batch",
     "DataConfig",
+    "Decoding",
     "Feed",
     "ImageSet",
     "PerImage",
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "mirrored",
     "plain",
+    "read_folder",
     "read_images",
     "register_data_set",
     "to_float",

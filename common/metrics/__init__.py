@@ -2,8 +2,8 @@
 
 from common.metrics.classifier import Classifier
 from common.metrics.extractors import Extractor, register_extractor
+from common.metrics.features.frechet import Statistics, frechet_distance, statistics
 from common.metrics.fid import Fid, FidConfig, FidResult, Interrupted
-from common.metrics.frechet import Statistics, frechet_distance, statistics
 from common.metrics.scores import (
     Averages,
     PrecisionRecall,

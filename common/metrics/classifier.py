@@ -85,7 +85,12 @@ class Classifier:
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
         """Return the class, int64 (B,), of features (B, 64), on the device of the network."""
-        return self._network.head(features.to(self.device)).argmax(dim=1)
+        return self.logits(features).argmax(dim=1)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes) of features (B, 64), on the device of the network."""
+        return self._network.head(features.to(self.device))
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the class, int64 (B,), of uint8 images (B, 3, H, W)."""

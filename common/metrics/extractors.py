@@ -17,6 +17,8 @@ class Extractor(Protocol):
         id: identifies the network and its weights; goes into cache keys.
         resize: how images are brought to the size the network reads.
         dim: features D of an image.
+
+    One that has ``logits(features)``, from (B, D) to (B, C), has an Inception Score too.
     """
 
     @property

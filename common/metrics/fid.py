@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +16,23 @@ from common.errors import Interrupted, UsageError
 from common.machine.dist import Env
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
+from common.metrics.dinov2 import MODELS, DinoV2
 from common.metrics.extractors import EXTRACTORS, Extractor, register_extractor
-from common.metrics.frechet import Statistics, frechet_distance, statistics
+from common.metrics.features import quality
+from common.metrics.features.frechet import Statistics, frechet_distance, statistics
+from common.metrics.features.neighbours import Copying, Nearest, copying, nearest
+from common.metrics.features.quality import Quality
+from common.metrics.features.uncertainty import POINTS, REPLICATES, Interval, distance_interval, distance_limit, enough
 from common.metrics.inception import Inception
 
 Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]
 
 QUANTISATION = "uint8, rounded to nearest, clamped"
+CHEAP = 256
+"""Features of which an interval takes a fraction of a second."""
+SEED = 20
+"""What the subsets and replicates of a measurement's uncertainty follow from, the same for every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +50,22 @@ class FidConfig:
     final_samples: int | None = None
     """Generated images in the measurement at the end (null: as samples)."""
     extractor: str = field(default="classifier", metadata={"names": EXTRACTORS.names})
-    """inception: the network of published numbers, 96 MB to download, slow on a CPU; classifier: trained in
-    seconds on the labelled training images, comparable between runs on the same images only; or one of your own
-    (register_extractor)."""
+    """inception: the network of published numbers, 96 MB to download, slow on a CPU; dinov2 (ViT-L/14), dinov2_base and
+    dinov2_small: 1.2 GB, 350 MB and 90 MB; classifier: trained in seconds on the labelled training images, comparable
+    between runs on the same images only; or one of your own (register_extractor)."""
     weights: Path | None = None
-    """inception: its weights file (null: download the official one into the cache)."""
+    """inception: its weights file; dinov2: timm's safetensors file (null: download the official one into the cache)."""
     weights_sha256: str | None = None
-    """The SHA-256 of fid.weights where it is not the official file, 64 hexadecimal digits."""
+    """The SHA-256 of fid.weights, 64 hexadecimal digits; inception needs it where that is not the official file."""
     batch_size: int = 200
     """Images that go through generator and extractor at once."""
     reference: Literal["train", "test"] = "train"
     """Which real images generated ones are compared with."""
+    metrics: list[Quality] = field(default_factory=lambda: ["precision_recall"])
+    """What else is computed from the same features: kid, inception_score, precision_recall."""
+    interval: Literal["auto", "every", "last", "never"] = "auto"
+    """At which measurements FID-infinity, a 95 % interval and the nearest training images are found too; auto: at every
+    one with at most 256 features, as the classifier has, otherwise at the last."""
 
     def __post_init__(self) -> None:
         reads_weights = EXTRACTORS[self.extractor].reads_weights
@@ -63,6 +77,8 @@ class FidConfig:
         if self.weights is not None and not reads_weights:
             others = " or ".join(name for name, known in EXTRACTORS.items() if known.reads_weights)
             raise ValueError(f"fid.weights: {self.extractor} reads none, expected null or fid.extractor {others}")
+        if unknown := [name for name in self.metrics if name not in get_args(Quality)]:
+            raise ValueError(f"fid.metrics: expected some of {', '.join(get_args(Quality))}, got {', '.join(unknown)}")
         if self.weights_sha256 is not None:
             if not re.fullmatch(r"[0-9a-fA-F]{64}", self.weights_sha256):
                 raise ValueError(f"fid.weights_sha256: expected 64 hexadecimal digits, got {self.weights_sha256!r}")
@@ -79,12 +95,23 @@ class FidResult:
         count: generated images it was measured on.
         other: the same images' distance to the other split of the real ones; None where there is none.
         classes: how many of them the classifier puts in each class; None with another extractor.
+        quality: kid, inception_score, precision and recall, those that were asked for.
+        interval: of the distance between the distributions of generated and real images; None where it was not asked
+            for, or there are fewer than twice as many images as features.
+        limit: FID-infinity, under the same conditions.
+        neighbours: of each generated image among the training images; None where it was not asked for.
+        copying: what these say beside unseen real images.
     """
 
     fid: float
     count: int
     classes: tuple[int, ...] | None
     other: float | None = None
+    quality: Mapping[str, float] = field(default_factory=dict)
+    interval: Interval | None = None
+    limit: float | None = None
+    neighbours: Nearest | None = None
+    copying: Copying | None = None
 
 
 def other_split(reference: str) -> str:
@@ -95,7 +122,7 @@ def other_split(reference: str) -> str:
 class Fid:
     """Measures generators against the real images of a run.
 
-    The statistics of the real images are kept under a key that names their content, split and number, the
+    Features and statistics of the real images are kept under a key that names their content, split and number, the
     extractor with its weights, the resizing and torch-fidelity's version: change any of them and they are
     computed anew. A cache file that is damaged is replaced.
 
@@ -135,17 +162,42 @@ class Fid:
         self.config = config
         # One process trains or downloads, the others find the result in the cache.
         self.extractor, self.warning = self._env.first_then_others(lambda: _extractor(config, splits, cache, device))
-        self._cache = cache / "fid"
+        if "inception_score" in config.metrics and not hasattr(self.extractor, "logits"):
+            raise UsageError(f"fid.metrics: inception_score takes logits, which {self.extractor.name} has none of")
+        self._cache, self._device = cache / "fid", torch.device(device)
         self.tag = f"metric/fid_{self.extractor.name}"
         self.floor_tag = f"{self.tag}_floor"
         self.other_tag = f"{self.tag}_{other_split(config.reference)}"
+        self._splits = splits
         self._real = splits.test if config.reference == "test" and splits.test else splits.train
-        self._statistics = self._of(self._real, should_stop)
+        self._reference = self._of(self._real, should_stop)
         self.floor: float | None = None
-        self._others: Statistics | None = None
+        self._others: _Measured | None = None
         if splits.test is not None:
             self._others = self._of(splits.train if self._real is splits.test else splits.test, should_stop)
-            self.floor = frechet_distance(self._statistics, self._others)
+            self.floor = frechet_distance(self._reference.statistics, self._others.statistics)
+        self._unseen: Tensor | None = None  # distances of real images not trained on to the training images
+
+    def thorough(self, *, last: bool) -> bool:
+        """Say whether `config.interval` asks for everything at a measurement."""
+        when = self.config.interval
+        if when == "auto":
+            when = "every" if self.extractor.dim <= CHEAP else "last"
+        return when == "every" or (when == "last" and last)
+
+    def short(self, count: int) -> str | None:
+        """Say what is wrong with a distance from so few generated or real images, or return None."""
+        dim, name = self.extractor.dim, self.extractor.name
+        for what, number, remedy in (
+            (f"fid.samples: {count} generated images", count, f"take at least {dim:,}, better five times as many"),
+            (f"fid.reference: {len(self._real)} real images", len(self._real), "take fid.extractor classifier"),
+        ):
+            if number < dim:
+                return (
+                    f"{what} are fewer than the {dim:,} features of {name}: their covariance is singular and the "
+                    f"distance much too large; {remedy}"
+                )
+        return None
 
     def passport(self) -> dict[str, str | int]:
         """Return what two distances must share to be compared, the number of generated images aside."""
@@ -161,7 +213,60 @@ class Fid:
             "torch_fidelity": version("torch-fidelity"),
         }
 
-    def measure(self, sample: Sample, count: int, should_stop: ShouldStop | None = None) -> FidResult:
+    def passports(self, result: FidResult) -> dict[str, dict[str, str | int]]:
+        """Return for each tag of `values` what its number is comparable by."""
+        own = self.passport() | {"n_generated": result.count}
+        found = dict.fromkeys(self.values(result), own)
+        if self._others is not None:
+            other = self._others.images
+            split = {"split": other.split, "n_real": len(other), "content_hash": other.content_hash}
+            found[self.other_tag] = own | split
+            found[self.floor_tag] = self.passport() | {"compared": f"real {other.split} images", "n_generated": 0}
+        drawn = "generated and real images" if self.config.reference == "test" else "generated images"
+        interval = own | {"seed": SEED, "replicates": REPLICATES, "resampled": drawn}
+        near = own | {
+            "split": "train",
+            "n_real": len(self._splits.train),
+            "content_hash": self._splits.train.content_hash,
+        }
+        near |= {"unseen": f"{len(self._splits.test)} test images" if self._splits.test else "each training image"}
+        special = {f"{self.tag}_{end}": interval for end in ("centre", "low", "high")}
+        special |= {f"{self.tag}_infinity": own | {"seed": SEED, "points": POINTS}}
+        special |= {self.tag_of(name): near for name in ("copies", "train_gap")}
+        special |= {self.tag_of(name): own | parameters for name, parameters in quality.PARAMETERS.items()}
+        return found | {tag: passport for tag, passport in special.items() if tag in found}
+
+    def tag_of(self, name: str) -> str:
+        """Return the tag of another value than the distance: metric/kid_classifier."""
+        return f"metric/{name}_{self.extractor.name}"
+
+    def values(self, result: FidResult) -> dict[str, float]:
+        """Return a result's numbers by tag."""
+        found = {self.tag: result.fid}
+        if result.other is not None and self.floor is not None:
+            found |= {self.other_tag: result.other, self.floor_tag: self.floor}
+        found |= {self.tag_of(name): value for name, value in result.quality.items()}
+        if result.interval is not None:
+            ends = {"centre": result.interval.centre, "low": result.interval.low, "high": result.interval.high}
+            found |= {f"{self.tag}_{name}": value for name, value in ends.items()}
+        if result.limit is not None:
+            found[f"{self.tag}_infinity"] = result.limit
+        if result.copying is not None:
+            found |= {self.tag_of("copies"): result.copying.share, self.tag_of("train_gap"): result.copying.gap}
+        return found
+
+    def distances(self, values: Mapping[str, float]) -> list[str]:
+        """Return the tags of distances to draw in one chart."""
+        return [tag for tag in (self.tag, self.other_tag, self.floor_tag) if tag in values]
+
+    def bands(self, values: Mapping[str, float]) -> dict[str, tuple[str, str, str]]:
+        """Return the tags of the interval's centre and ends, by the chart's title, if there is one."""
+        centre, low, high = (f"{self.tag}_{end}" for end in ("centre", "low", "high"))
+        return {"FID, 95 % interval": (centre, low, high)} if centre in values else {}
+
+    def measure(
+        self, sample: Sample, count: int, should_stop: ShouldStop | None = None, *, thorough: bool = False
+    ) -> FidResult:
         """Measure the distance of `count` generated images.
 
         Args:
@@ -169,6 +274,7 @@ class Fid:
                 noise that follows from the position makes measurements repeatable at any batch size.
             count: generated images, at least 2.
             should_stop: asked before each batch.
+            thorough: find the distance's interval and limit and the nearest training images too.
 
         Raises:
             ValueError: if `count` is below 2 or `sample` returns anything else.
@@ -182,8 +288,44 @@ class Fid:
             found = self.extractor.classify(features).cpu()
             classes = tuple(torch.bincount(found, minlength=self.extractor.num_classes).tolist())
         ours = statistics(features)
-        other = None if self._others is None else frechet_distance(ours, self._others)
-        return FidResult(frechet_distance(ours, self._statistics), count, classes, other)
+        other = None if self._others is None else frechet_distance(ours, self._others.statistics)
+        result = FidResult(
+            frechet_distance(ours, self._reference.statistics), count, classes, other, self._quality(features)
+        )
+        return self._thorough(result, features) if thorough else result
+
+    def _quality(self, features: Tensor) -> dict[str, float]:
+        """Compute what else was asked for, as far as there are images enough."""
+        wanted, found = self.config.metrics, dict[str, float]()
+        if "kid" in wanted:
+            found["kid"] = quality.kernel_distance(features, self._reference.features)
+        if "inception_score" in wanted:
+            found["inception_score"] = quality.inception_score(self.extractor.logits(features))  # pyright: ignore[reportAttributeAccessIssue]
+        real = self._reference.features
+        if "precision_recall" in wanted and min(len(features), len(real)) > quality.NEIGHBOURS:
+            near = quality.precision_recall(features.to(self._device), real.to(self._device))
+            found |= dict(zip(("precision", "recall"), near, strict=True))
+        return found
+
+    def _thorough(self, result: FidResult, features: Tensor) -> FidResult:
+        """Add what is too slow for every measurement."""
+        train = self._reference if self._real is self._splits.train else self._others
+        assert train is not None
+        if self._unseen is None:
+            test = self._others if train is self._reference else self._reference
+            own = test is None
+            seen = nearest((test or train).features, train.features, apart=own, device=self._device)
+            self._unseen = seen.distance
+        neighbours = nearest(features, train.features, device=self._device)
+        result = replace(result, neighbours=neighbours, copying=copying(neighbours.distance, self._unseen))
+        reference, dim = self._reference, self.extractor.dim
+        # Training images are what generators are held against; test images are a sample of more like them.
+        real = reference.features if self.config.reference == "test" else reference.statistics
+        if not enough(result.count, dim) or (self.config.reference == "test" and not enough(len(self._real), dim)):
+            return result
+        interval = distance_interval(features, real, seed=SEED, device=self._device)
+        limit = distance_limit(features, reference.statistics, seed=SEED, device=self._device)
+        return replace(result, interval=interval, limit=limit)
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""
@@ -209,7 +351,7 @@ class Fid:
             raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
         return self.extractor(images).cpu()
 
-    def _of(self, real: ImageSet, should_stop: ShouldStop | None) -> Statistics:
+    def _of(self, real: ImageSet, should_stop: ShouldStop | None) -> "_Measured":
         if len(real) < 2:
             raise UsageError(f"fid: {real.name} has 1 {real.split} image, expected 2 or more")
         key = json.dumps(
@@ -223,12 +365,21 @@ class Fid:
             }
         )
         found = self._env.lead(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
-        if found is None:
-            of = statistics(self._features(lambda i, n: real.images[i : i + n], len(real), should_stop))
-            found = {"mean": of.mean, "covariance": of.covariance}
+        if found is None or "features" not in found:  # earlier versions kept statistics alone
+            features = self._features(lambda i, n: real.images[i : i + n], len(real), should_stop)
+            of = statistics(features)
+            found = {"mean": of.mean, "covariance": of.covariance, "features": features}
             if self._env.first:
                 write_cache(self._cache, key, found)
-        return Statistics(**found)
+        return _Measured(real, Statistics(found["mean"], found["covariance"]), found["features"])
+
+
+class _Measured(NamedTuple):
+    """Real images with their features (N, D) and these features' statistics."""
+
+    images: ImageSet
+    statistics: Statistics
+    features: Tensor
 
 
 def _extractor(
@@ -248,5 +399,14 @@ def _classifier(_config: FidConfig, splits: Splits, cache: Path, device: torch.d
     return Classifier(splits.train, splits.test, cache, device)
 
 
+def _dinov2(name: str) -> Callable[..., DinoV2]:
+    def build(config: FidConfig, _splits: Splits, cache: Path, device: torch.device | str) -> DinoV2:
+        return DinoV2(name, config.weights, config.weights_sha256, cache, device)
+
+    return build
+
+
 register_extractor("inception", _inception, reads_weights=True)
+for _name in MODELS:
+    register_extractor(_name, _dinov2(_name), reads_weights=True)
 register_extractor("classifier", _classifier)

@@ -27,7 +27,7 @@ def gradient_variance(loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple
         ValueError: if the loss depends on none of them.
     """
     weights = [p for p in parameters if p.requires_grad and p.numel() > 1]
-    return _mean_and_largest([g.var(correction=0) for g in _gradients(loss, weights) if g is not None])
+    return _mean_and_largest(variances(g for g in _gradients(loss, weights) if g is not None))
 
 
 def gradient_noise(losses: Sequence[Tensor], parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -57,6 +57,11 @@ def _gradients(loss: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor | N
         return [None] * len(weights)
     gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return [None if g is None else mean_over_ranks(g.detach().float()) for g in gradients]
+
+
+def variances(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Return the variance of the entries of each gradient that has more than one."""
+    return [g.detach().float().var(correction=0) for g in gradients if g.numel() > 1]
 
 
 def _mean_and_largest(variances: list[Tensor]) -> tuple[Tensor, Tensor]:

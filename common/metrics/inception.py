@@ -41,9 +41,8 @@ class Inception:
     ) -> None:
         self.device = torch.device(device)
         path = weights or _download(cache / _FILE)
-        content = _read(path)
-        digest = hashlib.sha256(content).hexdigest()
-        _check_hash(path, digest, weights_sha256)
+        content, digest = verified(path, weights_sha256, _FILE)
+        _check_official(path, digest, weights_sha256)
         self.id = f"inception-v3-compat-2048-{digest}"
         self._network = _build(path, content).to(self.device)
 
@@ -51,6 +50,11 @@ class Inception:
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (B, 3, H, W) to features float32 (B, 2048)."""
         return self._network(images.to(self.device))[0]
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (B, 1008) of features (B, 2048), without biases, as the Inception Score takes them."""
+        return features.to(self.device).mm(self._network.fc.weight.T)
 
 
 def _download(path: Path) -> Path:
@@ -68,16 +72,23 @@ def _download(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> bytes:
+def verified(path: Path, sha256: str | None, what: str) -> tuple[bytes, str]:
+    """Return a weights file's content and its SHA-256, which must be the one given, if one is.
+
+    Raises:
+        UsageError: if the file, which is described by ``what``, cannot be read or has another hash.
+    """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"fid.weights: {path} cannot be read ({error.strerror}); expected {_FILE}") from None
+        raise UsageError(f"fid.weights: {path} cannot be read ({error.strerror}); expected {what}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and digest != sha256.lower():
+        raise UsageError(f"fid.weights_sha256: expected {sha256} for {path}, which has {digest}")
+    return content, digest
 
 
-def _check_hash(path: Path, digest: str, expected: str | None) -> None:
-    if expected is not None and digest != expected.lower():
-        raise UsageError(f"fid.weights_sha256: expected {expected} for {path}, which has {digest}")
+def _check_official(path: Path, digest: str, expected: str | None) -> None:
     if expected is None and not digest.startswith(HASH_PREFIX):
         raise UsageError(
             f"fid.weights: {path} has SHA-256 {digest}, but the official file's starts with "
@@ -96,7 +107,7 @@ def _build(path: Path, content: bytes) -> "FeatureExtractorInceptionV3":
     try:
         state = load_tensors(content)
     except ValueError as error:
-        raise UsageError(f"{refused} ({_first_line(error)})") from None
+        raise UsageError(f"{refused} ({first_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{refused} (expected a dictionary of tensors)")
     clean = io.BytesIO()
@@ -110,10 +121,10 @@ def _build(path: Path, content: bytes) -> "FeatureExtractorInceptionV3":
                 feature_extractor_weights_path=clean,  # pyright: ignore[reportArgumentType]
             )
     except RuntimeError as error:  # names and shapes that are missing, unexpected or different
-        raise UsageError(f"{refused} ({_first_line(error)})") from None
+        raise UsageError(f"{refused} ({first_line(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first telling line of torch's long explanations."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)

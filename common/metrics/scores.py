@@ -305,6 +305,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 register_metric("accuracy", _accuracy, better="higher")
+register_metric("error", lambda labels, logits: 1 - _accuracy(labels, logits), better="lower")
 register_metric("macro_precision", _macro("precision"))
 register_metric("macro_recall", _macro("recall"))
 register_metric("macro_f1", _macro("f1"))

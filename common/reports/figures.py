@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if path.exists() and not cfg.force:
             raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
     runs = [read_run(path) for path in cfg.runs]
-    groups = _labelled(group_by_seed(runs), cfg.label)
+    groups = labelled(group_by_seed(runs), cfg.label)
     panels = [_logged(groups, tag, cfg.x) for tag in cfg.tag]
     refuse_unlike(runs, cfg.tag)
     try:
@@ -369,7 +369,7 @@ def _points(run: LoggedRun, tag: str, x: str) -> Run:
     return xs, ys
 
 
-def _labelled(groups: list[list[LoggedRun]], names: Sequence[str]) -> dict[str, list[LoggedRun]]:
+def labelled(groups: list[list[LoggedRun]], names: Sequence[str]) -> dict[str, list[LoggedRun]]:
     """Give each line its name: the one asked for, or what tells it from the others."""
     if names and (len(names) != len(groups) or len(set(names)) < len(names)):
         found = "; ".join(_label(group) for group in groups)

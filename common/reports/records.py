@@ -161,12 +161,18 @@ def floor(run: LoggedRun, tag: str) -> float | None:
     return next((line[tag] for line in run.lines if line.get(tag) is not None), None)
 
 
+_OF_FEATURES = tuple(
+    f"metric/{name}_" for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap")
+)
+"""Beginnings of the tags of what else is computed of a FID's features."""
+
+
 def _measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
     """Return what of a run's passport these tags depend on."""
     passport, names = run.passport, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
         names.add("content_test")
-    if any("fid" in tag for tag in tags):
+    if any("fid" in tag or tag.startswith(_OF_FEATURES) for tag in tags):
         names |= passport.keys() - {"content_train", "content_validation"}
         if passport.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
             names.discard("extractor_id")

@@ -177,7 +177,7 @@ def table(
     ]
     unnamed = [name for name in differing(runs) if name not in settings]
     also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
-    return Table(settings, [title for title, _, _ in columns], filled, [*_origin(runs, last, at), *also])
+    return Table(settings, [title for title, _, _ in columns], filled, [*_notes(runs, last, at), *also])
 
 
 _Take = Callable[[LoggedRun], float]
@@ -199,7 +199,7 @@ def _columns(tag: str, last: int, at: Sequence[int]) -> list[tuple[str, str, _Ta
 
 def _best_of(tag: str) -> Callable[[Iterable[float]], float] | None:
     """Return what finds the best of a tag's values: losses and distances shall be low, other metrics high."""
-    if tag.startswith("loss/") or "fid" in tag:
+    if tag.startswith(("loss/", "metric/kid_", "metric/copies_")) or "fid" in tag:
         return min
     return max if tag.startswith("metric/") else None
 
@@ -227,8 +227,18 @@ def _cell(group: Sequence[LoggedRun], tag: str, take: _Take) -> Cell | None:
     return Cell(mean, None if len(values) == 1 or math.isnan(mean) else stdev(values))
 
 
-def _origin(runs: Sequence[LoggedRun], last: int, at: Sequence[int]) -> list[str]:
+def _notes(runs: Sequence[LoggedRun], last: int, at: Sequence[int]) -> list[str]:
     """Say what a cell is, and from which code and machine it comes."""
+    taken = "its last value" if last == 1 else f"the mean of its {last} last values"
+    until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
+    return [
+        f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds.",
+        origin(runs),
+    ]
+
+
+def origin(runs: Sequence[LoggedRun]) -> str:
+    """Say from which training, data, code and machine the numbers of runs come."""
     sessions = [session for run in runs for session in run.sessions]
     hardware = [session.get("hardware") or {} for session in sessions]
     machines = [
@@ -242,12 +252,7 @@ def _origin(runs: Sequence[LoggedRun], last: int, at: Sequence[int]) -> list[str
         "torch": ((session.get("versions") or {}).get("torch") for session in sessions),
         "hardware": machines,
     }
-    taken = "its last value" if last == 1 else f"the mean of its {last} last values"
-    until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
-    return [
-        f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds.",
-        "; ".join(f"{name}: {_distinct(values)}" for name, values in facts.items()) + ".",
-    ]
+    return "; ".join(f"{name}: {_distinct(values)}" for name, values in facts.items()) + "."
 
 
 def _data(run: LoggedRun) -> str | None:

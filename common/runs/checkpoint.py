@@ -4,7 +4,7 @@ import io
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         best: bool = False,
-        good: int | None = None,
+        good: Iterable[int | None] = (),
         epoch: int | None = None,
     ) -> Path:
         """Write the checkpoint of a step, and remove what is no longer kept.
@@ -88,7 +88,7 @@ class Checkpoints:
             step: the step.
             state: what it holds.
             best: keep it as the best one too.
-            good: a step whose checkpoint stays, however old.
+            good: steps whose checkpoints stay, however old.
             epoch: keep it for good as that of this epoch too.
         """
         path = self.path(step)
@@ -96,7 +96,7 @@ class Checkpoints:
         for copy in ([self.best] if best else []) + ([] if epoch is None else [self.of_epoch(epoch)]):
             with path.open("rb") as source:
                 write_atomic(copy, lambda file, source=source: shutil.copyfileobj(source, file))
-        kept = {*self.paths()[-self.keep :], *([] if good is None else [self.path(good)])}
+        kept = {*self.paths()[-self.keep :], *(self.path(step) for step in good if step is not None)}
         for old in self.paths():
             if old not in kept:
                 old.unlink()

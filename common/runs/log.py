@@ -18,6 +18,8 @@ GROUPS = {
     "loss": "2_loss",
     "samples": "3_samples",
     "adapt": "4_adaptation",
+    "discriminator": "4_discriminator",
+    "audit": "4_audit",
     "gradient": "5_gradient",
     "schedule": "6_schedule",
     "time": "7_time",
@@ -96,12 +98,21 @@ class Log:
             for name, value in values.items():
                 self._events.add_scalar(chart_name(name), value, step)
 
-    def charts(self, charts: Mapping[str, Sequence[str]]) -> None:
-        """Show several scalars in one chart a title (TensorBoard's custom scalars page); the last call holds."""
+    def charts(
+        self, charts: Mapping[str, Sequence[str]], bands: Mapping[str, tuple[str, str, str]] | None = None
+    ) -> None:
+        """Show several scalars in one chart a title (TensorBoard's custom scalars page); the last call holds.
+
+        Args:
+            charts: tags by title, a line each.
+            bands: a value's tag, and those of its lower and upper end, by title: a line in a band.
+        """
         if self._active:
+            shown = [(title, "Multiline", tags) for title, tags in charts.items()]
+            shown += [(title, "Margin", tags) for title, tags in (bands or {}).items()]
             with naming(self._place):
                 self._events.add_custom_scalars(
-                    {title: {title: ["Multiline", [chart_name(tag) for tag in tags]]} for title, tags in charts.items()}
+                    {title: {title: [kind, [chart_name(tag) for tag in tags]]} for title, kind, tags in shown}
                 )
 
     def image(self, step: int, tag: str, image: Tensor) -> None:

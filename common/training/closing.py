@@ -62,7 +62,8 @@ def write_summary(
     It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
     ``last`` measured values and the ``best`` one with their epochs and splits; the ``passport`` that says which runs'
     values compare, content hash and size of each of the ``images`` sets; ``seconds`` of training and evaluation;
-    ``peak_memory_mib``; and the ``rewinds`` there were.
+    ``peak_memory_mib``; the first time and cause a run was found ``collapsed`` that goes on all the same; and the
+    ``rewinds`` there were.
     """
     at = parts.at
     best = at["best"]
@@ -81,7 +82,8 @@ def write_summary(
             name: {"content_hash": images.content_hash, "count": len(images)} for name, images in method.images.items()
         },
         "seconds": {name: round(value, 3) for name, value in parts.clock.items()},
-        "peak_memory_mib": round(_peak_memory(method.device), 1),
+        "peak_memory_mib": round(peak_memory(method.device), 1),
+        "collapsed": at["collapsed"],
         "rewinds": at["rewinds"],
     }
     write_text_atomic(folder / SUMMARY, json.dumps(_without_nan(content), indent=2) + "\n")
@@ -118,7 +120,7 @@ def _health_rows(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """Return the most memory in MiB: of the GPU's that tensors held, or of this process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

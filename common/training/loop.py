@@ -16,7 +16,7 @@ from common.machine.device import resolve_device
 from common.machine.dist import Env, group, local_device
 from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
-from common.training.closing import Measured, closing_lines, write_summary
+from common.training.closing import Measured, closing_lines, peak_memory, write_summary
 from common.training.config import RunConfig
 from common.training.dry_run import estimate
 from common.training.method import Method, Moment
@@ -43,7 +43,16 @@ def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
 
 
 class _Collapsed(Exception):
-    """The run is to go back to its last good checkpoint; the message is why."""
+    """The run is to go back to its last good checkpoint; the message is why.
+
+    Args:
+        cause: what is wrong.
+        measured: the last checkpoint may hold it already; go back to the last one that was measured.
+    """
+
+    def __init__(self, cause: str, *, measured: bool = False) -> None:
+        super().__init__(cause)
+        self.measured = measured
 
 
 class Training:
@@ -97,13 +106,14 @@ class Training:
         state, why = "failed", None
         try:
             if self.env.lead(lambda: not self.checkpoints.paths()):
+                self.parts.at["sound"] = self.parts.at["step"]
                 self._save(scheduled=True)  # so that a run can be resumed from its first moment on
             self._summarise("running", None)
             while not self._done():
                 try:
                     self._epoch() if self._measured() else self._evaluate()
                 except _Collapsed as collapsed:
-                    self._rewind(str(collapsed))
+                    self._rewind(str(collapsed), measured=collapsed.measured)
             self.bar.close()
             state = "finished"
         except Stopped as stopped:
@@ -149,6 +159,7 @@ class Training:
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
         self._record(at["step"], at["epoch"], self.env.mean(self.parts.epoch_means.pop()) | values)
+        self._heed(self.method.collapse_measured(values), measured=True)
         if self._scheduled():
             self._save(scheduled=True)
         self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
@@ -183,10 +194,12 @@ class Training:
             self._stop()
         self._count_seconds("evaluation")
         self._record(at["step"], at["epoch"], values)
+        self._heed(self.method.collapse_measured(values), measured=True)
         at["evaluated"] = at["epoch"]
         best = self._is_best(values)
         scheduled = self._scheduled() or self._done()
         if best or scheduled:
+            at["sound"] = at["step"]
             self._save(scheduled=scheduled, best=best and self.cfg.best.keep)
         if values:
             self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
@@ -217,26 +230,35 @@ class Training:
         means = dict(self.method.shown(self.env.mean(self.parts.means.pop())))
         steps = at["step"] - self.clock_step
         speed = steps * self.feed.batch_size * self.cfg.accumulate * self.env.world / self._count_seconds("training")
-        self._record(at["step"], at["epoch"], means | {"schedule/lr": self.rate, "time/images_per_second": speed})
+        costs = {"time/images_per_second": speed, "time/peak_memory_mib": peak_memory(self.device)}
+        self._record(at["step"], at["epoch"], means | {"schedule/lr": self.rate} | costs)
         self.shown = {name: value for name, value in means.items() if name.startswith("loss/")} | {"images/s": speed}
         shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
         self.bar.set_postfix({"epoch": at["epoch"] + 1, **shown})
-        if (cause := self.method.collapse(means)) is None:
+        self._heed(self.method.collapse(means))
+
+    def _heed(self, cause: str | None, *, measured: bool = False) -> None:
+        """Do with a collapsed run what its guard says."""
+        at = self.parts.at
+        if cause is None:
             return
         if self.cfg.guard.action == "stop":
             raise NonFiniteError(f"collapsed in step {at['step']}: {cause}; the checkpoint before stands")
         if self.cfg.guard.action == "rewind":
-            raise _Collapsed(cause)
+            raise _Collapsed(cause, measured=measured)
+        if at["collapsed"] is None:
+            at["collapsed"] = {"step": at["step"], "cause": cause}
         self._warn(f"collapsed in step {at['step']}: {cause} (guard.action says what to do then)", once_for="collapse")
 
-    def _rewind(self, cause: str) -> None:
+    def _rewind(self, cause: str, *, measured: bool) -> None:
         """Go back to the last good checkpoint; what is drawn from there on has another seed, else all would repeat."""
         at, rewinds = self.parts.at, list(self.parts.at["rewinds"])
         if len(rewinds) >= self.cfg.guard.max_rewinds:
             raise NonFiniteError(f"collapsed in step {at['step']} after {len(rewinds)} rewinds: {cause}")
-        rewinds.append({"step": at["step"], "to": at["good"], "cause": cause})
+        to = at["sound"] if measured and at["sound"] is not None else at["good"]
+        rewinds.append({"step": at["step"], "to": to, "cause": cause})
         self.log.close()
-        self.log = self._restore(at["good"])
+        self.log = self._restore(to)
         self.parts.at["rewinds"] = rewinds
         if self.env.first:
             self.checkpoints.drop_after(self.parts.at["step"])
@@ -259,7 +281,7 @@ class Training:
         state = self.parts.state_dict() | extra
         epoch = at["epoch"] if scheduled and at["epoch"] in self.cfg.checkpoint_keep else None
         if self.env.first:
-            self.checkpoints.save(at["step"], state, best=best, good=at["good"], epoch=epoch)
+            self.checkpoints.save(at["step"], state, best=best, good=(at["good"], at["sound"]), epoch=epoch)
 
     def _restore(self, step: int | None = None) -> Log:
         """Go on from a step's checkpoint, or the newest whole one if there is any, and cut the log back to it."""

@@ -207,6 +207,10 @@ class Method(ABC, Generic[C]):
         """Say what is wrong with a run whose logged means show that it has collapsed."""
         return None
 
+    def collapse_measured(self, values: Mapping[str, float]) -> str | None:
+        """Say what is wrong with a run that has collapsed by what it measured, or by its layers' health."""
+        return None
+
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user, from the lines of its log: a name and a text each."""
         last = {name: value for line in lines for name, value in line.items() if name in self.tracked(self.cfg)}

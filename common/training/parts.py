@@ -45,7 +45,8 @@ class Parts:
         averages: copies of networks that hold exponential moving averages of their weights and buffers.
         at: the position: finished ``epoch`` s, ``batch`` of the epoch under way, ``step`` in all, the last epoch
             ``evaluated`` (-1: none), the ``best`` value with its epoch, evaluations ``waited`` since, the step of the
-            last ``good`` checkpoint to rewind to, and the ``rewinds`` so far with step and cause.
+            last ``good`` checkpoint to rewind to, that of the last one that was measured and found ``sound``, when and
+            why the run was first found ``collapsed`` and went on, and the ``rewinds`` so far with step and cause.
         clock: seconds spent in ``training`` and ``evaluation``.
     """
 
@@ -80,7 +81,7 @@ class Parts:
         }
         self.means, self.epoch_means = Means(), Means()
         self.at: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "evaluated": -1, "best": None, "waited": 0,
-                                   "good": None, "rewinds": []}  # fmt: skip
+                                   "good": None, "sound": None, "collapsed": None, "rewinds": []}  # fmt: skip
         self.clock = {"training": 0.0, "evaluation": 0.0}
 
     @property

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cbcls.train
 from common.machine.seeding import generator
 
 CLASSES = 6
@@ -23,9 +24,31 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
+def flags_of(pictures: Path, out: Path) -> list[str]:
+    folders = ["--data.root", str(pictures / "train"), "--data.test_root", str(pictures / "test")]
+    return ["--data.name", "imagefolder", *folders, "--data.size", "8", "--batch_size", "15", "--log_every", "3",
+            "--out", str(out)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, pictures) -> Path:
+    """Train runs of two epochs of 3 steps, and return their folder.
+
+    ``plain`` (bn, the first epoch and the best kept), ``scb`` (told classes), ``told`` (its baseline), ``mn``.
+    """
+    out = tmp_path_factory.mktemp("runs")
+    classes = ["--clusters.by", "classes"]
+    for name, flags in {
+        "plain": ["--norm.kind", "bn", "--checkpoint_keep", "1", "--best.keep"],
+        "scb": [*classes, "--norm.kind", "scb", "--norm.num_components", "6"],
+        "told": [*classes, "--norm.kind", "bn", "--model.cluster_input"],
+        "mn": ["--norm.kind", "mn", "--calibration_batches", "2"],
+    }.items():
+        cbcls.train.main([*flags_of(pictures, out), "--epochs", "2", "--lr", "0.01", "--name", name, *flags])
+    return out / "cbcls"
+
+
 @pytest.fixture
 def tiny(tmp_path, pictures) -> list[str]:
     """Return the flags of a run of 4 steps an epoch in this test's own folder."""
-    folders = ["--data.root", str(pictures / "train"), "--data.test_root", str(pictures / "test")]
-    return ["--data.name", "imagefolder", *folders, "--data.size", "8", "--batch_size", "15", "--log_every", "3",
-            "--out", str(tmp_path)]  # fmt: skip
+    return flags_of(pictures, tmp_path)

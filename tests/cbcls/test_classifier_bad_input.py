@@ -54,6 +54,7 @@ FLAGS = {
     "--norm.num_components 0": ["norm.num_components", "at least 1", "0"],
     "--norm.groups 7": ["norm.groups", "7"],
     "--norm.kind bn --norm.init uniform": ["norm.init", "uniform", "bn"],
+    "--calibration_batches 0": ["calibration_batches", "at least 1", "0"],
     "--epochs 0": ["epochs", "at least 1", "0"],
     "--epochs many": ["epochs", "whole number", "many"],
     "--batch_size 1": ["batch_size", "at least 2", "1"],

@@ -10,6 +10,7 @@ from cbcls.config import ClassifierConfig, ModelConfig
 from cbcls.evaluation import Evaluation
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
+from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.data.clusters import ClustersConfig
 from common.data.image_set import ImageSet
@@ -107,6 +108,18 @@ def test_a_run_goes_on_with_its_clusters_alone(tiny, tmp_path):
     superclasses.write_text(json.dumps({name: names[5 - i] for i, name in enumerate(names)}))
     with pytest.raises(UsageError, match=r"clusters_train, clusters_test.* differ"):
         cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
+
+
+def test_clusters_that_a_network_is_not_told_are_no_part_of_its_passport(tiny):
+    for flags, told in (
+        (["--norm.kind", "bn"], False),
+        (["--norm.kind", "bn", "--model.cluster_input"], True),
+        (["--norm.kind", "scb", "--norm.num_components", "6"], True),
+    ):
+        cfg = parse(ClassifierConfig, [*tiny, "--clusters.by", "classes", *flags])
+        method = Classification(cfg, Classification.load(cfg), torch.device("cpu"))
+        names = {name for name in method.passport() if name.startswith("clusters_")}
+        assert names == ({"clusters_train", "clusters_test"} if told else set())
 
 
 def test_evaluation_tells_each_image_its_own_cluster():

@@ -4,6 +4,6 @@ import pytest
 from commands import assert_starts
 
 
-@pytest.mark.parametrize(("file", "module"), [("cbcls/train.py", "cbcls.train")])
-def test_a_command_starts_its_module(file, module, monkeypatch):
-    assert_starts(file, module, monkeypatch)
+@pytest.mark.parametrize("name", ["train", "clusters", "evaluate", "figures", "predict"])
+def test_a_command_starts_its_module(name, monkeypatch):
+    assert_starts(f"cbcls/{name}.py", f"cbcls.{name}", monkeypatch)

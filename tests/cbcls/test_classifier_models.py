@@ -14,6 +14,7 @@ from cbcls.networks.densenet import DenseNet
 from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.timm_classifier import TimmClassifier
 from cbcls.networks.vit import ViT
+from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
@@ -36,7 +37,7 @@ def pixels(count: int = 4, size: int = 8) -> Tensor:
 
 def built(*flags: str, classes: int = 5, num_clusters: int = 0) -> Classifier:
     torch.manual_seed(0)
-    return build_classifier(parse(ClassifierConfig, list(flags)), classes, num_clusters)
+    return build_classifier(parse(ClassifierConfig, list(flags)).resolved(), classes, num_clusters)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,8 @@ def test_the_transformer_computes_what_the_page_of_keras_says():
     for number in (2, 5):
         h = gelu(network.head[number](h))
     torch.testing.assert_close(network(x), network.linear(h), rtol=1e-4, atol=1e-4)
+    largest = [float(part.abs().max()) for part in (*body.blocks[0].attn.qkv.weight.chunk(3), embed.weight)]
+    assert largest == pytest.approx([(6 / 320) ** 0.5] * 3 + [(6 / 172) ** 0.5], rel=0.02)  # Glorot's bounds
     rates = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m.p]
     assert sorted(rates) == [0.1] * 24 + [0.5] * 3  # attention, and after both maps
     assert {block.get_submodule("attn").attn_drop.p for block in body.blocks} == {0.1}
@@ -184,6 +187,8 @@ def test_oxford_cnn_computes_what_its_page_says():
         h = torch.sigmoid(network.dense[number](h))
     torch.testing.assert_close(network(x), network.linear(h))
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.2, 0.1]
+    largest = [float(network.get_parameter(f"{name}.weight").abs().max()) for name in ("blocks.1.conv1", "dense.6")]
+    assert largest == pytest.approx([(6 / (16 * 64)) ** 0.5, (6 / 768) ** 0.5], rel=0.02)  # Glorot's bounds
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_oxford_cnn_computes_what_its_page_says():
 def test_models_take_every_kind_of_layer(name, kind):
     size = 128 if name == "oxford_cnn" else 32
     flags = ["--model.name", name, "--data.size", str(size), "--norm.kind", kind, "--clusters.by", "classes"]
-    if (name, kind) == ("oxford_cnn", "in"):
+    if name == "oxford_cnn" and kind in ("in", "dsbn"):
         with pytest.raises(UsageError, match=r"^norm.kind: oxford_cnn has one value a channel"):
             built(*flags)
         return
@@ -232,6 +237,29 @@ def test_chosen_batch_norms_of_timms_networks_become_the_layer(kind):
         assert not any(isinstance(m, nn.BatchNorm2d) for m in every.modules())
 
 
+def test_converted_layers_take_over_what_nobody_asked_for():
+    flags = ["--model.name", SMALL, "--model.convert", "bn1"]
+    for kind in ("scb", "ucb"):
+        own = [*flags, "--norm.kind", kind, "--clusters.by", "classes"]
+        layer: Any = built(*own, num_clusters=3).get_submodule("network.bn1")
+        assert layer.weight is not None
+        assert layer.eps == 1e-5
+        assert built(*own, "--norm.eps", "0.01", num_clusters=3).get_submodule("network.bn1").eps == 0.01
+    with pytest.raises(UsageError, match=r"^norm.affine: expected True, since bn1 has a weight and bias"):
+        built(*flags, "--norm.kind", "ucb", "--norm.affine", "false")
+
+
+@pytest.mark.parametrize("network", [DenseNet(10, 4, 5, NONE), OxfordCNN(5, NONE, size=128)])
+def test_biases_start_at_zero(network):
+    biases = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
+    if isinstance(network, DenseNet):
+        assert len(biases) == 1
+    else:
+        biases.pop()  # not those of the last map, which torch draws
+        assert len(biases) == 16
+    assert not any(bias.any() for bias in biases)
+
+
 def test_timms_networks_are_told_clusters_where_they_end_and_keep_their_last_map_otherwise():
     flags = ["--model.name", SMALL, "--norm.kind", "none"]
     plain, x = built(*flags), pixels(2, 32)
@@ -249,3 +277,36 @@ def test_dropout_is_as_asked_for():
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.3] * 6
     bottlenecks = built("--model.name", "densenet-bc-16-4", "--model.dropout", "0.3", "--norm.kind", "none")
     assert [m.p for m in bottlenecks.modules() if isinstance(m, nn.Dropout)] == [0.3] * 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ((), "digits-ucb-seed0"),
+        (("--model.name", "densenet-bc-16-4", "--norm.kind", "bn", "--seed", "3"), "digits-densenet-bc-16-4-bn-seed3"),
+        (("--model.name", SMALL, "--norm.kind", "none"), "digits-timm-test_resnet-none-seed0"),
+        (("--model.name", "timm:hf_hub:some/net", "--norm.kind", "none"), "digits-timm-hf_hub-some-net-none-seed0"),
+    ],
+)
+def test_runs_are_named_by_their_network(flags, name):
+    cfg = parse(ClassifierConfig, list(flags))
+    assert Classification(cfg, {}, torch.device("cpu")).default_name() == name
+
+
+def test_a_network_of_timm_that_does_not_end_in_a_linear_map_is_refused():
+    class Odd(nn.Module):
+        def get_classifier(self) -> nn.Module:
+            return nn.Conv2d(3, 5, 1)
+
+    with pytest.raises(ValueError, match=r"^name: expected a network that ends in a linear map, got Conv2d"):
+        TimmClassifier(Odd(), NONE)
+
+
+def test_a_network_of_timm_whose_features_are_not_what_its_last_map_takes_is_refused():
+    network = built("--model.name", SMALL, "--norm.kind", "none")
+    assert isinstance(network, TimmClassifier)
+    network.train().check_size(32)
+    assert network.network.training  # as it was
+    network.linear = nn.Linear(7, 5)
+    with pytest.raises(ValueError, match=r"^it makes \(1, \d+\) of one image, its last map takes 7"):
+        network.check_size(32)

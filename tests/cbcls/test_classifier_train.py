@@ -35,12 +35,6 @@ def test_default_yaml_is_what_no_arguments_do():
     assert config("default.yaml") == parse(ClassifierConfig, [])
 
 
-def test_the_papers_configuration_is_the_papers():
-    cfg = config("shallow_cifar10.yaml")
-    assert (cfg.data.name, cfg.data.size, cfg.data.flip, cfg.epochs, cfg.batch_size) == ("cifar10", 32, False, 100, 256)
-    assert (cfg.lr, cfg.weight_decay, cfg.norm.num_components) == (1e-3, 1e-4, 3)
-
-
 @pytest.fixture
 def finished(tiny, tmp_path, capsys) -> Path:
     """Train two epochs and return the run's folder."""

@@ -1,6 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
+import cbda.adamatch
+from cbda import load_model
 from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
@@ -8,6 +14,7 @@ from common.errors import UsageError
 from common.networks.pixels import pixels_of
 from common.norms import UCBNorm
 from common.norms.config import NormConfig
+from common.runs.checkpoint import load
 
 SMALL = "timm:test_resnet"
 
@@ -47,6 +54,67 @@ def test_timms_batch_norms_are_converted_by_name():
     )
     layers = [name for name, m in build_classifier(cfg, 4).network.named_modules() if isinstance(m, UCBNorm)]
     assert layers == ["layer4.0.bn1"]
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """Write weights, and statistics that are not those of a start, to a safetensors file."""
+    torch.manual_seed(1)
+    network = build_classifier(AdaMatchConfig(model=ModelConfig(name=SMALL), norm=NormConfig(kind="none")), 9).network
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    for name, value in state.items():
+        if name.endswith(("running_mean", "running_var")):
+            value.copy_(torch.rand(value.shape) + 0.2)
+    save_file(state, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+ALL = {"scb": ["bn1"], "dsbn": ["all"], "ucb": ["all"]}
+"""With learned SCB-Norm at every layer nothing would hold the scale of activations, of which a warning tells."""
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_converted_layers_start_as_the_batch_norms_of_the_file(weights, kind):
+    norm = NormConfig(kind=kind, num_components=2)
+    cfg = AdaMatchConfig(model=ModelConfig(name=SMALL, weights=weights, convert=ALL[kind]), norm=norm).resolved()
+    plain = AdaMatchConfig(model=ModelConfig(name=SMALL, weights=weights), norm=NormConfig(kind="none"))
+    torch.manual_seed(2)  # of the last layer, which the file has for other classes
+    network = build_classifier(cfg, 4).eval()
+    torch.manual_seed(2)
+    donor = build_classifier(plain, 4).eval()
+    x, ids = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with torch.no_grad():
+        if kind == "ucb":  # a mixture only begins near them
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+        else:
+            torch.testing.assert_close(network(x, ids), donor(x, ids), rtol=1e-3, atol=1e-4)
+    assert cfg.norm.affine is None  # BatchNorm's own, as eps and momentum
+    only = build_classifier(cfg, 4, kind="none").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(only.network.forward_features(x), donor.network.forward_features(x))  # pyright: ignore[reportCallIssue]
+
+
+def test_what_converted_layers_cannot_be_names_the_setting():
+    norm = NormConfig(kind="scb", num_components=2, affine=False)
+    cfg = AdaMatchConfig(model=ModelConfig(name=SMALL, convert=["all"]), norm=norm)
+    with pytest.raises(UsageError, match=r"^norm.affine: expected True, since conv1.1 has a weight"):
+        build_classifier(cfg, 4)
+
+
+@pytest.mark.parametrize("kind", ["scb", "dsbn"])
+def test_a_pretrained_network_is_adapted_with_its_batch_norms_converted(tiny, tmp_path, weights, kind):
+    cbda.adamatch.main([*tiny, "--model.name", SMALL, "--model.weights", str(weights), "--model.convert", *ALL[kind],
+                        "--model.pixels", "imagenet", "--norm.kind", kind, "--data.size", "32", "--epochs", "1",
+                        "--steps_per_epoch", "1", "--lr", "1e-3", "--name", "run"])  # fmt: skip
+    state = load(tmp_path / "cbda" / "run" / "checkpoints" / "step-00000001.pt")["networks"]
+    layer = "network.bn1.domains.1.running_mean" if kind == "dsbn" else "network.bn1.initialized"
+    assert layer in state["adamatch"]
+    assert "network.bn1.running_mean" not in state["adamatch"]
+    # Of the source alone per-domain BatchNorm is the BatchNorm that was there, and no layer more.
+    assert ("network.bn1.running_mean" in state["source_only"]) == (kind == "dsbn")
+    assert not any(name.startswith("norm.") for name in state["source_only"])
+    model = load_model(tmp_path / "cbda" / "run")
+    assert model.logits(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
 
 
 def test_pixels_come_in_the_range_that_was_asked_for():

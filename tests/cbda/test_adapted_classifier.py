@@ -123,3 +123,14 @@ def test_what_cannot_be_converted_is_named():
 def test_any_network_with_batch_norm_will_do():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
     assert Classifier(network, NormConfig(kind="scb", num_components=2), ["1"])(images(), CLUSTER).shape == (8, 5)
+
+
+@pytest.mark.parametrize("kind", ["none", "scb", "ucb", "dsbn"])
+@pytest.mark.parametrize("wrong", [2, -2])
+def test_a_third_domain_is_refused_whatever_the_layer(kind, wrong):
+    network = classifier(kind).eval()
+    with pytest.raises(
+        ValueError, match=rf"^cluster: expected 0 for the source, 1 for the .* -1 for unknown, got {wrong}$"
+    ):
+        network(images(), torch.tensor([SOURCE] * 4 + [TARGET] * 3 + [wrong]))
+    assert network(images(), torch.tensor([SOURCE] * 4 + [TARGET] * 4)).shape == (8, 5)

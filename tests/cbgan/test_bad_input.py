@@ -24,7 +24,12 @@ def picture(tmp_path) -> Path:
 
 FLAGS = {
     "--norm.kind foo": ["norm.kind", "foo", "ucb"],
-    "--norm.kind scb": ["norm.kind", "scb", "cluster id"],
+    "--norm.kind scb": ["norm.num_components", "scb", "10 classes", "--norm.num_components 10", "got 3"],
+    "--r1 -1": ["r1", "0 or more", "-1"],
+    "--r1 1 --precision fp16": ["r1", "fp16"],
+    "--augment color flip": ["augment", "cutout", "flip"],
+    "--loss wasserstein": ["loss", "hinge", "wasserstein"],
+    "--calibration_batches -1": ["calibration_batches", "0 or more", "-1"],
     "--norm.num_components 0": ["norm.num_components", "at least 1", "0"],
     "--norm.groups 7": ["norm.groups", "7"],
     "--norm.kind bn --norm.update weight": ["norm.update", "weight", "bn"],
@@ -60,7 +65,7 @@ FLAGS = {
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
     "--nmae x": ["--nmae", "--name"],
     "--config nowhere.yaml": ["config", "nowhere.yaml"],
-    "--data.in_memory false": ["data.in_memory", "true", "FID"],
+    "--data.name imagefolder --data.root x --data.in_memory false": ["data.in_memory", "true", "FID"],
 }
 
 
@@ -114,6 +119,8 @@ def test_unlabelled_pictures_have_no_classifier(tiny, tmp_path, capsys, picture)
     line = refused(capsys, cbgan.train.main, *tiny, *folder)
     assert "fid.extractor" in line
     assert "inception" in line
+    line = refused(capsys, cbgan.train.main, *tiny, *folder, "--norm.kind", "scb", "--fid.every", "0")
+    assert "the images of imagefolder have no labels; expected a norm.kind without clusters" in line
     assert not (tmp_path / "cbgan").exists()
 
 
@@ -156,8 +163,9 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     assert "run: give the run's folder" in refused(capsys, cbgan.evaluate.main)
     assert "config.yaml" in refused(capsys, cbgan.evaluate.main, "--run", str(tmp_path))
     folder = str(tmp_path / "cbgan" / "run")
-    assert "fid.every" in refused(capsys, cbgan.evaluate.main, "--run", folder)
     assert "samples" in refused(capsys, cbgan.evaluate.main, "--run", folder, "--samples", "1")
+    line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--check")
+    assert line == f"error: check: {folder} logged no metric/fid_classifier to compare with; leave it out"
     (tmp_path / "mine.png").write_text("mine")
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--grid", str(tmp_path / "mine.png"))
     assert "mine.png exists; add --force" in line
@@ -166,7 +174,64 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     cbcls.train.main(flags)
     classifier = str(tmp_path / "cbcls" / "classifier")
     line = refused(capsys, cbgan.evaluate.main, "--run", classifier)
-    assert line == f"error: run: {classifier} is no run of a GAN (its networks: network); expected one of runs/cbgan"
+    assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"
+
+
+def test_evaluating_what_does_not_fit(run, tmp_path, capsys):
+    folder = tmp_path / "cbgan" / "run"
+    before = listing(folder)
+    measure = ("--run", str(folder))
+    line = refused(capsys, cbgan.evaluate.main, *measure, "--data.size", "16")
+    assert line == "error: data.size: the run makes images of 32 pixels, expected 32, got 16"
+    assert "images: expected null with a run" in refused(capsys, cbgan.evaluate.main, *measure, "--images", "some")
+    line = refused(capsys, cbgan.evaluate.main, *measure, "--checkpoint", "nine")
+    assert line.startswith("error: checkpoint: expected last, best or the number of a kept epoch")
+    file = max((folder / "checkpoints").glob("step-*.pt"))
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    other = tmp_path / "other" / "checkpoints" / file.name
+    other.write_bytes(file.read_bytes())
+    line = refused(capsys, cbgan.evaluate.main, *measure, "--checkpoint", str(other))
+    assert line == f"error: checkpoint: expected one of {folder}, got {other}; leave --run out"
+    (tmp_path / "other" / "config.yaml").write_text((folder / "config.yaml").read_text() + "\nwidth: 16\n")
+    line = refused(capsys, cbgan.evaluate.main, "--checkpoint", str(other))
+    assert line.startswith(f"error: run: the weights in {other.parents[1]} are not of its config.yaml (")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    by = ("--fid.extractor", "dinov2", "--fid.weights", str(weights))
+    line = refused(capsys, cbgan.evaluate.main, *measure, *by, "--fid.weights_sha256", "0" * 64)
+    assert line.startswith(f"error: fid.weights_sha256: expected {'0' * 64} for {weights}, which has ")
+    assert f"fid.weights: {weights} does not hold" in refused(capsys, cbgan.evaluate.main, *measure, *by)
+    assert "no folder" in refused(
+        capsys, cbgan.evaluate.main, *measure, "--data.name", "imagefolder", "--data.root", "x"
+    )
+    assert listing(folder) == before
+
+
+def test_a_folder_to_evaluate_that_cannot_be(tmp_path, capsys, picture):
+    def line(*flags: str) -> str:
+        return refused(capsys, cbgan.evaluate.main, *flags, "--out", str(tmp_path / "out"))
+
+    assert line("--images", str(picture.parent)).startswith(
+        "error: data.name: say which real images to measure against"
+    )
+    digits = ("--data.name", "digits")
+    assert line("--images", str(picture.parent), *digits) == (
+        f"error: images: {picture.parent} has 1, expected at least 2"
+    )
+    images = str(picture.parents[1])
+    assert line("--images", images, *digits, "--samples", "3") == (
+        f"error: samples: {images} has 2, expected at least 3, or fewer samples"
+    )
+    (tmp_path / "empty").mkdir()
+    empty = ("--images", str(tmp_path / "empty"))
+    assert line(*empty, *digits) == f"error: images: no PNG or JPEG files in {tmp_path / 'empty'}"
+    assert line("--images", "nowhere", *digits) == "error: images: no folder nowhere"
+    assert "check: expected false with --images" in line(*empty, *digits, "--check")
+    on_disk = ("--data.name", "imagefolder", "--data.root", "x", "--data.in_memory", "false")
+    assert line(*empty, *on_disk).startswith("error: data.in_memory: expected true")
+    real = ("--data.name", "imagefolder", "--data.root", str(tmp_path / "empty"))
+    assert line("--images", images, *real) == f"error: data.root: no PNG or JPEG files in {tmp_path / 'empty'}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_real_command_prints_the_line_and_exits_with_2(launch, tmp_path):

@@ -5,7 +5,11 @@ from commands import assert_starts
 
 
 @pytest.mark.parametrize(
-    ("file", "module"), [("cbgan/train.py", "cbgan.train"), ("cbgan/evaluate.py", "cbgan.evaluate")]
+    ("file", "module"),
+    [
+        *((f"cbgan/{name}.py", f"cbgan.{name}") for name in ("train", "evaluate", "sample")),
+        ("cbgan/compare.py", "cbgan.reports.comparison"),
+    ],
 )
 def test_a_command_starts_its_module(file, module, monkeypatch):
     assert_starts(file, module, monkeypatch)

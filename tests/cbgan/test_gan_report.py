@@ -17,7 +17,7 @@ import cbgan.train
 import common.metrics.fid
 from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation
-from cbgan.models import Discriminator, Generator
+from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import fixed_noise
 from cbgan.train import Gan
 from common.data import ImageSet
@@ -62,8 +62,11 @@ def lines(folder) -> list[dict[str, Any]]:
 
 def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
-    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found"}
-    step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second"}
+    quality = {f"metric/{name}_classifier" for name in ("precision", "recall", "copies", "train_gap")}
+    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found", "metric/diversity", *quality}
+    step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second",
+            "time/peak_memory_mib", "discriminator/real", "discriminator/fake", "gradient/d_variance",
+            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max"}  # fmt: skip
     kinds = {"measured": [], "step": [], "health": []}
     for line in lines:
         tags = line.keys() - {"step", "epoch"}
@@ -78,7 +81,11 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
         "health": [(1, 2), (2, 4)],
     }
     named = ("_floor", "_test")
-    for tag in measured | (step - {"loss/g", "gradient/g"}) | {"health/LAYER/..."}:
+    alike = {tag for tag in step if "/g" in tag or tag == "discriminator/fake" or tag.endswith("_max")}
+    also = {"metric/inception_score_classifier", "metric/kid_classifier"}
+    for tag in quality | also | {f"{FID}_{end}" for end in ("centre", "low", "high", "infinity")}:
+        assert f"`{tag.replace('classifier', '...')}`" in page, tag
+    for tag in (measured - quality) | (step - alike) | {"health/LAYER/..."}:
         ending = next((end for end in named if tag.endswith(end)), None)
         assert f"`{tag if ending is None else f'metric/fid_...{ending}'}`" in page, tag
     assert all(1 <= line["metric/classes_found"] <= 10 for line in lines if FID in line)
@@ -97,8 +104,8 @@ def test_the_distances_share_a_chart(folder):
 
 def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
     names = sorted(path.name for path in (folder / "samples").iterdir())
-    assert names == ["epoch-0000.png", "epoch-0002.png", "real.png"]
-    for name in names:
+    assert names == ["epoch-0000.png", "epoch-0002.png", "nearest.png", "real.png"]
+    for name in set(names) - {"nearest.png"}:
         with Image.open(folder / "samples" / name) as picture:
             assert picture.size == (8 * 9 + 1, 8 * 9 + 1)  # eight a row, of 8 pixels and a line between
 
@@ -162,11 +169,13 @@ def test_what_was_not_measured_is_not_told():
 def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys, fid, classes, status, verdict):
     counts = []
 
-    def measure(self, g, count):
+    def measure(self, g, count, *, thorough):
+        assert thorough
         counts.append(count)
         return FidResult(fid, count, classes)
 
     monkeypatch.setattr(Evaluation, "measure", measure)
+    monkeypatch.setattr(Evaluation, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
     monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: [(0, 300.0), (2, 30.5)])
     argv = ["--run", str(folder), "--check", "--samples", "77"]
     if status:

@@ -8,7 +8,7 @@ from torch import nn
 
 import cbgan.train
 from cbgan.config import GanConfig
-from cbgan.losses import discriminator_loss, generator_loss
+from cbgan.networks.losses import discriminator_loss, generator_loss
 from cbgan.noise import noise
 from cbgan.train import Gan
 from common.data.image_set import to_float

@@ -114,11 +114,18 @@ def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(tiny, t
     (line,) = [line for line in read_metrics(folder) if "metric/fid_classifier" in line and line["epoch"] == 1]
     capsys.readouterr()
     cbgan.evaluate.main(["--run", str(folder)])
-    (file,) = (folder / "evaluations").iterdir()
+    (file,) = (folder / "evaluations").glob("*.json")
+    assert {path.name for path in (folder / "evaluations").glob("*.png")} == {
+        f"{file.stem}-grid.png", f"{file.stem}-nearest.png"}  # fmt: skip
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"written: {file}"
     record = json.loads(file.read_text())
-    assert record["values"] == {name: value for name, value in line.items() if "fid" in name}
+    counted = ("step", "epoch", "metric/classes_found", "metric/diversity")
+    assert record["values"] == {name: value for name, value in line.items() if name not in counted}
+    assert record["passports"].keys() == record["values"].keys()
+    for each in record["passports"].values():
+        assert each["noise_seed"] == 314159
+        assert each["extractor_id"] == record["passport"]["extractor_id"]
     assert (record["epoch"], record["step"], record["samples"]) == (1, 8, 60)
     assert record["passport"].items() <= passport.items()
     assert list(record["classes"]) == list(digits(32).train.classes)
@@ -127,13 +134,13 @@ def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(tiny, t
     assert f"samples of 0: {record['classes']['0']}, 1: {record['classes']['1']}, " in out
     before = file.read_bytes()
     cbgan.evaluate.main(["--run", str(folder)])  # the same again
-    assert [path.read_bytes() for path in (folder / "evaluations").iterdir()] == [before]
+    assert [path.read_bytes() for path in (folder / "evaluations").glob("*.json")] == [before]
     cbgan.evaluate.main(["--run", str(folder), "--samples", "50"])  # another one
     state = load(folder / "checkpoints" / "step-00000008.pt")
     state["networks"]["g"]["deconv4.bias"] += 1.0  # other weights at the same step
     save(folder / "checkpoints" / "step-00000008.pt", state)
     cbgan.evaluate.main(["--run", str(folder)])
-    assert len({path.read_bytes() for path in (folder / "evaluations").iterdir()}) == 3
+    assert len({path.read_bytes() for path in (folder / "evaluations").glob("*.json")}) == 3
     assert file.read_bytes() == before
 
 

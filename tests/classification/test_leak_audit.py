@@ -201,5 +201,8 @@ def test_plain_values_hold_all_that_is_printed():
     for name, value in plain["accuracy"].items():
         line = next(line for line in lines if line.startswith(f"{name} "))
         assert f"{value:.3f}" in line
-        assert ("points less" in line) == (name != "known")
+        if name != "known":
+            lost = found.lost[name]
+            way = "less" if lost.value >= 0 else "more"
+            assert line.endswith(f", {100 * abs(lost.value):.1f} ± {100 * lost.half_width:.1f} points {way}")
     assert f"chance     {found.classes.given:.3f}" in "\n".join(lines)

@@ -48,4 +48,5 @@ def test_pictures_go_by_the_name_of_the_images(tmp_path):
     }  # fmt: skip
     drawn = (tmp_path / "confusion-test.svg").read_text()
     assert all(name in drawn for name in CLASSES)
-    assert "ECE" in (tmp_path / "reliability-test.svg").read_text()
+    error = measured(labels, logits, CLASSES)["calibration"]["error"]
+    assert f"test, ECE {error:.3f}" in (tmp_path / "reliability-test.svg").read_text()

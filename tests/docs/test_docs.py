@@ -8,23 +8,33 @@ from pathlib import Path
 
 import pytest
 
+from cbcls.clusters import FindClustersConfig
 from cbcls.config import ClassifierConfig
+from cbcls.evaluate import EvaluateConfig as ClassifierEvaluateConfig
+from cbcls.figures import FiguresConfig as ClassifierFiguresConfig
+from cbcls.predict import PredictConfig as ClassifierPredictConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
+from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
 from common.norms.tools.bench import BenchConfig
 from common.norms.tools.costs import CostsConfig
 from common.norms.tools.doctor import DoctorConfig
 from common.reports.figures import FiguresConfig
+from common.reports.paper.page import ReportConfig
 from common.reports.tables import TablesConfig
 from common.reports.views import ViewsConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATIONS = {
+    "cbcls.clusters": FindClustersConfig,
+    "cbcls.evaluate": ClassifierEvaluateConfig,
+    "cbcls.predict": ClassifierPredictConfig,
+    "cbcls.figures": ClassifierFiguresConfig,
     "cbcls.train": ClassifierConfig,
     "cbda.adamatch": AdaMatchConfig,
     "cbda.evaluate": AdaptationEvaluateConfig,
@@ -32,10 +42,12 @@ CONFIGURATIONS = {
     "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
     "cbgan.evaluate": EvaluateConfig,
+    "cbgan.sample": SampleConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
+    "common.report": ReportConfig,
     "common.tables": TablesConfig,
 }
 

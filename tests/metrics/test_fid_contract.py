@@ -53,7 +53,8 @@ def test_a_range_holds_its_ends(values):
         ({"samples": 1}, "fid.samples: expected 2 or more, got 1"),
         ({"batch_size": 0}, "fid.batch_size: expected 1 or more, got 0"),
         ({"final_samples": 1}, "fid.final_samples: expected null, or 2 or more, got 1"),
-        ({"weights": "x"}, "fid.weights: classifier reads none, expected null or fid.extractor inception"),
+        ({"weights": "x"}, "fid.weights: classifier reads none, expected null or fid.extractor inception "
+         "or dinov2 or dinov2_base or dinov2_small"),
         ({"weights_sha256": ABC}, "fid.weights_sha256: expected null where fid.weights names no file"),
         *(({"extractor": "inception", "weights": "x", "weights_sha256": bad},
            f"fid.weights_sha256: expected 64 hexadecimal digits, got {bad!r}")

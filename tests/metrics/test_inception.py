@@ -18,6 +18,7 @@ from common.data.reading.image_folder import Decoding, read_folder
 from common.errors import UsageError
 from common.metrics import Fid, FidConfig
 from common.metrics import inception as module
+from common.metrics.features import quality
 from common.metrics.inception import Inception
 
 COUNT = 6
@@ -61,17 +62,22 @@ def write_images(folder, seed):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
 
 
-def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path):
+def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "SPLITS", 3)
     path, digest = weights
     write_images(tmp_path / "real", 1)
     write_images(tmp_path / "fake", 2)
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--fid", "--json", "--cpu", "--silent"]
     command += ["--no-cache", "--save-cpu-ram", "--feature-extractor-weights-path", str(path)]
-    command += ["--input1", str(tmp_path / "real"), "--input2", str(tmp_path / "fake")]
+    command += ["--kid", "--kid-subset-size", str(COUNT), "--isc", "--isc-splits", "3", "--prc"]
+    command += ["--feature-extractor", "inception-v3-compat"]  # whose default for precision and recall is another one
+    command += ["--input1", str(tmp_path / "fake"), "--input2", str(tmp_path / "real")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONWARNINGS": ""})
-    want = json.loads(done.stdout)["frechet_inception_distance"]
+    theirs = json.loads(done.stdout)
+    want = theirs["frechet_inception_distance"]
 
-    config = FidConfig(extractor="inception", weights=path, weights_sha256=digest, batch_size=4)
+    every: list[quality.Quality] = ["kid", "inception_score", "precision_recall"]
+    config = FidConfig(extractor="inception", weights=path, weights_sha256=digest, batch_size=4, metrics=every)
     real, fake = (read_folder(tmp_path / name, Decoding(32)) for name in ("real", "fake"))
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -82,6 +88,15 @@ def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path):
     assert got.fid == pytest.approx(want, rel=1e-4)
     assert want > 1e-3
     assert (fid.tag, got.classes) == ("metric/fid_inception", None)
+    names = ("kernel_inception_distance_mean", "precision", "recall")
+    assert [got.quality[ours] for ours in ("kid", "precision", "recall")] == [
+        pytest.approx(theirs[name], rel=1e-3, abs=1e-6) for name in names
+    ]
+    assert isinstance(fid.extractor, Inception)
+    parts = fid.extractor.logits(fid.extractor(fake.images))
+    assert parts.shape == (COUNT, 1008)
+    assert got.quality["inception_score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=0.01)
+    assert theirs["inception_score_mean"] > 1.000001
     assert digest in str(fid.passport()["extractor_id"])
 
 
@@ -99,7 +114,7 @@ def test_weights_of_another_hash_are_refused(weights, tmp_path):
 
 
 def test_a_hash_may_be_written_in_capitals(tmp_path):
-    module._check_hash(tmp_path, "ab12", "AB12")
+    module._check_official(tmp_path, "ab12", "AB12")
 
 
 class Code:

@@ -41,11 +41,12 @@ def test_applications_take_it_and_are_told_of_sizes_it_refuses(config):
         parse(config, ["--norm.kind", "grouped", "--norm.num_components", "5"])
 
 
-@pytest.mark.parametrize("config", [GanConfig, ClassifierConfig])
-def test_a_kind_that_takes_clusters_is_refused_where_there_are_none(config):
+def test_a_kind_that_takes_clusters_is_refused_where_there_are_none():
     register_norm("by_cluster", groups_of, takes_clusters=True)
-    with pytest.raises(UsageError, match=r"^norm\.kind: by_cluster needs a cluster id .* use bn, in, mn, ucb, none$"):
-        parse(config, ["--norm.kind", "by_cluster"])
+    given = ["--norm.kind", "by_cluster", "--norm.num_components", "8"]
+    with pytest.raises(UsageError, match=r"^norm\.kind: by_cluster needs a cluster for each image"):
+        parse(ClassifierConfig, given)
+    assert parse(GanConfig, given).conditional  # its clusters are the classes
 
 
 @pytest.mark.parametrize("name", ["ucb", "none", "grouped"])

@@ -8,6 +8,7 @@ from settings import assert_documented
 NEEDED = {
     "common.reports.data_set.InspectConfig": {},
     "common.reports.figures.FiguresConfig": {"runs": [Path("run")], "out": Path("figure")},
+    "common.reports.paper.page.ReportConfig": {"runs": [Path("run")]},
     "common.reports.tables.TablesConfig": {"runs": [Path("run")], "tags": ["loss/d"]},
 }
 

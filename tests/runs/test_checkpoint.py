@@ -199,9 +199,9 @@ def test_a_state_that_cannot_be_serialised_leaves_the_old_file(tmp_path):
 
 def test_a_good_checkpoint_and_those_of_asked_epochs_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(10, state(10), good=10, epoch=1)
+    checkpoints.save(10, state(10), good=[10], epoch=1)
     for step in (20, 30, 40):
-        checkpoints.save(step, state(step), good=10)
+        checkpoints.save(step, state(step), good=[10, None])
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"epoch-0001.pt", "step-00000010.pt", "step-00000030.pt", "step-00000040.pt"}
     assert checkpoint.load(tmp_path / "epoch-0001.pt")["at"] == {"step": 10}

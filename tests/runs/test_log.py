@@ -82,7 +82,8 @@ def test_charts_sort_as_they_are_read(tag, name):
 def test_pages_of_settings_charts_and_pictures(tmp_path):
     settings = {"lr": 0.5, "norm.kind": "ucb", "flip": True, "clip": None, "keep": [1, 2]}
     log = Log(tmp_path, settings=settings, results=["metric/accuracy"])
-    log.charts({"FID": ["metric/fid_x", "metric/fid_x_floor"]})
+    band = ("metric/fid_x", "metric/fid_x_low", "metric/fid_x_high")
+    log.charts({"FID": ["metric/fid_x", "metric/fid_x_floor"]}, {"Interval": band})
     picture = torch.arange(3 * 4 * 5).reshape(3, 4, 5).to(torch.uint8)
     log.image(7, "samples/generated", picture)
     log.close()
@@ -94,10 +95,12 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
 
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
     layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
-    (category,) = layout.category
-    (chart,) = category.chart
-    assert (category.title, chart.title) == ("FID", "FID")
+    assert [category.title for category in layout.category] == ["FID", "Interval"]
+    (chart,), (other,) = (category.chart for category in layout.category)
+    assert (chart.title, other.title) == ("FID", "Interval")
     assert list(chart.multiline.tag) == ["1_result/fid_x", "1_result/fid_x_floor"]
+    (series,) = other.margin.series
+    assert (series.value, series.lower, series.upper) == tuple(map(chart_name, band))
     plugin = {name: events.summary_metadata[f"_hparams_/{name}"].plugin_data.content
               for name in ("experiment", "session_start_info")}  # fmt: skip
     parse = plugin_data_pb2.HParamsPluginData.FromString  # pyright: ignore[reportAttributeAccessIssue]

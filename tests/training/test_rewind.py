@@ -100,6 +100,43 @@ def test_it_only_warns_once_or_stops_where_asked(flags, tmp_path, capsys, monkey
     assert final_state(tmp_path / "fourth" / "stopped")["at"]["step"] % 8 == 0
 
 
+def test_a_collapse_that_is_measured_goes_back_to_what_was_measured_and_sound(flags, tmp_path, monkeypatch):
+    """At the end of the second epoch its checkpoint is there already, and holds the collapse."""
+    calm = ["--lr", "0.01", "--checkpoint_every", "1"]
+    causes = iter([None, None, "few different", None, None, None, None])
+    asked: list[set[str]] = []
+
+    def collapse_measured(self: Fourth, values: dict[str, float]) -> str | None:
+        asked.append(set(values))
+        return next(causes) if values else None
+
+    monkeypatch.setattr(Fourth, "collapse_measured", collapse_measured)
+    monkeypatch.setattr(Fourth, "health", lambda self, step: ({"health/x": 1.0} if step == 16 else {}, []))
+    FOURTH.main([*flags, *calm, "--name", "run"])
+    folder = tmp_path / "fourth" / "run"
+    assert {"health/x"} in asked  # the layers' health is asked for too
+    state = final_state(folder)
+    assert state["at"]["rewinds"] == [{"step": 16, "to": 8, "cause": "few different"}]
+    assert [line["epoch"] for line in logged(folder) if "loss/test" in line] == [1, 2, 3]
+    assert state["at"]["sound"] == 24
+
+
+def test_the_first_cause_is_kept_where_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Fourth, "collapse", lambda *_: None)
+    causes = iter(["dead", None, "dead again", None, None, None])
+    monkeypatch.setattr(Fourth, "collapse_measured", lambda *_: next(causes, None))
+    FOURTH.main([*flags, "--name", "run", "--guard.action", "warn", "--lr", "0.01"])
+    summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
+    assert summary["collapsed"] == {"step": 8, "cause": "dead"}
+    assert capsys.readouterr().err.count("warning: collapsed in step 8: dead (") == 1
+    causes = iter(["dead"])
+    with pytest.raises(NonFiniteError, match=r"^collapsed in step 8: dead; the checkpoint before stands"):
+        FOURTH.main([*flags, "--name", "stopped", "--guard.action", "stop", "--lr", "0.01"])
+    summary = json.loads((tmp_path / "fourth" / "stopped" / "summary.json").read_text())
+    assert (summary["state"], summary["collapsed"]) == ("failed", None)
+    assert "dead" in summary["why"]
+
+
 @pytest.mark.parametrize("after_rewind", [False, True])
 def test_what_is_not_finite_rewinds_too_and_nothing_of_it_stays(flags, tmp_path, monkeypatch, after_rewind):
     calls, sound = 0, Fourth.step

@@ -162,13 +162,13 @@ def images_below(folder: Path) -> list[Path]:
     ]
 
 
-def read_images(files: list[Path], size: int) -> Tensor:
-    """Read files as uint8 (N, 3, size, size), the centre of each.
+def read_images(files: list[Path], size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
+    """Read files as uint8 (N, 3, size, size), the centre of each, or all of it between bars (see `Decoding`).
 
     Raises:
         UsageError: naming a file that cannot be read.
     """
-    return Decoding(size).decode(files)
+    return Decoding(size, fit).decode(files)
 
 
 def read_photograph(path: Path) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Fitting the mixtures that a model's layers evaluate with."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -69,6 +70,36 @@ def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> li
     if not layers:
         raise ValueError("model: expected at least one MixtureNorm layer, found none")
     return _fit(model, layers, loader, batches)
+
+
+@contextmanager
+def calibrated(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> Iterator[list[str]]:
+    """Calibrate a model inside the block, and give its layers back the mixtures that they had after it.
+
+    For measuring in the middle of a training run, which then goes on as if nothing had been measured. A model
+    without MixtureNorm stays as it is.
+
+    Args:
+        model: as for ``calibrate``.
+        loader: as for ``calibrate``.
+        batches: as for ``calibrate``.
+
+    Yields:
+        The qualified names of the fitted layers.
+
+    Raises:
+        ValueError: as ``calibrate``.
+    """
+    layers = [layer for layer in mixture_layers(model).values() if isinstance(layer, MixtureNorm)]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    try:
+        yield calibrate(model, loader, batches) if layers else []
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        for layer in layers:
+            layer.forget_initialized()
 
 
 @torch.no_grad()

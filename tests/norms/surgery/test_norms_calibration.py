@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.machine.seeding import generator
-from common.norms import MixtureNorm, SCBNorm, calibrate, clusters, convert_norms
+from common.norms import MixtureNorm, SCBNorm, calibrate, calibrated, clusters, convert_norms
 from common.norms.backends import reference
 from common.norms.estimation import em
 
@@ -243,3 +243,35 @@ def test_em_in_parts_survives_an_offset_of_a_million():
         got = em.em_step(points, fit, 1, eps=1e-5)
         want = em.em_step(points.double(), em.Fit(*(t.double() for t in fit)), 1, eps=1e-5)
         torch.testing.assert_close(got.var.double(), want.var, rtol=4.8e-3, atol=0)
+
+
+def test_a_model_is_calibrated_inside_a_block_alone():
+    model, wanted = network(), network()
+    before = copy.deepcopy(model.state_dict())
+    names = calibrate(wanted, [batch(0), batch(1)])
+    with calibrated(model, [batch(0), batch(1)]) as fitted:
+        assert fitted == names
+        torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()), rtol=0, atol=0)
+        assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_a_model_is_what_it_was_after_an_error_inside_the_block():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), MixtureNorm(4, 2))  # not seeded yet
+    before = copy.deepcopy(model.state_dict())
+
+    def fails() -> None:
+        with calibrated(model, [batch(0)]):
+            assert model[1].initialized
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    model.train()(batch(0))  # seeds it, which it would not if it still took itself for seeded
+    assert not torch.equal(model.state_dict()["1.mean"], before["1.mean"])
+
+
+def test_a_model_without_mixtures_of_batches_passes_a_block_as_it_is():
+    with calibrated(nn.Sequential(nn.BatchNorm2d(3)), [batch(0)]) as fitted:
+        assert fitted == []

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from common.metrics import Statistics, frechet_distance, statistics
+from common.metrics.features.frechet import Reference
 
 
 def normal(n, dim, seed):
@@ -66,3 +67,17 @@ def test_refuses_different_dimensions():
     a, b = statistics(normal(5, 2, 0)), statistics(normal(5, 3, 0))
     with pytest.raises(ValueError, match="got 2 and 3"):
         frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("rank", [9, 3])
+def test_many_distances_to_one_reference_are_those_of_torch_fidelity(rank):
+    """Also where the reference has a covariance that cannot be inverted."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(rank, 9, generator=generator, dtype=torch.float64)
+    one = statistics(torch.randn(50, rank, generator=generator, dtype=torch.float64) @ mixing + 1)
+    reference = Reference(one)
+    for shift in (0.0, 2.0):
+        other = statistics(torch.randn(40, 9, generator=generator, dtype=torch.float64) * 3 + shift)
+        # the square root turns rounding of 1e-15 in eigenvalues that should be 0 into 1e-7
+        assert reference.distance(other) == pytest.approx(frechet_distance(one, other), rel=1e-7)
+    assert reference.distance(one) == pytest.approx(0, abs=1e-5)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from cbgan.config import GanConfig
-from cbgan.models import Discriminator, Generator
+from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.train import Gan
 from common.machine.dist import Env
 from common.norms.config import NormConfig
@@ -34,6 +34,65 @@ def test_published_parameter_counts_at_full_width():
 def test_ucb_adds_1539_and_771_where_batchnorm_had_512_and_256():
     ucb = NormConfig(kind="ucb", update="weight", affine=False, groups=1)
     assert count(Generator(512, 128, ucb)) == 3_812_355 - 512 - 256 + 1_539 + 771
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_classes_are_the_clusters_of_the_generators_layers(kind):
+    g = Generator(16, 8, NormConfig(kind=kind, num_components=5))
+    added = {"scb": 2 * 5, "scb_base": 2 * (5 + 1)}[kind] * (8 + 4)  # norm1 has 8 channels, norm2 4; BatchNorm 2 each
+    assert count(g) == count(Generator(16, 8, BN)) - 2 * (8 + 4) + added
+    assert g.num_classes == 5
+    with torch.no_grad():
+        for layer in ("norm1.mean", "norm2.mean"):
+            mean = g.get_parameter(layer if kind == "scb" else f"{layer}.weight")
+            mean.normal_(generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, 8).expand(5, 8)
+    images = g.eval()(z, torch.arange(5))
+    assert torch.pdist(images.flatten(1)).min() > 1e-3  # the same noise, another image of each class
+    torch.testing.assert_close(g(z[:2], torch.tensor([3, 3])), images[[3, 3]])
+    with torch.no_grad():  # both layers hear of the class
+        once = g.norm1.register_forward_pre_hook(lambda _, args: (args[0], torch.zeros_like(args[1])))
+        assert torch.pdist(g(z, torch.arange(5)).flatten(1)).min() > 1e-3
+        once.remove()
+        g.norm2.register_forward_pre_hook(lambda _, args: (args[0], torch.zeros_like(args[1])))
+        assert torch.pdist(g(z, torch.arange(5)).flatten(1)).min() > 1e-3
+
+
+def test_a_projection_discriminator_adds_the_inner_product_with_its_classs_vector():
+    d = Discriminator(16, 16, num_classes=3).eval()
+    x, labels = torch.randn(4, 3, 16, 16), torch.tensor([2, 0, 1, 1])
+    vectors = d.state_dict()["embedding.weight"]
+    assert vectors.shape == (3, 16)
+    features = d.features(x).detach()
+    plain = d.linear(features.flatten(1)).squeeze(1)
+    inner = [float((vectors[label] * features[i].sum((1, 2))).sum()) for i, label in enumerate(labels)]
+    torch.testing.assert_close(d(x, labels), plain + torch.tensor(inner))
+    assert min(abs(value) for value in inner) > 1e-9
+    big = Discriminator(512, 8, num_classes=200).state_dict()["embedding.weight"]  # N(0, 0.02), as other weights
+    assert abs(float(big.std()) - 0.02) < 0.0003
+
+
+def test_spectral_normalization_gives_every_weight_norm_1_and_leaves_batchnorm_out():
+    d = Discriminator(16, 16, num_classes=3, spectral=True)
+    for _ in range(50):  # the power iteration goes a step at each use
+        d(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))
+    layers = [m for m in d.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]
+    assert len(layers) == 7 + 1 + 1
+    for layer in layers:
+        largest = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)  # pyright: ignore[reportCallIssue]
+        assert float(largest) == pytest.approx(1, abs=0.02)
+    assert not any("norm" in type(m).__name__.lower() for m in d.features)
+    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in Discriminator(16, 16).modules())
+
+
+def test_a_run_gives_its_options_to_the_networks():
+    cfg = GanConfig(width=16, spectral=True, norm=NormConfig(kind="scb", num_components=10))
+    d = built(cfg).networks["d"]
+    assert d.get_submodule("embedding").num_embeddings == 10
+    assert "features.0.parametrizations.weight.original" in d.state_dict()
+    plain = built(GanConfig(width=16)).networks["d"]
+    assert plain.embedding is None
+    assert "features.0.weight" in plain.state_dict()
 
 
 def test_the_layer_under_test_follows_deconvolutions_1_and_2_only():

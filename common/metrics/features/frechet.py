@@ -52,3 +52,23 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     first, second = ({"mu": s.mean.numpy(), "sigma": s.covariance.numpy()} for s in (a, b))
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+
+
+class Reference:
+    """Statistics that many others are compared with: a distance costs the eigenvalues of one symmetric matrix.
+
+    The same distance as `frechet_distance`, to rounding, in a fraction of its time. Everything is float64 and on the
+    device of the statistics.
+    """
+
+    def __init__(self, of: Statistics) -> None:
+        self.statistics = of
+        values, vectors = torch.linalg.eigh(of.covariance)
+        self._root = vectors * values.clamp(min=0).sqrt()  # R with R R' = C; rounding leaves values below 0
+
+    def distance(self, other: Statistics) -> float:
+        """Return the Fréchet distance to other statistics: R' C R has the eigenvalues of the product of covariances."""
+        apart = self.statistics.mean - other.mean
+        roots = torch.linalg.eigvalsh(self._root.T @ other.covariance @ self._root).clamp(min=0).sqrt()
+        traces = self.statistics.covariance.trace() + other.covariance.trace()
+        return float(apart @ apart + traces - 2 * roots.sum())

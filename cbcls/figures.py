@@ -1,0 +1,278 @@
+"""Draw what trained classifiers make of images: ``python -m cbcls.figures --kind embedding --runs runs/cbcls/NAME``."""
+
+from common.cli.command import start
+
+if __name__ == "__main__":
+    start("cbcls.figures")  # before torch is loaded, since it settles how threads wait; does not return
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cbcls.config import ClassifierConfig
+from cbcls.export import TrainedClassifier, load_model
+from cbcls.networks.classifier import Classifier
+from cbcls.networks.shallow_cnn import ShallowCNN
+from cbcls.train import Classification
+from common.cli.arguments import parse
+from common.data import ImageSet
+from common.errors import UsageError
+from common.machine.device import resolve_device
+from common.machine.seeding import permutation
+from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
+from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
+from common.reports.figures import labelled, stems
+from common.reports.records import LoggedRun, group_by_seed, read_run
+
+FEATURES = "features"
+"""Instead of a layer's name: what the last linear map is given."""
+_COMPONENTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiguresConfig:
+    """Draw what trained classifiers make of a batch of test images, from the folders of their runs.
+
+    densities: how activations are distributed, with the components of a mixture fitted to them (the paper's Figure 2),
+    and a table of skewness, excess kurtosis and distance from a normal distribution, over seeds. embedding: features
+    by t-SNE at kept epochs (Figures 1 and 9). components: a layer's outputs by principal components, five against each
+    other (Figure 14).
+    """
+
+    kind: Literal["densities", "embedding", "components"] = "densities"
+    """What to draw."""
+    runs: list[Path] = field(default_factory=list)
+    """Folders of runs, for instance runs/cbcls/digits-ucb-seed0; components takes one."""
+    label: list[str] = field(default_factory=list)
+    """The models' names in the order of the runs; without any, the settings in which they differ."""
+    out: Path | None = None
+    """The figure: OUT.png and OUT.svg."""
+    images: int = 256
+    """How many test images, drawn by the seed."""
+    seed: int = 0
+    """Of the draw, and of t-SNE and the mixture."""
+    checkpoints: list[str] = field(default_factory=lambda: ["last"])
+    """last, best, or epochs that were kept (checkpoint_keep); embedding draws a column for each."""
+    layers: list[str] = field(default_factory=list)
+    """Whose outputs, by name in the network, or features, what the last linear map is given. Without any, densities
+    takes the layer under test and the shallow CNN's conv2, embedding the features, components the layer under test."""
+    colour: Literal["predicted", "class", "superclass", "cluster"] | None = None
+    """What embedding and components colour by; null is predicted and superclass."""
+    cluster: Literal["own", "unknown"] = "own"
+    """What layers of known clusters are told of an image."""
+    perplexity: float = 30.0
+    """Of t-SNE: about how many neighbours a point has."""
+    title: str = ""
+    """A line above embedding and components."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:n."""
+    force: bool = False
+    """Replace figures that exist."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: name at least one run's folder, --runs runs/cbcls/NAME")
+        if self.out is None or not self.out.name.removesuffix(".png").removesuffix(".svg"):
+            given = "none" if self.out is None else repr(str(self.out))
+            raise ValueError(f"out: expected the figure's path without ending, such as --out tsne, got {given}")
+        if self.images < 1:
+            raise ValueError(f"images: expected at least 1, got {self.images}")
+        if self.kind == "components" and len(self.runs) != 1:
+            raise ValueError(f"runs: components takes one run, got {len(self.runs)}")
+        if not self.checkpoints or (self.kind != "embedding" and len(self.checkpoints) > 1):
+            raise ValueError(f"checkpoints: {self.kind} takes one, got {' '.join(self.checkpoints) or 'none'}")
+        if self.kind != "densities" and len(self.layers) > 1:
+            raise ValueError(f"layers: {self.kind} takes one, got {' '.join(self.layers)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: if a folder is no run, has no such checkpoint or layer, or there are too few images.
+    """
+    cfg = parse(FiguresConfig, argv, prog="python -m cbcls.figures")
+    assert cfg.out is not None  # FiguresConfig refuses otherwise
+    for path in stems(cfg.out):
+        if path.exists() and not cfg.force:
+            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    draw = {"densities": _densities, "embedding": _embedding, "components": _components}[cfg.kind]
+    try:
+        written = draw(cfg, cfg.out)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
+    print(f"written: {', '.join(map(str, written))}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a classifier made of a batch of test images.
+
+    Attributes:
+        model: the classifier.
+        images: the images with their labels and clusters.
+        outputs: by layer, (B, ...).
+        logits: (B, classes).
+    """
+
+    model: TrainedClassifier
+    images: ImageSet
+    outputs: Mapping[str, Tensor]
+    logits: Tensor
+
+
+def _densities(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
+    groups = labelled(group_by_seed([read_run(path) for path in cfg.runs]), cfg.label)
+    found = {
+        label: [_rows(_run(cfg, run.path, cfg.checkpoints[0])) for run in group] for label, group in groups.items()
+    }
+    places = list(dict.fromkeys(place for batches in found.values() for each in batches for place in each))
+    samples = []
+    for place in places:
+        for label, batches in found.items():
+            if place not in batches[0]:
+                raise UsageError(f"layers: {groups[label][0].path} has no {place}; name layers that all models have")
+            samples.append(Sample(batches[0][place], label, place))
+    written = densities(out, samples, columns=len(found), components=_mixture_size(groups), seed=cfg.seed)
+    print(_table(found, groups))
+    return written
+
+
+def _rows(batch: Batch) -> dict[str, Tensor]:
+    """Return each layer's output as (locations, channels)."""
+    return {place: _channels_last(x).flatten(0, -2) for place, x in batch.outputs.items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return an output as (B, ..., C); tokens (B, T, C) have their channels last already."""
+    return x.movedim(1, -1) if x.ndim > 3 else x
+
+
+def _mixture_size(groups: Mapping[str, Sequence[LoggedRun]]) -> int:
+    """Return how many components the models' layers have, 3 where none has any."""
+    counts = [run.settings.get("norm.num_components") for group in groups.values() for run in group]
+    return max((count for count in counts if isinstance(count, int)), default=3)
+
+
+def _table(found: Mapping[str, Sequence[Mapping[str, Tensor]]], groups: Mapping[str, Sequence[LoggedRun]]) -> str:
+    names = ("skewness", "kurtosis", "distance")
+    lines = ["| model | seeds | layer | " + " | ".join([*names, *(f"{name} by channel" for name in names)]) + " |"]
+    lines.append("|" + "---|" * 9)
+    for label, batches in found.items():
+        seeds = " ".join(str(run.seed) for run in groups[label])
+        for place in batches[0]:
+            whole = [moments_of(batch[place]) for batch in batches]
+            each = [channel_moments(batch[place]) for batch in batches]
+            cells = [_over_seeds(moments, name) for moments in (whole, each) for name in names]
+            lines.append(f"| {label} | {seeds} | {place} | {' | '.join(cells)} |")
+    note = (
+        "\nAll channels together; by channel: means over channels of |skewness|, kurtosis and distance. Kurtosis is "
+        "excess; distance is Kolmogorov's and Smirnov's to the normal distribution of the same mean and deviation."
+    )
+    return "\n".join([*lines, note])
+
+
+def _over_seeds(moments: Sequence[Moments], name: str) -> str:
+    values = [float(getattr(each, name)) for each in moments]
+    return f"{fmean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def _embedding(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
+    groups = labelled([[read_run(path)] for path in cfg.runs], cfg.label)
+    panels = []
+    for label, (run,) in groups.items():
+        for checkpoint in cfg.checkpoints:
+            batch = _run(cfg, run.path, checkpoint)
+            (features,) = batch.outputs.values()
+            points = project(features.flatten(1), seed=cfg.seed, perplexity=cfg.perplexity)
+            title = f"{label}, epoch {batch.model.epoch}"
+            panels.append(Panel(points, _labelling(batch, cfg.colour or "predicted"), title))
+    return draw_panels(out, panels, columns=len(cfg.checkpoints), title=cfg.title)
+
+
+def _components(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
+    batch = _run(cfg, cfg.runs[0], cfg.checkpoints[0])
+    (outputs,) = batch.outputs.values()
+    points = project(outputs.flatten(1), method="pca", components=_COMPONENTS)
+    names = [f"component {i + 1}" for i in range(_COMPONENTS)]
+    return pairs(out, points, _labelling(batch, cfg.colour or "superclass"), names=names, title=cfg.title)
+
+
+def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> Batch:
+    """Run a classifier on the batch, and keep what its layers give."""
+    model = load_model(path, resolve_device(cfg.device), checkpoint=checkpoint)
+    test = Classification.load(model.cfg)["test"]
+    images = test.select(permutation(len(test), cfg.seed, "figure")[: cfg.images])
+    places = cfg.layers or _places(model.network, model.cfg, cfg.kind, path)
+    own = images.clusters if model.clusters and cfg.cluster == "own" else None
+    with _outputs(model.network, places, path) as found:
+        logits = model.logits(images.images, "unknown" if own is None else own)
+    return Batch(model, images, {place: torch.cat(parts) for place, parts in found.items()}, logits)
+
+
+def _places(network: Classifier, config: ClassifierConfig, kind: str, path: Path) -> list[str]:
+    """Return the layers that a figure shows where none is named."""
+    if kind == "embedding":
+        return [FEATURES]
+    if isinstance(network, ShallowCNN):
+        under_test = f"norm{network.position}"
+        return [under_test] if kind == "components" else ["conv2", under_test]
+    if config.model.convert:
+        raise UsageError(f"layers: {path} has more than one layer under test; name those to show")
+    return ["norm"]
+
+
+@contextmanager
+def _outputs(network: nn.Module, places: Sequence[str], path: Path) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what layers give inside the block, in float32 on the CPU."""
+    modules, found = dict(network.named_modules()), {}
+    handles = []
+    try:
+        with collect_features(network) as features:
+            for place in places:
+                found[place] = features if place == FEATURES else []
+                if place == FEATURES:
+                    continue
+                if place not in modules:
+                    known = ", ".join(name for name in modules if name)
+                    raise UsageError(f"layers: {path} has no {place}; it has {FEATURES}, {known}")
+                handles.append(modules[place].register_forward_hook(_keep(found[place])))
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(parts: list[Tensor]) -> Callable[..., None]:
+    def hook(_layer: nn.Module, _args: object, output: Tensor) -> None:
+        parts.append(output.detach().float().cpu())
+
+    return hook
+
+
+def _labelling(batch: Batch, colour: str) -> Labelling:
+    """Return what points are coloured by.
+
+    Raises:
+        UsageError: if the images have none of it.
+    """
+    images = batch.images
+    known: dict[str, tuple[Tensor | None, Sequence[str]]] = {
+        "predicted": (batch.logits.argmax(1), batch.model.classes),
+        "class": (images.labels, images.classes),
+        "superclass": (images.superclasses, images.superclass_names),
+        "cluster": (images.clusters, images.cluster_names),
+    }
+    numbers, names = known[colour]
+    if numbers is None:
+        there = ", ".join(name for name, (found, _) in known.items() if found is not None)
+        raise UsageError(f"colour: the images of {batch.model.cfg.data.name} have no {colour}; expected {there}")
+    return numbers, names

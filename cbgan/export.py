@@ -1,0 +1,172 @@
+"""Trained generators apart from their runs: read from a run or a folder of their own, and written to one."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cbgan.config import GanConfig
+from cbgan.evaluation import CLASSES, calibrated
+from cbgan.networks.dcgan import Generator
+from cbgan.noise import fixed_labels, numbered_noise
+from common.classification.stored import Stored, export, read_stored
+from common.data import to_uint8
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+from common.machine.device import autocast
+
+PROGRAM = "generator.pt2"
+"""The generator as torch.export has it, for code that knows nothing of this project."""
+_BATCH = 200
+_CLOSE = 1e-4
+"""Largest difference, of values in [-1, 1], that an exported program may have from the generator."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedGenerator:
+    """A generator that was trained, with what its use needs.
+
+    Attributes:
+        network: in evaluation mode, its mixtures fitted where it has Mixture Normalization.
+        cfg: the configuration of its run.
+        classes: names of the classes it can be asked for; empty where it cannot.
+        counts: training images of each class, by which classes are drawn where none is asked for.
+        epoch: of the checkpoint.
+    """
+
+    network: Generator
+    cfg: GanConfig
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    epoch: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @torch.no_grad()
+    def images(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return uint8 images (N, 3, S, S), on the CPU, of noise (N, D) and, of a conditional one, classes (N,)."""
+        asked = [] if labels is None else [labels]
+        made: list[Tensor] = []
+        for parts in zip(*(t.split(_BATCH) for t in (z, *asked)), strict=True):
+            with autocast(self.device, self.cfg.precision):
+                made.append(to_uint8(self.network(*(part.to(self.device) for part in parts))).cpu())
+        return torch.cat(made)
+
+    def sample(
+        self,
+        count: int,
+        seed: int = 0,
+        classes: Sequence[str] = (),
+        truncation: float | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Return uint8 images (count, 3, S, S) that follow from the seed and their numbers.
+
+        Args:
+            count: how many.
+            seed: what they follow from.
+            classes: names that are asked for in turn; none draws classes as frequent as in training.
+            truncation: `cbgan.noise.numbered_noise`'s limit.
+            first: the first one's number.
+
+        Raises:
+            UsageError: if there is no such class, or no class can be asked for.
+        """
+        z = numbered_noise(first, count, self.cfg.latent_dim, seed, truncation)
+        return self.images(z, self.labels(count, classes, first))
+
+    def labels(self, count: int, classes: Sequence[str] = (), first: int = 0) -> Tensor | None:
+        """Return classes (count,) from the number ``first`` on: named ones in turn, or drawn ones; None where none are.
+
+        Raises:
+            UsageError: as `sample`.
+        """
+        if not self.classes:
+            if classes:
+                raise UsageError(
+                    f"classes: a generator with {self.cfg.norm.kind} cannot be asked for any, got "
+                    f"{', '.join(classes)}; leave them out, or take a run of --norm.kind scb"
+                )
+            return None
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise UsageError(f"classes: expected some of {', '.join(self.classes)}, got {', '.join(unknown)}")
+        if not classes:
+            return fixed_labels(self.counts, first + count, torch.device("cpu"))[first:]
+        asked = torch.tensor([self.classes.index(name) for name in classes])
+        return asked[torch.arange(first, first + count) % len(asked)]
+
+    def save(self, folder: Path) -> None:
+        """Write weights, configuration and classes, and a program of torch.export, to a folder.
+
+        What is written is read again and held against this generator: the weights give the same images bit for bit,
+        the program the same values within rounding.
+
+        Raises:
+            UsageError: if the folder holds a model already.
+        """
+        example = self._example(2)
+        program = torch.export.export(
+            self.network, example, dynamic_shapes=tuple({0: torch.export.Dim("images", min=1)} for _ in example)
+        )
+        export(folder, self.network, self.cfg, {"classes": self.classes, "counts": self.counts, "epoch": self.epoch})
+        write_atomic(folder / PROGRAM, lambda file: torch.export.save(program, file))  # pyright: ignore[reportArgumentType]
+        example = self._example(5)
+        with torch.no_grad():
+            ours, theirs = self.network(*example), torch.export.load(folder / PROGRAM).module()(*example)
+            again = load_generator(folder, device=self.device).network(*example)
+        if not torch.equal(ours, again) or float((ours - theirs).abs().max()) > _CLOSE:
+            raise RuntimeError(f"{folder}: what was written makes other images than the generator")
+
+    def _example(self, count: int) -> tuple[Tensor, ...]:
+        z, labels = numbered_noise(0, count, self.cfg.latent_dim, 0), self.labels(count)
+        return tuple(t.to(self.device) for t in ((z,) if labels is None else (z, labels)))
+
+
+def load_generator(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    *,
+    checkpoint: str = "last",
+    raw: bool = False,
+) -> TrainedGenerator:
+    """Load a generator from a run's folder, one of its checkpoint files, or a folder that `save` wrote.
+
+    Nothing but tensors is read from files of weights, and nothing is unpickled.
+
+    Args:
+        path: the folder or file.
+        device: where it is to run.
+        checkpoint: of a run's folder: last, best, or the number of an epoch that was kept.
+        raw: take the weights as they were trained, where the run kept an average of them (``ema``).
+
+    Raises:
+        UsageError: if it is neither, has no such checkpoint, or its files do not belong together.
+    """
+    stored = read_stored(GanConfig, path, "g", checkpoint, average=not raw)
+    cfg = stored.cfg
+    network = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed)
+    stored.load_into(network)
+    classes, counts, epoch = (), (), 0
+    if stored.facts is not None:
+        classes, counts = stored.fact("classes", tuple), stored.fact("counts", tuple)
+        epoch = stored.fact("epoch", int)
+    else:
+        epoch = int(stored.state["at"]["epoch"])
+        classes, counts = _classes(stored) if cfg.conditional else ((), ())
+        network = calibrated(network, cfg, torch.device("cpu"))  # an exported one was fitted before it was written
+    return TrainedGenerator(network.eval().requires_grad_(False).to(device), cfg, classes, counts, epoch)
+
+
+def _classes(stored: Stored[GanConfig]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return names and counts of the classes that a conditional run was trained on."""
+    try:
+        known = json.loads((stored.folder / CLASSES).read_text(encoding="utf-8"))
+        return tuple(map(str, known["classes"])), tuple(map(int, known["counts"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"run: {stored.folder / CLASSES} cannot be read ({error}); restore it") from None

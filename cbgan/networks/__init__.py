@@ -1,0 +1,1 @@
+"""The two networks, their losses, and what the discriminator sees of images."""

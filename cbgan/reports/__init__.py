@@ -1,0 +1,1 @@
+"""How generators' measurements are told and shown."""

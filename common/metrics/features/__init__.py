@@ -1,0 +1,1 @@
+"""What is computed of images' features: distances, their uncertainty, nearest neighbours."""

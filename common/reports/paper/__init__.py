@@ -1,0 +1,1 @@
+"""What the paper published, and a page of runs beside it."""

@@ -1,0 +1,378 @@
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+from sklearn.metrics import f1_score, precision_recall_fscore_support, precision_score, recall_score
+from sklearn.preprocessing import label_binarize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cbcls.evaluate
+import cbcls.train
+from cbcls.config import ClassifierConfig
+from cbcls.evaluation import Evaluation, closing_rows
+from cbcls.export import load_model
+from cbcls.models import build_classifier
+from cbcls.train import CHARTS, Classification
+from common.cli.arguments import parse
+from common.data.clusters import write_clusters
+from common.data.image_set import ImageSet, Splits, to_float
+from common.data.sets.registry import load as load_images
+from common.errors import NonFiniteError
+from common.machine.seeding import permutation
+from common.metrics.scores import keras_threshold
+from common.norms import calibrate
+from common.runs.checkpoint import load
+from common.runs.log import chart_name, read_metrics
+
+CPU = torch.device("cpu")
+
+
+def results(run: Path, out: Path, *flags: str) -> dict[str, Any]:
+    cbcls.evaluate.main(["--run", str(run), "--out", str(out), *flags])
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Return what was measured after each epoch."""
+    return [line for line in read_metrics(run) if "metric/accuracy" in line]
+
+
+def config(run: Path) -> ClassifierConfig:
+    return parse(ClassifierConfig, ["--config", str(run / "config.yaml")])
+
+
+def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, capsys):
+    found = results(runs / "plain", tmp_path)
+    images, model = Classification.load(config(runs / "plain")), load_model(runs / "plain")
+    for split in ("test", "validation"):
+        values, labels = found[split], images[split].labels
+        assert labels is not None
+        logits = model.logits(images[split].images)
+        said = logits.argmax(1)
+        assert values["count"] == len(labels)
+        assert values["accuracy"] == pytest.approx(float((said == labels).double().mean()))
+        assert values["error"] == pytest.approx(1 - values["accuracy"])
+        assert values["top5"] == pytest.approx(
+            float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
+        )
+        assert values["macro"]["f1"] == pytest.approx(f1_score(labels, said, average="macro"))
+        rows: Any = precision_recall_fscore_support(labels, said, labels=range(6), zero_division=0)  # pyright: ignore[reportArgumentType]
+        for column, numbers in zip(("precision", "recall", "f1", "count"), rows, strict=True):
+            assert [row[column] for row in values["classes"].values()] == pytest.approx(list(numbers))
+        cells = label_binarize(labels, classes=range(6))
+        for name, scores in (("logits", logits), ("probabilities", logits.softmax(1))):
+            above = (scores > 0.5).int()
+            pair = values["threshold"][name]
+            assert pair["precision"] == pytest.approx(precision_score(cells, above, average="micro", zero_division=0))  # pyright: ignore[reportArgumentType]
+            assert pair["recall"] == pytest.approx(recall_score(cells, above, average="micro"))
+            assert pair["positives"] == pytest.approx(float(above.sum()) / len(labels))
+    assert (found["epoch"], found["checkpoint"]) == (2, "last")
+    assert found["settings"]["norm"]["kind"] == "bn"
+    assert found["run"] == str(runs / "plain")
+    assert found["images"] == {name: each.content_hash for name, each in images.items()}
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json"} | {
+        f"{what}-{split}.{kind}" for what in ("confusion", "reliability") for split in ("test", "validation")
+        for kind in ("png", "svg")
+    }  # fmt: skip
+    text = capsys.readouterr().out
+    values = found["test"]
+    worst = min(values["classes"].items(), key=lambda item: item[1]["recall"])
+    for part in (f"accuracy {values['accuracy']:.3f}, top-5 {values['top5']:.3f}", "18 images, epoch 2", "validation",
+                 f"f1 {values['macro']['f1']:.3f}", f"recall of {worst[0]} {worst[1]['recall']:.3f}",
+                 f"{values['threshold']['logits']['positives']:.3g} classes an image"):  # fmt: skip
+        assert part in text
+
+
+def test_a_run_logs_what_is_measured_of_its_checkpoints(runs, tmp_path):
+    lines = logged(runs / "plain")
+    for flags, line in (([], lines[1]), (["--checkpoint", "1"], lines[0])):
+        found = results(runs / "plain", tmp_path, *flags, "--force")
+        assert found["epoch"] == line["epoch"]
+        for split, prefix in (("test", ""), ("validation", "validation_")):
+            assert line[f"metric/{prefix}accuracy"] == pytest.approx(found[split]["accuracy"])
+            assert line[f"metric/{prefix}error"] == pytest.approx(found[split]["error"])
+            assert line[f"loss/{split}"] == pytest.approx(found[split]["loss"], rel=1e-6)
+
+
+def test_training_images_are_measured_as_test_images_are(runs):
+    """On a fixed sample, as many as there are test images."""
+    run = runs / "plain"
+    model, train = load_model(run), Classification.load(config(run))["train"]
+    assert train.labels is not None
+    chosen = permutation(len(train), 0, "seen")[:18]
+    logits, labels = model.logits(train.images[chosen]), train.labels[chosen]
+    line = logged(run)[1]
+    assert line["loss/train_seen"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert line["metric/train_accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert line["metric/train_error"] == pytest.approx(1 - line["metric/train_accuracy"])
+    assert "metric/train_macro_f1" not in line
+
+
+def test_the_sample_of_training_images_is_no_larger_than_needed():
+    def images(n: int) -> ImageSet:
+        return ImageSet(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.arange(n) % 2, ("a", "b"), "x", "train")
+
+    class Counts(torch.nn.Module):
+        seen: int = 0
+
+        def forward(self, x: torch.Tensor, cluster: torch.Tensor | None) -> torch.Tensor:
+            self.seen += len(x)
+            return torch.zeros(len(x), 2)
+
+    for train, test, count in ((30, 20, 20), (20, 30, 20), (2100, 2100, 2000)):
+        network = Counts()
+        Evaluation(ClassifierConfig(), {"train": images(train), "test": images(test)}, CPU).scores(
+            network, lambda: None
+        )
+        assert network.seen == test + count
+
+
+def told_by_hand(run: Path, ids: torch.Tensor) -> float:
+    """Return the accuracy of the last checkpoint with these clusters, apart from the code under test."""
+    cfg = config(run)
+    network = build_classifier(cfg, 6, 6)
+    network.load_state_dict(load(last(run))["networks"]["network"])
+    test = Classification.load(cfg)["test"]
+    with torch.no_grad():
+        said = network.eval()(to_float(test.images), ids).argmax(1)
+    assert test.labels is not None
+    return float((said == test.labels).double().mean())
+
+
+def last(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*.pt"))[-1]
+
+
+@pytest.mark.parametrize("name", ["scb", "told"])
+def test_a_model_that_is_told_clusters_is_audited(runs, tmp_path, name, capsys):
+    run = runs / name
+    found = results(run, tmp_path)["leak_audit"]
+    labels = Classification.load(config(run))["test"].labels
+    assert labels is not None
+    shuffled = labels[permutation(18, 0, "leak audit")]
+    wanted = {"known": labels, "unknown": torch.full((18,), -1), "shuffled": shuffled,
+              "constant": torch.zeros(18, dtype=torch.int64)}  # fmt: skip
+    for what, ids in wanted.items():
+        assert found["accuracy"][what] == pytest.approx(told_by_hand(run, ids)), what
+    assert found["flagged"]
+    assert found["reasons"][0] == "clusters.by classes makes test clusters of test labels"
+    assert found["class_given_cluster"] == {"without": pytest.approx(1 / 6), "given": 1.0, "reduction": 1.0}
+    assert found["baseline"] == "no baseline"
+    out = capsys.readouterr().out
+    assert "LEAK" in out
+    assert "no baseline" in out
+    line = logged(run)[-1]
+    for what in ("unknown", "shuffled", "constant", "weighed"):
+        assert line[f"audit/accuracy_{what}"] == found["accuracy"][what]
+    assert (line["audit/chance_given_cluster"], line["audit/flagged"]) == (1, 1)
+    assert line["metric/accuracy"] == found["accuracy"]["known"]
+
+
+def test_a_run_ends_with_its_scores_and_what_the_audit_found():
+    latest = {"loss/test": 0.5, "metric/accuracy": 0.75, "metric/error": 0.25, "loss/train_seen": 0.25,
+              "metric/train_accuracy": 0.875, "metric/train_error": 0.125, "loss/train": 9.0}  # fmt: skip
+    plain = [("test", "loss 0.5, accuracy 0.75, error 0.25"), ("train", "loss 0.25, accuracy 0.875, error 0.125")]
+    assert closing_rows(latest) == plain
+    held = {"loss/validation": 0.4, "metric/validation_accuracy": 0.7}
+    assert closing_rows({**latest, **held})[1] == ("validation", "loss 0.4, accuracy 0.7")
+    audit = {"audit/accuracy_unknown": 0.4, "audit/accuracy_shuffled": 0.3, "audit/chance_given_cluster": 0.2}
+    row = ("clusters", "known 0.75, unknown 0.4, shuffled 0.3, chance given the cluster 0.2")
+    assert closing_rows({**latest, **audit, "audit/flagged": 0.0}) == [*plain, row]
+    *rows, (name, text) = closing_rows({**latest, **audit, "audit/flagged": 1.0})
+    assert (rows, name) == ([*plain, row], "LEAK")
+    assert "clusters unknown" in text
+
+
+def test_tensorboard_shows_the_splits_in_one_chart(runs):
+    events = EventAccumulator(str(runs / "plain")).Reload()
+    (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
+    drawn = {tag for tags in CHARTS.values() for tag in tags}
+    assert drawn == {f"loss/{split}" for split in ("train_seen", "validation", "test")} | {
+        f"metric/{prefix}error" for prefix in ("train_", "validation_", "")
+    }
+    assert drawn <= set(logged(runs / "plain")[-1])
+    assert all(chart_name(tag).encode() in text for tag in drawn)
+
+
+def test_a_model_that_is_told_none_is_not_audited(runs, tmp_path):
+    assert "leak_audit" not in results(runs / "plain", tmp_path)
+    assert not any(tag.startswith("audit/") for tag in logged(runs / "plain")[-1])
+
+
+def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, tmp_path, capsys):
+    cfg = parse(ClassifierConfig, tiny)
+    splits = load_images(cfg.data)
+
+    def random(images: ImageSet, seed: int) -> ImageSet:
+        ids = torch.randint(0, 2, (len(images),), generator=torch.Generator().manual_seed(seed))
+        return ImageSet(**{**vars(images), "clusters": ids, "cluster_names": ("left", "right")})
+
+    assert splits.test is not None
+    file = tmp_path / "clusters.json"
+    write_clusters(file, Splits(random(splits.train, 0), random(splits.test, 1)), {})
+    flags = ["--clusters.by", "file", "--clusters.file", str(file), "--norm.kind", "scb", "--norm.num_components", "2"]
+    cbcls.train.main([*tiny, *flags, "--epochs", "1", "--name", "run"])
+    found = results(tmp_path / "cbcls" / "run", tmp_path / "out")["leak_audit"]
+    assert (found["flagged"], found["reasons"]) == (False, [])
+    assert logged(tmp_path / "cbcls" / "run")[-1]["audit/flagged"] == 0
+    assert load_model(tmp_path / "cbcls" / "run").clusters == ("left", "right")
+
+    def refuses() -> str:
+        return refused(capsys, cbcls.evaluate.main, "--run", str(tmp_path / "cbcls" / "run"))
+
+    write_clusters(file, Splits(random(splits.train, 0), random(splits.test, 2)), {})
+    assert "its images are others now (clusters_test differ)" in refuses()
+    write_clusters(file, Splits(random(splits.test, 0), random(splits.train, 1)), {})
+    assert "clusters.file" in refuses()  # of other images
+    file.unlink()
+    assert "clusters.file" in refuses()
+
+
+def test_a_baseline_is_told_the_same(runs, tmp_path, capsys):
+    flags = ["--baseline", str(runs / "told")]
+    found = results(runs / "scb", tmp_path, *flags)["leak_audit"]
+    labels = Classification.load(config(runs / "told"))["test"].labels
+    assert labels is not None
+    theirs = told_by_hand(runs / "told", labels)
+    assert found["baseline"]["accuracy"] == pytest.approx(theirs)
+    assert found["baseline"]["gain"]["value"] == pytest.approx(found["accuracy"]["known"] - theirs)
+    assert found["baseline"]["run"] == str(runs / "told")
+    assert found["baseline"]["differs"] == []
+    assert f"baseline   {theirs:.3f}" in capsys.readouterr().out
+
+
+def altered(run: Path, out: Path, *changes: tuple[str, str]) -> Path:
+    """Copy a run with other text in its configuration."""
+    shutil.copytree(run, out)
+    file = out / "config.yaml"
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+    return out
+
+
+def test_baselines_that_are_not_alike_are_refused_by_what_differs(runs, tmp_path, capsys):
+    def refuses(run: Path, baseline: Path) -> str:
+        return refused(capsys, cbcls.evaluate.main, "--run", str(run), "--baseline", str(baseline), "--out",
+                       str(tmp_path / "out"))  # fmt: skip
+
+    scb, told = runs / "scb", runs / "told"
+    assert "expected a run with model.cluster_input true" in refuses(scb, runs / "plain")
+    assert "is told no clusters" in refuses(runs / "plain", told)
+    flip = altered(told, tmp_path / "flip", ("  flip: false", "  flip: true"))
+    assert "baseline: expected data.flip false" in refuses(scb, flip)
+    by = altered(told, tmp_path / "by", ("  by: classes", "  by: superclasses"))
+    assert "baseline: expected clusters.by classes" in refuses(scb, by)
+    other = altered(told, tmp_path / "other")
+    state = load(last(other))
+    state["passport"]["clusters_test"] = "0" * 64
+    torch.save(state, last(other))
+    assert "has other images or clusters" in refuses(scb, other)
+    assert "clusters_test" in refuses(scb, other)
+    state["passport"] = {**load(last(told))["passport"], "content_train": "0" * 64}
+    torch.save(state, last(other))
+    assert "has other images or clusters" in refuses(scb, other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_of_another_seed_may_have_held_other_images_out(runs, tmp_path):
+    other = altered(runs / "told", tmp_path / "other", ("seed: 0", "seed: 1"))
+    state = load(last(other))
+    state["passport"]["content_train"] = "0" * 64
+    torch.save(state, last(other))
+    found = results(runs / "scb", tmp_path / "out", "--baseline", str(other))["leak_audit"]["baseline"]
+    assert found["differs"] == ["seed 1, the model 0"]
+
+
+def test_other_settings_of_a_baseline_are_told(runs, tmp_path, capsys):
+    slow = altered(runs / "told", tmp_path / "slow", ("lr: 0.01", "lr: 0.05"))
+    found = results(runs / "scb", tmp_path / "out", "--baseline", str(slow))["leak_audit"]["baseline"]
+    assert found["differs"] == ["lr 0.05, the model 0.01"]
+    assert "note       the baseline has lr 0.05, the model 0.01" in capsys.readouterr().out
+
+
+def test_mixtures_are_calibrated_to_training_images_before_each_measurement(runs, tmp_path):
+    """Against a calibration by hand, which gives other scores than the averages that training left."""
+    run = runs / "mn"
+    cfg, images = config(run), Classification.load(config(run))
+    network = build_classifier(cfg, 6)
+    network.load_state_dict(load(last(run))["networks"]["network"])
+    pixels, labels = to_float(images["test"].images), images["test"].labels
+    assert labels is not None
+
+    def loss(labels: torch.Tensor = labels) -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(network.eval()(pixels), labels))
+
+    averaged = loss()
+    order = permutation(len(images["train"]), cfg.seed, "calibration")[:30]
+    calibrate(network, list(to_float(images["train"].images[order]).split(15)))
+    fitted = loss()
+    assert abs(averaged - fitted) > 1e-3
+    assert logged(run)[-1]["loss/test"] == pytest.approx(fitted, rel=1e-4)
+    assert results(run, tmp_path)["test"]["loss"] == pytest.approx(fitted, rel=1e-4)
+    model = load_model(run)
+    model.save(tmp_path / "model")
+    assert results(tmp_path / "model", tmp_path / "again")["test"]["loss"] == pytest.approx(fitted, rel=1e-4)
+
+
+def test_measuring_leaves_no_trace_in_a_network(runs):
+    cfg = config(runs / "mn")
+    images = Classification.load(cfg)
+    network = build_classifier(cfg, 6)
+    network.load_state_dict(load(last(runs / "mn"))["networks"]["network"])
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    Evaluation(cfg, images, CPU).scores(network, lambda: None)
+    torch.testing.assert_close(dict(network.state_dict()), dict(before), rtol=0, atol=0)
+    assert network.training
+    with torch.no_grad():
+        next(network.get_submodule("conv1").parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="mixtures cannot be calibrated"):
+        Evaluation(cfg, images, CPU).scores(network, lambda: None)
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    def refuses(*flags: str) -> str:
+        return refused(capsys, cbcls.evaluate.main, *flags)
+
+    plain = str(runs / "plain")
+    assert "run: give the run's folder" in refuses()
+    assert "holds no config.yaml" in refuses("--run", str(tmp_path))
+    assert "device: expected auto" in refuses("--run", plain, "--device", "tpu")
+    assert "checkpoint: expected last, best or the number" in refuses("--run", plain, "--checkpoint", "first")
+    assert "has none of 2; there are last, best, 1" in refuses("--run", plain, "--checkpoint", "2")
+    (tmp_path / "evaluation.json").write_text("mine")
+    assert "evaluation.json exists" in refuses("--run", plain, "--out", str(tmp_path))
+    assert (tmp_path / "evaluation.json").read_text() == "mine"
+    bare = altered(runs / "plain", tmp_path / "bare")
+    shutil.rmtree(bare / "checkpoints")
+    assert "has no checkpoint yet" in refuses("--run", str(bare))
+    wide = altered(runs / "scb", tmp_path / "wide", ("position: null", "position: 2"))
+    assert "are not of its config.yaml" in refuses("--run", str(wide))
+
+
+def test_images_that_are_others_now_are_refused(tiny, tmp_path, pictures, capsys):
+    shutil.copytree(pictures / "test", tmp_path / "test")
+    flags = [*tiny, "--data.test_root", str(tmp_path / "test"), "--norm.kind", "none", "--epochs", "1", "--name", "run"]
+    cbcls.train.main(flags)
+    Image.new("RGB", (8, 8)).save(tmp_path / "test" / "class3" / "1.png")
+    line = refused(capsys, cbcls.evaluate.main, "--run", str(tmp_path / "cbcls" / "run"))
+    assert "its images are others now (content_test differ)" in line
+    assert not (tmp_path / "cbcls" / "run" / "evaluation").exists()
+
+
+def test_what_a_threshold_counts_explains_the_papers_precision():
+    """A model that knows which five classes of a hundred it may be: precision 0.2, recall 1, whatever it guesses."""
+    labels = torch.arange(100)
+    logits = torch.where(labels[:, None] // 5 == labels // 5, 1.0, -1.0).double()
+    assert keras_threshold(logits, labels) == (pytest.approx(0.2), 1.0)

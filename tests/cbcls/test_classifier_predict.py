@@ -1,0 +1,166 @@
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+
+import cbcls.predict
+import cbcls.train
+from cbcls import load_model
+from cbcls.models import build_classifier
+from cbcls.train import Classification
+from common.data import images_below, read_images, to_float
+from common.errors import UsageError
+from common.runs.checkpoint import Checkpoints, load
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+
+
+def by_hand(run: Path, images: torch.Tensor, cluster: int | None) -> torch.Tensor:
+    """Return probabilities of a run's last checkpoint, apart from the code under test."""
+    model = load_model(run)
+    network = build_classifier(model.cfg, 6, len(model.clusters))
+    network.load_state_dict(load(sorted((run / "checkpoints").glob("step-*.pt"))[-1])["networks"]["network"])
+    with torch.no_grad():
+        ids = None if cluster is None else torch.full((len(images),), cluster)
+        return network.eval()(to_float(images), ids).softmax(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "cluster"),
+    [("plain", [], None), ("scb", [], -1), ("scb", ["--cluster", "class4"], 4), ("told", ["--cluster", "class1"], 1)],
+)
+def test_predictions_are_those_of_the_network(runs, pictures, tmp_path, name, flags, cluster, capsys):
+    folder = pictures / "test"
+    cbcls.predict.main(["--run", str(runs / name), "--images", str(folder), "--out", str(tmp_path), *flags])
+    files = images_below(folder)
+    best, said = by_hand(runs / name, read_images(files, 8), cluster).max(1)
+    found = rows(tmp_path)
+    assert [row["file"] for row in found] == [str(file.relative_to(folder)) for file in files]
+    assert [row["class"] for row in found] == [f"class{k}" for k in said.tolist()]
+    assert [float(row["probability"]) for row in found] == pytest.approx(best.tolist(), abs=1e-5)
+    told = None if cluster is None else "unknown" if cluster < 0 else f"class{cluster}"
+    assert {row.get("cluster") for row in found} == {told}
+    text = capsys.readouterr().out
+    assert "classified 18 images" in text
+    assert (f"their cluster {told}" in text) == (told is not None)
+    with Image.open(tmp_path / "predictions.png") as sheet:
+        assert sheet.size == (4 + 8 * 74, 4 + 3 * 88)
+
+
+def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path, monkeypatch):
+    images = Classification.load(load_model(runs / "plain").cfg)["test"].images
+    for name in ("plain", "scb", "mn"):
+        trained, out = load_model(runs / name), tmp_path / name
+        cbcls.predict.main(["--run", str(runs / name), "--export", str(out)])
+        assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.yaml", "model.json"}
+        with monkeypatch.context() as without:
+            without.setattr(Classification, "load", lambda _: pytest.fail("it needs no images"))
+            exported = load_model(out)
+        assert torch.equal(exported.logits(images), trained.logits(images))
+        assert exported.classes == trained.classes == tuple(f"class{k}" for k in range(6))
+        assert (exported.clusters, exported.epoch) == (trained.clusters, 2)
+        assert exported.passport == trained.passport
+        assert not exported.network.training
+        with pytest.raises(UsageError, match=r"out: .* holds a model already"):
+            exported.save(out)
+
+
+def test_names_come_from_the_run_or_else_from_its_images(runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "scb", copy)
+    wanted = load_model(copy)
+    assert wanted.clusters == wanted.classes
+    (copy / "categories.json").unlink()
+    assert load_model(copy).clusters == wanted.clusters
+    (copy / "categories.json").write_text("[")
+    with pytest.raises(UsageError, match=r"categories.json is damaged"):
+        load_model(copy)
+
+
+def test_a_kept_epoch_can_be_asked(runs, pictures, tmp_path):
+    cbcls.predict.main(["--run", str(runs / "plain"), "--images", str(pictures / "test"), "--out", str(tmp_path),
+                        "--checkpoint", "1"])  # fmt: skip
+    network = load_model(runs / "plain").network
+    network.load_state_dict(load(runs / "plain" / "checkpoints" / "epoch-0001.pt")["networks"]["network"])
+    with torch.no_grad():
+        best = network.eval()(to_float(read_images(images_below(pictures / "test"), 8))).softmax(1).amax(1)
+    assert [float(row["probability"]) for row in rows(tmp_path)] == pytest.approx(best.tolist(), abs=1e-5)
+
+
+def test_images_are_brought_to_size_as_the_runs_were(runs, tmp_path):
+    folder, copy = tmp_path / "wide", tmp_path / "copy"
+    folder.mkdir()
+    Image.effect_noise((24, 8), 90).convert("RGB").save(folder / "one.png")
+    shutil.copytree(runs / "plain", copy)
+    text = (copy / "config.yaml").read_text()
+    assert "fit: cut" in text
+    found = []
+    for fit in ("cut", "pad"):
+        (copy / "config.yaml").write_text(text.replace("fit: cut", f"fit: {fit}"))
+        cbcls.predict.main(["--run", str(copy), "--images", str(folder), "--out", str(tmp_path / fit)])
+        found.append(float(rows(tmp_path / fit)[0]["probability"]))
+        best = by_hand(copy, read_images([folder / "one.png"], 8, fit), None).max()
+        assert found[-1] == pytest.approx(float(best), abs=1e-5)
+    assert found[0] != found[1]
+
+
+def test_clusters_of_each_image_can_be_told_by_number(runs):
+    model, images = load_model(runs / "scb"), Classification.load(load_model(runs / "scb").cfg)["test"].images
+    ids = torch.arange(18) % 6
+    mixed = model.logits(images, ids)
+    for k in range(6):
+        torch.testing.assert_close(mixed[ids == k], model.logits(images, f"class{k}")[ids == k])
+
+
+def test_a_layer_that_has_to_be_told_says_so(tiny, tmp_path, capsys, pictures):
+    flags = ["--norm.kind", "dsbn", "--clusters.by", "classes", "--norm.num_components", "6", "--epochs", "1"]
+    cbcls.train.main([*tiny, *flags, "--name", "run"])
+    run = str(tmp_path / "cbcls" / "run")
+    line = refused(capsys, cbcls.predict.main, "--run", run, "--images", str(pictures / "test"), "--out", str(tmp_path))
+    assert "cluster: expected one of class0, class1" in line
+    assert "since dsbn has to be told one, got unknown" in line
+
+
+def test_bad_input(runs, pictures, tmp_path, capsys, domains_run):
+    images = str(pictures / "test")
+
+    def refuses(*flags: str) -> str:
+        return refused(capsys, cbcls.predict.main, *flags, "--out", str(tmp_path / "out"))
+
+    plain, scb = str(runs / "plain"), str(runs / "scb")
+    assert "run: which model?" in refuses("--images", images)
+    assert "images: which images?" in refuses("--run", plain)
+    assert "holds no config.yaml" in refuses("--run", str(tmp_path), "--images", images)
+    assert "device: expected auto" in refuses("--run", plain, "--images", images, "--device", "tpu")
+    assert "images: no folder nowhere" in refuses("--run", plain, "--images", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "images: no PNG or JPEG files" in refuses("--run", plain, "--images", str(tmp_path / "empty"))
+    assert "cluster: expected one of unknown, class0" in refuses("--run", scb, "--images", images, "--cluster", "cat")
+    assert "told none (bn); leave class0 out" in refuses("--run", plain, "--images", images, "--cluster", "class0")
+    assert "holds the networks adamatch, alignment" in refuses("--run", str(domains_run), "--images", images)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    flags = ["--run", plain, "--images", images]
+    assert "holds a model already" in refuses(*flags, "--export", str(tmp_path / "model"))
+    assert not (tmp_path / "out").exists()
+    cbcls.predict.main([*flags, "--out", str(tmp_path / "out")])
+    assert "predictions.csv exists" in refuses(*flags)
+    cbcls.predict.main([*flags, "--out", str(tmp_path / "out"), "--force"])
+
+
+@pytest.fixture
+def domains_run(tmp_path) -> Path:
+    """Make what a run of another application leaves, as far as reading it goes."""
+    folder = tmp_path / "adapted"
+    Checkpoints(folder / "checkpoints").save(
+        1, {"networks": {"adamatch": {}, "alignment": {}}, "averages": {}, "at": {}}
+    )
+    (folder / "config.yaml").write_text("source: {name: digits}\n")
+    return folder

@@ -1,0 +1,144 @@
+"""What of a generator is measured: fitted mixtures, averages and raw weights, classes, how much samples differ."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+import cbgan.evaluation
+import cbgan.train
+from cbgan.config import GanConfig
+from cbgan.evaluation import Evaluation, calibrated, distance, largest
+from cbgan.networks.dcgan import Generator
+from cbgan.noise import calibration_noise
+from cbgan.train import Gan
+from common.data.sets.digits import digits
+from common.machine.dist import Env
+from common.norms import calibrate
+from common.norms.config import NormConfig
+from common.runs.log import read_metrics
+from common.training.opening import prepare
+
+CPU = torch.device("cpu")
+FID = "metric/fid_classifier"
+
+
+def fresh(cfg: GanConfig) -> Generator:
+    return Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size)
+
+
+def test_mixture_normalization_is_fitted_anew_on_a_copy():
+    cfg = GanConfig(width=8, latent_dim=4, batch_size=8, calibration_batches=2, norm=NormConfig(kind="mn"))
+    g = fresh(cfg)
+    g(torch.randn(8, 4))
+    before = {name: value.clone() for name, value in g.state_dict().items()}
+    fitted, expected = calibrated(g, cfg, CPU), fresh(cfg)
+    expected.load_state_dict(before)
+    calibrate(expected, calibration_noise(cfg, CPU), 2)
+    for name, value in fitted.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+        assert torch.equal(g.state_dict()[name], before[name])
+    assert not torch.equal(fitted.state_dict()["norm1.mean"], before["norm1.mean"])
+
+
+@pytest.mark.parametrize("other", [{"norm": NormConfig(kind="ucb")}, {"calibration_batches": 0}])
+def test_what_needs_no_fit_is_measured_as_it_is(other):
+    cfg = GanConfig(**({"width": 8, "latent_dim": 4, "norm": NormConfig(kind="mn")} | other))
+    g = fresh(cfg)
+    assert calibrated(g, cfg, CPU) is g
+
+
+def test_the_passport_of_mixture_normalization_tells_its_fit():
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.fid = cast(Any, SimpleNamespace(passport=lambda: {"split": "train"}))
+    evaluation.cfg = GanConfig(norm=NormConfig(kind="mn"), calibration_batches=7)
+    assert evaluation.passport() == {"split": "train", "calibration_batches": 7}
+    evaluation.cfg = GanConfig(calibration_batches=7)
+    assert evaluation.passport() == {"split": "train"}
+
+
+def test_a_run_measures_its_mixtures_fitted(tiny, monkeypatch):
+    measured: list[tuple[nn.Module, nn.Module | None]] = []
+    fitted: list[nn.Module] = []
+    sound = cbgan.evaluation.calibrate
+    monkeypatch.setattr("cbgan.evaluation.calibrate", lambda g, *rest: fitted.append(g) or sound(g, *rest))
+    monkeypatch.setattr(Evaluation, "run", lambda self, g, moment, raw=None: measured.append((g, raw)) or {})
+    flags = ["--norm.kind", "mn", "--calibration_batches", "1", "--epochs", "1", "--batch_size", "500",
+             "--fid.every", "0"]  # fmt: skip
+    cbgan.train.main([*tiny, *flags, "--ema", "0.5"])
+    g, raw = measured[-1]
+    assert raw is not None
+    assert not torch.equal(g.get_parameter("deconv1.weight"), raw.get_parameter("deconv1.weight"))
+    assert all(
+        ours is theirs for ours, theirs in zip(fitted, [g for pair in measured for g in reversed(pair)], strict=True)
+    )
+    measured.clear()
+    cbgan.train.main([*tiny, *flags])
+    assert [raw for _, raw in measured] == [None]
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory, cache) -> Path:
+    """Train a conditional run with an average of its weights."""
+    out = tmp_path_factory.mktemp("conditional")
+    cbgan.train.main(["--norm.kind", "scb", "--norm.num_components", "10", "--width", "8", "--latent_dim", "8",
+                      "--batch_size", "250", "--epochs", "1", "--ema", "0.5", "--fid.every", "1", "--fid.samples", "50",
+                      "--lr", "0.02", "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
+    return out / "cbgan" / "run"
+
+
+def test_average_and_raw_weights_are_both_measured(conditional, cache):
+    last = [line for line in read_metrics(conditional) if FID in line][-1]
+    cfg = GanConfig(width=8, latent_dim=8, batch_size=250, norm=NormConfig(kind="scb", num_components=10), cache=cache)
+    images = Gan.load(cfg)
+    parts = prepare(Gan, cfg, images, CPU, Env())[2]
+    state = torch.load(conditional / "checkpoints" / "step-00000004.pt", weights_only=True)
+    g = parts.networks["g"]
+    assert isinstance(g, Generator)
+    for tag, weights in ((FID, state["averages"]["g"]), (f"{FID}_raw", state["networks"]["g"])):
+        g.load_state_dict(weights)
+        assert Evaluation(cfg, images, CPU).measure(g, 50).fid == pytest.approx(last[tag], rel=1e-6)
+    assert last[FID] != last[f"{FID}_raw"]
+
+
+def test_a_conditional_run_leaves_its_classes_and_is_asked_for_them(conditional):
+    train = digits(32).train
+    assert train.labels is not None
+    assert json.loads((conditional / "classes.json").read_text()) == {
+        "classes": list(train.classes),
+        "counts": torch.bincount(train.labels).tolist(),
+    }
+    assert 0 <= [line for line in read_metrics(conditional) if FID in line][-1]["metric/class_asked"] <= 1
+
+
+def test_the_share_as_asked_is_of_classes_asked_and_seen(monkeypatch):
+    cfg = GanConfig(norm=NormConfig(kind="scb", num_components=10))
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.cfg, evaluation.device = cfg, CPU
+    labels = torch.arange(1000) % 10
+    monkeypatch.setattr(Evaluation, "labels", lambda self, count: labels[:count])
+    monkeypatch.setattr(Evaluation, "sample", lambda self, g, z, asked: torch.where(asked < 3, 9, asked))
+    classifier = SimpleNamespace(predict=lambda images: images)
+    assert evaluation._share_as_asked(cast(Any, SimpleNamespace(latent_dim=2)), cast(Any, classifier)) == 0.7
+
+
+def test_how_much_images_differ_is_their_mean_distance():
+    images = torch.tensor([[0, 0], [3, 4], [0, 0]], dtype=torch.uint8).view(3, 2, 1, 1)
+    assert distance(images) == pytest.approx(10 / 3)
+    lines = [{"epoch": 1, "metric/a": 1.0, "loss/d": 9.0}, {"metric/a": 3.0, "metric/b": None}, {"metric/a": 2.0}]
+    assert largest(lines) == {"metric/a": 3.0}
+
+
+def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, monkeypatch):
+    distances = iter([1.0, 1.0, 0.9, 1.0, 0.1, 1.0])  # samples, real: before training, and after epochs 1 and 2
+    monkeypatch.setattr("cbgan.evaluation.distance", lambda images: next(distances))
+    cbgan.train.main([*tiny, "--epochs", "2", "--batch_size", "500", "--name", "run", "--fid.every", "1"])
+    summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
+    assert summary["collapsed"] == {
+        "step": 4, "cause": "diversity of samples is 0.1, was 1: the generator makes few different images",
+    }  # fmt: skip
+    assert "collapsed in step 4: diversity of samples" in capsys.readouterr().err
