@@ -67,10 +67,10 @@ def open_goal(reason: str, *values: object) -> object:
         ("UCBNorm", "mixture_apply_kernel"),
         ("UCBNorm", "mixture_sums_kernel"),
         ("UCBNorm", "mixture_bwd_kernel"),
-        open_goal("158", "UCBNorm, groups=1", "mixture_moments_kernel"),
-        open_goal("104", "UCBNorm, groups=1", "mixture_apply_kernel"),
-        open_goal("124", "UCBNorm, groups=1", "mixture_sums_kernel"),
-        open_goal("456", "UCBNorm, groups=1", "mixture_bwd_kernel"),
+        ("UCBNorm, groups=1", "mixture_moments_kernel"),
+        ("UCBNorm, groups=1", "mixture_apply_kernel"),
+        ("UCBNorm, groups=1", "mixture_sums_kernel"),
+        open_goal("151", "UCBNorm, groups=1", "mixture_bwd_kernel"),
     ],
 )
 def test_kernels_take_no_more_instructions_than_their_budget(compiled, layer, kernel):
@@ -82,13 +82,12 @@ def test_kernels_take_no_more_instructions_than_their_budget(compiled, layer, ke
 
 
 @needs_triton
-@pytest.mark.xfail(strict=True, reason="mixture_apply_kernel at 7x7 with 255 channels and K = 2")
+@pytest.mark.xfail(strict=True, reason="mixture_bwd_kernel at 7x7 with 255 channels and K = 2: 40 bytes")
 def test_kernels_do_not_spill(compiled):
     assert " 0 spill" in compiled[-1]
 
 
 @needs_triton
-@pytest.mark.xfail(strict=True, reason="mixture_bwd_kernel has one element a thread")
 def test_kernels_load_128_bits_at_once(compiled):
     assert not [line for line in compiled if line.endswith("128 bits")]
 
