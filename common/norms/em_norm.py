@@ -119,6 +119,12 @@ class MixtureNorm(MixtureLayer):
         self._check_training_batch(x)
         if x.numel():
             self._refit(x, self._count_step(), self._seed(x))
+        if self._fused(x, "batch"):
+            fit = Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
+            y, state = self._normalise_fused(x, fit, "batch", 0.0)
+            if state is not None:
+                self._average_in_fused(state, self.logits.clone())
+            return y
         log_lambda = self.fit_logits.log_softmax(0)
         y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
         if moments is not None and x.numel():

@@ -193,8 +193,9 @@ def mixture_norm(
             return closed_form.mixture_norm(
                 x, log_lambda, mean, var, weight=weight, bias=bias, backend=backend, **options
             )
-        implementation = reference if backend == "reference" else operators
-        y, moments = implementation.mixture_norm(x, log_lambda, mean, var, **options)
+        if backend == "triton":
+            return operators.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
+        y, moments = reference.mixture_norm(x, log_lambda, mean, var, **options)
         return y if weight is None or bias is None else affine(y, weight, bias), moments
 
 

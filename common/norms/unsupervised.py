@@ -15,6 +15,7 @@ from .estimation import averages, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
+from .kernels import operators as kernels
 from .layer import DeviceLike, NormLayer, leaf
 
 Update = Literal["moving_average", "weight"]
@@ -93,6 +94,7 @@ class MixtureLayer(NormLayer):
             raise ValueError(f"process_group: expected None with backend='reference', got {process_group!r}")
         self.process_group = process_group
         self.num_components, self.groups = num_components, groups or num_features
+        self._width = num_features // self.groups
         self.average: Average = average
         self.scale: Scale = scale
         self.init: MixtureInit = init
@@ -260,8 +262,34 @@ class MixtureLayer(NormLayer):
         """Say whether the mixture is estimated from activations, not learned by gradients."""
         return not isinstance(self.mean, nn.Parameter)
 
+    def _fused(self, x: Tensor, statistics: Statistics) -> bool:
+        r"""Say whether kernels compute x (N, C, \*) from what is stored; they exchange nothing between ranks."""
+        if not x.numel() or (statistics == "batch" and sync.active(self.process_group) is not None):
+            return False
+        return functional.choose_backend(self.backend, x, self.num_components, self._width) == "triton"
+
+    def _normalise_fused(
+        self, x: Tensor, stored: Stored, statistics: Statistics, min_weight: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what ``kernels.stored_norm`` does."""
+        options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
+        return kernels.stored_norm(x, stored, self.weight, self.bias, min_weight=min_weight, **options)
+
+    @torch.no_grad()
+    def _average_in_fused(self, state: Tensor, before: Tensor | None = None, *, shared_variance: bool = False) -> None:
+        """Move the averages by the moments of a state; before is a copy of the logits unless it is of theirs."""
+        stored = self._mixture()
+        if all(t.is_contiguous() for t in stored):
+            paper = self.average == "paper"
+            kernels.move_averages(*stored, before, state, self.momentum, paper, self.min_weight, shared_variance)
+        else:
+            self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
+
+    def _mixture(self) -> Stored:
+        return Stored(self.logits, self.mean, self.log_var)
+
     def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
-        old = Stored(self.logits, self.mean, self.log_var)
+        old = self._mixture()
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
         if self.backend == "compiled" and not torch.compiler.is_compiling():
@@ -303,6 +331,8 @@ class MixtureLayer(NormLayer):
         checks.check_device("x", x, self.initialized.device, "the layer")
         if self.training:
             y = self._train(x)
+        elif self._fused(x, "learned"):
+            y, _ = self._normalise_fused(x, self._mixture(), "learned", self.min_weight)
         else:
             y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
         return y.movedim(1, self.channel_dim)
@@ -458,6 +488,14 @@ class UCBNorm(MixtureLayer):
         self.seed_from(x)
         if self.statistics == "batch":
             self._check_training_batch(x)
+        shared = self.variance == "shared"
+        if self._fused(x, self.statistics):
+            y, state = self._normalise_fused(x, self._mixture(), self.statistics, self.min_weight)
+            if state is not None and self.update == "moving_average":
+                self._average_in_fused(state, shared_variance=shared)
+                if self.reseed:
+                    self._reseed_dead(x, kernels.moments_of(state, self.groups))
+            return y
         mixture = self.log_weights(), self.mean, self.log_var.exp()
         if self.update == "moving_average":  # which moves the buffers before the backward pass needs them
             mixture = self._snapshot(*mixture)
@@ -465,7 +503,7 @@ class UCBNorm(MixtureLayer):
         if moments is None or self.update == "weight":
             return y
         if x.numel() or sync.active(self.process_group) is not None:
-            self._average_in(moments, shared_variance=self.variance == "shared")
+            self._average_in(moments, shared_variance=shared)
         if self.reseed and x.numel():
             self._reseed_dead(x, moments)
         return y

@@ -28,7 +28,7 @@ def offsets(n, c, i, stride_n, stride_c, stride_l):
 @triton.jit
 def table_row(ptr, k, c, C, end, default):
     """Row k of a (K, C) table at the channels c before end, (1, BLOCK_C)."""
-    return tl.load(ptr + k * C + c, mask=c < end, other=default)[None, :]
+    return tl.load(ptr + k * C + c, mask=c < end, other=default).to(tl.float32)[None, :]
 
 
 @triton.jit

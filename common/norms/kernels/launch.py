@@ -23,24 +23,38 @@ class Launch:
 
 SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
-SUMS = Launch(512, 4)
+SUMS = Launch(2048, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
-    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
-    "mixture_apply_kernel": {2: Launch(2048, 4), 4: Launch(1024, 4), 8: Launch(512, 4)},
-    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
-    "mixture_bwd_kernel": {2: Launch(1024, 8), 4: Launch(256, 8), 8: Launch(256, 8)},
+    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_apply_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_bwd_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
 }
 """By the most components an entry is for: posteriors of all of them are held at once."""
 
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 """Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
-LOCATIONS_PER_SUM = 32
-"""A program takes K times as many, so that the sums it leaves are a tenth of x at most."""
+SUMS_SHARE = 0.06
+"""Of an activation's bytes: the sums that a pass may leave and read again."""
+LEAST_PROGRAMS = 132
+"""A multiprocessor each of an H100, whatever sums that leaves where channels share a posterior."""
 PROGRAMS = 1024
 """Enough for every multiprocessor of today's devices; not asked of the device, so that sums keep their order."""
 CHANNEL_BLOCK = 64
 """Channels in a tile where they lie side by side: 128 bytes of a 2-byte type."""
+SUMS_CHANNELS = 8
+"""Channels of a program that adds up sums: 32 bytes, so that there are many such programs."""
+PARAMETER_CHANNELS = 64
+"""Channels of a program that moves averages."""
+ALL_CHANNELS = 512
+"""Of all channels, how many a program looks at at once that has to see each."""
+STATE_PLANES = 8
+"""Tables (K, C) of a mixture and its moments that kernels hand on, see ``mixture_kernels``."""
+NO_FLOOR = -1e30
+"""Of a log weight."""
+MOST_LOCATIONS = 2**31 - 2**16
+"""A tile's number and the last location in it are counted in 32 bits."""
 
 
 def refusal(x: Tensor) -> str | None:
@@ -51,6 +65,8 @@ def refusal(x: Tensor) -> str | None:
         return "needs the package triton, which is not installed"
     if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"needs a CUDA tensor, or TRITON_INTERPRET=1 and a CPU tensor, got one on {x.device.type}"
+    if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
+        return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
     return None
 
 
@@ -72,6 +88,8 @@ class Walk:
     channels: int
     positions: int
     strides: tuple[tuple[int, int, int], ...]
+    flat: bool = False
+    """Whether all locations are one step apart, the last of a tensor's strides: the first then counts for nothing."""
 
     @property
     def channels_adjacent(self) -> bool:
@@ -81,21 +99,15 @@ class Walk:
 
 
 def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
-    """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow."""
+    """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow.
+
+    Whether they do is the same for all batch sizes, so that each kernel is compiled once.
+    """
     n, c, length = tensors[0].shape
-    if merge:
-        steps = [_step(t, n, length) for t in tensors]
-        if all(step is not None for step in steps):
-            strides = tuple((0, t.stride(1), step or 0) for t, step in zip(tensors, steps, strict=True))
-            return Walk(1, c, n * length, strides)
+    if merge and all(length == 1 or t.stride(0) == length * t.stride(2) for t in tensors):
+        strides = tuple((0, t.stride(1), t.stride(0) if length == 1 else t.stride(2)) for t in tensors)
+        return Walk(n, c, length, strides, flat=True)
     return Walk(n, c, length, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in tensors))
-
-
-def _step(t: Tensor, n: int, length: int) -> int | None:
-    """Return the stride between locations if there is a single one."""
-    if length == 1:
-        return t.stride(0)
-    return t.stride(2) if n == 1 or t.stride(0) == length * t.stride(2) else None
 
 
 def power_of_two(n: int) -> int:
@@ -105,10 +117,11 @@ def power_of_two(n: int) -> int:
 
 def tile(launch: Launch, walk: Walk) -> tuple[int, int]:
     """Return BLOCK_L, BLOCK_C for channels that need not stay together."""
+    most = launch.elements if walk.flat else power_of_two(walk.positions)
     if walk.channels_adjacent:
         block_c = min(power_of_two(walk.channels), CHANNEL_BLOCK)
-        return min(power_of_two(walk.positions), launch.elements // block_c), block_c
-    block_l = min(power_of_two(walk.positions), launch.elements)
+        return min(most, launch.elements // block_c), block_c
+    block_l = min(most, launch.elements)
     return block_l, min(power_of_two(walk.channels), launch.elements // block_l)
 
 
@@ -130,10 +143,16 @@ def rows_tile(rows: int, channels: int) -> tuple[int, int]:
     return min(power_of_two(rows), SUMS.elements // block_c), block_c
 
 
+def sums_tile() -> tuple[int, int]:
+    """Return BLOCK_P, BLOCK_C of the kernels that add up what a mixture's programs left: the same for all sizes."""
+    return SUMS.elements // SUMS_CHANNELS, SUMS_CHANNELS
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a mixture kernel's programs share an activation."""
 
+    walk: Walk
     joint: bool
     block_l: int
     block_c: int
@@ -144,18 +163,35 @@ class Tiling:
     num_warps: int
 
 
-def mixture_tiling(kernel: str, walk: Walk, groups: int, num_components: int, *, sums: bool) -> Tiling:
-    """Return the tiles of a kernel, and few enough programs that their sums, if it leaves any, stay small."""
+def mixture_tiling(
+    kernel: str, walk: Walk, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
+) -> Tiling:
+    """Return the tiles of a kernel, and few enough programs that the sums which a pass leaves stay small.
+
+    Args:
+        kernel: its name.
+        walk: over activations.
+        groups: of channels.
+        num_components: K.
+        planes: of (K, C) in float32 that each program of the pass leaves; 0 for a kernel without sums.
+        itemsize: bytes of an activation's element.
+    """
     entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
-    width = walk.channels // groups
+    width, locations = walk.channels // groups, walk.samples * walk.positions
+    most = PROGRAMS
+    if planes:
+        most = max(1, int(SUMS_SHARE * itemsize * locations / (2 * 4 * planes * num_components)))
     if width > 1:
         block_c, columns = power_of_two(width), groups
-        block_l = max(1, min(power_of_two(walk.positions), entry.elements // block_c))
+        longest = entry.elements if walk.flat else power_of_two(walk.positions)
+        block_l = max(1, min(longest, entry.elements // block_c))
+        most = max(most, LEAST_PROGRAMS // columns)
     else:
         block_l, block_c = tile(entry, walk)
+        while block_c > SUMS_CHANNELS and most * divide(walk.channels, block_c) < LEAST_PROGRAMS:
+            block_c //= 2  # narrower columns are more of them, which leave no more sums
         columns = divide(walk.channels, block_c)
-    programs = min(walk.samples * divide(walk.positions, block_l), max(1, PROGRAMS // columns))
-    if sums:
-        locations = walk.samples * walk.positions
-        programs = min(programs, max(1, locations // (LOCATIONS_PER_SUM * num_components)))
-    return Tiling(width > 1, block_l, block_c, columns, programs, entry.num_warps)
+    tiles = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
+    most = min(most, max(1, PROGRAMS // columns))
+    programs = divide(tiles, divide(tiles, most))  # all of them with as many tiles, but the last
+    return Tiling(walk, width > 1, block_l, block_c, columns, programs, entry.num_warps)

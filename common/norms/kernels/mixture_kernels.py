@@ -1,68 +1,221 @@
-"""The Triton kernels of the mixture's passes, nothing else; ``kernels`` says what they share with others."""
+"""The Triton kernels that walk over an activation for a mixture: moments, output, and the two passes backward.
 
-# ruff: noqa: RUF005, PLR0915 - Triton compiles neither stars in tuples nor methods that share locals
+Each takes what a loop needs of the mixture as rows (1, BLOCK_C), one a component, before the loop: the mean, the
+scale and the constant of a log density in base 2, the weight of the output. ``moments`` finds them from the
+parameters and leaves them, as planes (K, C) of a *state*, to the kernels after it, since moving averages change the
+parameters meanwhile. Sums are kept at each place of a tile and added up across threads after the loop.
+
+``cluster_kernels`` says what is common to all kernels, ``parameter_kernels`` has those that touch no activation.
+STORED: parameters are logits, mean and log-variance; otherwise log weights, mean and variance. FLAT: all locations of
+the batch are one step apart.
+"""
+
+# ruff: noqa: RUF005, PLR0912, PLR0915, SIM108 - Triton compiles no stars in tuples, and folds branches on constants
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# Triton's own annotations, which take every value for a constexpr or a tuple.
+# pyright: reportAssignmentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+# Triton's own annotations, which take every value for a constexpr or a tuple, and its constants, which it folds.
 
 import triton
 import triton.language as tl
 
 from .cluster_kernels import TINY, inverse_root, offsets, table_row
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Planes of a state (PLANES, K, C): the mixture as the loops use it, and the batch's moments.
+MEAN = tl.constexpr(0)
+SCALE = tl.constexpr(1)  # -log2(e) / (2 s)
+CONSTANT = tl.constexpr(2)  # of a log density in base 2, a group's at each of its channels
+LOG_WEIGHT = tl.constexpr(3)  # log lambda before its floor
+MASS = tl.constexpr(4)  # a group's at each of its channels
+BATCH_MEAN = tl.constexpr(5)
+BATCH_VAR = tl.constexpr(6)
+OUTPUT = tl.constexpr(7)  # lambda^(-1/2) over the batch's deviation
+
 
 @triton.jit
-def _log_constants(log_lambda_ptr, var_ptr, c, C, end, eps, K: tl.constexpr, JOINT: tl.constexpr):
-    """Tuple over k of log lambda - 1/2 sum log s, the part of a log density without x; 2 pi cancels."""
-    constants = ()
+def at_least(value, floor):
+    """The greater of two, NaN where value is."""
+    return tl.where(value < floor, floor, value)
+
+
+@triton.jit
+def log_weights(log_ptr, floor, K: tl.constexpr, STORED: tl.constexpr):
+    """Tuple over k of log lambda, before its floor; without log_ptr it is the floor for all."""
+    logs = ()
     for k in tl.static_range(K):
-        log_s = tl.where((c < end)[None, :], tl.log(table_row(var_ptr, k, c, C, end, 1.0) + eps), 0.0)
-        if JOINT:
-            log_s = tl.sum(log_s, axis=1, keep_dims=True)
-        constants = constants + (tl.load(log_lambda_ptr + k) - 0.5 * log_s,)
-    return constants
+        if log_ptr is None:
+            logs = logs + (floor,)
+        else:
+            logs = logs + (tl.load(log_ptr + k).to(tl.float32),)
+    if STORED and log_ptr is not None:
+        top = logs[0]
+        for k in tl.static_range(1, K):
+            top = tl.maximum(top, logs[k])
+        total = 0.0
+        for k in tl.static_range(K):
+            total += tl.exp(logs[k] - top)
+        given, logs = logs, ()
+        for k in tl.static_range(K):
+            logs = logs + (given[k] - (top + tl.log(total)),)
+    return logs
 
 
 @triton.jit
-def _posteriors(x, constants, mean_ptr, var_ptr, c, C, end, eps, K: tl.constexpr, JOINT: tl.constexpr):
-    """Eq. 6 for a tile: a tuple over k of tau, (BLOCK_L, 1) if JOINT, else (BLOCK_L, BLOCK_C)."""
+def variance_row(var_ptr, k, c, C, end, STORED: tl.constexpr):
+    """A row of variances, (1, BLOCK_C)."""
+    var = table_row(var_ptr, k, c, C, end, 0.0)
+    return tl.exp(var) if STORED else var
+
+
+@triton.jit
+def _rows(ptr, plane: tl.constexpr, c, C, end, K: tl.constexpr):
+    """Tuple over k of rows of a plane (K, C)."""
+    rows = ()
+    for k in tl.static_range(K):
+        rows = rows + (table_row(ptr, plane * K + k, c, C, end, 0.0),)
+    return rows
+
+
+@triton.jit
+def _means(mean_ptr, state_ptr, c, C, end, K: tl.constexpr):
+    if state_ptr is None:
+        rows = _rows(mean_ptr, 0, c, C, end, K)
+    else:
+        rows = _rows(state_ptr, MEAN, c, C, end, K)
+    return rows
+
+
+@triton.jit
+def _scales(var_ptr, state_ptr, c, C, end, eps, K: tl.constexpr, STORED: tl.constexpr):
+    if state_ptr is None:
+        rows = ()
+        for k in tl.static_range(K):
+            s = variance_row(var_ptr, k, c, C, end, STORED) + eps
+            rows = rows + (tl.div_rn(-0.5 * LOG2_E, s),)
+    else:
+        rows = _rows(state_ptr, SCALE, c, C, end, K)
+    return rows
+
+
+@triton.jit
+def _constants(
+    log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr
+):
+    """Log lambda - 1/2 sum log s in base 2, the part of a log density without x; 2 pi cancels."""
+    rows = ()
+    if state_ptr is None:
+        logs = log_weights(log_ptr, floor, K, STORED)
+        for k in tl.static_range(K):
+            log_s = tl.log2(variance_row(var_ptr, k, c, C, end, STORED) + eps)
+            log_s = tl.where((c < end)[None, :], log_s, 0.0)
+            if JOINT:
+                log_s = tl.sum(log_s, axis=1, keep_dims=True)
+            rows = rows + (at_least(logs[k], floor) * LOG2_E - 0.5 * log_s,)
+    elif JOINT:
+        first = state_ptr + CONSTANT * K * C + (end - D)
+        for k in tl.static_range(K):
+            rows = rows + (tl.full((1, 1), 1.0, tl.float32) * tl.load(first + k * C),)
+    else:
+        rows = _rows(state_ptr, CONSTANT, c, C, end, K)
+    return rows
+
+
+@triton.jit
+def output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K: tl.constexpr, STORED: tl.constexpr):
+    """Tuple over k of lambda^(-1/2) over the deviation, times kappa."""
+    if state_ptr is None:
+        rows = ()
+        logs = log_weights(log_ptr, floor, K, STORED)
+        for k in tl.static_range(K):
+            rstd = inverse_root(variance_row(var_ptr, k, c, C, end, STORED), eps)
+            rows = rows + (tl.exp(-0.5 * at_least(logs[k], floor)) * kappa * rstd,)
+    else:
+        rows = _rows(state_ptr, OUTPUT, c, C, end, K)
+    return rows
+
+
+@triton.jit
+def scaled(rows, weight_ptr, c, C, end, K: tl.constexpr):
+    """Rows times the affine map's weight, if there is one."""
+    result = rows
+    if weight_ptr is not None:
+        weight = table_row(weight_ptr, 0, c, C, end, 0.0)
+        result = ()
+        for k in tl.static_range(K):
+            result = result + (rows[k] * weight,)
+    return result
+
+
+@triton.jit
+def _densities(x, mean, scale, constant, K: tl.constexpr, JOINT: tl.constexpr):
+    """Densities of a tile over the greatest of them, a tuple over k, and one over their sum.
+
+    Each is (BLOCK_L, 1) if JOINT, else (BLOCK_L, BLOCK_C). One over the sum is the square of its inverse root, which
+    is one instruction: off by 3e-7 at most.
+    """
     log_p = ()
     for k in tl.static_range(K):
-        u = x - table_row(mean_ptr, k, c, C, end, 0.0)
-        q = u * u * (-0.5 / (table_row(var_ptr, k, c, C, end, 1.0) + eps))
+        u = x - mean[k]
+        q = u * u * scale[k]
         if JOINT:
             q = tl.sum(q, axis=1, keep_dims=True)
-        log_p = log_p + (q + constants[k],)
+        log_p = log_p + (q + constant[k],)
     top = log_p[0]
     for k in tl.static_range(1, K):
         top = tl.maximum(top, log_p[k])
-    weights = ()
-    total = tl.zeros_like(top)
-    for k in tl.static_range(K):
-        weight = tl.exp(log_p[k] - top)
-        weights = weights + (weight,)
-        total += weight
+    densities = (tl.exp2(log_p[0] - top),)
+    total = densities[0]
+    for k in tl.static_range(1, K):
+        density = tl.exp2(log_p[k] - top)
+        densities = densities + (density,)
+        total += density
+    root = tl.rsqrt(total)
+    return densities, root * root
+
+
+@triton.jit
+def _posteriors(x, inside, mean, scale, constant, K: tl.constexpr, JOINT: tl.constexpr):
+    """Eq. 6 for a tile: a tuple over k of tau, 0 outside if that is given."""
+    densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
+    if inside is not None:
+        inverse = tl.where(inside, inverse, 0.0)
     tau = ()
     for k in tl.static_range(K):
-        tau = tau + (weights[k] / total,)
+        tau = tau + (densities[k] * inverse,)
     return tau
 
 
 @triton.jit
-def _zero_sums(K: tl.constexpr, BLOCK_C: tl.constexpr):
+def _zeros(K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
     sums = ()
     for _ in tl.static_range(K):
-        sums = sums + (tl.zeros((1, BLOCK_C), tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_L, BLOCK_C), tl.float32),)
     return sums
 
 
 @triton.jit
-def _store_sums(ptr, plane: tl.constexpr, sums, c, C, end, K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Write a tuple over k of (1, BLOCK_C) or (1, 1) into plane (K, C) of this program, of (plane, program, K, C)."""
-    at = ptr + (tl.num_programs(0).to(tl.int64) * plane + tl.program_id(0)) * K * C + c[None, :]
+def _totals(sums, K: tl.constexpr):
+    """Add a tuple of tiles up over their locations, (1, BLOCK_C) or (1, 1) each."""
+    totals = ()
     for k in tl.static_range(K):
-        value = tl.broadcast_to(sums[k], (1, BLOCK_C))
-        tl.store(at + k * C, value, mask=(c < end)[None, :])
+        totals = totals + (tl.sum(sums[k], axis=0, keep_dims=True),)
+    return totals
+
+
+@triton.jit
+def _store_rows(ptr, plane: tl.constexpr, rows, c, C, end, K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write a tuple over k of (1, BLOCK_C) or (1, 1) into a plane (K, C)."""
+    for k in tl.static_range(K):
+        value = tl.broadcast_to(rows[k], (1, BLOCK_C))
+        tl.store(ptr + (plane * K + k) * C + c[None, :], value, mask=(c < end)[None, :])
+
+
+@triton.jit
+def _program_plane(ptr, plane: tl.constexpr, C, K: tl.constexpr):
+    """Where this program's (K, C) is, of (plane, program, K, C)."""
+    return ptr + (tl.num_programs(0).to(tl.int64) * plane + tl.program_id(0)) * K * C
 
 
 @triton.jit
@@ -75,286 +228,299 @@ def _channels(C, D, JOINT: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _tiles(N, L, FLAT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """How many tiles there are, and how many a sample has."""
+    if FLAT:
+        tiles, blocks = tl.cdiv(N * L, BLOCK_L), 1
+    else:
+        blocks = tl.cdiv(L, BLOCK_L)
+        tiles = N * blocks
+    return tiles, blocks
+
+
+@triton.jit
+def _split(tile, blocks, FLAT: tl.constexpr):
+    """A tile's sample, and its number in the sample."""
+    n = 0 if FLAT else tile // blocks
+    return n, tile - n * blocks
+
+
+@triton.jit
+def _next(n, block, samples, rest, blocks, FLAT: tl.constexpr):
+    """A program's next tile, samples and rest of a sample's tiles further: no division stands in a loop."""
+    block += rest
+    if not FLAT:
+        over = block >= blocks
+        n += samples + over.to(tl.int32)
+        block -= tl.where(over, blocks, 0)
+    return n, block
+
+
+@triton.jit
+def _locations(block, N, L, FLAT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A tile's locations, and which of them are there, (BLOCK_L, 1)."""
+    i = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    if FLAT:
+        inside = i < N * L
+    else:
+        inside = i < L
+    return i, inside[:, None]
+
+
+@triton.jit
+def _at(n, c, i, sn, sc, sl, FLAT: tl.constexpr):
+    """Offsets of a tile."""
+    if FLAT:
+        at = i.to(tl.int64)[:, None] * sl + c.to(tl.int64)[None, :] * sc
+    else:
+        at = offsets(n, c, i, sn, sc, sl)
+    return at
+
+
+@triton.jit
+def _read(ptr, mask):
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N"])
 def mixture_moments_kernel(
-    x_ptr, log_lambda_ptr, mean_ptr, var_ptr, sums_ptr,
-    N, C, D, L, x_sn, x_sc, x_sl, eps,
-    K: tl.constexpr, JOINT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, log_ptr, mean_ptr, var_ptr, sums_ptr, state_ptr,
+    N, C, D, L, x_sn, x_sc, x_sl, eps, floor,
+    K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mass, mean and sum of squares about it (Eqs. 6, 8 and 9) of each program's locations: (3, programs, K, C).
 
-    Means are relative to the batch's first location, so that a common offset costs no digits. That may be an
-    outlier: each tile takes squares about its own mean, and joins what came before by Chan's formula.
+    Sums are about pivots: each component's mean in the program's first tile, which is no further from its mean over
+    all tiles than its deviation allows, outliers included. The means that are left are relative to the batch's first
+    location, which all programs share, so that a common offset costs no digits.
     """
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    pilot = tl.load(x_ptr + c.to(tl.int64) * x_sc, mask=c < end, other=0.0).to(tl.float32)[None, :]
-    constants = _log_constants(log_lambda_ptr, var_ptr, c, C, end, eps, K, JOINT)
-    blocks = tl.cdiv(L, BLOCK_L)
-    mass, mean, square = _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C)
-    for block in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
-        n = block // blocks
-        i = (block % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-        inside = (i < L)[:, None]
-        x_at = x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl)
-        x = tl.load(x_at, mask=inside & (c < end)[None, :], other=0.0).to(tl.float32)
-        tau = _posteriors(x, constants, mean_ptr, var_ptr, c, C, end, eps, K, JOINT)
-        new_mass, new_mean, new_square = (), (), ()
+    mean = _means(mean_ptr, None, c, C, end, K)
+    scale = _scales(var_ptr, None, c, C, end, eps, K, STORED)
+    constant = _constants(log_ptr, var_ptr, None, c, C, D, end, eps, floor, K, JOINT, STORED)
+    if tl.program_id(0) == 0:
+        _store_rows(state_ptr, MEAN, mean, c, C, end, K, BLOCK_C)
+        _store_rows(state_ptr, SCALE, scale, c, C, end, K, BLOCK_C)
+        _store_rows(state_ptr, CONSTANT, constant, c, C, end, K, BLOCK_C)
+        logs = log_weights(log_ptr, floor, K, STORED)
         for k in tl.static_range(K):
-            weight = tl.where(inside, tau[k], 0.0)
-            here = tl.sum(weight, axis=0, keep_dims=True)
-            inverse = 1.0 / tl.maximum(here, TINY)
-            centre = tl.sum(weight * (x - pilot), axis=0, keep_dims=True) * inverse
-            middle = pilot + centre
-            u = x - middle
-            rest = tl.sum(weight * u, axis=0, keep_dims=True) * inverse  # what rounding took from middle
-            squares = tl.sum(weight * u * u, axis=0, keep_dims=True) - rest * rest * here
-            total = mass[k] + here
-            share = here / tl.maximum(total, TINY)
-            delta = (middle - pilot) - mean[k] + rest
-            new_mass = new_mass + (total,)
-            new_mean = new_mean + (mean[k] + delta * share,)
-            new_square = new_square + (square[k] + tl.maximum(squares, 0.0) + delta * delta * mass[k] * share,)
-        mass, mean, square = new_mass, new_mean, new_square
-    _store_sums(sums_ptr, 0, mass, c, C, end, K, BLOCK_C)
-    _store_sums(sums_ptr, 1, mean, c, C, end, K, BLOCK_C)
-    _store_sums(sums_ptr, 2, square, c, C, end, K, BLOCK_C)
+            at = state_ptr + (LOG_WEIGHT * K + k) * C + c
+            tl.store(at, tl.zeros((BLOCK_C,), tl.float32) + logs[k], mask=c < end)
+    pilot = _read(x_ptr + c.to(tl.int64) * x_sc, c < end)[None, :]
+    tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
+
+    n, block = _split(tl.program_id(0), blocks, FLAT)
+    samples, rest = _split(tl.num_programs(0), blocks, FLAT)
+    i, inside = _locations(block, N, L, FLAT, BLOCK_L)
+    mask = inside & (c < end)[None, :]
+    x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+    tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
+    count = tl.sum(inside.to(tl.float32), axis=0, keep_dims=True)
+    centre = tl.sum(tl.where(inside, x - pilot, 0.0), axis=0, keep_dims=True) / count
+    pivot, mass, first, second = (), (), (), ()
+    for k in tl.static_range(K):
+        here = tl.sum(tau[k], axis=0, keep_dims=True)
+        away = tl.sum(tau[k] * (x - pilot - centre), axis=0, keep_dims=True)
+        pivot_k = pilot + (centre + away / tl.maximum(here, TINY))
+        u = x - pivot_k
+        tu = tau[k] * u
+        pivot = pivot + (pivot_k,)
+        mass = mass + (tau[k],)
+        first = first + (tu,)
+        second = second + (tu * u,)
+
+    for _ in range(tl.program_id(0) + tl.num_programs(0), tiles, tl.num_programs(0)):
+        n, block = _next(n, block, samples, rest, blocks, FLAT)
+        i, inside = _locations(block, N, L, FLAT, BLOCK_L)
+        mask = inside & (c < end)[None, :]
+        x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+        tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
+        new_mass, new_first, new_second = (), (), ()
+        for k in tl.static_range(K):
+            u = x - pivot[k]
+            tu = tau[k] * u
+            new_mass = new_mass + (mass[k] + tau[k],)
+            new_first = new_first + (first[k] + tu,)
+            new_second = new_second + (second[k] + tu * u,)
+        mass, first, second = new_mass, new_first, new_second
+
+    mass, first, second = _totals(mass, K), _totals(first, K), _totals(second, K)
+    means, squares = (), ()
+    for k in tl.static_range(K):
+        distance = first[k] / tl.maximum(mass[k], TINY)
+        means = means + ((pivot[k] - pilot) + distance,)
+        squares = squares + (at_least(second[k] - first[k] * distance, 0.0),)
+    _store_rows(_program_plane(sums_ptr, 0, C, K), 0, mass, c, C, end, K, BLOCK_C)
+    _store_rows(_program_plane(sums_ptr, 1, C, K), 0, means, c, C, end, K, BLOCK_C)
+    _store_rows(_program_plane(sums_ptr, 2, C, K), 0, squares, c, C, end, K, BLOCK_C)
 
 
-@triton.jit
-def mixture_merge_kernel(
-    sums_ptr, x_ptr, mass_ptr, m_ptr, v_ptr,
-    P, K, C, x_sc,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Mass, mean and variance (K, C) of P programs' locations together; a program is (component, channels)."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mass = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    first = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        at, mask = _partial(p, c, P, K, C)
-        here = tl.load(sums_ptr + at, mask=mask, other=0.0)
-        mass += here
-        first += here * tl.load(sums_ptr + at + _plane(P, K, C, 1), mask=mask, other=0.0)
-    total = tl.sum(mass, axis=0)
-    inverse = 1.0 / tl.maximum(total, TINY)
-    centre = tl.sum(first, axis=0) * inverse
-    rest = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        at, mask = _partial(p, c, P, K, C)
-        here = tl.load(sums_ptr + at, mask=mask, other=0.0)
-        d = tl.load(sums_ptr + at + _plane(P, K, C, 1), mask=mask, other=0.0) - centre[None, :]
-        rest += here * d
-        square += tl.load(sums_ptr + at + _plane(P, K, C, 2), mask=mask, other=0.0) + here * d * d
-    shift = tl.sum(rest, axis=0) * inverse
-    out = tl.program_id(0) * C + c
-    tl.store(mass_ptr + out, total, mask=c < C)
-    pilot = tl.load(x_ptr + c.to(tl.int64) * x_sc, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(m_ptr + out, tl.where(total == 0.0, 0.0, pilot + (centre + shift)), mask=c < C)
-    # Written so that NaN passes, which a maximum would not let through.
-    v = tl.sum(square, axis=0) * inverse - shift * shift
-    tl.store(v_ptr + out, tl.where(v < 0.0, 0.0, v), mask=c < C)
-
-
-@triton.jit
-def _partial(p, c, P, K, C):
-    """Offsets in plane 0 of (plane, P, K, C), and a mask, for this program's component: (BLOCK_P, BLOCK_C)."""
-    at = (p.to(tl.int64)[:, None] * K + tl.program_id(0)) * C + c[None, :]
-    return at, (p < P)[:, None] & (c < C)[None, :]
-
-
-@triton.jit
-def _plane(P, K, C, plane: tl.constexpr):
-    """Offset of a plane of (plane, P, K, C)."""
-    return tl.full((), plane, tl.int64) * P * K * C
-
-
-@triton.jit
-def _output_weight(log_lambda_ptr, kappa, k):
-    """Return kappa lambda_k^(-1/2)."""
-    return tl.exp(-0.5 * tl.load(log_lambda_ptr + k)) * kappa
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def mixture_apply_kernel(
-    x_ptr, log_lambda_ptr, mean_ptr, var_ptr, m_ptr, v_ptr, y_ptr,
-    N, C, D, L, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, kappa,
-    K: tl.constexpr, JOINT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, log_ptr, mean_ptr, var_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr,
+    N, C, D, L, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, floor, kappa,
+    K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 7 with moments m and v, and Eq. 15 where these are mean and var."""
+    """Eq. 7 and the affine map; without a state Eq. 15, where the parameters take the moments' place."""
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    constants = _log_constants(log_lambda_ptr, var_ptr, c, C, end, eps, K, JOINT)
-    blocks = tl.cdiv(L, BLOCK_L)
-    for block in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
-        n = block // blocks
-        i = (block % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = (i < L)[:, None] & (c < end)[None, :]
-        x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
-        tau = _posteriors(x, constants, mean_ptr, var_ptr, c, C, end, eps, K, JOINT)
-        y = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        for k in tl.static_range(K):
-            weight = _output_weight(log_lambda_ptr, kappa, k) * inverse_root(table_row(v_ptr, k, c, C, end, 1.0), eps)
-            y += tau[k] * ((x - table_row(m_ptr, k, c, C, end, 0.0)) * weight)
-        tl.store(y_ptr + offsets(n, c, i, y_sn, y_sc, y_sl), y, mask=mask)
+    mean = _means(mean_ptr, state_ptr, c, C, end, K)
+    scale = _scales(var_ptr, state_ptr, c, C, end, eps, K, STORED)
+    constant = _constants(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
+    output = output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K, STORED)
+    weight = scaled(output, weight_ptr, c, C, end, K)
+    middle = mean if state_ptr is None else _rows(state_ptr, BATCH_MEAN, c, C, end, K)
+    shift = tl.zeros((1, BLOCK_C), tl.float32)
+    if bias_ptr is not None:
+        shift = table_row(bias_ptr, 0, c, C, end, 0.0)
+    tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
+    n, block = _split(tl.program_id(0), blocks, FLAT)
+    samples, rest = _split(tl.num_programs(0), blocks, FLAT)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i, inside = _locations(block, N, L, FLAT, BLOCK_L)
+        mask = inside & (c < end)[None, :]
+        x = _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
+        densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
+        y = densities[0] * ((x - middle[0]) * weight[0])
+        for k in tl.static_range(1, K):
+            y += densities[k] * ((x - middle[k]) * weight[k])
+        tl.store(y_ptr + _at(n, c, i, y_sn, y_sc, y_sl, FLAT), y * inverse + shift, mask=mask)
+        n, block = _next(n, block, samples, rest, blocks, FLAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def mixture_sums_kernel(
-    x_ptr, g_ptr, log_lambda_ptr, mean_ptr, var_ptr, m_ptr, sums_ptr,
-    N, C, D, L, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, eps,
-    K: tl.constexpr, JOINT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, g_ptr, state_ptr, sums_ptr,
+    N, C, D, L, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl,
+    K: tl.constexpr, JOINT: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of tau g and tau g (x - m) over each program's locations: (2, programs, K, C)."""
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    constants = _log_constants(log_lambda_ptr, var_ptr, c, C, end, eps, K, JOINT)
-    blocks = tl.cdiv(L, BLOCK_L)
-    sum_g, sum_gu = _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C)
-    for block in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
-        n = block // blocks
-        i = (block % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = (i < L)[:, None] & (c < end)[None, :]
-        x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_ptr + offsets(n, c, i, g_sn, g_sc, g_sl), mask=mask, other=0.0).to(tl.float32)
-        tau = _posteriors(x, constants, mean_ptr, var_ptr, c, C, end, eps, K, JOINT)
+    mean = _means(None, state_ptr, c, C, end, K)
+    scale = _scales(None, state_ptr, c, C, end, 0.0, K, False)
+    constant = _constants(None, None, state_ptr, c, C, D, end, 0.0, 0.0, K, JOINT, False)
+    middle = _rows(state_ptr, BATCH_MEAN, c, C, end, K)
+    tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
+    sum_g, sum_gu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
+    n, block = _split(tl.program_id(0), blocks, FLAT)
+    samples, rest = _split(tl.num_programs(0), blocks, FLAT)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i, inside = _locations(block, N, L, FLAT, BLOCK_L)
+        mask = inside & (c < end)[None, :]
+        # Outside is where posteriors are numbers, whatever the mean: times a gradient of 0 they add nothing.
+        x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+        g = _read(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
+        densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
+        g *= inverse
         new_g, new_gu = (), ()
         for k in tl.static_range(K):
-            h = tl.where(mask, tau[k] * g, 0.0)  # tau of a location outside may be NaN
-            u = x - table_row(m_ptr, k, c, C, end, 0.0)
-            new_g = new_g + (sum_g[k] + tl.sum(h, axis=0, keep_dims=True),)
-            new_gu = new_gu + (sum_gu[k] + tl.sum(h * u, axis=0, keep_dims=True),)
+            h = densities[k] * g
+            new_g = new_g + (sum_g[k] + h,)
+            new_gu = new_gu + (sum_gu[k] + h * (x - middle[k]),)
         sum_g, sum_gu = new_g, new_gu
-    _store_sums(sums_ptr, 0, sum_g, c, C, end, K, BLOCK_C)
-    _store_sums(sums_ptr, 1, sum_gu, c, C, end, K, BLOCK_C)
+        n, block = _next(n, block, samples, rest, blocks, FLAT)
+    _store_rows(_program_plane(sums_ptr, 0, C, K), 0, _totals(sum_g, K), c, C, end, K, BLOCK_C)
+    _store_rows(_program_plane(sums_ptr, 1, C, K), 0, _totals(sum_gu, K), c, C, end, K, BLOCK_C)
 
 
-@triton.jit
-def mixture_coefficients_kernel(
-    sums_ptr, log_lambda_ptr, mass_ptr, v_ptr, out_ptr,
-    P, K, C, eps, kappa,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the batch's mean and variance for a unit of mass, and sum a r g (x - m): out (3, K, C)."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sum_g, sum_gu = _column(sums_ptr, 0, c, P, K, C, BLOCK_P), _column(sums_ptr, 1, c, P, K, C, BLOCK_P)
-    at = tl.program_id(0) * C + c
-    r = inverse_root(tl.load(v_ptr + at, mask=c < C, other=1.0), eps)
-    weight = _output_weight(log_lambda_ptr, kappa, tl.program_id(0))
-    per_mass = weight / tl.maximum(tl.load(mass_ptr + at, mask=c < C, other=1.0), TINY)
-    tl.store(out_ptr + at, -r * sum_g * per_mass, mask=c < C)
-    tl.store(out_ptr + K * C + at, -0.5 * r * r * r * sum_gu * per_mass, mask=c < C)
-    tl.store(out_ptr + 2 * K * C + at, r * sum_gu * weight, mask=c < C)
-
-
-@triton.jit
-def _column(sums_ptr, plane: tl.constexpr, c, P, K, C, BLOCK_P: tl.constexpr):
-    """Add up a plane of (plane, P, K, C) over P, for this program's component."""
-    total = tl.zeros((BLOCK_P, c.shape[0]), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        at, mask = _partial(start + tl.arange(0, BLOCK_P), c, P, K, C)
-        total += tl.load(sums_ptr + at + _plane(P, K, C, plane), mask=mask, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def mixture_bwd_kernel(
-    x_ptr, g_ptr, log_lambda_ptr, mean_ptr, var_ptr, m_ptr, v_ptr, coefficients_ptr, dx_ptr, sums_ptr,
-    N, C, D, L, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, kappa,
-    K: tl.constexpr, JOINT: tl.constexpr, BATCH: tl.constexpr, PARAMETERS: tl.constexpr,
+    x_ptr, g_ptr, log_ptr, mean_ptr, var_ptr, state_ptr, coefficients_ptr, weight_ptr, dx_ptr, sums_ptr,
+    N, C, D, L, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, floor, kappa,
+    K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr, FLAT: tl.constexpr,
+    DENSITY: tl.constexpr, DIRECT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient dx, and if PARAMETERS the sums (3 or 5, programs, K, C) that those of the mixture are made of.
+    """Gradient dx, and sums (programs, K, C) that those of parameters are made of.
 
-    BATCH: m and v are the batch's moments, through which a gradient flows; coefficients are of
-    mixture_coefficients_kernel. Otherwise m and v are mean and var. Sums are of z, z (x - mean) / s, z ((x -
-    mean) / s)^2, and without BATCH of a r g and a r g (x - mean), where z is the gradient of a log density.
+    With a state, the batch's moments carry a gradient, and coefficients are of mixture_coefficients_kernel. Sums are,
+    if DENSITY, of z, z (x - mean) / s and z ((x - mean) / s)^2, where z is the gradient of a log density, and then, if
+    DIRECT, of tau g and tau g (x - mean).
     """
+    BATCH: tl.constexpr = state_ptr is not None
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    constants = _log_constants(log_lambda_ptr, var_ptr, c, C, end, eps, K, JOINT)
-    blocks = tl.cdiv(L, BLOCK_L)
-    sum_z, sum_zu, sum_zuu = _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C)
-    sum_h, sum_hu = _zero_sums(K, BLOCK_C), _zero_sums(K, BLOCK_C)
-    for block in range(tl.program_id(0), N * blocks, tl.num_programs(0)):
-        n = block // blocks
-        i = (block % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = (i < L)[:, None] & (c < end)[None, :]
-        x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_ptr + offsets(n, c, i, g_sn, g_sc, g_sl), mask=mask, other=0.0).to(tl.float32)
-        tau = _posteriors(x, constants, mean_ptr, var_ptr, c, C, end, eps, K, JOINT)
+    mean = _means(mean_ptr, state_ptr, c, C, end, K)
+    scale = _scales(var_ptr, state_ptr, c, C, end, eps, K, STORED)
+    constant = _constants(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
+    output = output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K, STORED)
+    weight = scaled(output, weight_ptr, c, C, end, K)
+    precision = ()
+    for k in tl.static_range(K):
+        precision = precision + (scale[k] * (-2.0 / LOG2_E),)
+    if BATCH:
+        middle = _rows(state_ptr, BATCH_MEAN, c, C, end, K)
+        dm = _rows(coefficients_ptr, 0, c, C, end, K)
+        dv = _rows(coefficients_ptr, 1, c, C, end, K)
+        dvv = _rows(coefficients_ptr, 2, c, C, end, K)
+    else:
+        middle = mean
+    sum_z = _zeros(K, BLOCK_L, 1 if JOINT else BLOCK_C)
+    sum_zu, sum_zuu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
+    sum_h, sum_hu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
+    tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
+    n, block = _split(tl.program_id(0), blocks, FLAT)
+    samples, rest = _split(tl.num_programs(0), blocks, FLAT)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i, inside = _locations(block, N, L, FLAT, BLOCK_L)
+        mask = inside & (c < end)[None, :]
+        x = _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
+        g = _read(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
+        if DENSITY or DIRECT:
+            x = tl.where(mask, x, mean[0])
+            tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
+        else:
+            tau = _posteriors(x, None, mean, scale, constant, K, JOINT)
         dx = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        dtau, centre = (), tl.zeros_like(tau[0])
+        dtau = ()
         new_h, new_hu = (), ()
         for k in tl.static_range(K):
-            weight = _output_weight(log_lambda_ptr, kappa, k) * inverse_root(table_row(v_ptr, k, c, C, end, 1.0), eps)
-            u = x - table_row(m_ptr, k, c, C, end, 0.0)
-            h = g * weight
+            u = x - middle[k]
             if BATCH:
-                dm = table_row(coefficients_ptr, k, c, C, end, 0.0)
-                dv = table_row(coefficients_ptr + K * C, k, c, C, end, 0.0)
-                q = h + dm + dv * u
-                product = q * u - dv * table_row(v_ptr, k, c, C, end, 0.0)
-                dx += tau[k] * (q + dv * u)
+                curved = dv[k] * u
+                q = g * weight[k] + dm[k] + curved
+                product = q * u - dvv[k]
+                dx += tau[k] * (q + curved)
             else:
+                h = g * weight[k]
                 product = h * u
                 dx += tau[k] * h
-                if PARAMETERS:
-                    new_h = new_h + (sum_h[k] + _total(tau[k] * h, mask),)
-                    new_hu = new_hu + (sum_hu[k] + _total(tau[k] * product, mask),)
+            if DIRECT:
+                share = tau[k] * g
+                new_h = new_h + (sum_h[k] + share,)
+                new_hu = new_hu + (sum_hu[k] + share * u,)
             if JOINT:
                 product = tl.sum(product, axis=1, keep_dims=True)
             dtau = dtau + (product,)
-            centre += tau[k] * product
+        # Relative to the first, which costs no more, and keeps what posteriors lack of a sum of 1 out of differences.
+        centre = tl.zeros_like(tau[0])
+        for k in tl.static_range(1, K):
+            centre += tau[k] * (dtau[k] - dtau[0])
         new_z, new_zu, new_zuu = (), (), ()
         for k in tl.static_range(K):
-            z = tau[k] * (dtau[k] - centre)
-            u = (x - table_row(mean_ptr, k, c, C, end, 0.0)) / (table_row(var_ptr, k, c, C, end, 1.0) + eps)
-            dx -= z * u
-            if PARAMETERS:
-                new_z = new_z + (sum_z[k] + _total(z, (i < L)[:, None]),)
-                new_zu = new_zu + (sum_zu[k] + _total(z * u, mask),)
-                new_zuu = new_zuu + (sum_zuu[k] + _total(z * u * u, mask),)
-        if PARAMETERS:
+            if k == 0:
+                z = -tau[0] * centre
+            else:
+                z = tau[k] * ((dtau[k] - dtau[0]) - centre)
+            u = (x - mean[k]) * precision[k]
+            zu = z * u
+            dx -= zu
+            if DENSITY:
+                new_z = new_z + (sum_z[k] + z,)
+                new_zu = new_zu + (sum_zu[k] + zu,)
+                new_zuu = new_zuu + (sum_zuu[k] + zu * u,)
+        if DENSITY:
             sum_z, sum_zu, sum_zuu = new_z, new_zu, new_zuu
-            if not BATCH:
-                sum_h, sum_hu = new_h, new_hu
-        tl.store(dx_ptr + offsets(n, c, i, dx_sn, dx_sc, dx_sl), dx, mask=mask)
-    if PARAMETERS:
-        _store_sums(sums_ptr, 0, sum_z, c, C, end, K, BLOCK_C)
-        _store_sums(sums_ptr, 1, sum_zu, c, C, end, K, BLOCK_C)
-        _store_sums(sums_ptr, 2, sum_zuu, c, C, end, K, BLOCK_C)
-        if not BATCH:
-            _store_sums(sums_ptr, 3, sum_h, c, C, end, K, BLOCK_C)
-            _store_sums(sums_ptr, 4, sum_hu, c, C, end, K, BLOCK_C)
-
-
-@triton.jit
-def _total(value, mask):
-    """Sum over a tile's locations, (1, BLOCK_C) or (1, 1)."""
-    return tl.sum(tl.where(mask, value, 0.0), axis=0, keep_dims=True)
-
-
-@triton.jit
-def mixture_gradients_kernel(
-    sums_ptr, var_ptr, coefficients_ptr, out_ptr,
-    P, K, C, D, eps,
-    JOINT: tl.constexpr, BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Gradients of mean and var, and each channel's share in that of log lambda: out (3, K, C)."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    at = tl.program_id(0) * C + c
-    s = tl.load(var_ptr + at, mask=c < C, other=1.0) + eps
-    z = _column(sums_ptr, 0, c, P, K, C, BLOCK_P)
-    dmean = _column(sums_ptr, 1, c, P, K, C, BLOCK_P)
-    zuu = _column(sums_ptr, 2, c, P, K, C, BLOCK_P)
-    if BATCH:
-        direct_u = tl.load(coefficients_ptr + 2 * K * C + at, mask=c < C, other=0.0)
-        dvar = 0.5 * (zuu - z / s)
-    else:
-        dmean -= _column(sums_ptr, 3, c, P, K, C, BLOCK_P)
-        direct_u = _column(sums_ptr, 4, c, P, K, C, BLOCK_P)
-        dvar = 0.5 * (zuu - (z + direct_u) / s)
-    tl.store(out_ptr + at, dmean, mask=c < C)
-    tl.store(out_ptr + K * C + at, dvar, mask=c < C)
-    if JOINT:
-        z = tl.where(c % D == 0, z, 0.0)  # a group's channels share it: count it once
-    tl.store(out_ptr + 2 * K * C + at, z - 0.5 * direct_u, mask=c < C)
+        if DIRECT:
+            sum_h, sum_hu = new_h, new_hu
+        tl.store(dx_ptr + _at(n, c, i, dx_sn, dx_sc, dx_sl, FLAT), dx, mask=mask)
+        n, block = _next(n, block, samples, rest, blocks, FLAT)
+    if DENSITY:
+        _store_rows(_program_plane(sums_ptr, 0, C, K), 0, _totals(sum_z, K), c, C, end, K, BLOCK_C)
+        _store_rows(_program_plane(sums_ptr, 1, C, K), 0, _totals(sum_zu, K), c, C, end, K, BLOCK_C)
+        _store_rows(_program_plane(sums_ptr, 2, C, K), 0, _totals(sum_zuu, K), c, C, end, K, BLOCK_C)
+    if DIRECT:
+        before: tl.constexpr = 3 if DENSITY else 0
+        _store_rows(_program_plane(sums_ptr, before, C, K), 0, _totals(sum_h, K), c, C, end, K, BLOCK_C)
+        _store_rows(_program_plane(sums_ptr, before + 1, C, K), 0, _totals(sum_hu, K), c, C, end, K, BLOCK_C)

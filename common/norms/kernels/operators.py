@@ -34,6 +34,22 @@ def _mixture_kernels() -> Any:
     return mixture_kernels
 
 
+def _parameter_kernels() -> Any:
+    from . import parameter_kernels  # noqa: PLC0415
+
+    return parameter_kernels
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its first tensor, whichever is current."""
+    device = arguments[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
+
+
 @custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
 def scb_forward(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Eq. 10 for x (N, C, L), cluster (N,), mean and var (K, C) in float32."""
@@ -41,8 +57,8 @@ def scb_forward(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: floa
     walk = launch.walk((x, y), merge=False)
     block_l, block_c = launch.tile(launch.SCB_FORWARD, walk)
     grid = launch.scb_grid(walk, block_l, block_c)
-    _kernels().scb_fwd_kernel[grid](
-        x, cluster, mean, var, y,
+    _launch(
+        _kernels().scb_fwd_kernel, grid, x, cluster, mean, var, y,
         len(mean), walk.channels, walk.positions, *walk.strides[0], *walk.strides[1], eps,
         BLOCK_L=block_l, BLOCK_C=block_c, num_warps=launch.SCB_FORWARD.num_warps,
     )  # fmt: skip
@@ -65,13 +81,14 @@ def scb_backward(
     grid = launch.scb_grid(walk, block_l, block_c)
     sums = x.new_empty(2, grid[2], walk.samples, walk.channels, dtype=torch.float32)
     kernels = _kernels()
-    kernels.scb_bwd_kernel[grid](
-        x, g, cluster, mean, var, dx, sums,
+    _launch(
+        kernels.scb_bwd_kernel, grid, x, g, cluster, mean, var, dx, sums,
         walk.samples, len(mean), walk.channels, walk.positions, *(s for strides in walk.strides for s in strides), eps,
         BLOCK_L=block_l, BLOCK_C=block_c, num_warps=launch.SCB_BACKWARD.num_warps,
     )  # fmt: skip
     block_n, block_c = launch.rows_tile(grid[2] * walk.samples, walk.channels)
-    kernels.scb_rows_kernel[len(mean), launch.divide(walk.channels, block_c)](
+    _launch(
+        kernels.scb_rows_kernel, (len(mean), launch.divide(walk.channels, block_c)),
         sums, cluster, var, dmean, dvar, walk.samples, walk.channels, grid[2], eps,
         BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
@@ -98,162 +115,279 @@ scb_forward.register_autograd(_scb_gradients, setup_context=_scb_setup)
 scb_backward.register_autograd(_refuse)
 
 
+def _walk(
+    kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0
+) -> launch.Tiling:
+    """Return how a mixture kernel walks over activations (N, C, L); planes are of all sums that its pass leaves."""
+    walk = launch.walk(activations, merge=True)
+    itemsize = activations[0].element_size()
+    return launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
+
+
 def _run(
-    name: str,
-    activations: Sequence[Tensor],
-    tables: Sequence[Tensor],
+    kernel: str,
+    tiling: launch.Tiling,
+    pointers: Sequence[Tensor | None],
     groups: int,
     num_components: int,
     numbers: Sequence[float],
-    *,
-    planes: int = 0,
     **constants: bool,
-) -> Tensor:
-    """Launch a mixture kernel on activations (N, C, L), the last one its output unless it only leaves sums.
-
-    Returns the sums (planes, programs, K, C).
-    """
-    walk = launch.walk(activations, merge=True)
-    tiling = launch.mixture_tiling(name, walk, groups, num_components, sums=planes > 0)
-    sums = tables[0].new_empty(planes, tiling.programs, num_components, walk.channels)
-    reads, writes = activations[:-1], activations[-1:]
-    if name in ("mixture_moments_kernel", "mixture_sums_kernel"):
-        reads, writes = activations, ()
-    left = (sums,) if name != "mixture_apply_kernel" else ()
-    _mixture_kernels().__dict__[name][tiling.programs, tiling.columns](
-        *reads, *tables, *writes, *left,
-        walk.samples, walk.channels, walk.channels // groups, walk.positions,
+) -> None:
+    """Launch a mixture kernel on pointers, in its order."""
+    walk = tiling.walk
+    _launch(
+        _mixture_kernels().__dict__[kernel],
+        (tiling.programs, tiling.columns),
+        *pointers, walk.samples, walk.channels, walk.channels // groups, walk.positions,
         *(s for strides in walk.strides for s in strides), *numbers,
-        K=num_components, JOINT=tiling.joint, BLOCK_L=tiling.block_l, BLOCK_C=tiling.block_c,
+        K=num_components, JOINT=tiling.joint, FLAT=walk.flat, BLOCK_L=tiling.block_l, BLOCK_C=tiling.block_c,
         num_warps=tiling.num_warps, **constants,
     )  # fmt: skip
-    return sums
 
 
-def _gather(name: str, sums: Tensor, tables: Sequence[Tensor], numbers: Sequence[float], **constants: bool) -> None:
-    """Launch a kernel that adds up sums (planes, programs, K, C) into the last of the tables."""
+def _gather(
+    kernel: str, ahead: tuple[int, ...], sums: Tensor, pointers: Sequence[Tensor | None], numbers: Sequence[float],
+    **constants: bool,
+) -> None:  # fmt: skip
+    """Launch a kernel that adds up sums (planes, programs, K, C); ahead is of its grid, before blocks of channels."""
     _, programs, num_components, channels = sums.shape
-    block_p, block_c = launch.rows_tile(programs, channels)
-    _mixture_kernels().__dict__[name][num_components, launch.divide(channels, block_c)](
-        sums, *tables, programs, num_components, channels, *numbers,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
+    block_p, block_c = launch.sums_tile()
+    _launch(
+        _parameter_kernels().__dict__[kernel],
+        (*ahead, launch.divide(channels, block_c)),
+        sums, *pointers, programs, channels, *numbers,
+        K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
     )  # fmt: skip
 
 
 @custom_op(f"{NAMESPACE}::mixture_forward", mutates_args=())
 def mixture_forward(
-    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eqs. 6-9 for x (N, C, L) and a mixture in float32: y, mass (K, C), m and v (K, C).
+    x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Eqs. 6-9 and an affine map for x (N, C, L): y, and the state (planes, K, C) of the mixture and its moments.
 
-    The mass of a group stands at each of its channels.
+    Parameters are contiguous; stored says that log and var are logits and log-variances.
     """
-    sums = _run("mixture_moments_kernel", (x,), (log_lambda, mean, var), groups, len(mean), (eps,), planes=3)
-    mass, m, v = (torch.empty_like(mean) for _ in range(3))
-    _gather("mixture_merge_kernel", sums, (x, mass, m, v), (x.stride(1),))
+    num, state = len(mean), _state(x, mean)
+    _moments(x, (log, mean, var), state, groups, eps, kappa, floor, stored)
     y = torch.empty_like(x)
-    tables = log_lambda, mean, var, m, v
-    _run("mixture_apply_kernel", (x, y), tables, groups, len(mean), (eps, kappa))
-    return y, mass, m, v
+    tiling = _walk("mixture_apply_kernel", (x, y), groups, num)
+    pointers = (x, None, None, None, state, weight, bias, y)
+    _run("mixture_apply_kernel", tiling, pointers, groups, num, (eps, floor, kappa), STORED=False)
+    return y, state
+
+
+def _state(x: Tensor, mean: Tensor) -> Tensor:
+    return x.new_empty(launch.STATE_PLANES, *mean.shape, dtype=torch.float32)
+
+
+def _moments(
+    x: Tensor, mixture: Sequence[Tensor], state: Tensor, groups: int, eps: float, kappa: float, floor: float,
+    stored: bool,
+) -> None:  # fmt: skip
+    """Find the state of x (N, C, L) under a mixture."""
+    num = state.shape[1]
+    tiling = _walk("mixture_moments_kernel", (x,), groups, num, 3)
+    sums = state.new_empty(3, tiling.programs, *state.shape[1:])
+    pointers = (x, *mixture, sums, state)
+    _run("mixture_moments_kernel", tiling, pointers, groups, num, (eps, floor), STORED=stored)
+    _gather("mixture_merge_kernel", (num,), sums, (x, state), (x.stride(1), eps, floor, kappa))
 
 
 @mixture_forward.register_fake
 def _(
-    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
+    x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _state(x, mean)
+
+
+def moments_of(state: Tensor, groups: int) -> Moments:
+    """Return the moments that a state holds."""
+    mass, mean, var = state[4:7].unbind()
+    return Moments(mass[:, :: mass.shape[1] // groups], mean, var)
+
+
+@custom_op(f"{NAMESPACE}::move_averages", mutates_args=("logits", "mean", "log_var"))
+def move_averages(
+    logits: Tensor, mean: Tensor, log_var: Tensor, before: Tensor | None, state: Tensor,
+    momentum: float, paper: bool, min_weight: float, shared: bool,
+) -> None:  # fmt: skip
+    """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does.
+
+    Before is a copy of the logits; without it the state is one under the stored mixture.
+    """
+    num, channels = mean.shape
+    _launch(
+        _parameter_kernels().mixture_averages_kernel,
+        (launch.divide(channels, launch.PARAMETER_CHANNELS),),
+        state, before, logits, mean, log_var, channels, momentum, min_weight,
+        K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
+        num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
 
 
 @custom_op(f"{NAMESPACE}::mixture_backward", mutates_args=())
 def mixture_backward(
-    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, mass: Tensor, m: Tensor, v: Tensor,
-    groups: int, eps: float, kappa: float, parameters: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, and (3, K, C) of mean, var and, summed over C, log_lambda: (0,) unless parameters."""
-    num = len(mean)
-    sums = _run("mixture_sums_kernel", (x, g), (log_lambda, mean, var, m), groups, num, (eps,), planes=2)
-    coefficients = mean.new_empty(3, *mean.shape)
-    _gather("mixture_coefficients_kernel", sums, (log_lambda, mass, v, coefficients), (eps, kappa))
-    dx, tables = torch.empty_like(x), (log_lambda, mean, var, m, v, coefficients)
-    sums = _run(
-        "mixture_bwd_kernel", (x, g, dx), tables, groups, num, (eps, kappa),
-        planes=3 * parameters, BATCH=True, PARAMETERS=parameters,
+    x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
+    groups: int, eps: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x; of weight and bias, (2, C); if parameters, of mean and var, (2, K, C), and of log, (K,).
+
+    What there is none of is (0,).
+    """
+    num = state.shape[1]
+    planes = 3 if parameters else 0
+    tiling = _walk("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
+    sums = state.new_empty(2, tiling.programs, *state.shape[1:])
+    _run("mixture_sums_kernel", tiling, (x, g, state, sums), groups, num, ())
+    coefficients, affine = state.new_empty(4, *state.shape[1:]), _affine_gradients(state, weight)
+    _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
+    dx = torch.empty_like(x)
+    sources = (None, None, None, state, coefficients, weight)
+    sums = _backward_pass(x, g, dx, sources, groups, (eps, floor, 1.0), planes, stored=False)
+    rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
+                                     (eps, floor, 1.0), stored, parameters)  # fmt: skip
+    return dx, affine, rows, log
+
+
+def _affine_gradients(like: Tensor, weight: Tensor | None) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if weight is None else like.new_empty(
+        2, len(weight), dtype=torch.float32)  # fmt: skip
+
+
+def _some(t: Tensor) -> Tensor | None:
+    """Return t, or None if it holds nothing."""
+    return t if t.numel() else None
+
+
+def _backward_pass(
+    x: Tensor, g: Tensor, dx: Tensor, sources: Sequence[Tensor | None], groups: int, numbers: Sequence[float],
+    planes: int, *, stored: bool,
+) -> Tensor:  # fmt: skip
+    """Launch the pass that writes dx; return its sums (planes, programs, K, C): 3 of densities, 2 direct ones."""
+    like = sources[3] if sources[3] is not None else sources[1]
+    assert like is not None
+    num, channels = like.shape[-2:]
+    others = 2 if planes == 3 else 0  # of mixture_sums_kernel
+    tiling = _walk("mixture_bwd_kernel", (x, g, dx), groups, num, planes + others)
+    sums = like.new_empty(planes, tiling.programs, num, channels, dtype=torch.float32)
+    _run(
+        "mixture_bwd_kernel", tiling, (x, g, *sources, dx, _some(sums)), groups, num, numbers,
+        STORED=stored, DENSITY=planes in (3, 5), DIRECT=planes in (2, 5),
     )  # fmt: skip
-    return dx, _parameter_gradients(sums, var, coefficients, groups, eps, batch=True)
+    return sums
 
 
 def _parameter_gradients(
-    sums: Tensor, var: Tensor, coefficients: Tensor, groups: int, eps: float, *, batch: bool
-) -> Tensor:
-    """Return (3, K, C) as of mixture_backward, or (0,) if sums hold nothing."""
-    if not len(sums):
-        return var.new_empty(0)
-    out, width = var.new_empty(3, *var.shape), var.shape[1] // groups
-    _gather("mixture_gradients_kernel", sums, (var, coefficients, out), (width, eps), JOINT=width > 1, BATCH=batch)
-    return out
+    sums: Tensor, sources: Sequence[Tensor | None], affine: Tensor | None, groups: int, numbers: Sequence[float],
+    stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (2, K, C) and (K,) as of mixture_backward, and fill affine."""
+    planes, _, num, channels = sums.shape
+    if not planes:
+        return sums.new_empty(0), sums.new_empty(0)
+    out = sums.new_empty(3 if parameters else 0, num, channels)
+    width = channels // groups
+    _gather(
+        "mixture_gradients_kernel", (), sums, (*sources, _some(out), affine), (width, *numbers),
+        JOINT=width > 1, STORED=stored, DENSITY=parameters,
+    )  # fmt: skip
+    if not parameters:
+        return sums.new_empty(0), sums.new_empty(0)
+    log = sums.new_empty(num)
+    _launch(
+        _parameter_kernels().mixture_logits_kernel, (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
+        K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
+    return out[:2], log
 
 
 @mixture_backward.register_fake
 def _(
-    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, mass: Tensor, m: Tensor, v: Tensor,
-    groups: int, eps: float, kappa: float, parameters: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), mean.new_empty(3, *mean.shape) if parameters else mean.new_empty(0)
+    x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
+    groups: int, eps: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _affine_gradients(state, weight), *_fake_rows(state, state[0], parameters)
+
+
+def _fake_rows(like: Tensor, mean: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
+    if not parameters:
+        return like.new_empty(0, dtype=torch.float32), like.new_empty(0, dtype=torch.float32)
+    return like.new_empty(2, *mean.shape, dtype=torch.float32), like.new_empty(len(mean), dtype=torch.float32)
 
 
 @custom_op(f"{NAMESPACE}::learned_forward", mutates_args=())
 def learned_forward(
-    x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float
-) -> Tensor:
-    """Eq. 15 for x (N, C, L) and a mixture in float32."""
+    x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> Tensor:  # fmt: skip
+    """Eq. 15 and an affine map for x (N, C, L), as mixture_forward; without log, all log weights are floor."""
     y = torch.empty_like(x)
-    _run("mixture_apply_kernel", (x, y), (log_lambda, mean, var, mean, var), groups, len(mean), (eps, kappa))
+    tiling = _walk("mixture_apply_kernel", (x, y), groups, len(mean))
+    pointers = (x, log, mean, var, None, weight, bias, y)
+    _run("mixture_apply_kernel", tiling, pointers, groups, len(mean), (eps, floor, kappa), STORED=stored)
     return y
 
 
 @learned_forward.register_fake
-def _(x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, groups: int, eps: float, kappa: float) -> Tensor:
+def _(
+    x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
 @custom_op(f"{NAMESPACE}::learned_backward", mutates_args=())
 def learned_backward(
-    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor,
-    groups: int, eps: float, kappa: float, parameters: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As mixture_backward."""
-    dx, tables = torch.empty_like(x), (log_lambda, mean, var, mean, var, mean)
-    sums = _run(
-        "mixture_bwd_kernel", (x, g, dx), tables, groups, len(mean), (eps, kappa),
-        planes=5 * parameters, BATCH=False, PARAMETERS=parameters,
-    )  # fmt: skip
-    return dx, _parameter_gradients(sums, var, mean, groups, eps, batch=False)
+    dx, affine = torch.empty_like(x), _affine_gradients(mean, weight)
+    planes, numbers = 5 if parameters else 0 if weight is None else 2, (eps, floor, kappa)
+    sources = (log, mean, var, None, None, weight)
+    sums = _backward_pass(x, g, dx, sources, groups, numbers, planes, stored=stored)
+    sources = (log, var, None, None, weight)
+    return dx, affine, *_parameter_gradients(sums, sources, _some(affine), groups, numbers, stored, parameters)
 
 
 @learned_backward.register_fake
 def _(
-    x: Tensor, g: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor,
-    groups: int, eps: float, kappa: float, parameters: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), mean.new_empty(3, *mean.shape) if parameters else mean.new_empty(0)
+    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _affine_gradients(mean, weight), *_fake_rows(mean, mean, parameters)
 
 
 def _mixture_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    *tensors, ctx.groups, ctx.eps, ctx.kappa = inputs
-    moments = output[1:] if isinstance(output, tuple) else ()
-    ctx.save_for_backward(*tensors, *moments)
+    x, *mixture, weight, bias = inputs[:6]
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if t is None else t.dtype for t in (*mixture, weight, bias)]
+    ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored = inputs[6:]
+    if isinstance(output, tuple):  # a state says all of the mixture, which may have moved by the time of a gradient
+        ctx.save_for_backward(x, weight, output[1])
+    else:
+        ctx.save_for_backward(x, *mixture, weight)
 
 
-def _mixture_gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
-    """Of either forward; that of Eqs. 6-9 has saved its moments too, which carry no gradient."""
+def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
+    """Of either forward; a state carries no gradient."""
+    if g is None:
+        return (None,) * 11
     x, *saved = ctx.saved_tensors
-    backward = mixture_backward if len(saved) > 3 else learned_backward
     parameters = any(ctx.needs_input_grad[1:4])
-    dx, rows = backward(x, g, *saved, ctx.groups, ctx.eps, ctx.kappa, parameters)
-    if not parameters:
-        return dx, None, None, None, None, None, None
-    dmean, dvar, dlog_lambda = rows
-    return dx, dlog_lambda.sum(1), dmean, dvar, None, None, None
+    if len(saved) == 2:
+        options = (ctx.groups, ctx.eps, ctx.floor, ctx.stored, parameters)
+        dx, affine, rows, log = mixture_backward(x, g, *saved, *options)
+    else:
+        options = (ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored, parameters)
+        dx, affine, rows, log = learned_backward(x, g, *saved, *options)
+    found = [log, *rows] if parameters else [None, None, None]
+    found += list(affine) if affine.numel() else [None, None]
+    cast = (t if t is None or dtype is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
+    return dx, *cast, None, None, None, None, None
 
 
 for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
@@ -292,7 +426,7 @@ def cluster_norm(
 
 def mixture_norm(
     x: Tensor,
-    log_lambda: Tensor,
+    log_lambda: Tensor | None,
     mean: Tensor,
     var: Tensor,
     *,
@@ -300,12 +434,45 @@ def mixture_norm(
     eps: float,
     scale: Scale,
     statistics: Statistics,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As ``reference.mixture_norm``."""
-    inputs = (reference.flatten(x), *(t.float().contiguous() for t in (log_lambda, mean, var)))
-    kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
+    """As ``closed_form.mixture_norm``; without log_lambda all weights are alike."""
+    floor = launch.NO_FLOOR if log_lambda is not None else -math.log(len(mean))
+    tables = log_lambda, mean, var
+    y, state = _norm(x, tables, weight, bias, groups, eps, scale, statistics, floor, stored=False)
+    return y, None if state is None else moments_of(state, groups)
+
+
+def _norm(
+    x: Tensor, tables: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    scale: Scale, statistics: Statistics, floor: float, *, stored: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    tables = [t if t is None else t.contiguous() for t in (*tables, weight, bias)]
+    kappa = 1 / math.sqrt(len(tables[1])) if scale == "sqrt_k" else 1.0  # pyright: ignore[reportArgumentType]
+    arguments = (reference.flatten(x), *tables, groups, eps, kappa, floor, stored)
     if statistics == "learned":
-        return learned_forward(*inputs, groups, eps, kappa).reshape(x.shape), None
-    y, mass, m, v = mixture_forward(*inputs, groups, eps, kappa)
-    moments = Moments(mass[:, :: x.shape[1] // groups], m, v)
-    return y.reshape(x.shape), Moments(*(t.detach() for t in moments))
+        return learned_forward(*arguments).reshape(x.shape), None
+    y, state = mixture_forward(*arguments)
+    return y.reshape(x.shape), state.detach()
+
+
+def stored_norm(
+    x: Tensor,
+    stored: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    min_weight: float,
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise under a mixture as layers store it: logits (K,), mean and log-variance (K, C); weights have a floor.
+
+    Returns:
+        The output, and with the batch's statistics the state, for ``move_averages`` and ``moments_of``.
+    """
+    floor = math.log(min_weight) if min_weight else launch.NO_FLOOR
+    return _norm(x, stored, weight, bias, groups, eps, scale, statistics, floor, stored=True)

@@ -27,8 +27,19 @@ TIMES = {"native_batch_norm": 2, "native_batch_norm_backward": 2}
 """How often an operator reads its inputs, where not once."""
 TOUCHES: dict[tuple[str, str], tuple[float, float]] = {
     ("mixture_merge_kernel", "x_ptr"): (0, 0),  # the batch's first location
-    ("mixture_merge_kernel", "sums_ptr"): (5 / 3, 0),  # masses and means twice, squares once
-    ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 3, 0),  # the third plane
+    ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 4, 0),  # the last plane
+    ("mixture_bwd_kernel", "coefficients_ptr"): (3 / 4, 0),  # the others
+    # planes of a state
+    ("mixture_moments_kernel", "state_ptr"): (0, 4 / 8),
+    ("mixture_merge_kernel", "state_ptr"): (1 / 8, 4 / 8),
+    ("mixture_apply_kernel", "state_ptr"): (5 / 8, 0),
+    ("mixture_sums_kernel", "state_ptr"): (4 / 8, 0),
+    ("mixture_coefficients_kernel", "state_ptr"): (3 / 8, 0),
+    ("mixture_bwd_kernel", "state_ptr"): (5 / 8, 0),
+    ("mixture_gradients_kernel", "state_ptr"): (1 / 8, 0),
+    ("mixture_averages_kernel", "logits_ptr"): (0, 1),
+    ("mixture_averages_kernel", "mean_ptr"): (1, 1),
+    ("mixture_averages_kernel", "log_var_ptr"): (1, 1),
 }
 """How often a kernel reads and writes an argument, (kernel, argument), where not its whole once: outputs are written,
 others read. The test of traffic counts under Triton's interpreter and fails where that is wrong."""

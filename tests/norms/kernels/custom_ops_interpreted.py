@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from norm_cases import mixture_case
+from norm_cases import any_norm, mixture_case
 
 from common.norms import cluster_norm, make_norm, mixture_norm
 from common.norms.kernels import operators
@@ -29,20 +29,26 @@ def mixture_arguments(requires_grad=True):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize("groups", [1, 4])
-def test_mixture_operators_are_sound(groups):
+@pytest.mark.parametrize(("groups", "stored"), [(1, True), (4, False)])
+def test_mixture_operators_are_sound(groups, stored):
     inputs, _ = mixture_arguments()
-    torch.library.opcheck(operators.learned_forward, (*inputs, groups, 1e-5, 1.0))
-    # Moments carry no gradient, which the default check of all outputs cannot know.
+    affine = [torch.tensor([0.5, 1.0, 1.5, 2.0], requires_grad=True) for _ in range(2)]
+    options = (groups, 1e-5, 1.0, -5.0, stored)
+    torch.library.opcheck(operators.learned_forward, (*inputs, *affine, *options))
+    # A state carries no gradient, which the default check of all outputs cannot know.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.mixture_forward, (*inputs, groups, 1e-5, 1.0), test_utils=checks)
+    torch.library.opcheck(operators.mixture_forward, (*inputs, *affine, *options), test_utils=checks)
+    torch.library.opcheck(operators.mixture_forward, (*inputs, None, None, *options), test_utils=checks)
     inputs, g = mixture_arguments(requires_grad=False)
     x, *mixture = inputs
-    moments = operators.mixture_forward(*inputs, groups, 1e-5, 1.0)[1:]
-    for parameters in (True, False):
-        last = (groups, 1e-5, 1.0, parameters)
-        torch.library.opcheck(operators.learned_backward, (x, g, *mixture, *last))
-        torch.library.opcheck(operators.mixture_backward, (x, g, *mixture, *moments, *last))
+    weight, bias = (t.detach() for t in affine)
+    state = operators.mixture_forward(*inputs, weight, bias, *options)[1]
+    for scale, parameters in ((weight, True), (weight, False), (None, False)):
+        torch.library.opcheck(operators.learned_backward, (x, g, *mixture, scale, *options, parameters))
+        last = (groups, 1e-5, -5.0, stored, parameters)
+        torch.library.opcheck(operators.mixture_backward, (x, g, scale, state, *last))
+    for before in (None, mixture[0].clone()):
+        torch.library.opcheck(operators.move_averages, (*mixture, before, state, 0.1, False, 0.01, True))
 
 
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
@@ -69,6 +75,22 @@ def test_scb_compiles_whole_with_its_gradients():
     assert torch.equal(got, want)
     for a, b in zip(*(torch.autograd.grad(y, (x, mean, var), g) for y in (got, want)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one():
+    """Its averages move in place, before the backward pass."""
+    layers = [any_norm("ucb", 4, 2, backend="triton") for _ in range(2)]
+    (x, *_), g = mixture_arguments(requires_grad=False)
+    runs = (layers[0], torch.compile(layers[1], fullgraph=True, backend="aot_eager"))
+    for _ in range(2):
+        found = []
+        for run, layer in zip(runs, layers, strict=True):
+            given = x.clone().requires_grad_()
+            y = run(given)
+            found.append([y, *torch.autograd.grad(y, [given, *layer.parameters()], g), *layer.buffers()])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(layers[0].mean, any_norm("ucb", 4, 2).mean)
 
 
 @torch.no_grad()

@@ -63,14 +63,14 @@ def open_goal(reason: str, *values: object) -> object:
 @pytest.mark.parametrize(
     ("layer", "kernel"),
     [
-        open_goal("164", "UCBNorm", "mixture_moments_kernel"),
-        open_goal("91", "UCBNorm", "mixture_apply_kernel"),
-        open_goal("108", "UCBNorm", "mixture_sums_kernel"),
-        open_goal("438", "UCBNorm", "mixture_bwd_kernel"),
-        open_goal("158", "UCBNorm, groups=1", "mixture_moments_kernel"),
-        open_goal("104", "UCBNorm, groups=1", "mixture_apply_kernel"),
-        open_goal("124", "UCBNorm, groups=1", "mixture_sums_kernel"),
-        open_goal("456", "UCBNorm, groups=1", "mixture_bwd_kernel"),
+        ("UCBNorm", "mixture_moments_kernel"),
+        ("UCBNorm", "mixture_apply_kernel"),
+        ("UCBNorm", "mixture_sums_kernel"),
+        ("UCBNorm", "mixture_bwd_kernel"),
+        ("UCBNorm, groups=1", "mixture_moments_kernel"),
+        ("UCBNorm, groups=1", "mixture_apply_kernel"),
+        ("UCBNorm, groups=1", "mixture_sums_kernel"),
+        open_goal("151", "UCBNorm, groups=1", "mixture_bwd_kernel"),
     ],
 )
 def test_kernels_take_no_more_instructions_than_their_budget(compiled, layer, kernel):
@@ -82,13 +82,12 @@ def test_kernels_take_no_more_instructions_than_their_budget(compiled, layer, ke
 
 
 @needs_triton
-@pytest.mark.xfail(strict=True, reason="mixture_apply_kernel at 7x7 with 255 channels and K = 2")
+@pytest.mark.xfail(strict=True, reason="mixture_bwd_kernel at 7x7 with 255 channels and K = 2: 40 bytes")
 def test_kernels_do_not_spill(compiled):
     assert " 0 spill" in compiled[-1]
 
 
 @needs_triton
-@pytest.mark.xfail(strict=True, reason="mixture_bwd_kernel has one element a thread")
 def test_kernels_load_128_bits_at_once(compiled):
     assert not [line for line in compiled if line.endswith("128 bits")]
 
@@ -125,13 +124,13 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
             continue
         walk = launch.walk((x,), merge=False)
         elements = next(entry.elements for most, entry in launch.MIXTURE[kernel].items() if num <= most)
-        for sums in (True, False):
-            tiling = launch.mixture_tiling(kernel, walk, channels // width, num, sums=sums)
+        for planes in (5, 0):
+            tiling = launch.mixture_tiling(kernel, walk, channels // width, num, planes=planes, itemsize=2)
             assert tiling.joint == (width > 1)
             for block in (tiling.block_l, tiling.block_c):
                 assert block == 1 << (block.bit_length() - 1) >= 1
             assert tiling.block_l * tiling.block_c <= max(elements, tiling.block_c)
-            assert tiling.block_l < 2 * positions
+            assert tiling.block_l < 2 * positions or walk.flat
             if tiling.joint:  # a tile holds a group
                 assert width <= tiling.block_c < 2 * width
                 assert tiling.columns == channels // width
@@ -139,18 +138,41 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
                 assert (tiling.columns - 1) * tiling.block_c < channels <= tiling.columns * tiling.block_c
             tiles = n * -(-positions // tiling.block_l)
             assert 1 <= tiling.programs <= tiles
-            if sums:  # what they leave, K numbers a channel and plane, is small beside x
-                assert tiling.programs == 1 or 32 * num * tiling.programs <= n * positions
+            most = -(-tiles // tiling.programs)
+            assert -(-tiles // most) == tiling.programs  # no fewer programs would take as many tiles each
+            if planes:  # what they leave, K numbers a channel and plane, is a tenth of x once it is read again
+                left = 2 * 4 * planes * num * tiling.programs / (2 * n * positions)
+                assert tiling.programs == 1 or left < 0.1 or tiling.programs * tiling.columns <= 132
             elif tiles * tiling.columns <= 1024:
                 assert tiling.programs == tiles
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 7), (64, 16, 1)], ids=str)
+@pytest.mark.parametrize("adjacent", ["positions", "channels"])
+def test_a_kernel_is_the_same_for_all_batch_sizes(shape, adjacent):
+    found = set()
+    for n in (1, 2, 37, 63, 64):
+        x = torch.empty(n, *shape[1:])
+        x = x.mT.contiguous().mT if adjacent == "channels" else x
+        walk = launch.walk((x,), merge=True)
+        tiling = launch.mixture_tiling("mixture_apply_kernel", walk, shape[1], 3)
+        found.add((walk.positions, walk.strides, walk.flat, tiling.block_l, tiling.block_c, tiling.num_warps))
+    assert len(found) == 1
+
+
+def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "INSTALLED", True)
+    most = 2**31 - 2**16
+    assert launch.refusal(torch.empty(1).expand(2, 5, most // 2 - 1)) is None
+    assert launch.refusal(torch.empty(1).expand(2, 5, most // 2)) == f"counts fewer than {most} locations, got {most}"
 
 
 def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
     plain, vectors = torch.empty(3, 4, 5), torch.empty(9, 4, 1)
     last = torch.empty(3, 5, 4).mT
-    assert launch.walk((vectors,), merge=True) == launch.Walk(1, 4, 9, ((0, 1, 4),))
-    assert launch.walk((last, last), merge=True) == launch.Walk(1, 4, 15, ((0, 1, 4), (0, 1, 4)))
-    assert launch.walk((plain[:1],), merge=True) == launch.Walk(1, 4, 5, ((0, 5, 1),))
+    assert launch.walk((vectors,), merge=True) == launch.Walk(9, 4, 1, ((0, 1, 4),), flat=True)
+    assert launch.walk((last, last), merge=True) == launch.Walk(3, 4, 5, ((0, 1, 4), (0, 1, 4)), flat=True)
     for pair in ((plain, plain), (last, plain), (plain, last)):
         assert launch.walk(pair, merge=True) == launch.Walk(
             3, 4, 5, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in pair)
@@ -189,7 +211,7 @@ def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
 class OnGpu:
     """What the choice of a backend asks of a tensor."""
 
-    is_cuda, device = True, torch.device("cuda")
+    is_cuda, device, ndim = True, torch.device("cuda"), 0
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -225,6 +247,8 @@ def test_every_launch_is_one_that_triton_takes():
             assert number.bit_count() == 1
         assert 32 * entry.num_warps <= 1024
         assert entry.elements >= launch.CHANNEL_BLOCK
+    for number in (*launch.sums_tile(), launch.ALL_CHANNELS, launch.PARAMETER_CHANNELS):
+        assert number.bit_count() == 1
     assert launch.CHANNEL_BLOCK.bit_count() == 1
     assert {max(table) for table in launch.MIXTURE.values()} == {max(launch.MAX_GROUP_CHANNELS)}
 
@@ -256,7 +280,7 @@ def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
 
 
 def test_a_stored_program_finds_the_operators_by_their_names():
-    names = ["scb_forward", "scb_backward", *(f"{kind}_{way}" for kind in ("mixture", "learned")
+    names = ["scb_forward", "scb_backward", "move_averages", *(f"{kind}_{way}" for kind in ("mixture", "learned")
                                               for way in ("forward", "backward"))]  # fmt: skip
     for name in names:
         assert getattr(torch.ops.common_norms, name).default.name() == f"common_norms::{name}"

@@ -1,0 +1,134 @@
+"""Mixture layers whose kernels are interpreted, against the same layers in float64; run by test_kernels.py."""
+
+import math
+
+import pytest
+import torch
+from norm_cases import any_norm, mixture_case
+
+from common.norms.kernels import launch
+
+SHAPE = (4, 6, 5)
+OPTIONS = {
+    "default": ("ucb", {}),
+    "joint, paper's averages, one variance": ("ucb", {"groups": 1, "average": "paper", "variance": "shared"}),
+    "learned by gradients, with a floor": ("ucb", {"groups": 2, "update": "weight", "min_weight": 0.3}),
+    "learned statistics": ("ucb", {"update": "weight", "statistics": "learned", "scale": "sqrt_k"}),
+    "re-seeded": ("ucb", {"reseed": 0.2, "affine": False}),
+    "mixture normalization": ("mn", {"em_steps": 2}),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Cut tiles down, so that small inputs have many, and fill fresh memory with NaN."""
+    entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
+    monkeypatch.setattr(launch, "MIXTURE", entries)
+    monkeypatch.setattr(launch, "SUMS", launch.Launch(elements=64, num_warps=1))
+    monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
+    monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)
+    monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
+    monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pair(kind, options, dtype=torch.float32):
+    """Make a layer of kernels and one of equations in float64, with the same numbers, none of them special."""
+    kernel = any_norm(kind, SHAPE[1], 3, backend="triton", **options)
+    exact = any_norm(kind, SHAPE[1], 3, backend="reference", **options).double()
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name in ("logits", "log_var", "weight", "bias"):
+            if (tensor := getattr(kernel, name)) is not None:
+                tensor.add_(torch.randn(tensor.shape, generator=rng) / 2)
+    exact.load_state_dict(kernel.state_dict())
+    return kernel.to(dtype), exact
+
+
+def step(layer, x, g):
+    """Output and gradients of a step."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, *(p for p in layer.parameters())], g)
+
+
+def assert_near(got, want, rtol):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=0, atol=rtol * max(1.0, float(b.detach().double().abs().max()))
+        )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
+    """The second step sees what the first has stored; evaluation what both have."""
+    kernel, exact = pair(*OPTIONS[name])
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    rtol = 5e-3 if OPTIONS[name][0] == "mn" else 2e-5  # EM itself is in float32
+    for shift in (1, -1):
+        x = 2 * x + shift
+        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
+    for layer in (kernel, exact):
+        layer.eval()
+    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+
+
+def test_bfloat16_is_rounded_once():
+    kernel, exact = pair("ucb", {})
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.bfloat16)
+    got, want = step(kernel, x, g), step(exact, x.double(), g.double())
+    assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=1e-5)
+    assert_near(got[2:], want[2:], rtol=2e-5)
+
+
+def test_a_layer_may_be_stored_in_bfloat16():
+    kernel, _ = pair("ucb", {}, torch.bfloat16)
+    _, exact = pair("ucb", {})
+    exact.load_state_dict(kernel.state_dict())
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    got, want = step(kernel, x, g), step(exact, x.double(), g.double())
+    assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert_near(got[:2], want[:2], rtol=2e-5)
+    for name in ("logits", "mean", "log_var"):
+        assert_near([getattr(kernel, name)], [getattr(exact, name)], rtol=2**-7)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of numbers that are not finite
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_batch_that_is_not_finite_moves_nothing(value):
+    kernel, _ = pair("ucb", {})
+    before = {name: tensor.clone() for name, tensor in kernel.state_dict().items()}
+    x = mixture_case(SHAPE, 3, dtype=torch.float32)[0]
+    x[3, 5, 1] = value
+    kernel(x)
+    for name, tensor in kernel.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_component_that_holds_nothing_stays_to_the_bit_and_keeps_a_least_weight():
+    kernel, _ = pair("ucb", {"min_weight": 0.05})
+    kernel.mean[2], kernel.logits[2] = 1e4, -20.0
+    mean, log_var = kernel.mean[2].clone(), kernel.log_var[2].clone()
+    for seed in range(3):
+        kernel(mixture_case(SHAPE, 3, dtype=torch.float32, seed=seed)[0])
+    assert torch.equal(kernel.mean[2], mean)
+    assert torch.equal(kernel.log_var[2], log_var)
+    assert kernel.logits[2].item() == pytest.approx(math.log(0.05))
+
+
+def test_a_gradient_is_of_the_mixture_before_the_averages_moved():
+    """Another step between forward and backward changes no gradient."""
+    kernel, _ = pair("ucb", {})
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    other = any_norm("ucb", SHAPE[1], 3, backend="triton")
+    other.load_state_dict(kernel.state_dict())
+    want = step(other, x, g)
+    x.requires_grad_()
+    y = kernel(x)
+    kernel(5 - 2 * x.detach())
+    assert torch.equal(torch.autograd.grad(y, x, g)[0], want[1])
