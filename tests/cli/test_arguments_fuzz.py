@@ -66,7 +66,8 @@ def check_types(group: object) -> None:
         kinds = tuple(option for option in options if isinstance(option, type))
         if typing.get_origin(hint) is list:
             assert isinstance(value, list), (field.name, value)
-            assert all(type(item) in options for item in value), (field.name, value)
+            choices = [a for option in options for a in typing.get_args(option)]  # of list[Literal[...]]
+            assert all(item in choices if choices else type(item) in options for item in value), (field.name, value)
         elif literal or names:
             allowed = options if literal else [*names, *(kind() for kind in kinds if kind is type(None))]
             assert value in allowed or (bool in kinds and isinstance(value, bool)), (field.name, value)

@@ -42,7 +42,8 @@ def test_a_package_lists_its_commands_starts_one_and_refuses_others(tmp_path):
     started = run("-m", "cbgan", "train", "--epohcs", "3", cwd=tmp_path)
     assert (started.returncode, started.stderr) == (2, "error: --epohcs: no such option; did you mean --epochs?\n")
     unknown = run("-m", "cbgan", "trian", cwd=tmp_path)
-    line = "trian: no such command of python -m cbgan; there are evaluate, train; did you mean python -m cbgan.train?"
+    there = "compare, evaluate, sample, train"
+    line = f"trian: no such command of python -m cbgan; there are {there}; did you mean python -m cbgan.train?"
     assert (unknown.returncode, unknown.stderr) == (2, f"error: {line}\n")
 
 

@@ -12,7 +12,7 @@ import torch
 import common.norms
 
 FOLDER = Path(common.norms.__file__).parent
-COMMANDS = ("tools", "aot.py", "bench.py", "doctor.py")
+COMMANDS = ("tools", *(f"{name}.py" for name in ("aot", "bench", "costs", "counts", "doctor", "overhead", "roofline")))
 """What belongs to this project's command line and stays behind."""
 KINDS = {
     "bn": {},

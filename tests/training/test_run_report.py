@@ -84,12 +84,13 @@ def by_epoch(folder: Path, tag: str) -> dict[int, float]:
 def test_a_run_logs_what_the_page_says_of_every_run(told):
     lines = read_metrics(told.folder)
     losses = {f"{group}/{name}" for group in ("loss", "gradient") for name in ("net", "top")}
+    timed = {"schedule/lr", "time/images_per_second", "time/peak_memory_mib"}
     # 900 images are 7 batches of 120 an epoch; a line every third step, and one a measurement.
     assert [line["step"] for line in lines if len(line) > 2] == [3, 6, 7, 9, 12, 14]
     for line in lines:
         if len(line) > 2:
             at_end = {"loss/test", "loss/validation"}
-            wanted = at_end if line["step"] in (7, 14) else {*losses, "schedule/lr", "time/images_per_second"}
+            wanted = at_end if line["step"] in (7, 14) else {*losses, *timed}
             assert line.keys() == {"step", "epoch"} | wanted
 
 

@@ -37,6 +37,7 @@ TOUCHES: dict[tuple[str, str], tuple[float, float]] = {
     ("mixture_coefficients_kernel", "state_ptr"): (3 / 8, 0),
     ("mixture_bwd_kernel", "state_ptr"): (5 / 8, 0),
     ("mixture_gradients_kernel", "state_ptr"): (1 / 8, 0),
+    ("mixture_logits_kernel", "state_ptr"): (0, 0),  # one channel of a plane
     ("mixture_averages_kernel", "logits_ptr"): (0, 1),
     ("mixture_averages_kernel", "mean_ptr"): (1, 1),
     ("mixture_averages_kernel", "log_var_ptr"): (1, 1),

@@ -54,7 +54,7 @@ def test_r1_differentiates_through_batch_normalization():
         nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.Flatten(), nn.Linear(8, 1)
     ).double()
     weight = network.get_parameter("0.weight")
-    images = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(3, 3, 4, 4, dtype=torch.float64, requires_grad=True)
 
     def penalty(weight: torch.Tensor) -> torch.Tensor:
         logits = torch.func.functional_call(network, {"0.weight": weight}, (images,)).squeeze(1)

@@ -67,7 +67,7 @@ def test_a_projection_discriminator_adds_the_inner_product_with_its_classs_vecto
     plain = d.linear(features.flatten(1)).squeeze(1)
     inner = [float((vectors[label] * features[i].sum((1, 2))).sum()) for i, label in enumerate(labels)]
     torch.testing.assert_close(d(x, labels), plain + torch.tensor(inner))
-    assert min(abs(value) for value in inner) > 1e-9
+    assert min(abs(value) for value in inner) > 1e-3 * max(abs(value) for value in inner) > 0
     big = Discriminator(512, 8, num_classes=200).state_dict()["embedding.weight"]  # N(0, 0.02), as other weights
     assert abs(float(big.std()) - 0.02) < 0.0003
 

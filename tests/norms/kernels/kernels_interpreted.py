@@ -270,7 +270,7 @@ def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
     for i, name in enumerate(GRADIENTS[1:]):
         given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
         (got,) = torch.autograd.grad(mixture_norm(*given, statistics=statistics, backend="triton")[0], given[i], g)
-        assert torch.equal(got, want[name]), name
+        torch.testing.assert_close(got, want[name], msg=name)  # tiles, and with them the order of sums, may differ
 
 
 @pytest.mark.parametrize("scale", ["match", "paper"])

@@ -112,7 +112,7 @@ def test_kernels_touch_their_arguments_as_often_as_they_are_said_to(subject, mem
             if sizes[argument] >= size:
                 assert 0 <= loads - reads * size <= PILOTS * size, where
             elif sizes[argument] > table and not launched.reads_activation(size):  # sums
-                assert loads == round(reads * sizes[argument]), where
+                assert 0 <= loads - round(reads * sizes[argument]) <= counts.COMPONENTS, where  # a total of each
             else:
                 assert reads or not loads, where
 
