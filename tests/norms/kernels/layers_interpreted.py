@@ -65,17 +65,20 @@ def assert_near(got, want, rtol):
 def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
     """The second step sees what the first has stored; evaluation what both have.
 
-    EM leaves a component one location alone: its variance is 0, and rounding is magnified by 1 / sqrt(eps).
+    EM leaves a component one location alone, with the least variance that it allows, 6e-3: the slope of posteriors is
+    1 / variance, so that what they are off by, 3e-7, is magnified 160 times; and the spread of that location, 0, by
+    1 / sqrt(eps), hence the eps.
     """
+    rtol = 1e-4 if OPTIONS[name][0] == "mn" else 2e-5
     kernel, exact = pair(*OPTIONS[name])
     x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
     for shift in (1, -1):
         x = 2 * x + shift
-        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=2e-5)
-        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=2e-5)
+        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
     for layer in (kernel, exact):
         layer.eval()
-    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=2e-5)
+    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
 
 
 def test_bfloat16_is_rounded_once():

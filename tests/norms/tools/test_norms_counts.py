@@ -29,7 +29,6 @@ TRAFFIC = {
     "SCBNormBase": "at 64x256x8x8 in bfloat16 partial sums are 0.14 x",
     "MixtureNorm": "all of x is copied to draw locations",
     "UCBNorm, groups=1": JOINT,
-    "UCBNorm, update=weight": "at 64x256x8x8 partial sums of five planes are a little over 0.1 x",
     "UCBNorm, groups=1, evaluation": JOINT,
     "MixtureNorm, evaluation": JOINT,
 }
