@@ -256,10 +256,16 @@ def origin(runs: Sequence[LoggedRun]) -> str:
 
 
 def _data(run: LoggedRun) -> str | None:
-    """Return "imagefolder in photos/train and photos/test": the data set, and the folders where it was."""
-    name = run.settings.get("data.name")
-    folders = [str(f) for f in (run.settings.get("data.root"), run.settings.get("data.test_root")) if f is not None]
-    return f"{name} in {' and '.join(folders)}" if folders else name
+    """Return "imagefolder in photos/train and photos/test": the data set, and the folders where it was.
+
+    Of two domains both: "digits to digits_m".
+    """
+    found = []
+    for place in ("data", "source", "target"):
+        name, *folders = (run.settings.get(f"{place}.{key}") for key in ("name", "root", "test_root"))
+        there = " and ".join(str(folder) for folder in folders if folder is not None)
+        found += [f"{name} in {there}" if there else str(name)] if name is not None else []
+    return " to ".join(found) or None
 
 
 def _distinct(values: Iterable[Any]) -> str:

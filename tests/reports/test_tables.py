@@ -132,6 +132,14 @@ def test_the_folder_of_the_data_is_named(tmp_path, capsys):
     assert "data: imagefolder in photos/train and photos/test; " in capsys.readouterr().out
 
 
+def test_both_domains_are_named(tmp_path, capsys):
+    run = long_run(tmp_path, "a", seed=0, accuracies=[0.5], data="size: 32")
+    with Path(run, "config.yaml").open("a") as config:
+        config.write("source: {name: digits}\ntarget: {name: imagefolder, root: photos}\n")
+    common.reports.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
+    assert "data: digits to imagefolder in photos; " in capsys.readouterr().out
+
+
 def test_a_csv_holds_unrounded_means_and_deviations(tmp_path, runs, capsys):
     argv = ["--runs", *runs, "--tags", "metric/accuracy", "health/usage"]
     common.reports.tables.main([*argv, "--out", f"{tmp_path}/t.csv"])
