@@ -176,6 +176,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         line = _MISFIT if type(ex) is KeyError else _one_line(message, known)
+        if match := re.search(r"(\S+): expected .*, got NestedArg\(key='([^']*)'", line):  # of --epochs.x 3
+            name = f"--{match[1]}.{match[2]}"
+            line = f"{name}: no such option{_hint(name, known)}"
         raise UsageError(f"config: {self._file}: {line}" if self._file else line) from None
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:

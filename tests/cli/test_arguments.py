@@ -146,6 +146,8 @@ def test_a_run_given_without_an_option_is_told_the_option():
         parse(Measuring, ["runs/cbgan/first"])
     with pytest.raises(UsageError, match=r"^--bs: no such option; see --help$"):
         parse(Measuring, ["--bs", "3"])
+    with pytest.raises(UsageError, match=r"^--epochs\.x: no such option; see --help$"):
+        parse(Training, ["--epochs.x", "3"])
 
 
 BAD_FILES = {
