@@ -1,8 +1,6 @@
 """Compile the kernels for GPUs that need not be there, and hold them to budgets: ``python -m common.norms.aot``."""
 
 import itertools
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,8 +8,6 @@ from typing import NamedTuple
 import torch
 
 from common.cli.arguments import parse
-from common.errors import UsageError
-from common.norms.kernels import launch
 from common.norms.tools import bench, counts
 from common.norms.tools.machine_code import Code, compile_launch, disassembled, specialise
 from common.norms.tools.recording import Launch
@@ -166,19 +162,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 1 if a budget is missed.
     """
     cfg = parse(AotConfig, argv, prog="python -m common.norms.aot")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError("TRITON_INTERPRET: expected it unset, since interpreted kernels cannot be compiled, got 1")
-    if not launch.INSTALLED:
-        raise UsageError("triton: expected it to be installed, since it is what compiles the kernels")
+    bench.check_triton("cannot be compiled", "it is what compiles the kernels")
     chosen = [case for case in cases(cfg.quick) if cfg.kernel in case.launch.name]
     missed: list[str] = []
     spills = 0
-    print(bench.line(list(TITLES)) + "\n|" + "---|" * len(TITLES))
+    print(bench.head(TITLES))
     for arch, case in itertools.product(cfg.archs, chosen):
         finding = examine(case, arch)
         print(bench.line(finding.row), flush=True)
         missed += [f"sm_{arch} {case.launch.name}, {case}: {what}" for what in finding.missed]
         spills += any("stack" in what for what in finding.missed)
-    print(*(f"missed: {each}" for each in missed), sep="\n")
-    print(f"\n{len(cfg.archs) * len(chosen)} compiled, {spills} spill, {len(missed)} budgets missed")
-    sys.exit(bool(missed))
+    bench.end(missed, f"{len(cfg.archs) * len(chosen)} compiled, {spills} spill, {len(missed)} budgets missed")

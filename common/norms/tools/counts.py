@@ -1,7 +1,6 @@
 """Count what a step of each layer launches and moves on a GPU, without one: ``python -m common.norms.counts``."""
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("triton: expected it to be installed, since its kernels are what is counted")
     wrong: list[str] = []
     titles = ["layer", "shape", "type", "forward (Triton's)", "moved", "backward (Triton's)", "moved", "kept"]
-    print(bench.line(titles) + "\n|" + "---|" * len(titles))
+    print(bench.head(titles))
     for shape in SHAPES:
         for name, dtype in DTYPES.items():
             for subject in SUBJECTS:
@@ -287,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         print("  " + " ".join(each.name for each in done.launches))
     if cfg.grids:
         titles = ["shape", "layout", "kernel", "posterior", "programs", f"of {MULTIPROCESSORS} busy", "least in"]
-        print("\n" + bench.line(titles) + "\n|" + "---|" * len(titles))
+        print("\n" + bench.head(titles))
         for shape, layout in itertools.product(bench.GPU_SHAPES, bench.LAYOUTS):
             for grid in grids(shape, layout):
                 posterior = "joint" if grid.joint else "-"
@@ -295,6 +294,4 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(bench.line([*cells, grid.where]), flush=True)
                 if what := grid.missed():
                     wrong.append(f"{grid.kernel} {_times(shape)} {layout}, {grid.where}: {what}")
-    print(*(f"missed: {each}" for each in wrong), sep="\n")
-    print(f"\n{len(wrong)} goals missed")
-    sys.exit(bool(wrong))
+    bench.end(wrong, f"{len(wrong)} goals missed")

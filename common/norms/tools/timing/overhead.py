@@ -2,11 +2,9 @@
 
 import contextlib
 import ctypes
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,6 @@ from torch import nn
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.machine.device import set_threads
-from common.norms.kernels import launch
 from common.norms.tools import bench, counts
 from common.norms.tools.recording import on_any_device, replaced_kernels
 
@@ -127,16 +124,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 1 if a goal is missed.
     """
     cfg = parse(OverheadConfig, argv, prog="python -m common.norms.overhead")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError("TRITON_INTERPRET: expected it unset, since interpreted kernels are not launched, got 1")
-    if not launch.INSTALLED:
-        raise UsageError("triton: expected it to be installed, since its kernels are what is launched")
+    bench.check_triton("are not launched", "its kernels are what is launched")
     if cfg.driver and shutil.which("cc") is None:
         raise UsageError("driver: True needs a C compiler, cc, and there is none")
     set_threads(1)
     wrong: list[str] = []
     titles = ["layer", "the device", "host, us", "in BatchNorm2d's", "goal"]
-    print(bench.line(titles) + "\n|" + "---|" * len(titles))
+    print(bench.head(titles))
     ways: dict[str, Any] = {STUBBED: lambda: replaced_kernels(lambda *_: None)}
     if cfg.driver:
         ways[LAUNCHED] = nothing_launched
@@ -157,6 +151,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(bench.line(cells), flush=True)
             if goal is not None and ratio > goal:
                 wrong.append(f"{name}, {way}: {ratio:.1f} times BatchNorm2d's time, goal {goal}")
-    print(*(f"missed: {each}" for each in wrong), sep="\n")
-    print(f"\n{len(wrong)} goals missed")
-    sys.exit(bool(wrong))
+    bench.end(wrong, f"{len(wrong)} goals missed")

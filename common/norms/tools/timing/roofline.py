@@ -1,7 +1,5 @@
 """Bound the time of a layer's step on GPUs from below, beside BatchNorm's, by what it counts; nothing is measured."""
 
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,8 +7,6 @@ from typing import NamedTuple
 import torch
 
 from common.cli.arguments import parse
-from common.errors import UsageError
-from common.norms.kernels import launch
 from common.norms.tools import bench, counts
 from common.norms.tools.machine_code import Code, compile_launch, disassembled, specialise
 from common.norms.tools.recording import TIMES, Launch
@@ -170,15 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 1 if an aim is missed.
     """
     cfg = parse(RooflineConfig, argv, prog="python -m common.norms.roofline")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError("TRITON_INTERPRET: expected it unset, since interpreted kernels cannot be compiled, got 1")
-    if not launch.INSTALLED:
-        raise UsageError("triton: expected it to be installed, since it is what compiles the kernels")
+    bench.check_triton("cannot be compiled", "it is what compiles the kernels")
     base: dict[str, Row] = {}
     found: list[Row] = []
     wrong: list[str] = []
     titles = ["step", "shape", "type", "GPU", "launches", "least time, us", "in BatchNorm2d's", "most of it"]
-    print(bench.line(titles) + "\n|" + "---|" * len(titles))
+    print(bench.head(titles))
     for row in rows(cfg.devices, Compiler()):
         if row.layer == "BatchNorm2d":
             base[row.device] = row
@@ -190,13 +183,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong += filter(None, [missed(row, base[row.device])])
     if cfg.kernels:
         titles = ["kernel", "layer", "shape", "type", "GPU", "issue, us", "MUFU, us", "memory, us", "bound by"]
-        print("\n" + bench.line(titles) + "\n|" + "---|" * len(titles))
+        print("\n" + bench.head(titles))
         for row in found:
             for name, each in row.launches:
                 if each.issue:
                     times = [f"{part * 1e6:.0f}" for part in each[:3]]
                     place = [row.layer, "x".join(map(str, row.shape)), row.dtype, row.device]
                     print(bench.line([name, *place, *times, each.by]))
-    print(*(f"missed: {each}" for each in wrong), sep="\n")
-    print(f"\n{len(wrong)} aims missed")
-    sys.exit(bool(wrong))
+    bench.end(wrong, f"{len(wrong)} aims missed")
