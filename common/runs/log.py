@@ -30,18 +30,23 @@ GROUPS = {
 }
 """TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the names as they are. A part of a
 group, or one tag, may have a place of its own."""
-_BY_CLUSTER = re.compile(r"metric/\w+_as_\w+")
-_OF_SAMPLES = re.compile(
-    r"metric/((copies|train_gap|precision|recall|kid|inception_score)_\w+|diversity|fid_\w+_(centre|low|high|infinity|raw))"
-)
+_ASIDE = {
+    # what the same images are taken for in another way
+    "8_by_cluster": re.compile(r"metric/\w+_as_\w+"),
+    # a distance and its floor come first, what explains them below
+    "4_quality": re.compile(
+        r"metric/((copies|train_gap|precision|recall|kid|inception_score)_\w+|diversity"
+        r"|fid_\w+_(centre|low|high|infinity|raw))"
+    ),
+}
+"""Results that are not for the first page, by the group they have instead."""
 
 
 def chart_name(tag: str) -> str:
     """Return what TensorBoard calls a tag: ``metric/accuracy`` is ``1_result/accuracy``."""
-    if _BY_CLUSTER.fullmatch(tag):  # what the same images are taken for in another way: not on the first page
-        return f"8_by_cluster/{tag.removeprefix('metric/')}"
-    if _OF_SAMPLES.fullmatch(tag):  # a distance and its floor come first, what explains them below
-        return f"4_quality/{tag.removeprefix('metric/')}"
+    for aside, results in _ASIDE.items():
+        if results.fullmatch(tag):
+            return f"{aside}/{tag.removeprefix('metric/')}"
     group, _, rest = tag.partition("/")
     inner = f"{group}/{rest.partition('/')[0]}"
     known = inner if inner in GROUPS else group
