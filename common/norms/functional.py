@@ -17,7 +17,7 @@ from .checks import (
     check_mean,
     check_parameter,
 )
-from .kernels import launch, operators
+from .kernels import cluster_operators, launch, operators
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
 
@@ -108,7 +108,7 @@ def cluster_norm(
     any_unknown = False
     if cluster is not None:
         check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
-        if not allow_unknown:
+        if not allow_unknown and backend != "triton":
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
         unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
@@ -116,12 +116,13 @@ def cluster_norm(
         raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")
     if x.numel() == 0:
         return _empty(x, mean, var)
-    options = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
+    options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return reference.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
         if backend == "triton":
-            return operators.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+            options |= {"any_unknown": any_unknown, "allow_unknown": allow_unknown}
+            return cluster_operators.cluster_norm(x, cluster, mean, var, **options)
         return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, backend=backend, **options)
 
 

@@ -11,6 +11,7 @@ from . import checks, functional
 from .backends import reference
 from .backends.reference import UnknownPosterior, UnknownScale
 from .estimation import em, operators
+from .kernels import cluster_operators as kernels
 from .layer import DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
@@ -69,6 +70,10 @@ class _SupervisedNorm(NormLayer):
         """Return the mean and the log-variance of every cluster, each (K, C)."""
         raise NotImplementedError
 
+    def _tables(self) -> kernels.Tables:
+        """Return what kernels make rows of."""
+        return kernels.Tables(*self.rows())
+
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Replace rows (mean, log_var) by change(mean, log_var), in place."""
         raise NotImplementedError
@@ -116,6 +121,12 @@ class _SupervisedNorm(NormLayer):
         )
         self.initialized |= fresh
 
+    def _fused(self, x: Tensor) -> bool:
+        r"""Say whether kernels compute x (N, C, \*), whose ids are given, from what is stored."""
+        if not x.numel() or not (self.training or kernels.takes_unknown(self.num_features, self.unknown_posterior)):
+            return False
+        return functional.choose_backend(self.backend, x) == "triton"
+
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
@@ -126,6 +137,11 @@ class _SupervisedNorm(NormLayer):
         if self.training and cluster is not None and x.numel() and self._may_seed():
             checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
+        if cluster is not None and self._fused(x):
+            checks.check_cluster(cluster, x, self.num_clusters, lowest=0 if self.training else -1)
+            options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
+            y = kernels.stored_cluster_norm(x, cluster, self._tables(), self.weight, self.bias, **options)
+            return y.movedim(1, self.channel_dim)
         mean, log_var = self.rows()
         y = functional.cluster_norm(
             x,
@@ -249,6 +265,9 @@ class SCBNormBase(_SupervisedNorm):
         """Return the layers' outputs for every cluster."""
         mean, log_var = ((layer.weight + layer.bias[:, None]).T for layer in (self.mean, self.log_var))
         return mean, log_var
+
+    def _tables(self) -> kernels.Tables:
+        return kernels.Tables(self.mean.weight.T, self.log_var.weight.T, self.mean.bias, self.log_var.bias)
 
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         for layer, row in zip((self.mean, self.log_var), change(*self.rows()), strict=True):

@@ -1,9 +1,11 @@
-"""Where the Triton backend can run, and every size its kernels are launched with."""
+"""Where the Triton backend can run, how a kernel is launched, and every size it is launched with."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,14 @@ class Launch:
 
 SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
+UNKNOWN = 2048
+"""Elements in a tile of all channels of a sample whose cluster is unknown."""
+UNKNOWN_WARPS = 8
+"""Of kernels that take such samples too: with fewer, registers do not suffice."""
+MAX_UNKNOWN_CHANNELS = 2048
+"""Channels of such a sample: a tile holds them all, and must not spill."""
+SECTOR = 32
+"""Bytes that memory is read in at least."""
 SUMS = Launch(2048, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
@@ -68,6 +78,21 @@ def refusal(x: Tensor) -> str | None:
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
     return None
+
+
+def refuse(ctx: Any, *grads: Tensor) -> None:
+    """Refuse a second derivative."""
+    raise RuntimeError('backend: the kernels have no second derivative; build the layer with backend="reference"')
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its first tensor, whichever is current."""
+    device = arguments[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
 
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:
@@ -130,21 +155,86 @@ def divide(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def scb_grid(walk: Walk, block_l: int, block_c: int) -> tuple[int, int, int]:
-    """Return programs over (samples, blocks of channels, shares of the positions)."""
-    planes = walk.samples * divide(walk.channels, block_c)
-    shares = min(divide(walk.positions, block_l), max(1, PROGRAMS // planes))
-    return walk.samples, divide(walk.channels, block_c), shares
+@dataclass(frozen=True)
+class ClusterTiling:
+    """How the programs of a kernel whose samples have clusters share an activation."""
+
+    walk: Walk
+    block_s: int
+    """Samples."""
+    block_l: int
+    block_c: int
+    shares: int
+    """Programs of a block of samples and one of channels."""
+    by_sample: bool
+    """Whether sums are left of each sample, or of each cluster in a block of samples."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Return programs over (blocks of samples, blocks of channels, shares of the positions)."""
+        return divide(self.walk.samples, self.block_s), divide(self.walk.channels, self.block_c), self.shares
+
+    @property
+    def rows(self) -> int:
+        """Of sums, were there a single cluster if they are left of each."""
+        return self.shares * (self.walk.samples if self.by_sample else self.grid[0])
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Return the sizes of a tile."""
+        return {"BLOCK_S": self.block_s, "BLOCK_L": self.block_l, "BLOCK_C": self.block_c}
 
 
-def rows_tile(rows: int, channels: int) -> tuple[int, int]:
-    """Return BLOCK_N, BLOCK_C of the kernels that add up rows of sums (rows, C)."""
-    block_c = min(power_of_two(channels), CHANNEL_BLOCK)
-    return min(power_of_two(rows), SUMS.elements // block_c), block_c
+def cluster_tiling(entry: Launch, walk: Walk, num_clusters: int, itemsize: int, *, sums: bool) -> ClusterTiling:
+    """Return the tiles of a kernel, and few enough programs that the sums which a pass leaves stay small.
+
+    Where maps are so small that a row of sums a sample is too much, a tile takes several samples, and leaves a row a
+    cluster.
+
+    Args:
+        entry: of the kernel.
+        walk: over activations.
+        num_clusters: K.
+        itemsize: bytes of an activation's element.
+        sums: whether each program leaves two rows in float32.
+    """
+    block_l, block_c = tile(entry, walk)
+    block_s, by_sample, most = entry.elements // (block_l * block_c), True, PROGRAMS
+    if sums:
+        rows = SUMS_SHARE * itemsize * walk.positions / (2 * 4 * 2)  # that a sample may leave, and are read again
+        most = max(1, int(rows))
+        if rows < 1:
+            beside = block_c if walk.channels_adjacent else block_l
+            wanted = min(power_of_two(math.ceil(num_clusters / rows)), entry.elements // beside)
+            if wanted > num_clusters:
+                block_s, by_sample = max(wanted, block_s), False
+                block_l, block_c = _beside(entry, walk, block_s, block_l, block_c)
+                most = max(1, int(block_s * rows / num_clusters))
+    least = max(SUMS_CHANNELS, SECTOR // itemsize)
+    while True:
+        blocks = divide(walk.samples, block_s) * divide(walk.channels, block_c)
+        shares = max(1, min(divide(walk.positions, block_l), PROGRAMS // blocks, most))
+        if blocks * shares >= LEAST_PROGRAMS or not walk.channels_adjacent or block_c <= least:
+            return ClusterTiling(walk, block_s, block_l, block_c, shares, by_sample)
+        block_c //= 2  # narrower columns are more of them, which leave no more sums
+        block_l = min(power_of_two(walk.positions), entry.elements // (block_s * block_c))
+
+
+def _beside(entry: Launch, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
+    """Return BLOCK_L, BLOCK_C beside so many samples: what does not lie side by side gives way."""
+    if walk.channels_adjacent:
+        return min(block_l, entry.elements // (block_s * block_c)), block_c
+    return block_l, min(block_c, entry.elements // (block_s * block_l))
+
+
+def unknown_tile(walk: Walk) -> tuple[int, int]:
+    """Return UNKNOWN_L, UNKNOWN_C."""
+    channels = power_of_two(walk.channels)
+    return max(1, min(power_of_two(walk.positions), UNKNOWN // channels)), channels
 
 
 def sums_tile() -> tuple[int, int]:
-    """Return BLOCK_P, BLOCK_C of the kernels that add up what a mixture's programs left: the same for all sizes."""
+    """Return BLOCK_P, BLOCK_C of the kernels that add up what programs left: the same for all sizes."""
     return SUMS.elements // SUMS_CHANNELS, SUMS_CHANNELS
 
 

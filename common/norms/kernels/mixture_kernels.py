@@ -19,9 +19,7 @@ the batch are one step apart.
 import triton
 import triton.language as tl
 
-from .cluster_kernels import TINY, inverse_root, offsets, table_row
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .cluster_kernels import LOG2_E, TINY, inverse_root, offsets, table_row
 
 # Planes of a state (PLANES, K, C): the mixture as the loops use it, and the batch's moments.
 MEAN = tl.constexpr(0)

@@ -1,4 +1,4 @@
-"""The ``triton`` backend: custom operators over the kernels, with fakes and gradients.
+"""The ``triton`` backend of mixtures: custom operators over the kernels, with fakes and gradients.
 
 To torch.compile, torch.export and autocast each operator is one opaque step; its gradients are a second
 operator, which refuses to be differentiated. Triton is imported when a kernel first runs.
@@ -12,20 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import closed_form, reference
+from ..backends import reference
 from ..backends.namespace import NAMESPACE
-from ..backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from ..backends.reference import Moments, Scale, Statistics
 from . import launch
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError('backend: the kernels have no second derivative; build the layer with backend="reference"')
-
-
-def _kernels() -> Any:
-    from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
-
-    return cluster_kernels
 
 
 def _mixture_kernels() -> Any:
@@ -38,81 +28,6 @@ def _parameter_kernels() -> Any:
     from . import parameter_kernels  # noqa: PLC0415
 
     return parameter_kernels
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of its first tensor, whichever is current."""
-    device = arguments[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **constants)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
-
-
-@custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
-def scb_forward(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Eq. 10 for x (N, C, L), cluster (N,), mean and var (K, C) in float32."""
-    y = torch.empty_like(x)
-    walk = launch.walk((x, y), merge=False)
-    block_l, block_c = launch.tile(launch.SCB_FORWARD, walk)
-    grid = launch.scb_grid(walk, block_l, block_c)
-    _launch(
-        _kernels().scb_fwd_kernel, grid, x, cluster, mean, var, y,
-        len(mean), walk.channels, walk.positions, *walk.strides[0], *walk.strides[1], eps,
-        BLOCK_L=block_l, BLOCK_C=block_c, num_warps=launch.SCB_FORWARD.num_warps,
-    )  # fmt: skip
-    return y
-
-
-@scb_forward.register_fake
-def _(x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@custom_op(f"{NAMESPACE}::scb_backward", mutates_args=())
-def scb_backward(
-    x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, mean and var."""
-    dx, dmean, dvar = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
-    walk = launch.walk((x, g, dx), merge=False)
-    block_l, block_c = launch.tile(launch.SCB_BACKWARD, walk)
-    grid = launch.scb_grid(walk, block_l, block_c)
-    sums = x.new_empty(2, grid[2], walk.samples, walk.channels, dtype=torch.float32)
-    kernels = _kernels()
-    _launch(
-        kernels.scb_bwd_kernel, grid, x, g, cluster, mean, var, dx, sums,
-        walk.samples, len(mean), walk.channels, walk.positions, *(s for strides in walk.strides for s in strides), eps,
-        BLOCK_L=block_l, BLOCK_C=block_c, num_warps=launch.SCB_BACKWARD.num_warps,
-    )  # fmt: skip
-    block_n, block_c = launch.rows_tile(grid[2] * walk.samples, walk.channels)
-    _launch(
-        kernels.scb_rows_kernel, (len(mean), launch.divide(walk.channels, block_c)),
-        sums, cluster, var, dmean, dvar, walk.samples, walk.channels, grid[2], eps,
-        BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
-    )  # fmt: skip
-    return dx, dmean, dvar
-
-
-@scb_backward.register_fake
-def _(x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
-
-
-def _scb_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _scb_gradients(ctx: Any, g: Tensor) -> tuple:
-    x, *rest = ctx.saved_tensors
-    dx, dmean, dvar = scb_backward(x, g, *rest, ctx.eps)
-    return dx, None, dmean, dvar, None
-
-
-scb_forward.register_autograd(_scb_gradients, setup_context=_scb_setup)
-scb_backward.register_autograd(_refuse)
 
 
 def _walk(
@@ -135,7 +50,7 @@ def _run(
 ) -> None:
     """Launch a mixture kernel on pointers, in its order."""
     walk = tiling.walk
-    _launch(
+    launch.start(
         _mixture_kernels().__dict__[kernel],
         (tiling.programs, tiling.columns),
         *pointers, walk.samples, walk.channels, walk.channels // groups, walk.positions,
@@ -152,7 +67,7 @@ def _gather(
     """Launch a kernel that adds up sums (planes, programs, K, C); ahead is of its grid, before blocks of channels."""
     _, programs, num_components, channels = sums.shape
     block_p, block_c = launch.sums_tile()
-    _launch(
+    launch.start(
         _parameter_kernels().__dict__[kernel],
         (*ahead, launch.divide(channels, block_c)),
         sums, *pointers, programs, channels, *numbers,
@@ -219,7 +134,7 @@ def move_averages(
     Before is a copy of the logits; without it the state is one under the stored mixture.
     """
     num, channels = mean.shape
-    _launch(
+    launch.start(
         _parameter_kernels().mixture_averages_kernel,
         (launch.divide(channels, launch.PARAMETER_CHANNELS),),
         state, before, logits, mean, log_var, channels, momentum, min_weight,
@@ -297,7 +212,7 @@ def _parameter_gradients(
     if not parameters:
         return sums.new_empty(0), sums.new_empty(0)
     log = sums.new_empty(num)
-    _launch(
+    launch.start(
         _parameter_kernels().mixture_logits_kernel, (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
         K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
@@ -392,36 +307,7 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
 
 for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
     _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
-    _backward.register_autograd(_refuse)
-
-
-def cluster_norm(
-    x: Tensor,
-    cluster: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    eps: float,
-    unknown_scale: UnknownScale,
-    unknown_posterior: UnknownPosterior,
-    any_unknown: bool,
-) -> Tensor:
-    """As ``closed_form.cluster_norm``; what the kernels cannot take of an unknown cluster goes there."""
-    flat, mean, var = reference.flatten(x), mean.float().contiguous(), var.float().contiguous()
-
-    def mixture(x: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, Moments | None]:
-        refused = launch.mixture_refusal(len(mean), x.shape[1])
-        return (closed_form.mixture_norm if refused else mixture_norm)(x, *tables, eps=eps, **options)
-
-    def unknown() -> Tensor:
-        return closed_form.unknown_cluster(mixture, flat, mean, var, unknown_scale, unknown_posterior)
-
-    if cluster is None:
-        return unknown().reshape(x.shape)
-    y: Tensor = scb_forward(flat, cluster.contiguous(), mean, var, eps)
-    if any_unknown:
-        y = torch.where((cluster == -1)[:, None, None], unknown(), y)
-    return y.reshape(x.shape)
+    _backward.register_autograd(launch.refuse)
 
 
 def mixture_norm(

@@ -12,11 +12,10 @@
 import triton
 import triton.language as tl
 
-from .cluster_kernels import TINY, inverse_root
+from .cluster_kernels import LOG2_E, TINY, inverse_root
 from .mixture_kernels import (
     BATCH_MEAN,
     BATCH_VAR,
-    LOG2_E,
     LOG_WEIGHT,
     MASS,
     OUTPUT,

@@ -31,11 +31,13 @@ BUDGETS = {
     "mixture_apply_kernel": {"NCHW": 42, "NHWC": 48},
     "mixture_sums_kernel": {"NCHW": 45, "NHWC": 52},
     "mixture_bwd_kernel": {"NCHW": 72, "NHWC": 80},
+    "scb_fwd_kernel": {"NCHW": 5, "NHWC": 8},
+    "scb_bwd_kernel": {"NCHW": 12, "NHWC": 14},
 }
 """Instructions an element of the default layer."""
 JOINT = 1.3
 """Of these, where all channels share a posterior."""
-BUDGETED = {"UCBNorm": 1.0, "UCBNorm, groups=1": JOINT}
+BUDGETED = {"UCBNorm": 1.0, "UCBNorm, groups=1": JOINT, "SCBNorm": 1.0}
 """The layers that have budgets."""
 WIDE = 0.99
 """The least share of an activation that arrives by loads of 128 bits, where its layout allows them."""

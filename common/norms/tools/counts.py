@@ -96,8 +96,8 @@ SUBJECTS = (
     Subject(
         "SCBNorm, evaluation, ids",
         _layer(SCBNorm),
-        Goal(2, GIVEN[0]),
-        Goal(None, GIVEN[1]),
+        Goal(1, GIVEN[0]),
+        Goal(2, GIVEN[1]),
         training=False,
         cluster="ids",
     ),

@@ -5,7 +5,7 @@ import torch
 from norm_cases import any_norm, mixture_case
 
 from common.norms import cluster_norm, make_norm, mixture_norm
-from common.norms.kernels import operators
+from common.norms.kernels import cluster_operators, operators
 
 
 def scb_arguments(requires_grad=True):
@@ -15,12 +15,20 @@ def scb_arguments(requires_grad=True):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-def test_scb_operators_are_sound():
+@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_scb_operators_are_sound(unknown, linear):
     """Opcheck compares schema, fakes, gradients and tracing with what the operator does."""
     x, cluster, mean, var, g = scb_arguments()
-    torch.library.opcheck(operators.scb_forward, (x, cluster, mean, var, 1e-5))
-    x, cluster, mean, var, g = scb_arguments(requires_grad=False)
-    torch.library.opcheck(operators.scb_backward, (x, g, cluster, mean, var, 1e-5))
+    if unknown:
+        cluster[1] = -1
+    rows, last = [None] * 4, (1e-5, 1.0, -1, True, unknown)
+    if linear:  # tables are transposed, and everything that may be there is
+        mean, var = (t.detach().t().contiguous().t().requires_grad_() for t in (mean, var))
+        rows = [torch.tensor([0.5, 1.0, 1.5], requires_grad=True) for _ in range(4)]
+    torch.library.opcheck(cluster_operators.scb_forward, (x, cluster, mean, var, *rows, *last))
+    x, mean, var, *rows = (t if t is None else t.detach() for t in (x, mean, var, *rows[:3]))
+    torch.library.opcheck(cluster_operators.scb_backward, (x, g, cluster, mean, var, *rows, *last))
 
 
 def mixture_arguments(requires_grad=True):
@@ -98,7 +106,7 @@ def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one():
 def test_layers_export_in_evaluation_mode(kind):
     layer = make_norm(kind, 3, 2, backend="triton").eval()
     x = mixture_case((4, 3, 5), 2, dtype=torch.float32)[0]
-    cluster = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    cluster = (torch.tensor([0, 1, -1, 0]),) if kind == "scb" else ()
     exported = torch.export.export(layer, (x, *cluster))
     assert "common_norms." in exported.graph_module.print_readable(print_output=False)
     torch.testing.assert_close(exported.module()(x, *cluster), layer(x, *cluster))

@@ -11,7 +11,7 @@ import triton.language as tl
 from norm_cases import GRADIENTS, assert_within_budget, mixture_case
 
 from common.norms import cluster_norm, mixture_norm
-from common.norms.kernels import cluster_kernels, launch, mixture_kernels, operators, parameter_kernels
+from common.norms.kernels import cluster_kernels, cluster_operators, launch, mixture_kernels, parameter_kernels
 from common.norms.tools.agreement import budget, error
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +42,7 @@ def tiles(request, monkeypatch):
         mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
         monkeypatch.setattr(launch, "MIXTURE", mixture)
         monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
+        monkeypatch.setattr(launch, "UNKNOWN", 16)
         monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
         monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)  # several tiles a program
         monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
@@ -132,20 +133,31 @@ def test_scb_sums_over_an_expanded_gradient():
     torch.testing.assert_close(mean.grad, want)
 
 
-def test_scb_takes_the_row_of_an_id_the_first_for_an_unknown_one_and_nan_for_any_other():
-    """Sent past the check of ids, as on a GPU; a wrong id spoils its own sample alone."""
-    x, _, mean, var, g = case((7, 19, 5), 3, torch.float32)
-    cluster, right = torch.tensor([0, 3, 2, -2, -1, 1 << 40, 1]), [0, 2, 4, 6]
-    y = operators.scb_forward(x, cluster, mean, var, 1e-5)
-    dx, *rows = operators.scb_backward(x, g, cluster, mean, var, 1e-5)
+def scb(x, g, cluster, mean, var, *, eps=1e-5, lowest=-1, unknown=False, weight=None, kappa=1.0):
+    """Output and gradients of the operators, past the check of ids, as on a GPU."""
+    tables, options = (cluster, mean, var, None, None, weight), (eps, kappa, lowest, False, unknown)
+    y = cluster_operators.scb_forward(x, *tables, weight, *options)
+    return y, *cluster_operators.scb_backward(x, g, *tables, *options)
+
+
+@pytest.mark.parametrize("length", [5, 1])  # sums by sample, and by cluster
+@pytest.mark.parametrize("lowest", [-1, 0])
+def test_scb_takes_the_row_of_an_id_the_first_for_an_unknown_one_and_nan_for_any_other(lowest, length):
+    """A wrong id spoils its own sample alone, and -1 is one of them where nothing may be unknown."""
+    x, _, mean, var, g = case((7, 19, length), 3, torch.float32)
+    weight = torch.linspace(0.5, 1.5, 19)
+    cluster, right = torch.tensor([0, 3, 2, -2, -1, 1 << 40, 1]), [0, 2, 4, 6] if lowest else [0, 2, 6]
+    y, dx, *rows = scb(x, g, cluster, mean, var, lowest=lowest, weight=weight)
+    wrong = sorted(set(range(7)) - set(right))
     known = cluster[right].clamp(min=0)
-    torch.testing.assert_close(y[right], (x[right] - mean[known, :, None]) / (var[known, :, None] + 1e-5).sqrt())
-    torch.testing.assert_close(dx[right], g[right] / (var[known, :, None] + 1e-5).sqrt())
+    scale = (weight / (var + 1e-5).sqrt())[known, :, None]
+    torch.testing.assert_close(y[right], (x[right] - mean[known, :, None]) * scale + weight[:, None])
+    torch.testing.assert_close(dx[right], g[right] * scale)
     for each in (y, dx):
-        assert each[[1, 3, 5]].isnan().all()
+        assert each[wrong].isnan().all()
     kept = [0, 2, 6]  # what is unknown belongs to no row
-    _, *want = operators.scb_backward(x[kept], g[kept], cluster[kept], mean, var, 1e-5)
-    torch.testing.assert_close(rows, want)
+    want = scb(x[kept], g[kept], cluster[kept], mean, var, weight=weight)[2:]
+    torch.testing.assert_close(rows, list(want))
 
 
 def mixture_gradients(values, dtype, backend, affine=True, **options):
@@ -278,11 +290,41 @@ def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
 @pytest.mark.parametrize("ids", [None, [0, -1, 2, -1]], ids=str)
 def test_unknown_clusters_err_at_most_twice_as_much_as_eager(ids, over, scale):
     values = case((4, 6, 5), 3, torch.float32)
+    assert_unknown_within_budget(values, ids, unknown_scale=scale, unknown_posterior=over)
+
+
+def assert_unknown_within_budget(values, ids, **options):
     cluster = None if ids is None else torch.tensor(ids)
-    options = {"unknown_scale": scale, "unknown_posterior": over}
     exact = cluster_gradients(values, cluster, torch.float64, "reference", **options)
     eager, kernel = (cluster_gradients(values, cluster, None, backend, **options) for backend in ("eager", "triton"))
     assert_within_budget(exact, kernel, eager)
+    return kernel
+
+
+@pytest.mark.parametrize(("shape", "memory"), laid_out((9, 4), (3, 9, 5)), ids=str)
+@pytest.mark.parametrize("num", [1, 9])
+def test_unknown_samples_stand_beside_others(shape, memory, num):
+    """In every layout, in blocks of samples, with more clusters than other kernels take."""
+    ids = [-1 if i in (1, 2, 8) else i % num for i in range(shape[0])]
+    first, second = (assert_unknown_within_budget(case(shape, num, torch.float32, memory), ids) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_unknown_samples_take_half_precision(dtype):
+    assert_unknown_within_budget(case((4, 6, 5), 3, dtype), [0, -1, 2, -1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
+def test_an_unknown_sample_has_the_cluster_that_alone_explains_it():
+    """Densities that underflow stay apart, however far."""
+    _, _, mean, var, g = case((2, 6, 5), 3, torch.float32)
+    mean[0], mean[1] = 1e12, 1e4
+    x = mean[None, 1, :, None].expand(2, 6, 5) + g
+    want, got = (scb(x, g, torch.full((2,), k), mean, var, unknown=True) for k in (1, -1))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("over", ["location", "sample"])
@@ -290,6 +332,12 @@ def test_unknown_clusters_are_eagers_where_the_kernels_take_no_such_mixture(over
     x, _, mean, var, _ = case((4, 6, 5), 9, torch.float32)
     want, got = (cluster_norm(x, None, mean, var, unknown_posterior=over, backend=b) for b in ("eager", "triton"))
     assert torch.equal(got, want)
+
+
+def test_unknown_samples_of_more_channels_than_a_tile_holds_are_eagers(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_UNKNOWN_CHANNELS", 5)
+    monkeypatch.setattr(launch, "UNKNOWN", 0)  # not asked for
+    assert_unknown_within_budget(case((4, 6, 5), 9, torch.float32), [0, -1, 2, -1])
 
 
 @triton.jit
@@ -310,25 +358,33 @@ def test_offsets_reach_beyond_two_to_the_31(strides):
     assert int(out.max()) > 2**31
 
 
-def test_a_program_of_scb_walks_over_all_its_tiles():
+@pytest.mark.parametrize("by_sample", [True, False])
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_a_program_of_scb_walks_over_all_its_tiles(programs, by_sample):
     """Thirteen positions are four tiles of one program, and two programs' two each."""
-    x, _, mean, var, g = case((2, 3, 13), 2, torch.float32)
-    cluster, eps = torch.tensor([1, 0]), 0.1
+    x, _, mean, var, g = case((3, 3, 13), 2, torch.float32)
+    cluster, eps = torch.tensor([1, 0, 1]), 0.1
     rstd = (var.double() + eps).rsqrt()[cluster, :, None]
-    for programs in (1, 2, 3):
-        y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
-        grid, sizes = (2, 1, programs), {"BLOCK_L": 4, "BLOCK_C": 4}
-        SCB.scb_fwd_kernel[grid](
-            x, cluster, mean, var, y, 2, 3, 13, *x.stride(), *y.stride(), eps, **sizes)  # fmt: skip
-        centred = x.double() - mean.double()[cluster, :, None]
-        torch.testing.assert_close(y.double(), centred * rstd, rtol=1e-5, atol=1e-6)
-        sums = torch.full((2, programs, 2, 3), math.nan)
-        SCB.scb_bwd_kernel[grid](
-            x, g, cluster, mean, var, dx, sums, 2, 2, 3, 13, *x.stride(), *g.stride(), *dx.stride(), eps, **sizes,
-        )  # fmt: skip
-        torch.testing.assert_close(dx.double(), g.double() * rstd, rtol=1e-5, atol=1e-6)
-        want = torch.stack([g.double().sum(2), (g.double() * centred).sum(2)])
-        torch.testing.assert_close(sums.double().sum(1), want, rtol=1e-5, atol=1e-5)
+    y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+    grid, sizes = (2, 1, programs), {"BLOCK_S": 2, "BLOCK_L": 4, "BLOCK_C": 4, "UNKNOWN_L": 0, "UNKNOWN_C": 0}
+    shape, last = (3, 2, 3, 13, 3, 1), (eps, 1.0, 0)
+    SCB.scb_fwd_kernel[grid](
+        x, cluster, mean, var, None, None, None, None, y, *shape, *x.stride(), *y.stride(), *last,
+        STORED=False, **sizes,
+    )  # fmt: skip
+    centred = x.double() - mean.double()[cluster, :, None]
+    torch.testing.assert_close(y.double(), centred * rstd, rtol=1e-5, atol=1e-6)
+    rows = 3 if by_sample else 4  # of samples, or of two clusters in two blocks of samples
+    sums = torch.full((2, programs, rows, 3), math.nan)
+    SCB.scb_bwd_kernel[grid](
+        x, g, cluster, mean, var, None, None, None, dx, sums, None, None,
+        *shape, *x.stride(), *g.stride(), *dx.stride(), *last, STORED=False, BY_SAMPLE=by_sample, **sizes,
+    )  # fmt: skip
+    torch.testing.assert_close(dx.double(), g.double() * rstd, rtol=1e-5, atol=1e-6)
+    want = torch.stack([g.double().sum(2), (g.double() * centred).sum(2)])
+    if not by_sample:
+        want = torch.stack([want[:, 1], want[:, 0], torch.zeros(2, 3), want[:, 2]], dim=1)
+    torch.testing.assert_close(sums.double().sum(1), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
@@ -336,7 +392,7 @@ def test_an_infinite_mean_has_the_gradients_of_its_limit():
     """What lies outside of a tile adds nothing to them: 0 times infinity would be NaN."""
     x, g = torch.zeros(1, 1, 3), torch.ones(1, 1, 3)
     mean, var = torch.tensor([[math.inf]]), torch.ones(1, 1)
-    dx, dmean, dvar = operators.scb_backward(x, g, torch.tensor([0]), mean, var, 0.0)
+    _, dx, dmean, dvar, *_ = scb(x, g, torch.tensor([0]), mean, var, eps=0.0)
     torch.testing.assert_close((dx, dmean), (g, torch.tensor([[-3.0]])))
     assert dvar.item() == math.inf  # -1/2 of the sum of g (x - mean)
 

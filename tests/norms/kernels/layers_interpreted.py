@@ -1,4 +1,4 @@
-"""Mixture layers whose kernels are interpreted, against the same layers in float64; run by test_kernels.py."""
+"""Layers whose kernels are interpreted, against the same layers in float64; run by test_kernels.py."""
 
 import math
 
@@ -24,6 +24,9 @@ def small(monkeypatch):
     """Cut tiles down, so that small inputs have many, and fill fresh memory with NaN."""
     entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
     monkeypatch.setattr(launch, "MIXTURE", entries)
+    for name in ("SCB_FORWARD", "SCB_BACKWARD"):
+        monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
+    monkeypatch.setattr(launch, "UNKNOWN", 16)
     monkeypatch.setattr(launch, "SUMS", launch.Launch(elements=64, num_warps=1))
     monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
     monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)
@@ -47,10 +50,10 @@ def pair(kind, options, dtype=torch.float32):
     return kernel.to(dtype), exact
 
 
-def step(layer, x, g):
+def step(layer, x, g, *ids):
     """Output and gradients of a step."""
     x = x.detach().requires_grad_()
-    y = layer(x)
+    y = layer(x, *ids)
     return y, *torch.autograd.grad(y, [x, *(p for p in layer.parameters())], g)
 
 
@@ -137,3 +140,89 @@ def test_a_gradient_is_of_the_mixture_before_the_averages_moved():
     y = kernel(x)
     kernel(5 - 2 * x.detach())
     assert torch.equal(torch.autograd.grad(y, x, g)[0], want[1])
+
+
+CLUSTERED = {
+    "default": ("scb", {}),
+    "affine": ("scb", {"affine": True, "unknown_scale": "paper", "eps": 0.1}),
+    "one posterior a sample": ("scb", {"affine": True, "unknown_posterior": "sample"}),
+    "standardised": ("scb", {"statistics": "batch"}),
+    "seeded": ("scb", {"init": "data"}),
+    "linear layers": ("scb_base", {}),
+    "linear layers, affine, seeded": ("scb_base", {"affine": True, "init": "data", "unknown_scale": "paper"}),
+}
+
+
+def clustered_pair(kind, options, num=3, dtype=torch.float32):
+    """As pair, of layers of clusters."""
+    kernel = any_norm(kind, SHAPE[1], num, backend="triton", **options)
+    exact = any_norm(kind, SHAPE[1], num, backend="reference", **options).double()
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in kernel.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=rng) / 2)
+    kernel = kernel.to(dtype)
+    exact.load_state_dict(kernel.state_dict())
+    return kernel, exact
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [*((name, 1) for name in CLUSTERED), ("affine", 5), ("linear layers, affine, seeded", 5)]
+)  # sums by cluster, and by sample
+def test_a_layer_of_clusters_steps_as_in_float64(name, length):
+    kernel, exact = clustered_pair(*CLUSTERED[name])
+    shape = (6, SHAPE[1], length)
+    x, *_, g = mixture_case(shape, 3, dtype=torch.float32)
+    ids = torch.arange(6) % 2  # one cluster is absent
+    assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
+    assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=2e-5)
+    for layer in (kernel, exact):
+        layer.eval()
+    for ids[[0, 4, 5]] in (2, -1):
+        assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
+    assert_near(step(kernel, x, g, None), step(exact, x.double(), g.double(), None), rtol=2e-5)
+
+
+@pytest.mark.parametrize("num", [1, 40])
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_a_layer_takes_one_cluster_and_more_than_samples(kind, num):
+    kernel, exact = clustered_pair(kind, {"affine": True}, num)
+    x, *_, g = mixture_case((3, SHAPE[1], 2), 3, dtype=torch.float32)
+    ids = torch.tensor([num - 1, 0, num // 2])
+    for _ in range(2):
+        assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
+        for layer in (kernel, exact):
+            layer.eval()
+        ids[1] = -1
+
+
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_a_layer_of_clusters_may_be_stored_in_bfloat16(kind):
+    kernel, exact = clustered_pair(kind, {"affine": True}, dtype=torch.bfloat16)
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.bfloat16)
+    ids = torch.tensor([0, 2, 1, 0])
+    got, want = step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=1e-5)
+
+
+def test_tables_may_lie_in_memory_in_any_way():
+    """One of them transposed, or neither contiguous: what a state dict of views leaves."""
+    kernel, exact = clustered_pair("scb", {})
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    ids = torch.tensor([0, 2, 1, 0])
+    want = step(exact, x.double(), g.double(), ids)
+    kernel.mean.data = kernel.mean.data.t().contiguous().t()
+    assert_near(step(kernel, x, g, ids), want, rtol=2e-5)
+    for table in (kernel.mean, kernel.log_var):
+        table.data = table.data.repeat_interleave(2, dim=1)[:, ::2]
+    assert_near(step(kernel, x, g, ids), want, rtol=2e-5)
+
+
+def test_an_empty_batch_of_clusters_has_gradients_of_zero():
+    kernel, _ = clustered_pair("scb_base", {"affine": True})
+    x = torch.empty(0, SHAPE[1], 5)
+    y, *gradients = step(kernel, x, x, torch.empty(0, dtype=torch.int64))
+    assert y.shape == x.shape
+    assert not any(each.any() for each in gradients)

@@ -11,10 +11,10 @@ import torch
 from norm_cases import mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
-from common.norms.kernels import launch, operators
+from common.norms.kernels import cluster_operators, launch, operators
 
 FOLDER = Path(__file__).parent
-PARTS = {"kernels_interpreted": 4}
+PARTS = {"kernels_interpreted": 4, "layers_interpreted": 2}
 """Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
@@ -70,6 +70,8 @@ def open_goal(reason: str, *values: object) -> object:
         ("UCBNorm, groups=1", "mixture_moments_kernel"),
         ("UCBNorm, groups=1", "mixture_apply_kernel"),
         ("UCBNorm, groups=1", "mixture_sums_kernel"),
+        ("SCBNorm", "scb_fwd_kernel"),
+        ("SCBNorm", "scb_bwd_kernel"),
         open_goal("151", "UCBNorm, groups=1", "mixture_bwd_kernel"),
     ],
 )
@@ -259,29 +261,54 @@ def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
     n, channels, positions = shape
     x = torch.empty(shape, device="meta")
     walk = launch.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
-    block_l, block_c = launch.tile(launch.SCB_FORWARD, walk)
-    assert block_l.bit_count() == block_c.bit_count() == 1
-    assert block_l * block_c <= launch.SCB_FORWARD.elements
-    assert block_l < 2 * positions
-    assert block_c < 2 * channels
-    samples, columns, shares = launch.scb_grid(walk, block_l, block_c)
-    assert samples == n
-    assert (columns - 1) * block_c < channels <= columns * block_c
-    tiles = -(-positions // block_l)
-    assert 1 <= shares <= tiles
-    assert shares == tiles or samples * columns * (shares + 1) > launch.PROGRAMS
-    for rows in (1, 5, 10_000):
-        block_n, block_c = launch.rows_tile(rows, channels)
-        assert block_n.bit_count() == block_c.bit_count() == 1
-        assert block_n < 2 * rows
-        assert block_c < 2 * channels
-        assert block_n * block_c <= launch.SUMS.elements
-        assert block_c <= launch.CHANNEL_BLOCK
+    entry = launch.SCB_BACKWARD
+    for num, itemsize, sums in itertools.product((1, 3, 40), (2, 4), (False, True)):
+        tiling = launch.cluster_tiling(entry, walk, num, itemsize, sums=sums)
+        for block in tiling.blocks.values():
+            assert block.bit_count() == 1
+        assert tiling.block_s * tiling.block_l * tiling.block_c <= entry.elements
+        assert tiling.block_l < 2 * positions
+        assert tiling.block_c < 2 * channels
+        blocks, columns, shares = tiling.grid
+        assert (blocks - 1) * tiling.block_s < n <= blocks * tiling.block_s
+        assert (columns - 1) * tiling.block_c < channels <= columns * tiling.block_c
+        assert 1 <= shares <= -(-positions // tiling.block_l)
+        assert blocks * columns * shares <= max(launch.PROGRAMS, blocks * columns)
+        assert tiling.rows == shares * (n if tiling.by_sample else blocks)
+        if sums:  # two rows, written and read, are a tenth of x at most where a share of it can be that small
+            left = 2 * 2 * 4 * tiling.rows * (1 if tiling.by_sample else num) / (itemsize * n * positions)
+            assert left < 0.1 or shares == 1
+            assert tiling.by_sample or tiling.block_s > num
+        if not sums:
+            assert tiling.by_sample
+
+
+def test_sums_of_clusters_are_small_where_maps_are():
+    """At 64x256x8x8 in bfloat16 a row a sample would be an eighth of x."""
+    x = torch.empty(64, 256, 64, device="meta")
+    for given in (x, x.mT.contiguous().mT):
+        tiling = launch.cluster_tiling(launch.SCB_BACKWARD, launch.walk((given,), merge=False), 3, 2, sums=True)
+        assert (tiling.block_s, tiling.by_sample) == (8, False)
+        assert torch.Size(tiling.grid).numel() >= 0.9 * 132
+
+
+def test_a_tile_of_what_is_unknown_holds_all_channels():
+    for channels, positions, want in (
+        (3, 1024, (512, 4)),
+        (255, 49, (8, 256)),
+        (2048, 49, (1, 2048)),
+        (512, 1, (1, 512)),
+    ):
+        walk = launch.walk((torch.empty(2, channels, positions, device="meta"),), merge=False)
+        assert launch.unknown_tile(walk) == want
+    assert not cluster_operators.takes_unknown(2049, "location")
+    assert cluster_operators.takes_unknown(2048, "location")
+    assert not cluster_operators.takes_unknown(1, "sample")
 
 
 def test_a_stored_program_finds_the_operators_by_their_names():
-    names = ["scb_forward", "scb_backward", "move_averages", *(f"{kind}_{way}" for kind in ("mixture", "learned")
-                                              for way in ("forward", "backward"))]  # fmt: skip
-    for name in names:
+    names = ["move_averages", *(f"{kind}_{way}" for kind in ("mixture", "learned") for way in ("forward", "backward"))]
+    found = dict.fromkeys(names, operators) | dict.fromkeys(("scb_forward", "scb_backward"), cluster_operators)
+    for name, module in found.items():
         assert getattr(torch.ops.common_norms, name).default.name() == f"common_norms::{name}"
-        assert getattr(operators, name)._qualname == f"common_norms::{name}"
+        assert getattr(module, name)._qualname == f"common_norms::{name}"

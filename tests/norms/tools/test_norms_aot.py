@@ -42,6 +42,10 @@ def test_a_case_says_what_it_is():
         ({"name": "mixture_sums_kernel", "layout": "NHWC"}, 52),
         ({"name": "mixture_bwd_kernel"}, 72),
         ({"name": "mixture_bwd_kernel", "layout": "NHWC"}, 80),
+        ({"subject": "SCBNorm", "name": "scb_fwd_kernel"}, 5),
+        ({"subject": "SCBNorm", "name": "scb_fwd_kernel", "layout": "NHWC"}, 8),
+        ({"subject": "SCBNorm", "name": "scb_bwd_kernel"}, 12),
+        ({"subject": "SCBNorm", "name": "scb_bwd_kernel", "layout": "NHWC"}, 14),
         ({"subject": "UCBNorm, groups=1"}, 42 * 1.3),
         ({"subject": "UCBNorm, evaluation"}, None),
         ({"num": 8}, None),
@@ -74,6 +78,7 @@ def test_quick_cases_are_every_kernel_of_the_default_layer_once():
     assert where == {
         ("UCBNorm", aot.MEASURED, 3),
         ("UCBNorm, groups=1", aot.MEASURED, 3),
+        ("SCBNorm", aot.MEASURED, 3),
         ("UCBNorm, update=weight", (64, 255, 7, 7), 2),
     }
     step = counts.record(next(s for s in counts.SUBJECTS if s.name == "UCBNorm"), aot.MEASURED, torch.float32)

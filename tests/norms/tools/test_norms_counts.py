@@ -16,24 +16,15 @@ pytest.importorskip("triton")
 
 JOINT = "at 64x256x8x8 a program for each multiprocessor leaves partial sums of 0.4 to 1.2 x"
 LAUNCHES = {
-    "SCBNorm": "4 and 3: exp, its gradient and the refusal of -1 are operators of torch",
-    "SCBNorm, affine": "5 and 9: as SCBNorm, and the affine map",
-    "SCBNorm, evaluation, ids": "6: every sample goes through the mixture too",
-    "SCBNormBase": "8 and 5: two transposes, two sums, and as SCBNorm",
     "MixtureNorm": "583: EM is operators of torch",
 }
 TRAFFIC = {
-    "SCBNorm, affine": "the affine map is a step of its own",
-    "SCBNorm, evaluation, ids": "every sample goes through the mixture too",
-    "SCBNorm": "at 64x256x8x8 in bfloat16 partial sums are 0.14 x",
-    "SCBNormBase": "at 64x256x8x8 in bfloat16 partial sums are 0.14 x",
     "MixtureNorm": "all of x is copied to draw locations",
     "UCBNorm, groups=1": JOINT,
     "UCBNorm, groups=1, evaluation": JOINT,
     "MixtureNorm, evaluation": JOINT,
 }
-KEPT = {"SCBNorm, affine": "as moved"}
-OPEN = {"launches": LAUNCHES, "moves": TRAFFIC, "kept": KEPT}
+OPEN = {"launches": LAUNCHES, "moves": TRAFFIC, "kept": {}}
 """Every goal that is missed, by quantity and layer, with why."""
 SUBJECTS = {subject.name: subject for subject in counts.SUBJECTS}
 
@@ -79,7 +70,7 @@ def test_the_goals_are_those_that_were_set():
         "UCBNorm, groups=1, evaluation": ((1, 2), (3, 3)),
         "SCBNorm": ((1, 2), (2, 3)),
         "SCBNorm, affine": ((1, 2), (2, 3)),
-        "SCBNorm, evaluation, ids": ((2, 2), (None, 3)),
+        "SCBNorm, evaluation, ids": ((1, 2), (2, 3)),
         "SCBNorm, evaluation, unknown": ((None, None), (None, None)),
         "SCBNormBase": ((3, 2), (4, 3)),
         "MixtureNorm": ((40, None), (None, None)),

@@ -1,0 +1,212 @@
+"""The ``triton`` backend of samples with clusters: custom operators over the kernels, with fakes and gradients.
+
+As ``operators``, which is used where the kernels cannot take what is unknown.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..backends import closed_form, reference
+from ..backends.namespace import NAMESPACE
+from ..backends.reference import Moments, UnknownPosterior, UnknownScale
+from . import launch, operators
+
+
+class Tables(NamedTuple):
+    """Where the mean and the variance of each cluster come from, as kernels read them."""
+
+    mean: Tensor
+    """(K, C)."""
+    var: Tensor
+    """(K, C), or its logarithm."""
+    mean_row: Tensor | None = None
+    """Added to each row of mean, (C,)."""
+    var_row: Tensor | None = None
+
+
+def _kernels() -> Any:
+    from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+
+    return cluster_kernels
+
+
+def _unknown(entry: launch.Launch, walk: launch.Walk, unknown: bool) -> dict[str, int]:
+    length, channels = launch.unknown_tile(walk) if unknown else (0, 0)
+    warps = launch.UNKNOWN_WARPS if unknown else entry.num_warps
+    return {"UNKNOWN_L": length, "UNKNOWN_C": channels, "num_warps": warps}
+
+
+def _numbers(walk: launch.Walk, tables: Tensor, eps: float, kappa: float, unknown: bool, lowest: int) -> tuple:
+    sizes = walk.samples, len(tables), walk.channels, walk.positions
+    strides = *tables.stride(), *(s for strides in walk.strides for s in strides)
+    return *sizes, *strides, eps, kappa, -1 if unknown else lowest
+
+
+@custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
+def scb_forward(
+    x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
+) -> Tensor:  # fmt: skip
+    """Eq. 10 and an affine map for x (N, C, L), cluster (N,), mean and var (K, C) of the same strides.
+
+    Mean_row and var_row (C,) are added to each row; stored says that var is its logarithm. If unknown, samples of the
+    id -1 have Eq. 12 times kappa, otherwise, if lowest is -1, the first row.
+    """
+    y = torch.empty_like(x)
+    walk = launch.walk((x, y), merge=False)
+    tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, len(mean), x.element_size(), sums=False)
+    launch.start(
+        _kernels().scb_fwd_kernel, tiling.grid, x, cluster, mean, var, mean_row, var_row, weight, bias, y,
+        *_numbers(walk, mean, eps, kappa, unknown, lowest),
+        STORED=stored, **tiling.blocks, **_unknown(launch.SCB_FORWARD, walk, unknown),
+    )  # fmt: skip
+    return y
+
+
+@scb_forward.register_fake
+def _(
+    x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
+def _pair(like: Tensor | None, x: Tensor) -> Tensor:
+    """Return room for two gradients like one tensor's (C,), or for none."""
+    return x.new_empty(0, dtype=torch.float32) if like is None else like.new_empty(2, len(like))
+
+
+@custom_op(f"{NAMESPACE}::scb_backward", mutates_args=())
+def scb_backward(
+    x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
+    weight: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, mean and var; of mean_row and var_row, (2, C); of weight and bias, (2, C); (0,) of none."""
+    dx, dmean, dvar = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
+    added, affine = _pair(mean_row, x), _pair(weight, x)
+    walk, num = launch.walk((x, g, dx), merge=False), len(mean)
+    tiling = launch.cluster_tiling(launch.SCB_BACKWARD, walk, num, x.element_size(), sums=True)
+    rows = tiling.rows * (1 if tiling.by_sample else num)
+    programs = tiling.grid[0] * tiling.shares if unknown else 0
+    sums = x.new_empty(2, rows, walk.channels, dtype=torch.float32)
+    left = found = None
+    if unknown:
+        left = x.new_empty(2, programs, num + 1, walk.channels, dtype=torch.float32)
+        found = x.new_empty(programs, dtype=torch.int32)
+    kernels = _kernels()
+    launch.start(
+        kernels.scb_bwd_kernel, tiling.grid, x, g, cluster, mean, var, mean_row, var_row, weight, dx, sums, left, found,
+        *_numbers(walk, mean, eps, kappa, unknown, lowest),
+        STORED=stored, BY_SAMPLE=tiling.by_sample, **tiling.blocks,
+        **_unknown(launch.SCB_BACKWARD, walk, unknown),
+    )  # fmt: skip
+    block_n, block_c = launch.sums_tile()
+    launch.start(
+        kernels.scb_rows_kernel,
+        (num + bool(added.numel() or affine.numel()), launch.divide(walk.channels, block_c)),
+        sums, left, found, cluster if tiling.by_sample else None, var, var_row, weight, dmean, dvar,
+        added if added.numel() else None, affine if affine.numel() else None,
+        walk.samples, rows, programs, num, walk.channels, *var.stride(), *dmean.stride(), eps,
+        STORED=stored, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
+    return dx, dmean, dvar, added, affine
+
+
+@scb_backward.register_fake
+def _(
+    x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
+    weight: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var), _pair(mean_row, x), _pair(weight, x)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, _ = inputs[:8]
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[8:]
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, g: Tensor | None) -> tuple:
+    if g is None:
+        return (None,) * 13
+    x, *rest = ctx.saved_tensors
+    dx, dmean, dvar, *pairs = scb_backward(x, g, *rest, *ctx.options)
+    more = [each for pair in pairs for each in (pair if pair.numel() else (None, None))]
+    return dx, None, dmean, dvar, *more, None, None, None, None, None
+
+
+scb_forward.register_autograd(_gradients, setup_context=_setup)
+scb_backward.register_autograd(launch.refuse)
+
+
+def _kappa(scale: UnknownScale, num_clusters: int) -> float:
+    return math.sqrt(num_clusters) if scale == "paper" else 1.0
+
+
+def takes_unknown(channels: int, over: UnknownPosterior) -> bool:
+    """Say whether the kernels can take samples of which some are unknown."""
+    return over == "location" and channels <= launch.MAX_UNKNOWN_CHANNELS
+
+
+def stored_cluster_norm(
+    x: Tensor,
+    cluster: Tensor,
+    tables: Tables,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    unknown_scale: UnknownScale,
+    allow_unknown: bool,
+) -> Tensor:
+    """Normalise by clusters as layers store them, log-variances in tables, and apply an affine map.
+
+    What is unknown has its posterior at each location; ``takes_unknown`` says whether that can be.
+    """
+    mean, var, *rows = tables
+    if not (mean.mT.is_contiguous() and var.mT.is_contiguous() and mean.stride() == var.stride()):
+        mean, var = mean.contiguous(), var.contiguous()
+    rows = [t if t is None else t.contiguous() for t in (*rows, weight, bias)]
+    options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, True, allow_unknown
+    return scb_forward(reference.flatten(x), cluster.contiguous(), mean, var, *rows, *options).reshape(x.shape)
+
+
+def cluster_norm(
+    x: Tensor,
+    cluster: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    eps: float,
+    unknown_scale: UnknownScale,
+    unknown_posterior: UnknownPosterior,
+    any_unknown: bool,
+    allow_unknown: bool,
+) -> Tensor:
+    """As ``closed_form.cluster_norm``; what the kernels cannot take of an unknown cluster goes there.
+
+    Unless allow_unknown, the id -1 is as wrong as others.
+    """
+    flat, mean, var = reference.flatten(x), mean.contiguous(), var.contiguous()
+
+    def mixture(x: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, Moments | None]:
+        refused = launch.mixture_refusal(len(mean), x.shape[1])
+        return (closed_form.mixture_norm if refused else operators.mixture_norm)(x, *tables, eps=eps, **options)
+
+    def unknown() -> Tensor:
+        tables = mean.float(), var.float()
+        return closed_form.unknown_cluster(mixture, flat, *tables, unknown_scale, unknown_posterior)
+
+    if cluster is None:
+        return unknown().reshape(x.shape)
+    inside = allow_unknown and takes_unknown(flat.shape[1], unknown_posterior)
+    options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, False, inside
+    y: Tensor = scb_forward(flat, cluster.contiguous(), mean, var, None, None, None, None, *options)
+    if any_unknown and not inside:
+        y = torch.where((cluster == -1)[:, None, None], unknown(), y)
+    return y.reshape(x.shape)
