@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from cbda.losses import Labels, Scaling
+from cbda.losses import Labels, Scaling, SourceLoss
 from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
 from common.data.config import DataConfig
@@ -145,7 +145,7 @@ class MethodConfig:
     """Mix the source's logits of the joint and the source-only pass at random; both kinds do."""
     source_pass: Literal["training", "inference"] | None = None
     """Mode of the source-only pass: official training, keras inference."""
-    source_loss: Literal["mean", "sum"] | None = None
+    source_loss: SourceLoss | None = None
     """Of the losses of weak and strong source images: official mean, keras sum."""
     alignment: Literal["running", "batch", "none"] | None = None
     """Distributions that pseudo-labels are aligned by: official running estimates, keras none (its ratio is always 1);
