@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cbda.adaptation.gradients import logits_vary
+from cbda.adaptation.losses import Alignment
+from cbda.adaptation.objective import Objective, collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
 from cbda.evaluation import Evaluation, check_choice, choosable, closing_rows
-from cbda.gradients import logits_vary
-from cbda.losses import Alignment
 from cbda.models import build_networks
-from cbda.objective import Objective, collapse, shares_of_passing
 from common.data import ImageSet, Stream
 from common.machine.dist import Env
 from common.networks.pixels import pixels_of

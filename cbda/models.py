@@ -4,8 +4,8 @@ import re
 
 from torch import nn
 
+from cbda.adaptation.losses import Alignment
 from cbda.config import AdaMatchConfig, ModelConfig
-from cbda.losses import Alignment
 from cbda.networks.classifier import Classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError

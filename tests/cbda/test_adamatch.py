@@ -16,15 +16,15 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 
 import cbda.adamatch
-import cbda.algorithm
-import cbda.gradients
+import cbda.adaptation.algorithm
+import cbda.adaptation.gradients
 import cbda.models
 from cbda.adamatch import AdaMatch
-from cbda.algorithm import shares_drawn
+from cbda.adaptation.algorithm import shares_drawn
+from cbda.adaptation.objective import Objective
 from cbda.config import AdaMatchConfig
 from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
-from cbda.objective import Objective
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
 from common.machine.seeding import permutation, uniform_per_sample
@@ -482,14 +482,14 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
 
 
 def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny, tmp_path, monkeypatch):
-    sound, found = cbda.gradients.gradient_variance, []
+    sound, found = cbda.adaptation.gradients.gradient_variance, []
 
     def noting(loss: Tensor, parameters):
         values = sound(loss, parameters)
         found.append([v.item() for v in values])
         return values
 
-    monkeypatch.setattr(cbda.gradients, "gradient_variance", noting)
+    monkeypatch.setattr(cbda.adaptation.gradients, "gradient_variance", noting)
     cbda.adamatch.main([*tiny, "--variance_every", "2", "--method.tau", "0.1", "--name", "run"])  # every label passes
     lines = read_metrics(tmp_path / "cbda" / "run")
     assert len(found) == 8  # two losses in two steps of each of two epochs: no pass more
@@ -505,7 +505,7 @@ def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny
 
 
 def test_where_no_label_passes_in_an_epoch_its_variance_is_missing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cbda.algorithm, "relative_threshold", lambda *_: torch.tensor(1.1))
+    monkeypatch.setattr(cbda.adaptation.algorithm, "relative_threshold", lambda *_: torch.tensor(1.1))
     cbda.adamatch.main([*tiny, "--variance_every", "1", "--noise_every", "1", "--epochs", "1", "--name", "run"])
     names = {name for line in read_metrics(tmp_path / "cbda" / "run") for name in line if name.startswith("gradient/")}
     assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise") for how in ("mean", "max")} | {

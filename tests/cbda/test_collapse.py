@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import cbda.adamatch
 import cbda.domains
 import cbda.models
+from cbda.adaptation.losses import Alignment, Watch
+from cbda.adaptation.objective import Objective, collapse
 from cbda.config import MethodConfig
-from cbda.losses import Alignment, Watch
-from cbda.objective import Objective, collapse
 from common.data import plain
 from common.errors import NonFiniteError
 from common.runs.log import read_metrics

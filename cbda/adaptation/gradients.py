@@ -6,36 +6,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbda.algorithm import Terms
-from cbda.config import NOISE_PARTS, AdaMatchConfig
-from cbda.losses import masked_cross_entropy, source_cross_entropy
+from cbda.adaptation.algorithm import Terms
+from cbda.adaptation.config import MethodConfig
+from cbda.adaptation.losses import masked_cross_entropy, source_cross_entropy
 from common.machine.dist import mean_over_ranks
 from common.metrics.gradient_variance import gradient_noise, gradient_variance
 
+NOISE_PARTS = 8
+"""Parts of a batch whose gradients `noise_every` compares."""
 _HOW = ("mean", "max")
 
 
-def gradients_vary(
-    cfg: AdaMatchConfig, number: int, terms: Terms, labels: Tensor, network: nn.Module
-) -> dict[str, Tensor]:
-    """Return what is due on a part: how the gradients vary within each weight tensor, and between parts of the batch.
+def gradients_vary(terms: Terms, network: nn.Module) -> dict[str, Tensor]:
+    """Return how the gradient of each domain's loss varies within each weight tensor.
 
-    Means and maxima over the network's tensors, ``gradient/DOMAIN_variance_HOW`` and ``gradient/DOMAIN_noise_HOW``.
-    The target's loss is taken without mu; where no pseudo-label passes it has no values.
+    Means and maxima over the tensors, ``gradient/DOMAIN_variance_HOW``. The target's loss is taken without mu; where no
+    pseudo-label passes it has no values.
 
     Args:
-        cfg: says what is due: ``variance_every`` and ``noise_every``.
-        number: of the part, counted through the run.
-        terms: of AdaMatch's loss on the part.
+        terms: of AdaMatch's loss on a part of a batch.
+        network: the classifier.
+    """
+    return _by_domain("variance", terms, gradient_variance, (terms.source, terms.target), network)
+
+
+def gradients_differ(method: MethodConfig, terms: Terms, labels: Tensor, network: nn.Module) -> dict[str, Tensor]:
+    """Return how the gradients of each domain's loss differ between eighths of a batch, ``gradient/DOMAIN_noise_HOW``.
+
+    Args:
+        method: resolved.
+        terms: of AdaMatch's loss on a part of a batch.
         labels: of its B source images, whose logits are the first of ``terms.from_source``.
         network: the classifier.
     """
-    values: dict[str, Tensor] = {}
-    if _due(cfg, number, cfg.variance_every):
-        values |= _by_domain("variance", terms, gradient_variance, lambda: (terms.source, terms.target), network)
-    if _due(cfg, number, cfg.noise_every):
-        values |= _by_domain("noise", terms, gradient_noise, lambda: _losses_of_parts(cfg, terms, labels), network)
-    return values
+    return _by_domain("noise", terms, gradient_noise, _losses_of_parts(method, terms, labels), network)
 
 
 def logits_vary(logits: Callable[[nn.Module], Iterable[tuple[str, Tensor]]], network: nn.Module) -> dict[str, float]:
@@ -55,26 +59,20 @@ def logits_vary(logits: Callable[[nn.Module], Iterable[tuple[str, Tensor]]], net
     return values
 
 
-def _due(cfg: AdaMatchConfig, number: int, every: int) -> bool:
-    """Say whether something is measured on a part, the last one of every so manieth step."""
-    return every > 0 and (number + 1) % (every * cfg.accumulate) == 0
-
-
 def _by_domain(
-    what: str, terms: Terms, measure: Callable[[Any, Any], Any], losses: Callable[[], Sequence[Any]], network: nn.Module
+    what: str, terms: Terms, measure: Callable[[Any, Any], Any], losses: Sequence[Any], network: nn.Module
 ) -> dict[str, Tensor]:
     passing = bool(mean_over_ranks(terms.mask.float().mean()) > 0)  # on any rank: all measure the same
     values: dict[str, Tensor] = {}
-    for domain, loss in zip(("source", "target"), losses(), strict=True):
+    for domain, loss in zip(("source", "target"), losses, strict=True):
         if domain == "source" or passing:
             found = measure(loss, network.parameters())
             values |= {f"gradient/{domain}_{what}_{how}": value for how, value in zip(_HOW, found, strict=True)}
     return values
 
 
-def _losses_of_parts(cfg: AdaMatchConfig, terms: Terms, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _losses_of_parts(method: MethodConfig, terms: Terms, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return each domain's loss on eighths of a batch."""
-    method = cfg.method
     weak, strong = terms.from_source.chunk(2)
     source = [
         source_cross_entropy([torch.cat(both)], [true], method.source_loss or "mean")

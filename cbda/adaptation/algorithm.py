@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbda.config import MethodConfig
-from cbda.losses import (
+from cbda.adaptation.config import MethodConfig
+from cbda.adaptation.losses import (
     Alignment,
     aligned,
     batch_mean,

@@ -3,14 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbda.algorithm import Terms, adamatch
-from cbda.config import AdaMatchConfig, MethodConfig
-from cbda.gradients import gradients_vary
-from cbda.losses import Alignment, Watch, ramp, source_cross_entropy
+from cbda.adaptation.algorithm import Terms, adamatch
+from cbda.adaptation.config import MethodConfig
+from cbda.adaptation.gradients import gradients_differ, gradients_vary
+from cbda.adaptation.losses import Alignment, Watch, ramp, source_cross_entropy
 from cbda.networks.classifier import SOURCE
 from common.training.method import Method
 from common.training.update import Part, Update
@@ -32,7 +33,7 @@ class Objective:
         progress: share of the run before the step, in [0, 1], which mu follows.
     """
 
-    def __init__(self, method: Method[AdaMatchConfig], progress: float) -> None:
+    def __init__(self, method: Method[Any], progress: float) -> None:
         self.method, self.cfg = method, method.cfg
         self.mu = ramp(progress, method.cfg.method.warmup)
         self._shown: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -43,7 +44,10 @@ class Objective:
         assert isinstance(alignment, Alignment)
         terms = adamatch(self.cfg.method, part, self.method.wrapped["adamatch"], alignment, self.method.to_input)
         values = self._told(terms, part["target"].labels)
-        values |= gradients_vary(self.cfg, part.number, terms, part["train"].labels, networks["adamatch"])
+        if self._due(part, self.cfg.variance_every):
+            values |= gradients_vary(terms, networks["adamatch"])
+        if self._due(part, self.cfg.noise_every):
+            values |= gradients_differ(self.cfg.method, terms, part["train"].labels, networks["adamatch"])
         for name, value in values.items():
             self._shown[name].append(value.detach())
         return terms.source + self.mu * terms.target
@@ -61,6 +65,10 @@ class Objective:
             kept = update.of_epoch if name.startswith("gradient/") else update.values
             kept[name] = torch.stack(values).mean(0)
         update.values["schedule/mu"] = torch.tensor(self.mu)
+
+    def _due(self, part: Part, every: int) -> bool:
+        """Say whether something is measured on a part, the last one of every so manieth step."""
+        return every > 0 and (part.number + 1) % (every * self.cfg.accumulate) == 0
 
     def _told(self, terms: Terms, labels: Tensor) -> dict[str, Tensor]:
         """Return what tells whether adaptation works: see docs/adaptation.md."""
