@@ -1,11 +1,13 @@
 """The two domains' images, with one numbering of classes."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from cbda.config import AdaMatchConfig, DomainConfig
-from common.data import ImageSet, Splits, load
+from common.data import ImageSet, Splits, Stream, load
+from common.data.augmentation import strong, weak
 from common.errors import UsageError
 from common.machine.seeding import permutation
 
@@ -40,6 +42,29 @@ def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
             )
         images["target_labelled"] = _some(images["target"], cfg.target, cfg.seed)
     return images
+
+
+def domain_streams(cfg: AdaMatchConfig, images: Mapping[str, ImageSet], world: int) -> dict[str, Stream]:
+    """Return what a process among ``world`` draws from: "train", "target" and, if there are any, "target_labelled".
+
+    Each image is seen weakly and strongly augmented.
+
+    Raises:
+        UsageError: if a domain has fewer images than a step takes.
+    """
+    views = weak(cfg.data.size, cfg.data.flip), strong(cfg.data.size, cfg.data.flip)
+    sizes = {"train": cfg.batch_size, "target": cfg.batch_size * cfg.target_ratio}
+    for name, size in sizes.items():
+        if size * world * cfg.accumulate > len(images[name]):
+            domain = "source" if name == "train" else "target"
+            raise UsageError(
+                f"batch_size: expected at most the {len(images[name])} images of the {domain}, got "
+                f"{size * world * cfg.accumulate} a step"
+            )
+    if "target_labelled" in images:
+        share = len(images["target_labelled"]) // (world * cfg.accumulate)
+        sizes["target_labelled"] = max(1, min(cfg.batch_size, share))
+    return {name: Stream(images[name], size, views) for name, size in sizes.items()}
 
 
 def _load(domain: DomainConfig, size: int) -> Splits:

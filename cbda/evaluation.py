@@ -1,7 +1,9 @@
 """What is measured of a classifier of two domains, and a picture of what it says."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet
-from common.errors import NonFiniteError
+from common.errors import NonFiniteError, UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
@@ -20,7 +22,7 @@ from common.metrics.logits import classify, evaluating
 from common.metrics.scores import classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
-from common.training.method import Moment
+from common.training.method import Moment, Tracked
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -43,6 +45,53 @@ def clusters_of(kind: str) -> dict[str, int]:
     if kind not in kinds(takes_clusters=True):
         return {"source": SOURCE}
     return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
+
+
+def choosable() -> dict[str, Tracked]:
+    """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
+    return {
+        "metric/validation_accuracy": Tracked("validation", "higher"),
+        "loss/validation": Tracked("validation", "lower"),
+        "metric/target_information": Tracked("target", "higher"),
+        "metric/target_density": Tracked("target", "higher"),
+        "metric/target_accuracy": Tracked("target_test", "higher", chosen_by_test=True),
+    }
+
+
+def check_choice(choice: tuple[str, Tracked] | None, images: Mapping[str, ImageSet]) -> None:
+    """Refuse to choose epochs by labels that the target does not have.
+
+    Raises:
+        UsageError: if the chosen value is measured on images that there are none of.
+    """
+    if choice is not None and choice[1].split not in images:
+        raise UsageError(f"best.by: {choice[0]} needs labels, and the target {images['target'].name} has none")
+
+
+def closing_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_only: bool) -> list[tuple[str, str]]:
+    """Return what a finished run tells its user: the last accuracies of both networks, and by the cluster named.
+
+    Args:
+        lines: of the run's log.
+        folder: the run's.
+        source_only: whether there is a network that saw the source alone.
+    """
+    last = {name: value for line in lines for name, value in line.items() if name.startswith("metric/")}
+
+    def both(prefix: str) -> str:
+        found = {domain: last.get(f"metric/{prefix}{domain}_accuracy") for domain in ("source", "target")}
+        shown = [f"{domain} {100 * value:.1f} %" for domain, value in found.items() if value is not None]
+        return ", ".join(shown) or "no labels to measure by"
+
+    rows = [("source only", both("source_only_"))] if source_only else []
+    rows.append(("AdaMatch", both("")))
+    by = {name: last.get(f"metric/target_accuracy_as_{name}") for name in CLUSTERS}
+    told = [f"{100 * value:.1f} % as {name}" for name, value in by.items() if value is not None]
+    if told:
+        rows.append(("by cluster", f"target {', '.join(told)}; the paper names the source's for both"))
+    rows.append(("picture", str(folder / "samples" / "predictions.png")))
+    rows.append(("paper's run", "python -m cbda.adamatch --config configs/cbda/paper_scb.yaml --device cuda"))
+    return rows
 
 
 class Evaluation:
@@ -118,6 +167,18 @@ class Evaluation:
         if not logits.isfinite().all():
             raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
         return logits
+
+    def same_images(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield domain, training images (B, 3, S, S) and cluster of a batch of each, the same all through a run."""
+        for domain, split, cluster in (("source", "train", SOURCE), ("target", "target", TARGET)):
+            order = permutation(len(self.images[split]), self.cfg.seed, "health")[: self.cfg.batch_size]
+            yield domain, self.images[split].images[order], cluster
+
+    def same_logits(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield domain and logits (B, classes) of those images, in the network's own mode."""
+        for domain, images, cluster in self.same_images():
+            with autocast(self.device, self.cfg.precision):
+                yield domain, network(self.to_input(images), torch.full((len(images),), cluster, device=self.device))
 
     def _accuracy(self, split: str, logits: Tensor) -> float:
         labels = self.images[split].labels

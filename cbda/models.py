@@ -4,12 +4,29 @@ import re
 
 from torch import nn
 
+from cbda.adaptation.losses import Alignment
 from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.networks.classifier import Classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
 from common.networks.from_timm import timm_network
 from common.norms.config import settings_of
+
+
+def build_networks(cfg: AdaMatchConfig, num_classes: int) -> dict[str, nn.Module]:
+    """Make the classifier, what alignment remembers and, if asked for, the classifier of the source alone.
+
+    Raises:
+        UsageError: as `build_classifier`.
+    """
+    networks: dict[str, nn.Module] = {
+        "adamatch": build_classifier(cfg, num_classes),
+        "alignment": Alignment(num_classes, cfg.method.decay, cfg.method.history),
+    }
+    if cfg.source_only:  # of one domain, BatchNorm by domain is BatchNorm: a first layer, or what the network has
+        plain = "none" if cfg.model.convert else "bn"
+        networks["source_only"] = build_classifier(cfg, num_classes, kind=plain if cfg.norm.kind == "dsbn" else None)
+    return networks
 
 
 def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None = None) -> Classifier:

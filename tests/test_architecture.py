@@ -46,6 +46,7 @@ MAY_IMPORT = {
         for application in APPLICATIONS
     },
     "cbda/networks": {"common/norms", "common/machine"},
+    "cbda/adaptation": {"cbda/networks", "common/training", "common/metrics", "common/machine"},
     "cbgan/networks": {"common/norms", "common/machine"},
     "cbgan/reports": {
         "common/metrics", "common/metrics/features", "common/reports", "common/data", "common/cli", "common/machine",
@@ -56,6 +57,7 @@ for application in ("cbda", "cbgan"):
     MAY_IMPORT[application].add(f"{application}/networks")
 MAY_IMPORT["cbcls"].add("cbcls/networks")
 MAY_IMPORT["cbgan"].add("cbgan/reports")
+MAY_IMPORT["cbda"].add("cbda/adaptation")
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""
 

@@ -3,6 +3,7 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 
 import cbda.adamatch
+import cbda.adaptation.algorithm
+import cbda.adaptation.gradients
+import cbda.models
 from cbda.adamatch import AdaMatch
+from cbda.adaptation.algorithm import shares_drawn
+from cbda.adaptation.objective import Objective
 from cbda.config import AdaMatchConfig
 from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
@@ -97,6 +103,15 @@ def prepared(tiny: list[str], *flags: str) -> tuple[AdaMatch, Part, Linear]:
     return method, Part(next(feed.epoch(0, 0, 5))[0], 7, 5), network
 
 
+def loss_of(method: AdaMatch, part: Part, mu: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a part, and what is logged of it."""
+    objective = Objective(method, 0.5)
+    objective.mu = mu
+    loss, told = objective.adamatch(part), SimpleNamespace(values={}, of_epoch={})
+    objective.show(told)  # pyright: ignore[reportArgumentType]
+    return loss, told.values | told.of_epoch
+
+
 def forward(batch: Batch, network: Linear) -> list[Tensor]:
     return [network.logits(to_float(view)) for view in batch.views]
 
@@ -130,7 +145,7 @@ def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
 @pytest.mark.parametrize("kind", ["official", "keras"])
 def test_the_loss_and_its_gradient_are_the_papers(tiny, kind):
     method, part, network = prepared(tiny, "--method.kind", kind)
-    loss, values = method.loss(part, 0.7)
+    loss, values = loss_of(method, part, 0.7)
     want = by_hand(part, network, kind, 0.7)
     torch.testing.assert_close(loss, want)
     ours, theirs = (torch.autograd.grad(value, network.weight)[0] for value in (loss, want))
@@ -159,21 +174,21 @@ def test_each_switch_changes_the_loss_and_no_other_setting(tiny, flags):
     soft = [] if "labels" in flags else ["--method.labels", "soft"]  # hard ones may all stay the same
     short = [*tiny, *soft, "--method.history", "1"]  # so that running estimates matter in the first step
     (method, part, _), (other, same, _) = prepared(short), prepared(short, *flags.split())
-    assert method.loss(part, 0.7)[0].item() != other.loss(same, 0.7)[0].item()
+    assert loss_of(method, part, 0.7)[0].item() != loss_of(other, same, 0.7)[0].item()
 
 
 def test_without_interpolation_there_is_no_second_pass(tiny):
     method, part, network = prepared(tiny, "--method.interpolation", "false", "--method.alignment", "none")
     sw, ss = forward(part["train"], network)
     labels = part["train"].labels
-    loss = method.loss(part, 0.0)[0]
+    loss = loss_of(method, part, 0.0)[0]
     torch.testing.assert_close(loss, (F.cross_entropy(sw, labels) + F.cross_entropy(ss, labels)) / 2)
 
 
 def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
     method, part, network = prepared(tiny, "--target.labelled", "2")
     assert len(part["target_labelled"].labels) == 6
-    loss = method.loss(part, 0.0)[0]
+    loss = loss_of(method, part, 0.0)[0]
     assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 12 + [TARGET] * 18
     source, extra = part["train"], part["target_labelled"]
     want = torch.zeros(())
@@ -190,7 +205,7 @@ def test_alignment_by_the_labelled_target(tiny):
     by_source, part, _ = prepared(tiny, *flags)
     by_labelled, same, network = prepared(tiny, *flags, "--method.align_by", "labelled")
     ratios = [
-        torch.stack([m.loss(p, 0.0)[1][f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")])
+        torch.stack([loss_of(m, p, 0.0)[1][f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")])
         for m, p in ((by_source, part), (by_labelled, same))
     ]
     wanted = forward(same["target_labelled"], network)[0].softmax(1).mean(0)
@@ -231,7 +246,7 @@ def test_what_passes_is_counted(tiny):
     target[:4], target[4:] = 0, 1
     sharpness = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 0])  # six pass: four of class 0, two of class 1
     method.wrapped["adamatch"] = Saying(source, target, sharpness)
-    values = method.loss(part, 0.5)[1]
+    values = loss_of(method, part, 0.5)[1]
     shown = method.shown({name: value.item() for name, value in values.items()})
     assert shown["adapt/source_accuracy"] == pytest.approx(8 / 9)
     assert shown["adapt/mask_rate"] == pytest.approx(6 / 9)
@@ -239,16 +254,9 @@ def test_what_passes_is_counted(tiny):
     right = (target == part["target"].labels)[:6].float().mean().item()
     assert shown["adapt/pseudo_label_accuracy_oracle"] == pytest.approx(right)
     method.wrapped["adamatch"] = Saying(source, target, 0 * sharpness)
-    none = method.shown({name: value.item() for name, value in method.loss(part, 0.5)[1].items()})
+    none = method.shown({name: value.item() for name, value in loss_of(method, part, 0.5)[1].items()})
     assert none["adapt/mask_rate"] == 0
     assert not {"adapt/pseudo_label_accuracy_oracle", "adapt/largest_class"} & none.keys()
-
-
-def test_the_ratio_of_alignment_is_logged_by_class(tiny):
-    method = prepared(tiny)[0]
-    pseudo, labels = torch.tensor([[0.9, 0.1, 0.0]]), torch.tensor([0])
-    values = method._noted(pseudo, torch.tensor([True]), labels, torch.tensor([1.0, 2.0, 3.0]))
-    assert [values[f"adapt/ratio/{name}"].item() for name in ("cat", "dog", "fox")] == [1.0, 2.0, 3.0]
 
 
 @pytest.fixture
@@ -382,7 +390,7 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
     def build(cfg: AdaMatchConfig, *_, **__) -> Classifier:
         return Classifier(Plain(), cfg.norm)
 
-    monkeypatch.setattr(cbda.adamatch, "build_classifier", build)
+    monkeypatch.setattr(cbda.models, "build_classifier", build)
     flags = [*tiny, "--epochs", "1", "--norm.kind", kind, "--optimizer", "sgd", "--lr", "0.1", "--method.tau", "0.95",
              "--method.warmup", "0.1", "--variance_every", "2"]  # fmt: skip
     assert run(cbda.adamatch.main, *flags, "--batch_size", "16", "--name", "one").statuses == [0]
@@ -400,9 +408,12 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 
 
 def test_two_ranks_draw_the_shares_of_one(tiny):
-    method, part, _ = prepared(tiny, "--batch_size", "8")
-    shares = method._shares(part, 3)
-    halves = [method._shares(Part({"train": _half(part["train"], rank)}, 7, 5), 3).chunk(2) for rank in (0, 1)]
+    part = prepared(tiny, "--batch_size", "8")[1]
+    shares = shares_drawn(part, 3, torch.device("cpu"))
+    halves = [
+        shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), 3, torch.device("cpu")).chunk(2)
+        for rank in (0, 1)
+    ]
     assert torch.equal(torch.cat([halves[rank][view] for view in (0, 1) for rank in (0, 1)]), shares)
     assert 0 <= shares.min() < 0.2
     assert 0.8 < shares.max() < 1
@@ -418,7 +429,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     method, part, network = prepared(tiny, "--variance_every", "4")
     method.networks["adamatch"] = network
     for number, sampled in ((6, False), (7, True)):
-        values = method.loss(Part(part.batches, number, 5), 0.1)[1]
+        values = loss_of(method, Part(part.batches, number, 5), 0.1)[1]
         assert ("gradient/source_variance_mean" in values) == sampled
     full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
     for domain, loss in (("source", none), ("target", full - none)):  # without mu
@@ -429,7 +440,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     unsure[0].networks["adamatch"] = unsure[2]
     batch = unsure[1]["target"]
     grey = replace(batch, views=tuple(torch.full_like(view, 127) for view in batch.views))
-    values = unsure[0].loss(Part(unsure[1].batches | {"target": grey}, 0, 5), 1.0)[1]
+    values = loss_of(unsure[0], Part(unsure[1].batches | {"target": grey}, 0, 5), 1.0)[1]
     assert values["adapt/mask_rate"] == 0
     assert "gradient/source_variance_mean" in values
     assert "gradient/target_variance_mean" not in values  # missing, not 0
@@ -439,8 +450,8 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
 def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
     method, part, network = prepared(tiny, "--noise_every", "3", "--batch_size", "12", "--method.kind", kind)
     method.networks["adamatch"] = network
-    assert not any("noise" in name for name in method.loss(part, 0.3)[1])
-    values = method.loss(Part(part.batches, 8, 5), 0.3)[1]
+    assert not any("noise" in name for name in loss_of(method, part, 0.3)[1])
+    values = loss_of(method, Part(part.batches, 8, 5), 0.3)[1]
     source, target, classes = part["train"], part["target"], torch.arange(3)
     mixed = []
     for view, logits in enumerate(forward(source, network)):
@@ -471,14 +482,14 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
 
 
 def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny, tmp_path, monkeypatch):
-    sound, found = cbda.adamatch.gradient_variance, []
+    sound, found = cbda.adaptation.gradients.gradient_variance, []
 
     def noting(loss: Tensor, parameters):
         values = sound(loss, parameters)
         found.append([v.item() for v in values])
         return values
 
-    monkeypatch.setattr(cbda.adamatch, "gradient_variance", noting)
+    monkeypatch.setattr(cbda.adaptation.gradients, "gradient_variance", noting)
     cbda.adamatch.main([*tiny, "--variance_every", "2", "--method.tau", "0.1", "--name", "run"])  # every label passes
     lines = read_metrics(tmp_path / "cbda" / "run")
     assert len(found) == 8  # two losses in two steps of each of two epochs: no pass more
@@ -494,7 +505,7 @@ def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny
 
 
 def test_where_no_label_passes_in_an_epoch_its_variance_is_missing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cbda.adamatch, "relative_threshold", lambda *_: torch.tensor(1.1))
+    monkeypatch.setattr(cbda.adaptation.algorithm, "relative_threshold", lambda *_: torch.tensor(1.1))
     cbda.adamatch.main([*tiny, "--variance_every", "1", "--noise_every", "1", "--epochs", "1", "--name", "run"])
     names = {name for line in read_metrics(tmp_path / "cbda" / "run") for name in line if name.startswith("gradient/")}
     assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise") for how in ("mean", "max")} | {

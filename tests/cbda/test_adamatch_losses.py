@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from cbda.losses import (
+from cbda.adaptation.losses import (
     Alignment,
     aligned,
     batch_mean,

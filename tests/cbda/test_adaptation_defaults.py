@@ -7,7 +7,8 @@ from settings import assert_documented
 
 def test_defaults_are_those_of_the_page():
     assert_documented("cbda.config.AdaMatchConfig")
-    for name in ("ModelConfig", "MethodConfig", "ImagesConfig", "SourceConfig", "TargetConfig"):
+    assert_documented("cbda.adaptation.config.MethodConfig")
+    for name in ("ModelConfig", "ImagesConfig", "SourceConfig", "TargetConfig"):
         assert_documented(f"cbda.config.{name}")
     assert_documented("cbda.evaluate.EvaluateConfig", run=Path("run"))
     assert_documented("cbda.predict.PredictConfig", run=Path("run"), images=Path("images"))

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cbda.adamatch
-from cbda.adamatch import AdaMatch
-from cbda.config import AdaMatchConfig, MethodConfig
-from cbda.losses import Alignment, Watch
+import cbda.domains
+import cbda.models
+from cbda.adaptation.losses import Alignment, Watch
+from cbda.adaptation.objective import Objective, collapse
+from cbda.config import MethodConfig
 from common.data import plain
 from common.errors import NonFiniteError
 from common.runs.log import read_metrics
@@ -49,19 +51,19 @@ class Scripted(nn.Module):
 @pytest.fixture
 def scripted(monkeypatch):
     """Return a function that has runs follow a script."""
-    sound = AdaMatch.loss
+    sound = Objective.adamatch
 
-    def loss(self: AdaMatch, part: Part, mu: float):
-        network = self.networks["adamatch"]
+    def loss(self: Objective, part: Part):
+        network = self.method.networks["adamatch"]
         assert isinstance(network, Scripted)
         network.labels, network.step = part["train"].labels, part.number
-        return sound(self, part, mu)
+        return sound(self, part)
 
     def follow(script: str) -> None:
-        monkeypatch.setattr(AdaMatch, "loss", loss)
+        monkeypatch.setattr(Objective, "adamatch", loss)
         for strength in ("weak", "strong"):
-            monkeypatch.setattr(cbda.adamatch, strength, lambda *_: plain)
-        monkeypatch.setattr(cbda.adamatch, "build_classifier", lambda *_, **__: Scripted(script))
+            monkeypatch.setattr(cbda.domains, strength, lambda *_: plain)
+        monkeypatch.setattr(cbda.models, "build_classifier", lambda *_, **__: Scripted(script))
 
     return follow
 
@@ -145,16 +147,10 @@ def said(
     means: dict[str, float], recent: list[float], highest: list[float], classes: int = 3, **of_method: Any
 ) -> str | None:
     """Return what a method with such averages says of logged means."""
-    method = AdaMatch.__new__(AdaMatch)
-    method.cfg = AdaMatchConfig(method=MethodConfig(**of_method)).resolved()
-    names = ("cat", "dog", "fox", "owl")[:classes]
-    images = torch.zeros(classes, 3, 8, 8, dtype=torch.uint8)
-    method.images = {"train": cbda.adamatch.ImageSet(images, torch.arange(classes), names, "set", "train")}
-    alignment = Alignment(classes)
-    alignment.watch.recent.copy_(torch.tensor(recent))
-    alignment.watch.highest.copy_(torch.tensor(highest))
-    method.networks = {"alignment": alignment}
-    return method.collapse(GOOD | means)
+    watch = Watch(classes)
+    watch.recent.copy_(torch.tensor(recent))
+    watch.highest.copy_(torch.tensor(highest))
+    return collapse(MethodConfig(**of_method).resolved(), watch, GOOD | means, classes)
 
 
 EVEN = [0.3, 0.3, 0.3]

@@ -4,6 +4,7 @@ B images, C classes. Statistics are over all ranks where there are several, so t
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from common.machine.dist import mean_over_ranks
 
 Scaling = Literal["sum", "l2"]
 Labels = Literal["hard", "soft"]
+SourceLoss = Literal["mean", "sum"]
 _EPSILON = 1e-6  # of google-research/adamatch, in both terms of the ratio
 _REMEMBERED = 0.9  # what a batch leaves of the averages that a collapse shows by
 
@@ -62,6 +64,20 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, kind: Lab
     else:
         losses = logits.logsumexp(1) - (labels * logits).sum(1)
     return (losses * mask).mean()
+
+
+def source_cross_entropy(logits: Sequence[Tensor], labels: Sequence[Tensor], kind: SourceLoss = "mean") -> Tensor:
+    """Return the cross-entropy of weak images and that of strong ones, their "mean" or their "sum".
+
+    Args:
+        logits: of one or more sets of images: (2 B, C), the weak views' first.
+        labels: of the same sets, (B,).
+        kind: which of both.
+    """
+    weak, strong = (torch.cat(half) for half in zip(*(each.chunk(2) for each in logits), strict=True))
+    truth = torch.cat(list(labels))
+    total = F.cross_entropy(weak, truth) + F.cross_entropy(strong, truth)
+    return total / 2 if kind == "mean" else total
 
 
 def ramp(progress: float, share: float) -> float:

@@ -1,0 +1,1 @@
+"""AdaMatch: its switches, its algorithm and the losses of a training step."""

@@ -1,0 +1,125 @@
+"""AdaMatch (Berthelot et al., ICLR 2022), its loss on one part of a batch; the numbers are those of section 3."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cbda.adaptation.config import MethodConfig
+from cbda.adaptation.losses import (
+    Alignment,
+    aligned,
+    batch_mean,
+    interpolated,
+    masked_cross_entropy,
+    relative_threshold,
+    source_cross_entropy,
+)
+from cbda.networks.classifier import SOURCE, TARGET
+from common.machine.dist import mean_over_ranks
+from common.machine.seeding import uniform_per_sample
+from common.training.update import Part
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Both domains' losses on a part of a batch of B source and T target images, C classes, and what they follow from.
+
+    Attributes:
+        source: loss of the source, and of the labelled target if there is any; a scalar.
+        target: loss of the target, without its weight mu; a scalar.
+        from_source: logits (2 B, C) of the source's weak views, then of its strong ones.
+        target_strong: logits (T, C) of the target's strong views.
+        pseudo: pseudo-labels (T, C), aligned and scaled.
+        mask: bool (T,): those that are sure enough to count.
+        threshold: what they had to exceed, in [0, 1].
+        ratio: of the distribution of classes that is wanted to the one found in the target (C,).
+        accuracy: on the source's weak views, over all ranks.
+        shares: of the target that is taken for each class with confidence (C,), over all ranks.
+    """
+
+    source: Tensor
+    target: Tensor
+    from_source: Tensor
+    target_strong: Tensor
+    pseudo: Tensor
+    mask: Tensor
+    threshold: Tensor
+    ratio: Tensor
+    accuracy: Tensor
+    shares: Tensor
+
+
+def adamatch(
+    method: MethodConfig, part: Part, network: nn.Module, alignment: Alignment, to_input: Callable[[Tensor], Tensor]
+) -> Terms:
+    """Return the terms of AdaMatch's loss on a part of a batch.
+
+    (1) to (3) are random logit interpolation, (4) distribution alignment, (5) the relative confidence threshold, (6)
+    to (8) the losses.
+
+    Args:
+        method: resolved.
+        part: batches of "train", the source, of "target" and, if there is one, of "target_labelled", two views each.
+        network: the classifier, as gradients are to flow through it.
+        alignment: running estimates, which take this part in.
+        to_input: from uint8 images to what the network sees.
+    """
+    source, target, labelled = part["train"], part["target"], part.batches.get("target_labelled")
+    x = to_input(torch.cat([*source.views, *(labelled.views if labelled else ()), *target.views]))
+    rows, of_target = 2 * len(source.labels), 2 * len(target.labels)
+    cluster = torch.tensor([SOURCE] * rows + [TARGET] * (len(x) - rows), device=x.device)
+
+    # One pass over both domains, one over the source alone that leaves no trace; a mixture of both for the source.
+    if method.interpolation:
+        together, alone = network(x, cluster, rows, inference=method.source_pass == "inference")
+        together = together.float()
+        from_source = interpolated(together[:rows], alone.float(), shares_drawn(part, together.shape[1], x.device))
+    else:
+        together = network(x, cluster, 0, inference=method.source_pass == "inference").float()
+        from_source = together[:rows]
+    source_weak = from_source.chunk(2)[0]
+    target_weak, target_strong = together[-of_target:].chunk(2)
+    labelled_logits = together[rows : len(x) - of_target]
+
+    # Pseudo-labels: the target's predictions, aligned with the distribution of classes that is wanted.
+    p_source, p_target = source_weak.softmax(1), target_weak.softmax(1)
+    p_wanted = labelled_logits.chunk(2)[0].softmax(1) if method.align_by == "labelled" else p_source
+    wanted, found = batch_mean(p_wanted), batch_mean(p_target)
+    if method.alignment == "running":
+        wanted, found = alignment(wanted, found)
+    elif method.alignment == "none":
+        wanted = found
+    pseudo = aligned(p_target, wanted, found, method.scaling or "sum")
+
+    # Only those count that are sure, measured by how sure the network is of the source.
+    threshold = relative_threshold(p_source, method.tau)
+    mask = pseudo.amax(1) >= threshold
+    logits, labels = [from_source], [source.labels]
+    if labelled:
+        logits, labels = [*logits, labelled_logits], [*labels, labelled.labels]
+    terms = Terms(
+        source=source_cross_entropy(logits, labels, method.source_loss or "mean"),
+        target=masked_cross_entropy(target_strong, pseudo, mask, method.labels or "hard"),
+        from_source=from_source,
+        target_strong=target_strong,
+        pseudo=pseudo,
+        mask=mask,
+        threshold=threshold,
+        ratio=wanted / found,
+        accuracy=mean_over_ranks((source_weak.argmax(1) == source.labels).float().mean()),
+        shares=batch_mean(F.one_hot(pseudo.argmax(1), pseudo.shape[1]) * mask[:, None].float()),
+    )
+    alignment.threshold.copy_(threshold)
+    alignment.watch(threshold, terms.accuracy, terms.shares)
+    return terms
+
+
+def shares_drawn(part: Part, classes: int, device: torch.device) -> Tensor:
+    """Draw a number in [0, 1) for each logit of weak and strong source images (2 B, C), whoever shares the step."""
+    index = part["train"].index
+    entries = (index[:, None] * classes + torch.arange(classes)).flatten()
+    draws = [uniform_per_sample(entries, part.seed, "interpolation", view, part.number) for view in (0, 1)]
+    return torch.cat(draws).view(2 * len(index), classes).to(device)
