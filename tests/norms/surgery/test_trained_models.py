@@ -91,7 +91,8 @@ def test_conversion_keeps_what_a_model_has_learned_and_reverting_restores_it(tra
     with clusters(torch.zeros(500, dtype=torch.long) if kind in CLUSTERED else None):
         found = logits(model, digits)
     assert accuracy(found, digits) >= accuracy(want, digits) - 0.01
-    assert off(found, want) <= (0.1 if kind in ("mn", "ucb") else 1e-4)
+    # 0.08 to 0.11 by machine and threads, as training ends elsewhere; lost statistics are off by hundreds.
+    assert off(found, want) <= (0.15 if kind in ("mn", "ucb") else 1e-4)
     if kind in ("mn", "ucb"):
         assert off(found, want) > 1e-3  # a mixture, not BatchNorm again
     if kind == "ucb":
