@@ -164,3 +164,11 @@ def domains_run(tmp_path) -> Path:
     )
     (folder / "config.yaml").write_text("source: {name: digits}\n")
     return folder
+
+
+def test_a_cluster_that_there_is_not_is_refused_in_code_too(runs):
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UsageError, match=r"^cluster: expected one of unknown, class0, .*, got class9$"):
+        load_model(runs / "scb").logits(images, "class9")
+    with pytest.raises(UsageError, match=r"^cluster: this classifier is told none \(bn\); leave class0 out$"):
+        load_model(runs / "plain").logits(images, "class0")

@@ -27,6 +27,7 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
+from common.errors import NonFiniteError
 from common.machine.seeding import permutation, uniform_per_sample
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
@@ -542,3 +543,33 @@ def test_bf16_and_accumulation_run(tiny, tmp_path):
 
 def test_the_applications_list_has_it():
     assert APPLICATIONS["cbda"].kind is AdaMatch
+
+
+@pytest.mark.parametrize(("kind", "named"), [("none", set()), ("scb", {"source", "target", "unknown"}),
+                                             ("dsbn", {"source", "target"})])  # fmt: skip
+def test_accuracies_are_told_apart_by_the_cluster_where_a_layer_is_told_any(tiny, tmp_path, kind, named):
+    cbda.adamatch.main([*tiny, "--norm.kind", kind, "--epochs", "1", "--source_only", "false", "--name", "run"])
+    tags = {tag for line in read_metrics(tmp_path / "cbda" / "run") for tag in line}
+    assert {"metric/source_accuracy", "metric/target_accuracy"} <= tags
+    for domain in ("source", "target"):
+        prefix = f"metric/{domain}_accuracy_as_"
+        assert {tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)} == named
+
+
+def test_logits_that_are_not_finite_name_their_images(tiny):
+    cfg = parse(AdaMatchConfig, tiny)
+    method = AdaMatch(cfg, AdaMatch.load(cfg), torch.device("cpu"))
+    method.prepare(lambda: False)
+    network = build_classifier(cfg, 3)
+    with torch.no_grad():
+        network.get_parameter("network.linear.bias").fill_(math.nan)
+    with pytest.raises(NonFiniteError, match=r"^logits of the target_test images are not finite"):
+        method.evaluation.logits(network, "target_test", TARGET)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "follows"), [("constant", 0, False), ("constant", 0.5, True), ("cosine", 0, True)]
+)
+def test_a_run_can_be_made_longer_where_nothing_depends_on_its_length(schedule, warmup, follows):
+    cfg = parse(AdaMatchConfig, ["--schedule.kind", schedule, "--method.warmup", str(warmup)])
+    assert cfg.follows_length is follows

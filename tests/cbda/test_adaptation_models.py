@@ -10,6 +10,7 @@ from cbda import load_model
 from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
+from common.cli.arguments import parse
 from common.errors import UsageError
 from common.networks.pixels import pixels_of
 from common.norms import UCBNorm
@@ -124,3 +125,8 @@ def test_pixels_come_in_the_range_that_was_asked_for():
     assert pixels_of(signed, "raw")[0, :, 0, 0].tolist() == [0, 127.5, 255]
     want = [(0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (1 - 0.406) / 0.225]
     assert pixels_of(signed, "imagenet")[0, :, 0, 0].tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("pixels", ["signed", "unit", "raw", "imagenet"])
+def test_every_range_of_pixels_can_be_asked_for(pixels):
+    assert parse(AdaMatchConfig, ["--model.pixels", pixels]).model.pixels == pixels

@@ -11,6 +11,8 @@ from refusals import refused
 import cbcls.train
 import cbgan.evaluate
 import cbgan.train
+from cbgan.config import GanConfig
+from common.cli.arguments import parse
 
 
 @pytest.fixture
@@ -240,3 +242,10 @@ def test_the_real_command_prints_the_line_and_exits_with_2(launch, tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: norm.kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, none, got foo\n"
     assert done.stdout == ""
+
+
+def test_channels_of_the_layers_under_test_are_what_groups_have_to_divide(capsys):
+    """A generator of width 24 has norms of 12 and of 6 channels."""
+    flags = ["--width", "24", "--norm.kind", "ucb", "--norm.groups"]
+    assert parse(GanConfig, [*flags, "6"]).norm.groups == 6
+    assert "norm.groups: expected" in refused(capsys, cbgan.train.main, *flags, "4", "--dry_run")

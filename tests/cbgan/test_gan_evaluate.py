@@ -136,3 +136,16 @@ def test_measurements_of_a_folder_are_written_here_by_default(out, tmp_path, mon
     cbgan.evaluate.main([*flags, "--fid.metrics", "inception_score"])
     assert len(list(Path("evaluations").glob("*.json"))) == 2
     assert capsys.readouterr().out.splitlines()[0].startswith("mine: FID (classifier) ")
+
+
+def test_help_names_the_command(capsys):
+    with pytest.raises(SystemExit) as left:
+        cbgan.evaluate.main(["--help"])
+    assert left.value.code == 0
+    assert "python -m cbgan.evaluate" in capsys.readouterr().out
+
+
+def test_a_folder_of_few_images_is_warned_of(out, tmp_path, capsys):
+    folder = pictures(tmp_path / "few", digits(8).train.images[:40])
+    measured(tmp_path / "out", "--images", str(folder), "--data.size", "8", "--cache", str(out / "cache"))
+    assert "warning: fid.samples: 40 generated images are fewer than the 64 features" in capsys.readouterr().err

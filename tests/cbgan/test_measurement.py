@@ -19,6 +19,8 @@ from cbgan.train import Gan
 from common.data.sets.digits import digits
 from common.errors import NonFiniteError
 from common.machine.dist import Env
+from common.metrics.features.neighbours import Copying
+from common.metrics.fid import FidResult
 from common.norms import calibrate
 from common.norms.config import NormConfig
 from common.runs.log import read_metrics
@@ -173,3 +175,23 @@ def test_a_run_stops_at_a_dead_component_and_at_a_discriminator_that_has_won(tin
     summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
     assert summary["state"] == "failed"
     assert "collapsed in step" in summary["why"]
+
+
+@pytest.mark.parametrize("alarm", [True, False])
+def test_copied_training_images_are_reported_after_the_last_epoch(monkeypatch, tmp_path, alarm):
+    cfg = GanConfig(epochs=3, width=8, latent_dim=4)
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.cfg, evaluation.env, evaluation.warnings = cfg, Env(), []
+    found = FidResult(1.0, 10, None, copying=Copying(0.5, 0.9, alarm))
+    evaluation.fid = cast(Any, SimpleNamespace(thorough=lambda last: last, values=lambda _: {}, tag=FID))
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: found)
+    drawn, told = [], []
+    monkeypatch.setattr(evaluation, "_draw_nearest", lambda *_: drawn.append(moment.epoch))
+    monkeypatch.setattr(evaluation, "_draw", lambda *_: {})
+    for epoch in (2, 3):
+        moment: Any = SimpleNamespace(epoch=epoch, folder=tmp_path, should_stop=None, report=told.append)
+        (tmp_path / "metrics.jsonl").touch()
+        evaluation.run(fresh(cfg), moment)
+    assert drawn == [3]
+    assert len(told) == alarm
+    assert all("gives back its training images" in line for line in told)

@@ -266,3 +266,21 @@ def test_a_command_whose_package_loads_torch_answers_a_mistyped_flag():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --mistyped: no such option")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "status"), [(UsageError("lr: no"), 2), (NonFiniteError("loss"), 3)])
+def test_what_cannot_be_told_still_has_its_status(monkeypatch, error, status):
+    class Full:
+        def write(self, _text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def flush(self):
+            pass
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == status

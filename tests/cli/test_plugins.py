@@ -1,6 +1,7 @@
 """Code of the user's own: imported by name before settings are checked, and missed in one line."""
 
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import cbcls.train
 import cbgan.evaluate
 import cbgan.train
 import common.reports.data_set
-from common.cli.plugins import GROUP, installed_plugins, load_plugins
+from common.cli.plugins import GROUP, _owner, installed_plugins, load_plugins
 from common.data.names import DATA_SETS
 from common.errors import UsageError
 from common.metrics.scores import METRICS
@@ -197,3 +198,7 @@ def test_a_module_is_imported_once(place, tmp_path):
     assert vars(sys)["plugin_of_counts"] == 1
     with pytest.raises(UsageError, match=r"^plugins: plugin_of_none cannot be imported"):
         load_plugins(["plugin_of_none"])
+
+
+def test_an_entry_point_without_a_distribution_is_of_an_unknown_package():
+    assert _owner(EntryPoint("mine", "my_layers", GROUP)) == ("an unknown package", "")

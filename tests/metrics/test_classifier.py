@@ -4,7 +4,7 @@ import torch
 from common.data import DataConfig, ImageSet, load, to_float
 from common.errors import UsageError
 from common.metrics import classifier as module
-from common.metrics.classifier import Classifier
+from common.metrics.classifier import Classifier, _block
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +176,9 @@ def test_reads_images_of_any_size_in_any_batch(tmp_path, splits, size):
     assert not features.requires_grad
     # evaluation mode: an image's features do not depend on its batch; kernels may round differently
     torch.testing.assert_close(torch.cat([got(images[:1]), got(images[1:])]), features, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_halves_the_side_and_keeps_what_is_positive():
+    y = _block(3, 5)(torch.randn(2, 3, 8, 8))
+    assert y.shape == (2, 5, 4, 4)
+    assert y.min() == 0

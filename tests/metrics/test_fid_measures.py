@@ -9,7 +9,7 @@ from refused_settings import assert_refuses, assert_takes
 
 from common.data import ImageSet, Splits
 from common.errors import UsageError
-from common.metrics import Fid, FidConfig, statistics
+from common.metrics import Fid, FidConfig, FidResult, statistics
 from common.metrics import fid as module
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.features.neighbours import copying, nearest
@@ -232,3 +232,9 @@ def test_tags_of_a_chart_and_its_band(pixels, tmp_path):
     (band,) = fid.bands(values).values()
     assert band == ("metric/fid_pixels_centre", "metric/fid_pixels_low", "metric/fid_pixels_high")
     assert fid.bands({"metric/fid_pixels": 1.0}) == {}
+
+
+def test_what_was_not_measured_is_none():
+    result = FidResult(1.0, 10, None)
+    assert (result.other, result.interval, result.limit, result.neighbours, result.copying) == (None,) * 5
+    assert result.quality == {}

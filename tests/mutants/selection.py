@@ -14,11 +14,11 @@ from processes import Answer, Job, Work
 REDUNDANT = ("tests/norms/kernels/test_kernels.py::test_under_the_interpreter",)
 """Tests that only run others, which are run here one by one."""
 RECORD_SECONDS = 1500.0
-BUDGET = 15.0
+BUDGET = 30.0
 """Seconds of the processor that a fault's tests may take, as recorded: those that do not fit are not run."""
-COLD_BUDGET = 35.0
+COLD_BUDGET = 45.0
 """The same, of tests under Triton's interpreter."""
-LIMIT = 60.0
+LIMIT = 90.0
 """Seconds a fault at most."""
 SLOW = 30.0
 """Seconds a file of tests: beyond, it runs once more unwatched, for watching a compiler takes longer than compiling."""

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.reports.embedding import Panel, class_colours, collect_features, draw_panels, embedding, pairs, project
+from common.reports.embedding import (
+    Panel,
+    _marker,
+    class_colours,
+    collect_features,
+    draw_panels,
+    embedding,
+    pairs,
+    project,
+)
 from common.reports.figures import COLOURS
 
 
@@ -212,3 +221,8 @@ def test_pairs_refuse_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"labels: expected one for each of 5 points, got \(4,\)"):
         pairs(tmp_path / "p", torch.randn(5, 2), labelling, names=["a", "b"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_class_is_drawn_as_the_first_class_is():
+    assert _marker(-1) == _marker(0)
+    assert len({_marker(number) for number in range(7)}) == 7

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -151,3 +153,18 @@ def test_the_position_is_the_length_of_what_was_written(tmp_path):
     log.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert read_metrics(tmp_path) == [{"step": 1}]  # what follows a broken line belongs to no run
+
+
+def test_a_full_disk_names_the_file_that_could_not_be_written(tmp_path, monkeypatch):
+    log = Log(tmp_path)
+    log.scalars(1, 1, {"loss/d": 1.0})
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as found:
+            log.sync()
+    log.close()
+    assert found.value.filename == str(tmp_path / "metrics.jsonl")

@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.data import Batch
+from common.machine.dist import Env
+from common.training.config import RunConfig
+from common.training.parts import Parts as Parts_
 from common.training.update import StepGuard, Update, frozen
 
 DEVICE = torch.device("cpu")
@@ -87,3 +90,19 @@ def test_what_is_frozen_learns_again_afterwards_even_after_an_error():
     with pytest.raises(ZeroDivisionError), frozen(net):
         _ = 1 / 0
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_averages_take_counters_over_and_nothing_from_a_step_that_was_refused():
+    cfg = RunConfig(ema=0.75)
+    parts = Parts_(cfg, DEVICE, Env(), lambda: {"net": nn.BatchNorm1d(2)}, lambda _: {}, ("net",))
+    network, average = cast(nn.BatchNorm1d, parts.networks["net"]), cast(nn.BatchNorm1d, parts.averages["net"])
+    assert network.num_batches_tracked is not None
+    assert average.num_batches_tracked is not None
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    for good, weight, count in ((True, 2.0, 7), (False, 2.0, 7), (True, 2.75, 9)):
+        with torch.no_grad():
+            network.weight.fill_(5.0)
+            network.num_batches_tracked.fill_(count if good else 8)
+        parts.average(0.75, torch.tensor(good))
+        assert average.weight.tolist() == [weight] * 2  # 1, 1 + (5 - 1) / 4, 2 + (5 - 2) / 4
+        assert average.num_batches_tracked.item() == count

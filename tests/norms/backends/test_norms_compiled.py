@@ -123,6 +123,14 @@ def test_passes_compute_half_precision_in_float32(dtype):
         (y, dx), (want, dwant) = found
         assert torch.equal(y, want.to(dtype))
         assert torch.equal(dx, dwant.to(dtype))
+    learnt = [parameter.requires_grad_() for parameter in (mean, var, log_lambda)]
+    for run, parameters in zip(runs[1:], (learnt, learnt[:2]), strict=True):
+        found = []
+        for each in (x.detach(), x.detach().float()):
+            y = run(each.requires_grad_())
+            found.append(torch.autograd.grad(y, parameters, g.to(y.dtype)))
+        for ours, want in zip(*found, strict=True):
+            assert torch.equal(ours, want)
 
 
 def test_powers_of_two_are_exact_to_rounding():
