@@ -143,18 +143,19 @@ class Training:
 
     def _epoch(self) -> None:
         at, cfg = self.parts.at, self.cfg
-        for batches in self.feed.epoch(at["epoch"], at["batch"], self.parts.seed):
-            self._step(batches)
-            logs = at["step"] % cfg.log_every == 0
-            if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
-                self._check()
-            if logs:
-                self._log()
-            self.bar.update()
-            if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
-                self._check()
-                self._save()
-                self._stop()
+        with contextlib.closing(self.feed.epoch(at["epoch"], at["batch"], self.parts.seed)) as steps:
+            for batches in steps:
+                self._step(batches)
+                logs = at["step"] % cfg.log_every == 0
+                if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
+                    self._check()
+                if logs:
+                    self._log()
+                self.bar.update()
+                if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
+                    self._check()
+                    self._save()
+                    self._stop()
         self._check()
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])
