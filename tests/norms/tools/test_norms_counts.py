@@ -106,6 +106,13 @@ def test_operators_that_launch_are_counted_and_views_are_not():
     assert bytes_of(torch.empty(3, 0)) == 0
 
 
+def test_a_copy_is_what_an_operator_of_torch_writes_of_half_an_activation_or_more():
+    launches = [Launch("copy_", 400, 50), Launch("clone", 0, 49), Launch("kernel", 400, 100, function=Kernel())]
+    found = counts.Pass(launches, 100)
+    assert found.copies == ["copy_"]
+    assert [each.name for each in found.kernels] == ["kernel"]
+
+
 class Kernel:
     """What is recorded of a kernel."""
 
