@@ -143,6 +143,19 @@ def test_batch_norm_moves_what_is_known_of_it():
     assert step.kept == pytest.approx(1, abs=0.01)
 
 
+REAL = {"eps", "kappa", "momentum", "min_weight", "floor", "bessel"}
+"""What kernels are given that is no whole number."""
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "BatchNorm2d"])
+def test_sizes_and_strides_are_whole_numbers(name):
+    """A size that is handed over as 2.0 would be compiled as a float32, which does not count far."""
+    step = counts.record(SUBJECTS[name], (4, 6, 2, 2), torch.float32)
+    for launch in (*step.forward.kernels, *step.backward.kernels):
+        found = {argument for argument, value in launch.arguments.items() if isinstance(value, float)}
+        assert found <= REAL, (launch.name, found)
+
+
 def test_the_seventh_launch_is_found_missing():
     class Twice(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
