@@ -62,6 +62,7 @@ def test_a_page_has_the_papers_value_the_last_and_the_best_by_each_epoch(tmp_pat
     ]
     assert "- Measured by: content_test aaaaaaaaaaaa." in text
     assert "best checkpoint so far" in text
+    assert "mean ± standard deviation over seeds" in text
     assert "differs from" not in text
     assert "Other runs" not in text
 
