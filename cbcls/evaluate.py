@@ -21,6 +21,7 @@ from common.classification.measured import draw, measured
 from common.cli.arguments import flatten, parse, shown, to_dict
 from common.cli.fields import changeable
 from common.data import ImageSet
+from common.data.clusters import clusters_origin
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(out, split, record[split])
         _print_scores(split, model, record[split])
     if audit is not None:
-        record["leak_audit"] = audit.plain()
+        record["leak_audit"] = audit.plain() | {"clusters": clusters_origin(model.cfg.clusters)}
         if baseline is not None:
             record["leak_audit"]["baseline"] |= {"run": str(options.baseline), "differs": differ}
         print("leak audit", *audit.lines(), *(f"note       the baseline has {line}" for line in differ), sep="\n")

@@ -61,6 +61,18 @@ def _labelled(images: ImageSet, by: str) -> ImageSet:
     return replace(images, clusters=numbers, cluster_names=names)
 
 
+def clusters_origin(cfg: ClustersConfig) -> dict[str, Any]:
+    """Return what clusters follow from, as plain values: of a file, how it says that they were found.
+
+    Raises:
+        UsageError: if the file cannot be read, or holds no clusters.
+    """
+    origin: dict[str, Any] = {"by": cfg.by}
+    if cfg.file is None:
+        return origin
+    return origin | {"file": str(cfg.file), "configuration": _content(cfg.file).get("configuration")}
+
+
 def write_clusters(path: Path, splits: Splits, configuration: dict[str, Any]) -> None:
     """Write the clusters of images as JSON: how they were made, a hash of each split's pixels, names and numbers."""
     given = {name: images for name, images in splits.items() if images.clusters is not None}
@@ -73,16 +85,30 @@ def write_clusters(path: Path, splits: Splits, configuration: dict[str, Any]) ->
     write_text_atomic(path, json.dumps(content) + "\n")
 
 
-def _from_file(splits: Splits, path: Path) -> Splits:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"clusters.file: {path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise _no_clusters(path)
+    return content
+
+
+def _no_clusters(path: Path) -> UsageError:
+    return UsageError(f"clusters.file: {path} holds no clusters; python -m cbcls.clusters writes one")
+
+
+def _from_file(splits: Splits, path: Path) -> Splits:
+    content = _content(path)
+    try:
         names = tuple(str(name) for name in content["names"])
         pixels = {str(name): str(value) for name, value in content["pixels"].items()}
         numbers = {name: torch.tensor(content["clusters"][name], dtype=torch.int64) for name in pixels}
-    except OSError as error:
-        raise UsageError(f"clusters.file: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f"clusters.file: {path} holds no clusters; python -m cbcls.clusters writes one") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _no_clusters(path) from None
     found = {name: _numbered(images, name, pixels, numbers, names, path) for name, images in splits.items()}
     return replace(splits, **found)
 

@@ -18,10 +18,10 @@ from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
 from common.training.closing import Measured, closing_lines, peak_memory, write_summary
 from common.training.config import RunConfig
-from common.training.dry_run import estimate
 from common.training.method import Method, Moment
 from common.training.opening import RunPlace, configure, prepare, resume_command
 from common.training.optimisation import progress, schedule_factor
+from common.training.steps import estimate
 from common.training.update import StepGuard, Update
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run as run_forked
 from PIL import Image
 from refusals import refused
 from sklearn.metrics import f1_score, precision_recall_fscore_support, precision_score, recall_score
@@ -216,11 +217,13 @@ def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, tmp_path, capsys
 
     assert splits.test is not None
     file = tmp_path / "clusters.json"
-    write_clusters(file, Splits(random(splits.train, 0), random(splits.test, 1)), {})
+    how = {"method": "a coin", "seeds": [0, 1]}
+    write_clusters(file, Splits(random(splits.train, 0), random(splits.test, 1)), how)
     flags = ["--clusters.by", "file", "--clusters.file", str(file), "--norm.kind", "scb", "--norm.num_components", "2"]
     cbcls.train.main([*tiny, *flags, "--epochs", "1", "--name", "run"])
     found = results(tmp_path / "cbcls" / "run", tmp_path / "out")["leak_audit"]
     assert (found["flagged"], found["reasons"]) == (False, [])
+    assert found["clusters"] == {"by": "file", "file": str(file), "configuration": how}
     assert logged(tmp_path / "cbcls" / "run")[-1]["audit/flagged"] == 0
     assert load_model(tmp_path / "cbcls" / "run").clusters == ("left", "right")
 
@@ -238,6 +241,7 @@ def test_clusters_that_labels_do_not_make_are_not_flagged(tiny, tmp_path, capsys
 def test_a_baseline_is_told_the_same(runs, tmp_path, capsys):
     flags = ["--baseline", str(runs / "told")]
     found = results(runs / "scb", tmp_path, *flags)["leak_audit"]
+    assert found["clusters"] == {"by": "classes"}
     labels = Classification.load(config(runs / "told"))["test"].labels
     assert labels is not None
     theirs = told_by_hand(runs / "told", labels)
@@ -323,6 +327,20 @@ def test_mixtures_are_calibrated_to_training_images_before_each_measurement(runs
     model = load_model(run)
     model.save(tmp_path / "model")
     assert results(tmp_path / "model", tmp_path / "again")["test"]["loss"] == pytest.approx(fitted, rel=1e-4)
+
+
+def test_two_ranks_measure_the_mixtures_that_one_process_would(tiny, tmp_path):
+    """Each rank's moving averages differ; all measure those of the first, fitted to the same images."""
+    flags = ["--norm.kind", "mn", "--calibration_batches", "2", "--epochs", "1", "--name", "pair"]
+    pair = run_forked(cbcls.train.main, *tiny, *flags, ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    run = tmp_path / "cbcls" / "pair"
+    means = [rank["networks"]["network"]["norm3.mean"] for rank in load(last(run))["ranks"]]
+    assert not torch.equal(*means)
+    found = results(run, tmp_path / "out")["test"]
+    line = logged(run)[-1]
+    assert line["loss/test"] == pytest.approx(found["loss"], rel=1e-5)
+    assert line["metric/accuracy"] == found["accuracy"]
 
 
 def test_measuring_leaves_no_trace_in_a_network(runs):

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from forked import run
 from run_comparison import final_state, logged
 
 import cbgan.evaluate
+import cbgan.train
 
 
 def test_a_pair_learns_one_model_and_measures_what_one_process_would(launch, tiny, tmp_path, capsys):
@@ -30,3 +32,15 @@ def test_a_mistake_is_told_once_and_ends_every_process(launch, tiny, tmp_path):
     assert refused.returncode != 0
     assert refused.stderr.count("error: name: ") == 1
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2]) not in refused.stderr
+
+
+def test_a_conditional_pair_asks_for_the_same_classes_as_one_process(tiny, tmp_path, capsys):
+    flags = ["--norm.kind", "scb", "--norm.num_components", "10", "--epochs", "1", "--name", "pair"]
+    pair = run(cbgan.train.main, *tiny, *flags, ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    assert len(set(pair.weights)) == 1
+    folder = tmp_path / "cbgan" / "pair"
+    line = [line for line in logged(folder) if "metric/fid_classifier" in line][-1]
+    assert 0 <= line["metric/class_asked"] <= 1
+    cbgan.evaluate.main(["--run", str(folder)])
+    assert f"FID (classifier) {line['metric/fid_classifier']:.4g} from 60 samples" in capsys.readouterr().out
