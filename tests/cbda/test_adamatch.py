@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from applications import APPLICATIONS
 from forked import Hit, run
 from run_comparison import assert_same_runs, final_state, logged
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch import Tensor, nn
 
 import cbda.adamatch
@@ -290,20 +290,23 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     assert json.loads((finished / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
 
 
-@pytest.mark.parametrize("cluster", ["source", "target"])
-def test_the_accuracies_of_a_run_are_those_of_its_averaged_weights(finished, cluster):
+@pytest.mark.parametrize(("domain", "split"), [("source", "test"), ("target", "target_test")])
+@pytest.mark.parametrize(("name", "cluster"), [("source", SOURCE), ("target", TARGET)])
+def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished, domain, split, name, cluster):
     cfg = parse(AdaMatchConfig, ["--config", str(finished / "config.yaml")])
     network = build_classifier(cfg, 3)
     network.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
-    images = AdaMatch.load(cfg)["target_test"]
+    images = AdaMatch.load(cfg)[split]
     assert images.labels is not None
     with torch.no_grad():
-        logits = network.eval()(
-            to_float(images.images), torch.full((len(images),), SOURCE if cluster == "source" else TARGET)
-        )
+        found = network.eval()(to_float(images.images), torch.full((len(images),), cluster)).argmax(1)
     last = next(line for line in reversed(read_metrics(finished)) if "metric/target_accuracy" in line)
-    assert last[f"metric/target_accuracy_as_{cluster}"] == accuracy_score(images.labels, logits.argmax(1))
-    assert last["metric/target_accuracy"] == last["metric/target_accuracy_as_target"]
+    accuracy = accuracy_score(images.labels, found)
+    assert last[f"metric/{domain}_accuracy_as_{name}"] == accuracy
+    if name == domain:
+        want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]
+        scores = [last[f"metric/{domain}_weighted_{score}"] for score in ("precision", "recall", "f1")]
+        assert [last[f"metric/{domain}_accuracy"], *scores] == pytest.approx([accuracy, *want])
 
 
 @pytest.mark.parametrize("kind", ["none", "bn", "in", "dsbn", "scb_base", "ucb", "mn"])
@@ -322,7 +325,7 @@ def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
     flags = [*tiny, "--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--name", "run"]
     cbda.adamatch.main(flags)
     names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
-    assert not any("target_accuracy" in name or "oracle" in name for name in names)
+    assert not any("target_accuracy" in name or "target_weighted" in name or "oracle" in name for name in names)
     assert {"metric/source_accuracy", "metric/target_information", "adapt/mask_rate"} <= names
     assert "AdaMatch     source" in capsys.readouterr().out
 
