@@ -20,6 +20,7 @@ import cbda.adamatch
 import cbda.adaptation.algorithm
 import cbda.adaptation.gradients
 import cbda.models
+import cbda.predict
 from cbda.adamatch import AdaMatch
 from cbda.adaptation.algorithm import shares_drawn
 from cbda.adaptation.objective import Objective
@@ -304,7 +305,7 @@ def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished, domain,
     accuracy = accuracy_score(images.labels, found)
     assert last[f"metric/{domain}_accuracy_as_{name}"] == accuracy
     if name == domain:
-        want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]
+        want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]  # pyright: ignore[reportArgumentType]
         scores = [last[f"metric/{domain}_weighted_{score}"] for score in ("precision", "recall", "f1")]
         assert [last[f"metric/{domain}_accuracy"], *scores] == pytest.approx([accuracy, *want])
 
@@ -319,6 +320,14 @@ def test_every_layer_can_be_first(tiny, tmp_path, kind):
 
 def test_layers_deep_inside(tiny):
     cbda.adamatch.main([*tiny, "--epochs", "1", "--norm.kind", "ucb", "--model.convert", "norm", "groups.0.0.norm1"])
+
+
+def test_the_layer_everywhere_warns_in_training_and_not_afterwards(tiny, tmp_path, domains, capsys):
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--lr", "1e-4", "--model.convert", "all", "--name", "run"])
+    assert capsys.readouterr().err.count("warning: model: with 'scb' at every layer nothing holds the scale") == 1
+    cbda.predict.main(["--run", str(tmp_path / "cbda" / "run"), "--images", str(domains / "target" / "bare"),
+                       "--out", str(tmp_path)])  # fmt: skip
+    assert not capsys.readouterr().err
 
 
 def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
@@ -350,7 +359,8 @@ def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, 
     assert best == same
     differ = {k for a, b in zip(right, garbage, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
     assert differ
-    assert all("target_accuracy" in name or "oracle" in name for name in differ)
+    of_labels = ("target_accuracy", "target_weighted", "oracle")
+    assert all(any(part in name for part in of_labels) for name in differ)
 
 
 def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):
