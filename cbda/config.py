@@ -91,7 +91,7 @@ class ImagesConfig:
     flip: bool = False
     """Mirror half of the weak and strong views; not for digits and letters."""
     workers: int = field(default=0, metadata=MAY_CHANGE)
-    """Loader processes; 0 makes the views in the training process."""
+    """Loader processes; 0 makes the next views in a thread of the training process."""
     validation: float | None = None
     """Share of each class of the source's training images held out, to choose epochs by; null is 0.1 where something
     is chosen, else 0."""

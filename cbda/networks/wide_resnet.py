@@ -75,7 +75,7 @@ class WideResNet(nn.Module):
             groups.append(nn.Sequential(*members))
         self.groups = nn.Sequential(*groups)
         self.norm = BatchNorm(channels, details.eps, momentum)
-        self.activation = nn.LeakyReLU(details.slope)
+        self.activation = nn.LeakyReLU(details.slope, inplace=True)
         self.linear = nn.Linear(channels, num_classes)
         self._initialise(form)
 
@@ -112,7 +112,7 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=details.biases)
         self.norm2 = BatchNorm(out, details.eps, momentum)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=details.biases)
-        self.activation = nn.LeakyReLU(details.slope)
+        self.activation = nn.LeakyReLU(details.slope, inplace=True)
         self.shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1, stride, bias=details.biases)
 
     def forward(self, x: Tensor) -> Tensor:

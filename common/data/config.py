@@ -46,7 +46,7 @@ class DataConfig:
     flip: bool = False
     """Mirror each training image left to right with probability 1/2."""
     workers: int = field(default=0, metadata=MAY_CHANGE)
-    """Loader processes; 0 gathers batches in the training process."""
+    """Loader processes; 0 gathers the next batch in a thread of the training process."""
 
     validation: float | None = None
     """Share of each class of the training images held out of training, for early stopping and the best checkpoint;

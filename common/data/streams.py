@@ -1,9 +1,10 @@
 """Streams of batches whose order and views follow from the seed and the position, so a run resumes exactly."""
 
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.data.image_set import ImageSet
 from common.machine import seeding
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class View(Protocol):
@@ -103,7 +107,7 @@ class Feed:
         epoch_of: the stream whose pass is an epoch.
         steps_per_epoch: steps of an epoch, or None for one pass.
         accumulate: parts of a step, each with a batch of every stream.
-        workers: processes that gather batches; 0 gathers them in this one.
+        workers: processes that gather batches; 0 gathers them in a thread of this one.
         rank: this process, of `world` that share each step.
         world: how many there are.
 
@@ -142,11 +146,15 @@ class Feed:
         return self._own_steps or self._batches(self.epoch_of) // self.accumulate
 
     def epoch(self, epoch: int, start: int, seed: int) -> Generator[Step, None, None]:
-        """Yield the steps of an epoch from the `start`-th on; closing the iterator ends its workers."""
+        """Yield the steps of an epoch from the `start`-th on; closing the iterator ends its workers, or its thread.
+
+        Without workers a thread gathers the next step while the caller is busy with one: OpenCV and torch compute
+        without holding the interpreter. What goes wrong there is raised here, when the step is asked for.
+        """
         gather = _Gather(self.streams, self.epoch_of, seed)
         places = self._places(epoch, start, seed)
         if not self.workers:
-            yield from map(gather.__getitem__, places)
+            yield from _one_ahead(gather.__getitem__, places)
             return
         yield from DataLoader(
             gather,
@@ -188,6 +196,17 @@ class Feed:
             ]
             for step in range(first, last)
         ]
+
+
+def _one_ahead(function: Callable[[S], T], arguments: Sequence[S]) -> Iterator[T]:
+    """Map a function over arguments in a thread of its own, which does the next while the last is used."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        ahead = [thread.submit(function, argument) for argument in arguments[:1]]
+        for argument in arguments[1:]:
+            done = ahead.pop().result()
+            ahead.append(thread.submit(function, argument))
+            yield done
+        yield from (last.result() for last in ahead)
 
 
 def _prefix(name: str, epoch_of: str) -> tuple[str, ...]:

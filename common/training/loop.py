@@ -18,10 +18,10 @@ from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
 from common.training.closing import Measured, closing_lines, peak_memory, write_summary
 from common.training.config import RunConfig
-from common.training.dry_run import estimate
 from common.training.method import Method, Moment
 from common.training.opening import RunPlace, configure, prepare, resume_command
 from common.training.optimisation import progress, schedule_factor
+from common.training.steps import estimate
 from common.training.update import StepGuard, Update
 
 
@@ -143,18 +143,19 @@ class Training:
 
     def _epoch(self) -> None:
         at, cfg = self.parts.at, self.cfg
-        for batches in self.feed.epoch(at["epoch"], at["batch"], self.parts.seed):
-            self._step(batches)
-            logs = at["step"] % cfg.log_every == 0
-            if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
-                self._check()
-            if logs:
-                self._log()
-            self.bar.update()
-            if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
-                self._check()
-                self._save()
-                self._stop()
+        with contextlib.closing(self.feed.epoch(at["epoch"], at["batch"], self.parts.seed)) as steps:
+            for batches in steps:
+                self._step(batches)
+                logs = at["step"] % cfg.log_every == 0
+                if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
+                    self._check()
+                if logs:
+                    self._log()
+                self.bar.update()
+                if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
+                    self._check()
+                    self._save()
+                    self._stop()
         self._check()
         at["epoch"], at["batch"] = at["epoch"] + 1, 0
         values, self.warnings = self.method.health(at["step"])

@@ -95,7 +95,7 @@ class Method(ABC, Generic[C]):
 
     @property
     def workers(self) -> int:
-        """Processes that gather batches."""
+        """Processes that gather batches; with 0 a thread does."""
         return self.cfg.data.workers  # pyright: ignore[reportAttributeAccessIssue]
 
     def default_name(self) -> str:

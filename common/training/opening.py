@@ -13,7 +13,7 @@ from common.cli.arguments import flatten, parse, read, to_dict
 from common.data import Feed, ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
-from common.machine.device import set_determinism, set_threads
+from common.machine.device import keep_freed_memory, set_determinism, set_threads
 from common.machine.dist import Env
 from common.runs.folder import (
     RunFolder,
@@ -30,7 +30,7 @@ from common.training.parts import Parts
 
 
 def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
-    """Read the command line, and where it goes on with a run that run's settings; set threads and determinism.
+    """Read the command line, and where it goes on with a run that run's settings; set threads, memory and determinism.
 
     Raises:
         UsageError: for anything wrong in files or flags, or a run that is not as they say.
@@ -52,6 +52,7 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
         if cfg.name is not None and not cfg.dry_run:
             refuse_existing(parent, cfg.name)
     set_threads(cfg.threads or threads or 0)
+    keep_freed_memory()
     set_determinism(cfg.deterministic)
     kind.choice(cfg)
     return cfg.resolved()

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from cbda.adamatch import AdaMatch
 from cbda.adaptation.algorithm import shares_drawn
 from cbda.adaptation.objective import Objective
 from cbda.config import AdaMatchConfig
+from cbda.domains import domain_streams, load_domains
+from cbda.evaluation import _CHARTS
 from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
-from common.errors import NonFiniteError
+from common.errors import NonFiniteError, UsageError
 from common.machine.seeding import permutation, uniform_per_sample
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
@@ -573,3 +576,33 @@ def test_logits_that_are_not_finite_name_their_images(tiny):
 def test_a_run_can_be_made_longer_where_nothing_depends_on_its_length(schedule, warmup, follows):
     cfg = parse(AdaMatchConfig, ["--schedule.kind", schedule, "--method.warmup", str(warmup)])
     assert cfg.follows_length is follows
+
+
+def test_charts_are_of_what_a_run_logs(tiny, tmp_path):
+    tau = ["--method.tau", "0.1", "--method.warmup", "0.01", "--variance_every", "2"]  # so that pseudo-labels pass
+    cbda.adamatch.main([*tiny, *tau, "--epochs", "1", "--log_every", "1", "--name", "run"])
+    tags = {tag for line in read_metrics(tmp_path / "cbda" / "run") for tag in line}
+    assert {tag for chart in _CHARTS.values() for tag in chart} <= tags
+
+
+def test_a_target_of_some_classes_counts_them_as_the_source_does(tmp_path, domains):
+    shutil.copytree(domains / "source" / "test", tmp_path / "source")
+    for name in ("dog", "fox"):
+        shutil.copytree(domains / "target" / "test" / name, tmp_path / "target" / name)
+    cfg = parse(AdaMatchConfig, ["--data.size", "8", "--source.name", "imagefolder", "--source.root",
+                                 str(tmp_path / "source"), "--target.name", "imagefolder", "--target.root",
+                                 str(tmp_path / "target")])  # fmt: skip
+    images = load_domains(cfg)
+    assert images["target"].classes == images["train"].classes == ("cat", "dog", "fox")
+    labels = images["target"].labels
+    assert labels is not None
+    assert labels.bincount().tolist() == [0, 4, 4]
+
+
+def test_all_ranks_together_take_no_more_images_than_a_domain_has(tiny):
+    cfg = parse(AdaMatchConfig, tiny)  # batches of 9 of 36 images
+    images = load_domains(cfg)
+    sizes = {name: stream.batch_size for name, stream in domain_streams(cfg, images, 4).items()}
+    assert sizes == {"train": 9, "target": 9}
+    with pytest.raises(UsageError, match=r"^batch_size: expected at most the 36 images of the source, got 45 a step$"):
+        domain_streams(cfg, images, 5)

@@ -1,6 +1,8 @@
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -130,3 +132,16 @@ def test_pixels_come_in_the_range_that_was_asked_for():
 @pytest.mark.parametrize("pixels", ["signed", "unit", "raw", "imagenet"])
 def test_every_range_of_pixels_can_be_asked_for(pixels):
     assert parse(AdaMatchConfig, ["--model.pixels", pixels]).model.pixels == pixels
+
+
+def test_weights_that_cannot_be_downloaded_are_missed_in_one_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route\n to host")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    line = (
+        "model.pretrained: the weights of resnet18 cannot be had (no route to host); expected a connection, or a file "
+        "by --model.weights"
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(line)}$"):
+        build_classifier(config(name="timm:resnet18", pretrained=True), 3)

@@ -7,7 +7,7 @@ from commands import assert_starts
 @pytest.mark.parametrize(
     ("file", "module"),
     [
-        *((f"cbgan/{name}.py", f"cbgan.{name}") for name in ("train", "evaluate", "sample")),
+        *((f"cbgan/{name}.py", f"cbgan.{name}") for name in ("train", "evaluate", "sample", "bench")),
         ("cbgan/compare.py", "cbgan.reports.comparison"),
     ],
 )

@@ -1,6 +1,7 @@
 """Measuring any checkpoint or folder of images against any data set."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,15 @@ def test_a_folder_of_few_images_is_warned_of(out, tmp_path, capsys):
     folder = pictures(tmp_path / "few", digits(8).train.images[:40])
     measured(tmp_path / "out", "--images", str(folder), "--data.size", "8", "--cache", str(out / "cache"))
     assert "warning: fid.samples: 40 generated images are fewer than the 64 features" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_with_as_many_threads_as_it_was_trained_with(run, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(cbgan.evaluate, "set_threads", told.append)
+    text = (run / "config.yaml").read_text()
+    assert "\nthreads: 0\n" in text
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text(text.replace("\nthreads: 0\n", "\nthreads: 3\n"))
+    measured(tmp_path / "out", "--run", str(copy))
+    assert told == [3]

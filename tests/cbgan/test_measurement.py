@@ -11,6 +11,7 @@ from torch import nn
 
 import cbgan.evaluation
 import cbgan.train
+import common.metrics.fid
 from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation, calibrated, distance, largest
 from cbgan.networks.dcgan import Generator
@@ -145,6 +146,17 @@ def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, 
         "step": 4, "cause": "diversity of samples is 0.1, was 1: the generator makes few different images",
     }  # fmt: skip
     assert "collapsed in step 4: diversity of samples" in capsys.readouterr().err
+
+
+def test_a_generator_that_no_longer_covers_the_real_images_is_told(tiny, tmp_path, capsys, monkeypatch):
+    recalls = iter([0.7, 0.8, 0.1])  # before training, and after epochs 1 and 2
+    monkeypatch.setattr(common.metrics.fid.quality, "precision_recall", lambda *_, **__: (0.9, next(recalls)))
+    flags = ["--epochs", "2", "--batch_size", "500", "--fid.every", "1", "--fid.metrics", "precision_recall"]
+    cbgan.train.main([*tiny, *flags, "--name", "run"])
+    summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
+    assert summary["collapsed"]["step"] == 4
+    assert summary["collapsed"]["cause"].startswith("recall classifier of samples is 0.1, was 0.8")
+    assert "collapsed in step 4: recall" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

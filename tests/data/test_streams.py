@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,53 @@ def test_closing_early_ends_the_workers():
     assert len(multiprocessing.active_children()) == 2
     iterator.close()
     assert not multiprocessing.active_children()
+
+
+class Noting:
+    """A view that notes the images of each batch it is asked for, and fails at one of them."""
+
+    def __init__(self, fails_at=-1):
+        self.seen, self.ready, self.fails_at = [], threading.Semaphore(0), fails_at
+
+    def __call__(self, images, index, seed, *position):
+        self.seen.append((threading.current_thread(), index))
+        self.ready.release()
+        if len(self.seen) == self.fails_at:
+            raise RuntimeError(f"batch {self.fails_at}")
+        return images
+
+    def wait_for_one(self):
+        assert self.ready.acquire(timeout=30)
+
+
+def test_without_workers_a_thread_is_one_step_ahead_and_no_more():
+    noting = Noting()
+    steps = Feed({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
+    first = next(steps)
+    noting.wait_for_one()
+    noting.wait_for_one()  # the second step is made though nobody has asked for it
+    assert not noting.ready.acquire(timeout=0.2)
+    given = [first, *steps]
+    assert [step[0]["train"].index.tolist() for step in given] == [index.tolist() for _, index in noting.seen]
+    assert threading.current_thread() not in {thread for thread, _ in noting.seen}
+
+
+def test_closing_early_ends_the_thread():
+    noting = Noting()
+    steps = Feed({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
+    next(steps)
+    ((thread, _), *_) = noting.seen
+    assert thread.is_alive()
+    steps.close()
+    assert not thread.is_alive()
+    assert len(noting.seen) == 2
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_the_step_is_asked_for():
+    steps = Feed({"train": Stream(image_set(), 4, (Noting(fails_at=3),))}).epoch(0, 0, 0)
+    assert [next(steps), next(steps)]
+    with pytest.raises(RuntimeError, match="batch 3"):
+        next(steps)
 
 
 def test_workers_leave_signals_to_the_process_that_trains():

@@ -1,5 +1,8 @@
+import ctypes
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,35 @@ def test_channels_last_is_a_layout():
     image = torch.zeros(2, 3, 4, 4)
     assert image.contiguous(memory_format=memory_format(True)).stride() == (48, 1, 12, 3)
     assert image.contiguous(memory_format=memory_format(False)).stride() == (48, 16, 4, 1)
+
+
+_FAULTS = """
+import resource, sys, torch
+from common.machine.device import keep_freed_memory
+print(keep_freed_memory() if sys.argv[1] == "keep" else None)
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.empty(2**21).fill_(1) for _ in range(8)]  # 8 MiB each
+    del kept
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
+@pytest.mark.parametrize(
+    ("how", "environment", "answer", "kept"),
+    [
+        ("keep", {}, "True", True),
+        ("leave", {}, "None", False),
+        ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, "False", False),
+    ],
+)
+def test_memory_that_is_wanted_again_is_not_given_back_and_faulted_in_anew(how, environment, answer, kept):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS, how], env=plain | environment, capture_output=True, text=True, check=True
+    )
+    said, faults = done.stdout.split()
+    assert said == answer
+    # 64 MiB are 16,384 pages of 4 KiB, or 32 where the kernel gives 2 MiB at a time.
+    assert (int(faults) < 16) == kept

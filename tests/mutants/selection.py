@@ -174,6 +174,7 @@ class Selection:
     def stages(self, fault: Fault) -> list[tuple[list[str], dict[str, float]]]:
         """Return sessions as (files, tests with their durations): near tests first, those of Triton apart."""
         home = mirrored(fault.file, self.folders)
+        direct = self._expand(self.executed.get(fault.file, {}).get(fault.line, ()))
         groups: dict[int, dict[str, float]] = {}
         for test in self.tests(fault):
             file = test.split("::")[0]
@@ -182,7 +183,7 @@ class Selection:
         for number, group in sorted(groups.items()):
             left = self.patience * COLD_BUDGET if number == 2 else left
             chosen: dict[str, float] = {}
-            for test in spread(group):
+            for test in sorted(spread(group), key=lambda test: test not in direct):  # those that execute the line first
                 if group[test] <= left or not (chosen or result or group[test] > LIMIT / 2):
                     chosen[test] = group[test]
                     left -= group[test]

@@ -174,6 +174,9 @@ def test_an_embedding_has_a_panel_for_each_labelling_of_the_same_chosen_points(t
     labellings = {"class": (member, ["x", "y", "z"]), "domain": (domain, ["source", "target"])}
     _, svg = embedding(tmp_path / "f", features, labellings, method="pca", most=24, title="both")
     assert set(words(svg)) == {"class", "domain", "x", "y", "z", "source", "target", "both"}
+    _, untitled = embedding(tmp_path / "g", features, labellings, method="pca", most=24)
+    assert set(words(svg)) - set(words(untitled)) == {"both"}
+    assert set(words(untitled)) <= set(words(svg))
     blue, orange, green = (marks(svg, colour.lower()) for colour in COLOURS[:3])
     assert blue + orange + green == 2 * 24 + 3 + 2
     third = green - 1

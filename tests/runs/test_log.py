@@ -168,3 +168,18 @@ def test_a_full_disk_names_the_file_that_could_not_be_written(tmp_path, monkeypa
             log.sync()
     log.close()
     assert found.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_a_disk_that_is_full_when_the_log_is_closed_is_told_with_the_place(tmp_path, monkeypatch):
+    log = Log(tmp_path)
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    close = log._events.close
+    monkeypatch.setattr(log._events, "close", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        log.close()
+    close()
+    assert found.value.filename == str(tmp_path)
+    assert log._file.closed

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from applications import APPLICATIONS
+from run_comparison import final_state
 
 from common.cli import arguments
+from common.runs.checkpoint import load
 from common.runs.log import read_metrics
+from common.training.parts import upgraded
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -31,5 +34,11 @@ def test_a_run_of_schema_1_goes_on(name, tmp_path, cache, capsys):
         for tag, value in theirs.items():
             rel = {"metric/fid_classifier": 0.25, "loss/test": 0.05}.get(tag, 0.1 if "metric/" in tag else 2e-2)
             assert ours[tag] == pytest.approx(value, rel=rel, abs=2e-2), (ours["step"], tag)
+    clock = final_state(tmp_path / name / "old")["clock"]
+    with tarfile.open(FIXTURES / f"schema1_{name}.tar.xz") as archive:  # which knew no clock: it starts at 0
+        archive.extractall(tmp_path / "again", filter="data")
+    before = load(max((tmp_path / "again").rglob("step-*.pt")))
+    assert upgraded(before)["clock"] == {"training": 0.0, "evaluation": 0.0}
+    assert clock["training"] > 0
     assert len(list((tmp_path / name / "old" / "tensorboard").iterdir())) == 2  # its charts go on where they were
     assert not list((tmp_path / name / "old").glob("events*"))

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,9 @@ def test_interrupted_anywhere_it_equals_the_run_left_alone(flags, tmp_path):
 
 
 def test_after_so_many_rewinds_it_stops_with_the_cause(flags, tmp_path):
-    with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+ after 2 rewinds: the loss is"):
+    with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+ after 2 rewinds: the loss is") as _held:
         FOURTH.main([*flags, "--name", "run", "--guard.lr_factor", "1", "--guard.max_rewinds", "2"])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]  # though it is held
     summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
     assert summary["state"] == "failed"
     assert len(summary["rewinds"]) == 2

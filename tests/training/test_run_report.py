@@ -18,7 +18,7 @@ from fourth import Fourth
 
 from common.data.sets.digits import digits
 from common.runs.log import read_metrics
-from common.training import dry_run, loop
+from common.training import loop, steps
 from common.training.loop import Training
 
 FOURTH = APPLICATIONS["fourth"]
@@ -250,7 +250,7 @@ def test_a_dry_run_counts_in_closed_form(tmp_path, monkeypatch, capsys):
             clock[0] += next(durations)
         return clock[0]
 
-    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=perf_counter))
     FOURTH.main([*FOURTH.tiny(tmp_path, tmp_path), "--dry_run", "--epochs", "1000", "--data.validation", "0.1"])
     data, net, top, memory, time = capsys.readouterr().out.splitlines()
     labels = digits(8).train.labels

@@ -88,10 +88,10 @@ def cluster_norm(
     mean: Tensor,
     var: Tensor,
     *,
-    eps: float = 1e-5,
-    unknown_scale: UnknownScale = "match",
-    unknown_posterior: UnknownPosterior = "location",
-    any_unknown: bool = True,
+    eps: float,
+    unknown_scale: UnknownScale,
+    unknown_posterior: UnknownPosterior,
+    any_unknown: bool,
 ) -> Tensor:
     """Normalise each sample by its cluster (Eq. 10), or by all clusters where it is unknown (Eqs. 12, 13).
 
@@ -139,10 +139,10 @@ def mixture_norm(
     mean: Tensor,
     var: Tensor,
     *,
-    groups: int = 1,
-    eps: float = 1e-5,
-    scale: Scale = "paper",
-    statistics: Statistics = "batch",
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
 ) -> tuple[Tensor, Moments | None]:
     """Normalise under a mixture: Eqs. 4-9 with the batch's own moments, or Eq. 15 with the given ones.
 

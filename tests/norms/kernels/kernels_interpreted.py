@@ -348,11 +348,23 @@ def _offsets_kernel(out_ptr, stride_n, stride_c, stride_l, BLOCK_L: tl.constexpr
     tl.store(out_ptr + place, at)
 
 
+@triton.jit
+def _places_kernel(out_ptr, stride_n, stride_c, stride_l, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    place = (at[:, None, None] * BLOCK + at[None, :, None]) * BLOCK + at[None, None, :]
+    tl.store(out_ptr + place, cluster_kernels._places(at, at, at, stride_n, stride_c, stride_l))
+
+
+@pytest.mark.parametrize("kernel", ["_offsets_kernel", "_places_kernel"])
 @pytest.mark.parametrize("strides", [(2**30, 3, 1), (1, 2**30, 5), (7, 1, 2**30)], ids=str)
-def test_offsets_reach_beyond_two_to_the_31(strides):
+def test_offsets_reach_beyond_two_to_the_31(strides, kernel):
     out = torch.empty(4, 4, 4, dtype=torch.int64)
-    kernel: Any = _offsets_kernel
-    kernel[(4,)](out, *strides, BLOCK_L=4, BLOCK_C=4)
+    by_program: Any = _offsets_kernel
+    at_once: Any = _places_kernel
+    if kernel == "_offsets_kernel":
+        by_program[(4,)](out, *strides, BLOCK_L=4, BLOCK_C=4)
+    else:
+        at_once[(1,)](out, *strides, BLOCK=4)
     n, i, c = torch.meshgrid(*(torch.arange(4),) * 3, indexing="ij")
     assert torch.equal(out, n * strides[0] + c * strides[1] + i * strides[2])
     assert int(out.max()) > 2**31

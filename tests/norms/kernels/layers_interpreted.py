@@ -15,6 +15,10 @@ SHAPE = (4, 6, 5)
 OPTIONS = {
     "default": ("ucb", {}),
     "joint, paper's averages, one variance": ("ucb", {"groups": 1, "average": "paper", "variance": "shared"}),
+    "one variance, of weights that a floor leaves with a sum above 1": (
+        "ucb",
+        {"variance": "shared", "min_weight": 0.3},
+    ),
     "learned by gradients, with a floor": ("ucb", {"groups": 2, "update": "weight", "min_weight": 0.3}),
     "learned statistics": ("ucb", {"update": "weight", "statistics": "learned", "scale": "sqrt_k"}),
     "re-seeded": ("ucb", {"reseed": 0.2, "affine": False}),

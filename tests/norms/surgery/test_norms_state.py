@@ -29,7 +29,11 @@ def test_state_of_batch_norm_becomes_a_single_components():
     norms, model = small(), small()
     for place, i, norm in ((model, 1, norms[1]), (model[3], 1, norms[3][1]), (model, 6, norms[6])):
         place[i] = UCBNorm(norm.num_features, 1, eps=norm.eps, momentum=norm.momentum)
-    model.load_state_dict(ucb_state_from_batch_norm(norms.state_dict()))
+    converted = ucb_state_from_batch_norm(norms.state_dict())
+    assert {name: value.dtype for name, value in converted.items()} == {
+        name: value.dtype for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(converted)
     close(model.eval()(images()), norms.eval()(images()))
     for net in (model.train(), norms.train()):
         net(images(1))

@@ -82,3 +82,9 @@ def test_memory_of_a_gpu_is_the_peak_beyond_what_was_held(monkeypatch):
 def test_a_storage_kept_twice_counts_once():
     x = torch.ones(5, requires_grad=True)
     assert bench.saved_bytes(lambda: (x * x) * (x * 2)) == 3 * 5 * 4  # x, x * x and x * 2
+
+
+def test_every_backend_that_is_not_refused_is_timed(monkeypatch):
+    refusals = {"eager": None, "compiled": "no compiler", "triton": None}
+    monkeypatch.setattr(bench, "refusal", lambda backend, device: refusals[backend])
+    assert bench.runnable(torch.device("cpu")) == ["eager", "triton"]

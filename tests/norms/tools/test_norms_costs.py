@@ -87,3 +87,8 @@ def test_layers_of_known_clusters_are_given_all_of_them_in_turn():
 def test_bad_input_is_named(argv, line):
     with pytest.raises(UsageError, match=line):
         costs.main(argv)
+
+
+def test_places_are_those_of_the_papers_networks():
+    """256 CIFAR images in the shallow CNN's third layer, 64 in the generator's second, 216 in front of ViT."""
+    assert list(costs.PLACES.values()) == [(256, 128, 8, 8), (64, 128, 16, 16), (216, 3, 32, 32)]

@@ -103,6 +103,13 @@ def test_operators_that_launch_are_counted_and_views_are_not():
     assert bytes_of(torch.empty(3, 0)) == 0
 
 
+def test_a_copy_is_what_an_operator_of_torch_writes_of_half_an_activation_or_more():
+    launches = [Launch("copy_", 400, 50), Launch("clone", 0, 49), Launch("kernel", 400, 100, function=Kernel())]
+    found = counts.Pass(launches, 100)
+    assert found.copies == ["copy_"]
+    assert [each.name for each in found.kernels] == ["kernel"]
+
+
 class Kernel:
     """What is recorded of a kernel."""
 
@@ -131,6 +138,19 @@ def test_batch_norm_moves_what_is_known_of_it():
     assert [round(each, 2) for each in (step.forward.reads, step.forward.writes)] == [2, 1]
     assert [round(each, 2) for each in (step.backward.reads, step.backward.writes)] == [4, 1]
     assert step.kept == pytest.approx(1, abs=0.01)
+
+
+REAL = {"eps", "kappa", "momentum", "min_weight", "floor", "bessel", "least", "empty"}
+"""What kernels are given that is no whole number."""
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "BatchNorm2d"])
+def test_sizes_and_strides_are_whole_numbers(name):
+    """A size that is handed over as 2.0 would be compiled as a float32, which does not count far."""
+    step = counts.record(SUBJECTS[name], (4, 6, 2, 2), torch.float32)
+    for launch in (*step.forward.kernels, *step.backward.kernels):
+        found = {argument for argument, value in launch.arguments.items() if isinstance(value, float)}
+        assert found <= REAL, (launch.name, found)
 
 
 def test_the_seventh_launch_is_found_missing():

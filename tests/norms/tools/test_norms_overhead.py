@@ -72,13 +72,15 @@ def test_the_launcher_may_be_left_out(timed, capsys, monkeypatch):
 
 
 def test_every_layer_is_run_with_its_backward(monkeypatch):
-    monkeypatch.setattr(overhead, "REPEATS", 1)
-    launched = []
+    monkeypatch.setattr(overhead, "REPEATS", 2)
+    launched: list[str] = []
     with replaced_kernels(lambda kernel, *_: launched.append(kernel.__name__)):
         times = overhead.microseconds(2)
     assert list(times) == ["BatchNorm2d", *overhead.LAYERS]
     assert all(len(each) == 2 and min(each) > 0 for each in times.values())
     assert {"scb_fwd_kernel", "scb_bwd_kernel", "mixture_bwd_kernel"} <= set(launched)
+    # Each layer is run once to compile, and twice in each of two rounds.
+    assert {launched.count(name) % 5 for name in set(launched)} == {0}
 
 
 def test_rounds_are_checked(monkeypatch):

@@ -116,6 +116,8 @@ def test_aims_are_those_that_were_set(dtype, ratio, fails):
     base, row = (
         Row("UCBNorm", (64, 64, 112, 112), dtype, "H100", [("k", Bound(0.0, 0.0, time, 0.0))]) for time in (1, ratio)
     )
+    said = f"UCBNorm, {dtype} on H100: {2 * ratio:.2f} of BatchNorm2d's, aim {roofline.AIMS['UCBNorm', dtype]}"
+    assert roofline.missed(row, base._replace(launches=[("k", Bound(0.0, 0.0, 0.5, 0.0))])) == said
     assert bool(roofline.missed(row, base)) == fails
     assert not roofline.missed(row._replace(layer="SCBNorm", launches=[("k", Bound(0, 0, 9, 0))]), base)
     assert not roofline.missed(row._replace(device="A100", launches=[("k", Bound(0, 0, 9, 0))]), base)

@@ -1,5 +1,6 @@
-"""What a run would cost, from a few real steps, without writing anything."""
+"""Real steps of a run that is none: what they cost, without writing anything."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -18,6 +19,68 @@ from common.training.update import Part, StepGuard, Update
 
 _STEPS = 3
 _MIB = 2**20
+
+
+class Steps:
+    """Steps of training as the loop makes them, of which nothing is measured, logged or saved.
+
+    Args:
+        cfg: the run's configuration.
+        method: what is trained.
+        feed: the batches, from the first on; after the last epoch come more.
+        parts: networks, optimizers and their like, which change.
+    """
+
+    def __init__(self, cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> None:
+        self.cfg, self.method, self.parts = cfg, method, parts
+        self._guard = StepGuard(parts.networks.values(), [f"loss/{name}" for name in parts.optimizers], method.device)
+        epochs = (feed.epoch(epoch, 0, parts.seed) for epoch in itertools.count())
+        self._batches = itertools.chain.from_iterable(epochs)
+
+    def make(self, kind: type[Update] = Update) -> Update:
+        """Make the next step with an update of a kind, wait for the device, and return the update.
+
+        Raises:
+            NonFiniteError: if a loss or gradient is not finite.
+        """
+        cfg, parts, guard = self.cfg, self.parts, self._guard
+        update = kind(parts, guard, next(self._batches), self.method.device, cfg.precision, cfg.clip)
+        guard.begin(parts.at["step"] + 1)
+        self.method.step(update)
+        guard.finish()
+        parts.average(cfg.ema, guard.good)
+        parts.at["step"] += 1
+        guard.check()
+        return update
+
+
+class Timed(Update):
+    """An update that notes how long each loss's share of it takes, the device's work included.
+
+    Attributes:
+        began: when the batches were on the device, by `time.perf_counter`.
+        seconds: by the loss's name.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        synchronize(self._device)
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def descend(self, name: str, loss: Callable[[Part], Tensor]) -> None:
+        """Update as usual."""
+        synchronize(self._device)
+        began = time.perf_counter()
+        super().descend(name, loss)
+        synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class _Measured(Update):
@@ -51,19 +114,14 @@ def estimate(cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> s
     Memory of activations is what a loss keeps for its backward pass, the largest such set of a step; time is
     measured on a few training steps and leaves measurements out.
     """
-    device = method.device
-    guard = StepGuard(parts.networks.values(), [f"loss/{name}" for name in parts.optimizers], device)
-    batches = next(feed.epoch(0, 0, parts.seed))
+    device, steps = method.device, Steps(cfg, method, feed, parts)
     seconds, kept = [], 0
-    for number in range(1 + _STEPS):
+    for _ in range(1 + _STEPS):
         began = time.perf_counter()
-        update = _Measured(parts, guard, batches, device, cfg.precision, cfg.clip)
-        guard.begin(number + 1)
-        method.step(update)
-        guard.finish()
-        guard.check()  # waits for the device
-        kept = max(kept, update.kept)
+        update = steps.make(_Measured)
         seconds.append(time.perf_counter() - began)
+        assert isinstance(update, _Measured)
+        kept = max(kept, update.kept)
     each, total = sorted(seconds[1:])[_STEPS // 2], cfg.epochs * len(feed)
     weights = [p for network in parts.networks.values() for p in network.parameters()]
     state = [v for opt in parts.optimizers.values() for s in opt.state.values() for v in s.values() if v.ndim]
