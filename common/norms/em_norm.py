@@ -7,9 +7,12 @@ from torch import Tensor
 
 from . import checks
 from .backends import reference
-from .estimation import em, operators
+from .backends.reference import Moments
+from .estimation import averages, draws, em, operators
 from .estimation.averages import Stored
 from .estimation.em import Fit
+from .kernels import em_operators
+from .kernels import operators as kernels
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
 
@@ -70,6 +73,7 @@ class MixtureNorm(MixtureLayer):
         checks.check_size("refit_every", refit_every)
         checks.check_size("em_steps", em_steps)
         self.refit_every, self.em_steps = refit_every, em_steps
+        self._words = draws.key(self.seed, "points", "fit")  # here, because a graph cannot find it
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
         self.register_buffer("step", torch.tensor(0, device=self.mean.device))
@@ -102,32 +106,92 @@ class MixtureNorm(MixtureLayer):
         super()._store_calibrated(points, fit)
         self._write_fit(self._stored(fit))
 
+    def forget_initialized(self) -> None:
+        """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
+        super().forget_initialized()
+        self._host_step: Tensor | None = None
+
+    def _reset_step(self) -> None:
+        self.step.zero_()
+        self._host_step = torch.tensor(0, device="cpu")
+
+    def _count_step(self) -> Tensor:
+        """Count a training batch, in ``step`` and on the host; return how many came before.
+
+        Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
+        device is asked after ``step`` was written from outside, never from one step to the next; but an exported
+        graph, which has ``step`` alone, asks in every one.
+        """
+        if torch.compiler.is_exporting():
+            before = self.step.clone()
+        else:
+            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+                self._host_step = self.step.to("cpu", copy=True)
+            before = self._host_step
+            self._host_step = before + 1  # in place fails after a step in inference mode
+        self.step += 1
+        return before
+
     @torch.no_grad()
-    def _refit(self, x: Tensor, step: Tensor, seeded: bool | Tensor) -> None:
-        """Fit anew if this step, counted on the CPU but in an exported graph, is one to do so."""
-        how, dtype = (self.groups, self.seed, self.eps, self.em_steps), reference.compute_dtype(x)
+    def _refit(self, x: Tensor, before: Tensor, seeded: bool | Tensor) -> Stored | None:
+        """Return the fit to this batch, or None unless this step, counted on the CPU, is one to make it.
+
+        In a graph, which cannot look at it, that may be the last fit.
+        """
+        ready = seeded if isinstance(seeded, Tensor) else None
+        due = self._in_graph() or (seeded and int(before) % self.refit_every == 0)
+        if not due:
+            return None
+        if self._fused(x, "batch"):
+            every = self.refit_every if self._in_graph() else 1
+            rule = self.groups, self.eps, self.em_steps, em.MAX_POINTS, *self._words
+            limits = self.min_weight, em.VARIANCE_FLOOR, em.EMPTY
+            last = (t.contiguous() for t in self._last_fit())
+            flat = reference.flatten(x.detach())
+            return Stored(*em_operators.fit_mixture(flat, *last, self.step, ready, before, every, *rule, *limits))
+        how, last = (self.groups, self.seed, self.eps, self.em_steps), self._fit(reference.compute_dtype(x), "fit_")
         if self._in_graph():
-            ready = seeded if isinstance(seeded, Tensor) else None
-            last, due = self._fit(dtype, "fit_"), (ready, step, self.refit_every)
-            *new, found = operators.refit_mixture(x.detach(), *last, *due, *how)
-            self._write_fit(self._stored(Fit(*new)), where=found)
-        elif seeded and int(step) % self.refit_every == 0:
-            fit, found = em.refit(x, self._fit(dtype, "fit_"), int(step), *how)
-            self._write_fit(self._stored(fit), where=found)
+            *fit, found = operators.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)
+            pairs = zip(self._stored(Fit(*fit)), self._last_fit(), strict=True)
+            return Stored(*(torch.where(found, new, old.to(new.dtype)) for new, old in pairs))
+        return self._stored(em.refit(x, last, self.step, *how))
+
+    def _last_fit(self) -> Stored:
+        return Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
+
+    @torch.no_grad()
+    def _store_fit(self, fit: Stored, moments: Moments) -> None:
+        """Store a fit, unless the batch that has these moments under it, or the fit, is not finite throughout."""
+        self._write_fit(fit, where=averages.is_finite(moments) & Fit(*fit).is_finite())
+
+    @torch.no_grad()
+    def _move_fused(self, state: Tensor, new: Stored | None) -> None:
+        """Store a fit and move the averages, by the moments of a state under the fit."""
+        averaged, last = self._mixture(), self._last_fit()
+        if all(t.is_contiguous() for t in (*averaged, *last)):
+            fits = (None,) * 6 if new is None else (*new, *last)
+            rule = self.momentum, self.average == "paper", self.min_weight, False
+            kernels.move_averages(*averaged, self.logits.clone(), state, *fits, *rule)
+            return
+        moments = kernels.moments_of(state, self.groups)
+        if new is not None:
+            self._store_fit(new, moments)
+        self._average_in(moments)
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
-        if x.numel():
-            self._refit(x, self._count_step(), self._seed(x))
+        new = self._refit(x, self._count_step(), self._seed(x)) if x.numel() else None
+        fit = self._last_fit() if new is None else new
         if self._fused(x, "batch"):
-            fit = Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
             y, state = self._normalise_fused(x, fit, "batch", 0.0)
             if state is not None:
-                self._average_in_fused(state, self.logits.clone())
+                self._move_fused(state, new)
             return y
-        log_lambda = self.fit_logits.log_softmax(0)
-        y, moments = self._normalise(x, log_lambda, self.fit_mean.clone(), self.fit_log_var.exp(), "batch")
+        mixture = self._snapshot(fit.logits.log_softmax(0), fit.mean, fit.log_var.exp())
+        y, moments = self._normalise(x, *mixture, "batch")
         if moments is not None and x.numel():
+            if new is not None:
+                self._store_fit(new, moments)
             self._average_in(moments)
         return y
 

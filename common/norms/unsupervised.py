@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checks, functional
 from .backends import closed_form, compiled, reference, sync
 from .backends.reference import Moments, Scale, Statistics
-from .estimation import averages, em, operators
+from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
@@ -128,32 +128,6 @@ class MixtureLayer(NormLayer):
         self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
         self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
-    def forget_initialized(self) -> None:
-        """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
-        super().forget_initialized()
-        self._host_step: Tensor | None = None
-
-    def _reset_step(self) -> None:
-        self.step.zero_()
-        self._host_step = torch.tensor(0, device="cpu")
-
-    def _count_step(self) -> Tensor:
-        """Count a training batch, in ``step`` and on the host; return how many came before.
-
-        Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
-        device is asked after ``step`` was written from outside, never from one step to the next; but an exported
-        graph, which has ``step`` alone, asks in every one.
-        """
-        if torch.compiler.is_exporting():
-            before = self.step.clone()
-        else:
-            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
-                self._host_step = self.step.to("cpu", copy=True)
-            before = self._host_step
-            self._host_step = before + 1  # in place fails after a step in inference mode
-        self.step += 1
-        return before
-
     def _in_graph(self) -> bool:
         """Say whether what looks at values has to be an operator; no operator exchanges anything between ranks."""
         return torch.compiler.is_compiling() and sync.active(self.process_group) is None
@@ -184,7 +158,7 @@ class MixtureLayer(NormLayer):
         group = sync.active(self.process_group)
         if group is not None:
             points, finite = sync.join_points(points, finite, group)
-            points = em.sample_points(points, self.seed, "seed", "joined")
+            points = em.sample_points(points, self.seed, "seed joined")
         if len(points):
             fit = em.seed_and_fit(points, *seeding)
             self._store_seed(fit, finite & fit.is_finite())
@@ -242,7 +216,7 @@ class MixtureLayer(NormLayer):
         if self.is_initialized():
             fit = em.moved_onto(points=pooled, fit=start)
         else:
-            some = em.sample_points(pooled, self.seed, "calibrate", "seed")
+            some = em.sample_points(pooled, self.seed, "calibrate seed")
             rng = generator(self.seed, "kmeans++")
             fit = em.seed_mixture(some, self.num_components, self.groups, rng)
             steps = max(steps, SEEDED_STEPS)
@@ -276,12 +250,12 @@ class MixtureLayer(NormLayer):
         return kernels.stored_norm(x, stored, self.weight, self.bias, min_weight=min_weight, **options)
 
     @torch.no_grad()
-    def _average_in_fused(self, state: Tensor, before: Tensor | None = None, *, shared_variance: bool = False) -> None:
-        """Move the averages by the moments of a state; before is a copy of the logits unless it is of theirs."""
-        stored = self._mixture()
+    def _average_in_fused(self, state: Tensor, *, shared_variance: bool = False) -> None:
+        """Move the averages by the moments of a state under them."""
+        stored, none = self._mixture(), (None,) * 7
         if all(t.is_contiguous() for t in stored):
-            paper = self.average == "paper"
-            kernels.move_averages(*stored, before, state, self.momentum, paper, self.min_weight, shared_variance)
+            rule = self.momentum, self.average == "paper", self.min_weight, shared_variance
+            kernels.move_averages(*stored, none[0], state, *none[1:], *rule)
         else:
             self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
 
@@ -297,6 +271,13 @@ class MixtureLayer(NormLayer):
         else:
             new = averages.moved(old, moments, rule)
         self._write(new, where=some)
+
+    @staticmethod
+    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy what a gradient may need after the buffers behind it have moved."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return operators.snapshot(log_lambda, mean, var)
+        return log_lambda, mean.clone(), var  # the others are no buffers
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
@@ -458,6 +439,7 @@ class UCBNorm(MixtureLayer):
         self.statistics: Statistics = statistics
         self.variance: Variance = variance
         self.reseed = reseed
+        self._words = draws.key(self.seed, "reseed")  # here, because a graph cannot find it
         if reseed:
             self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))
             self.register_buffer("step", torch.tensor(0, device=self.mean.device))
@@ -469,7 +451,7 @@ class UCBNorm(MixtureLayer):
         super().reset_parameters()
         if self.reseed:
             self.usage.fill_(1 / self.num_components)
-            self._reset_step()
+            self.step.zero_()
 
     def _store_seed(self, fit: Fit, found: Tensor) -> None:
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
@@ -508,13 +490,6 @@ class UCBNorm(MixtureLayer):
             self._reseed_dead(x, moments)
         return y
 
-    @staticmethod
-    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy what a gradient may need after the buffers behind it have moved."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return operators.snapshot(log_lambda, mean, var)
-        return log_lambda, mean.clone(), var  # the others are no buffers
-
     @torch.no_grad()
     def _reseed_dead(self, x: Tensor, moments: Moments) -> None:
         """Follow how much each component holds of each group, and move those that hold too little."""
@@ -523,11 +498,8 @@ class UCBNorm(MixtureLayer):
         dead = (usage < self.reseed) & finite  # (K, G)
         weight, mean, var = self.log_weights().exp(), self.mean, self.log_var.exp()
         new_var = averages.pooled(var, usage * ~dead)
-        step, draw = self._count_step(), (num * CANDIDATES, self.seed, "reseed")
-        if self._in_graph():
-            drawn = operators.draw_locations(x.detach(), *draw, step)
-        else:
-            drawn = em.draw_locations(x, *draw, int(step))
+        self.step += 1  # finite or not: which one is known on the device only
+        drawn = em.draw_locations(x, num * CANDIDATES, self._words, self.step)
         candidates = drawn.unflatten(0, (num, -1))
         new_mean = em.best_additions(candidates, Fit(weight, mean, var), new_var, self.groups, self.eps)
         moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)

@@ -37,12 +37,12 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_package_lists_its_commands_starts_one_and_refuses_others(tmp_path):
     listed = run("-m", "cbgan", cwd=tmp_path)
     assert (listed.returncode, listed.stderr) == (0, "")
-    names = [f"cbgan.{name}" for name in ("compare", "evaluate", "sample", "train")]
+    names = [f"cbgan.{name}" for name in ("bench", "compare", "evaluate", "sample", "train")]
     assert [line.split()[2] for line in listed.stdout.splitlines()[:-1]] == names
     started = run("-m", "cbgan", "train", "--epohcs", "3", cwd=tmp_path)
     assert (started.returncode, started.stderr) == (2, "error: --epohcs: no such option; did you mean --epochs?\n")
     unknown = run("-m", "cbgan", "trian", cwd=tmp_path)
-    there = "compare, evaluate, sample, train"
+    there = "bench, compare, evaluate, sample, train"
     line = f"trian: no such command of python -m cbgan; there are {there}; did you mean python -m cbgan.train?"
     assert (unknown.returncode, unknown.stderr) == (2, f"error: {line}\n")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.norms import MixtureNorm, UCBNorm, health
 from common.norms.config import NormConfig
-from common.norms.estimation import em
+from common.norms.estimation import draws, em
 from common.norms.estimation.em import Fit
 
 CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
@@ -126,7 +126,9 @@ def test_the_best_additions_are_chosen_group_by_group(seed):
 
 def test_drawn_locations_are_those_of_x():
     x = torch.arange(24.0).view(2, 3, 4)  # location (n, l) is (12 n + l, 12 n + l + 4, 12 n + l + 8)
-    a, b, *others = (em.draw_locations(x, 500, seed, "reseed", step) for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)))
+    cases = ((0, 1), (0, 1), (0, 2), (1, 1))
+    keys = ((draws.key(seed, "reseed"), torch.tensor(step)) for seed, step in cases)
+    a, b, *others = (em.draw_locations(x, 500, *key) for key in keys)
     assert torch.equal(a, b)
     assert not any(torch.equal(a, other) for other in others)
     assert sorted({tuple(row) for row in a.tolist()}) == [

@@ -2,7 +2,7 @@
 
 Points are (P, C) in the compute dtype. With G groups each group of C / G channels is clustered on its own and
 only the weights are shared, as in the layers. Nothing here asks the device for an answer, and every draw
-comes from the generator given.
+comes from a generator or a seed that is given.
 """
 
 import math
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import reference
+from ..backends import eager, reference
+from ..backends.passes import Mixture
 from ..backends.reference import Moments
+from . import draws
 from .draws import generator
 
 MAX_POINTS = 4096
 VARIANCE_FLOOR = 1e-3
 """Of a component's variance, relative to the variance of all points."""
+EMPTY = 1e-6
+"""Mass below which a component holds nothing, of points."""
 
 
 class Fit(NamedTuple):
@@ -33,28 +37,41 @@ class Fit(NamedTuple):
         return torch.stack([part.isfinite().all() for part in self]).all()
 
 
-def sample_points(x: Tensor, seed: int, *position: int | str) -> Tensor:
+def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0) -> Tensor:
     r"""Draw up to 4,096 locations of x (N, C, \*) without repetition, as points (P, C).
 
-    Which ones follows from the seed and the position alone.
+    Which ones follows from the seed, the name and the step alone, on every device; no copy of x is made to find them.
     """
-    points = reference.flatten(x.detach()).movedim(1, 2).flatten(0, 1)
-    if len(points) > MAX_POINTS:
-        order = torch.randperm(len(points), generator=generator(seed, "points", *position), device="cpu")
-        points = points[order[:MAX_POINTS].to(x.device, non_blocking=True)]
+    flat = reference.flatten(x.detach())
+    total = flat.shape[0] * flat.shape[2]
+    if total > MAX_POINTS:
+        words = draws.key(seed, "points", name)
+        points = _locations(flat, draws.scattered(MAX_POINTS, total, words, _on(flat, step)))
+    else:
+        points = flat.movedim(1, 2).flatten(0, 1)
     return points.to(reference.compute_dtype(x))
 
 
-def draw_locations(x: Tensor, count: int, seed: int, *position: int | str) -> Tensor:
+def draw_locations(x: Tensor, count: int, words: tuple[int, int], step: Tensor) -> Tensor:
     r"""Draw locations of x (N, C, \*) with repetition, as points (count, C); x holds at least one.
 
-    Which ones follows from the seed and the position alone.
+    Which ones follows from a key of ``draws`` and the step, on the device of x, alone.
     """
     flat = reference.flatten(x.detach())
-    length = flat.shape[2]
-    index = torch.randint(len(flat) * length, (count,), generator=generator(seed, *position), device="cpu")
-    index = index.to(x.device, non_blocking=True)
-    return flat[index // length, :, index % length].to(reference.compute_dtype(x))
+    found = draws.hashes(count, words, step)
+    return _locations(flat, draws.below(flat.shape[0] * flat.shape[2], found)).to(reference.compute_dtype(x))
+
+
+def _on(x: Tensor, step: Tensor | int) -> Tensor:
+    """Return a step on the device of x, which is not asked; a number is written there, not copied."""
+    if isinstance(step, Tensor):
+        return step
+    return torch.full((), step, dtype=torch.int64, device=x.device)
+
+
+def _locations(x: Tensor, index: Tensor) -> Tensor:
+    """Return locations (P, C) of x (N, C, L)."""
+    return x[index // x.shape[2], :, index % x.shape[2]]
 
 
 def variance_floor(points: Tensor) -> Tensor:
@@ -81,11 +98,11 @@ def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
     is scikit-learn's.
     """
     sets, count, _ = points.shape
-    draws = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng, device="cpu").to(points, non_blocking=True)
+    shares = torch.rand(num, sets, 2 + int(math.log(num)), generator=rng, device="cpu").to(points, non_blocking=True)
     rows = torch.arange(sets, device=points.device)
-    centres = [points[rows, (draws[0, :, 0] * count).long().clamp(max=count - 1)]]
+    centres = [points[rows, (shares[0, :, 0] * count).long().clamp(max=count - 1)]]
     distance = (points - centres[0][:, None]).square().sum(2)
-    for draw in draws[1:]:
+    for draw in shares[1:]:
         total = distance.cumsum(1)
         # Right of the draw: a point at distance zero, which is a centre already, is never chosen.
         index = torch.searchsorted(total, draw * total[:, -1:], right=True).clamp(max=count - 1)
@@ -128,11 +145,9 @@ def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, s
     return expectation_maximisation(points, fit, groups, eps, steps)
 
 
-def refit(x: Tensor, fit: Fit, step: int, groups: int, seed: int, eps: float, steps: int) -> tuple[Fit, Tensor]:
-    r"""Take EM steps from fit on locations of x (N, C, \*); say, on the device, whether x and the result are finite."""
-    points = sample_points(x, seed, "fit", step)
-    fit = expectation_maximisation(points, fit, groups, eps, steps)
-    return fit, x.isfinite().all() & fit.is_finite()
+def refit(x: Tensor, fit: Fit, step: Tensor | int, groups: int, seed: int, eps: float, steps: int) -> Fit:
+    r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws."""
+    return expectation_maximisation(sample_points(x, seed, "fit", step), fit, groups, eps, steps)
 
 
 def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,21 +185,24 @@ def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: 
 
 def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
     """Return the moments of points (P, C) under a mixture, part by part: what it takes is K times a part."""
-    parts = []
+    split = groups, points.shape[1] // groups
+    mix = Mixture.of(fit.weight.log(), fit.mean, fit.var + eps, split)
+    found = []
     for part in points.split(MAX_POINTS):
-        x = part.T[None]
-        tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
-        parts.append(reference.batch_moments(x, tau))
-    mass, mean, var = (torch.stack(values) for values in zip(*parts, strict=True))
+        _, mass, mean, var = eager.moments(part.T[None].unflatten(1, split), mix)
+        found.append((mass, mean.flatten(1), var.flatten(1)))
+    if len(found) == 1:
+        return Moments(*found[0])
+    mass, mean, var = (torch.stack(values) for values in zip(*found, strict=True))
     total = mass.sum(0)
     share = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
-    share = share.repeat_interleave(points.shape[1] // groups, dim=2)
+    share = share.repeat_interleave(split[1], dim=2)
     joined = (share * mean).sum(0)
     joined = joined + (share * (mean - joined)).sum(0)  # of small differences, whatever the offset
     return Moments(total, joined, (share * (var + (mean - joined).square())).sum(0))
 
 
-def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
+def em_step(points: Tensor, fit: Fit, groups: int, eps: float, floor: Tensor | None = None) -> Fit:
     """One step of expectation maximisation; a component that holds nothing stays as it is.
 
     Args:
@@ -192,11 +210,12 @@ def em_step(points: Tensor, fit: Fit, groups: int, eps: float) -> Fit:
         fit: the mixture before.
         groups: of channels, each with posteriors of its own.
         eps: added to every variance in the posteriors.
+        floor: ``variance_floor`` of the points, if it is known.
     """
     mass, mean, var = _moments(points, fit, groups, eps)
-    empty = (mass < 1e-6).repeat_interleave(points.shape[1] // groups, dim=1)
+    empty = (mass < EMPTY).repeat_interleave(points.shape[1] // groups, dim=1)
     weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
-    var = torch.maximum(var, variance_floor(points))
+    var = torch.maximum(var, variance_floor(points) if floor is None else floor)
     return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
 
 
@@ -219,6 +238,7 @@ def moved_onto(points: Tensor, fit: Fit) -> Fit:
 
 def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:
     """Take EM steps from fit on points (P, C)."""
+    floor = variance_floor(points)
     for _ in range(steps):
-        fit = em_step(points, fit, groups, eps)
+        fit = em_step(points, fit, groups, eps, floor)
     return fit

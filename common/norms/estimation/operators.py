@@ -105,8 +105,8 @@ def refit_mixture(
     """
     if (ready is not None and not bool(ready)) or int(step) % every:
         return weight.clone(), mean.clone(), var.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
-    fit, found = em.refit(x, Fit(weight, mean, var), int(step), groups, seed, eps, steps)
-    return fit.weight, fit.mean, fit.var, found
+    fit = em.refit(x, Fit(weight, mean, var), int(step) + 1, groups, seed, eps, steps)
+    return fit.weight, fit.mean, fit.var, torch.ones((), dtype=torch.bool, device=x.device)
 
 
 @refit_mixture.register_fake
@@ -124,17 +124,6 @@ def _(
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(var), x.new_empty((), dtype=torch.bool)
-
-
-@custom_op(f"{NAMESPACE}::draw_locations", mutates_args=())
-def draw_locations(x: Tensor, count: int, seed: int, name: str, step: Tensor) -> Tensor:
-    """Draw as ``em.draw_locations`` does at this position and step."""
-    return em.draw_locations(x, count, seed, name, int(step))
-
-
-@draw_locations.register_fake
-def _(x: Tensor, count: int, seed: int, name: str, step: Tensor) -> Tensor:
-    return x.new_empty(count, x.shape[1], dtype=reference.compute_dtype(x))
 
 
 @custom_op(f"{NAMESPACE}::seed_clusters", mutates_args=())

@@ -238,6 +238,12 @@ def sums_tile() -> tuple[int, int]:
     return SUMS.elements // SUMS_CHANNELS, SUMS_CHANNELS
 
 
+def draw_tile(channels: int) -> tuple[int, int]:
+    """Return BLOCK_P, BLOCK_C of the kernel that copies locations: neighbours of what it writes are channels."""
+    block_c = min(power_of_two(channels), CHANNEL_BLOCK)
+    return SUMS.elements // block_c, block_c
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a mixture kernel's programs share an activation."""

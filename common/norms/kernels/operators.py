@@ -84,7 +84,7 @@ def mixture_forward(
 
     Parameters are contiguous; stored says that log and var are logits and log-variances.
     """
-    num, state = len(mean), _state(x, mean)
+    num, state = len(mean), new_state(x, mean)
     _moments(x, (log, mean, var), state, groups, eps, kappa, floor, stored)
     y = torch.empty_like(x)
     tiling = _walk("mixture_apply_kernel", (x, y), groups, num)
@@ -93,7 +93,8 @@ def mixture_forward(
     return y, state
 
 
-def _state(x: Tensor, mean: Tensor) -> Tensor:
+def new_state(x: Tensor, mean: Tensor) -> Tensor:
+    """Return room for a state of x under a mixture."""
     return x.new_empty(launch.STATE_PLANES, *mean.shape, dtype=torch.float32)
 
 
@@ -102,12 +103,23 @@ def _moments(
     stored: bool,
 ) -> None:  # fmt: skip
     """Find the state of x (N, C, L) under a mixture."""
+    sums = moment_sums(x, mixture, state, groups, eps, floor, stored)
+    _gather("mixture_merge_kernel", (state.shape[1],), sums, (x, state), (x.stride(1), eps, floor, kappa))
+
+
+def moment_sums(
+    x: Tensor, mixture: Sequence[Tensor], state: Tensor, groups: int, eps: float, floor: float, stored: bool
+) -> Tensor:
+    """Return what programs leave of the moments of x (N, C, L), (3, programs, K, C), and put the mixture into a state.
+
+    The mixture is its log weights, means and variances, or what layers store, contiguous.
+    """
     num = state.shape[1]
     tiling = _walk("mixture_moments_kernel", (x,), groups, num, 3)
     sums = state.new_empty(3, tiling.programs, *state.shape[1:])
     pointers = (x, *mixture, sums, state)
     _run("mixture_moments_kernel", tiling, pointers, groups, num, (eps, floor), STORED=stored)
-    _gather("mixture_merge_kernel", (num,), sums, (x, state), (x.stride(1), eps, floor, kappa))
+    return sums
 
 
 @mixture_forward.register_fake
@@ -115,7 +127,7 @@ def _(
     x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
     groups: int, eps: float, kappa: float, floor: float, stored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), _state(x, mean)
+    return torch.empty_like(x), new_state(x, mean)
 
 
 def moments_of(state: Tensor, groups: int) -> Moments:
@@ -124,20 +136,27 @@ def moments_of(state: Tensor, groups: int) -> Moments:
     return Moments(mass[:, :: mass.shape[1] // groups], mean, var)
 
 
-@custom_op(f"{NAMESPACE}::move_averages", mutates_args=("logits", "mean", "log_var"))
+FITS = ("fit_logits", "fit_mean", "fit_log_var")
+
+
+@custom_op(f"{NAMESPACE}::move_averages", mutates_args=("logits", "mean", "log_var", *FITS))
 def move_averages(
     logits: Tensor, mean: Tensor, log_var: Tensor, before: Tensor | None, state: Tensor,
+    new_logits: Tensor | None, new_mean: Tensor | None, new_log_var: Tensor | None,
+    fit_logits: Tensor | None, fit_mean: Tensor | None, fit_log_var: Tensor | None,
     momentum: float, paper: bool, min_weight: float, shared: bool,
 ) -> None:  # fmt: skip
     """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does.
 
-    Before is a copy of the logits; without it the state is one under the stored mixture.
+    Before is a copy of the logits; without it the state is one under the stored mixture. A new fit, if there is one,
+    is written over the last fit, unless it or the state is not finite.
     """
     num, channels = mean.shape
     launch.start(
         _parameter_kernels().mixture_averages_kernel,
         (launch.divide(channels, launch.PARAMETER_CHANNELS),),
-        state, before, logits, mean, log_var, channels, momentum, min_weight,
+        state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var,
+        channels, momentum, min_weight,
         K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
         num_warps=launch.SUMS.num_warps,
     )  # fmt: skip

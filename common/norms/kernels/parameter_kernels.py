@@ -3,7 +3,7 @@
 ``mixture_kernels`` has the planes of a state; a program here is a block of channels, and of most one component.
 """
 
-# ruff: noqa: RUF005, PLR0912 - Triton compiles no stars in tuples, and folds branches on constants
+# ruff: noqa: RUF005, PLR0912, PLR0915 - Triton compiles no stars in tuples, and folds branches on constants
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAssignmentType=false, reportOptionalOperand=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
@@ -55,18 +55,12 @@ def _row(state_ptr, plane: tl.constexpr, k, c, C, default, K: tl.constexpr):
     return tl.load(state_ptr + (plane * K + k) * C + c, mask=c < C, other=default)
 
 
-@triton.jit(do_not_specialize=["P"])
-def mixture_merge_kernel(
-    sums_ptr, x_ptr, state_ptr,
-    P, C, x_sc, eps, floor, kappa,
-    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Mass, mean and variance of P programs' locations together, and the output's weight, into the state."""
-    k = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    centre = tl.zeros((BLOCK_C,), tl.float32)
-    square = tl.zeros((BLOCK_C,), tl.float32)
+@triton.jit
+def merged(sums_ptr, k, c, P, K, C, BLOCK_P: tl.constexpr):
+    """Mass, mean and sum of squares about it of P programs' locations together, for one component."""
+    total = tl.zeros((c.shape[0],), tl.float32)
+    centre = tl.zeros((c.shape[0],), tl.float32)
+    square = tl.zeros((c.shape[0],), tl.float32)
     for start in range(0, P, BLOCK_P):
         at, mask = _partial(start + tl.arange(0, BLOCK_P), k, c, P, K, C)
         mass = tl.load(sums_ptr + at, mask=mask, other=0.0)
@@ -85,6 +79,19 @@ def mixture_merge_kernel(
         centre += delta * share
         square += squares + delta * delta * total * share
         total = joined
+    return total, centre, square
+
+
+@triton.jit(do_not_specialize=["P"])
+def mixture_merge_kernel(
+    sums_ptr, x_ptr, state_ptr,
+    P, C, x_sc, eps, floor, kappa,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mass, mean and variance of P programs' locations together, and the output's weight, into the state."""
+    k = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total, centre, square = merged(sums_ptr, k, c, P, K, C, BLOCK_P)
     pilot = tl.load(x_ptr + c.to(tl.int64) * x_sc, mask=c < C, other=0.0).to(tl.float32)
     v = at_least(square / tl.maximum(total, TINY), 0.0)
     out = state_ptr + k * C + c
@@ -113,6 +120,7 @@ def _state_logs(state_ptr, C, K: tl.constexpr):
 @triton.jit
 def mixture_averages_kernel(
     state_ptr, before_ptr, logits_ptr, mean_ptr, log_var_ptr,
+    new_logits_ptr, new_mean_ptr, new_log_var_ptr, fit_logits_ptr, fit_mean_ptr, fit_log_var_ptr,
     C, momentum, min_weight,
     K: tl.constexpr, PAPER: tl.constexpr, SHARED: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +128,7 @@ def mixture_averages_kernel(
 
     Each program looks at all channels, for that and for the weights, and moves its own. The logits that there were
     stand in before, or are those of the state's mixture: the program of the first channels writes over them meanwhile.
+    A new fit, if there is one, is stored likewise, unless it is not finite.
     """
     wrong = tl.zeros((BLOCK_ALL,), tl.float32)
     shares = ()
@@ -136,6 +145,9 @@ def mixture_averages_kernel(
             new = new + (shares[k] + mass / tl.maximum(total, 1e-12),)
             wrong += _wrong(mass) + _wrong(_row(state_ptr, BATCH_MEAN, k, c, C, 0.0, K))
             wrong += _wrong(_row(state_ptr, BATCH_VAR, k, c, C, 0.0, K))
+            if new_mean_ptr is not None:
+                wrong += _wrong(_row(new_mean_ptr, 0, k, c, C, 0.0, K))
+                wrong += _wrong(_row(new_log_var_ptr, 0, k, c, C, 0.0, K))
         shares = new
 
     if tl.sum(wrong, axis=0) == 0.0:
@@ -175,6 +187,11 @@ def mixture_averages_kernel(
                 tl.store(log_var_ptr + k * C + c, log_var, mask=mask)
             if tl.program_id(0) == 0:
                 tl.store(logits_ptr + k, tl.log(weight))
+            if new_mean_ptr is not None:
+                tl.store(fit_mean_ptr + k * C + c, _row(new_mean_ptr, 0, k, c, C, 0.0, K), mask=mask)
+                tl.store(fit_log_var_ptr + k * C + c, _row(new_log_var_ptr, 0, k, c, C, 0.0, K), mask=mask)
+                if tl.program_id(0) == 0:
+                    tl.store(fit_logits_ptr + k, tl.load(new_logits_ptr + k))
         if SHARED:
             log_var = tl.log(tl.maximum(pooled / weights, TINY))
             for k in tl.static_range(K):

@@ -222,8 +222,6 @@ def grids(shape: tuple[int, ...], layout: str) -> list[Grid]:
     found: dict[tuple[str, bool], Grid] = {}
     for name, dtype in DTYPES.items():
         for subject in SUBJECTS:
-            if subject.name == "MixtureNorm":  # its kernels are those of UCBNorm, its hundreds of operators are not
-                continue
             step = record(subject, shape, dtype, layout)
             for each in (*step.forward.kernels, *step.backward.kernels):
                 if each.reads_activation(torch.Size(shape).numel()):

@@ -33,6 +33,16 @@ def _sums_of_clusters(arguments: dict[str, Any]) -> Touch:
     return 1 + any(arguments[name] is not None for name in ("added_ptr", "affine_ptr")), 0
 
 
+def _drawn(arguments: dict[str, Any]) -> Touch:
+    """Return the share of all locations that are drawn."""
+    return arguments["COUNT"] / (arguments["N"] * arguments["L"]), 0
+
+
+def _sums_of_a_fit(arguments: dict[str, Any]) -> Touch:
+    """Return how often sums are read: masses, once a group, for the weights too."""
+    return 1 + 1 / (3 * arguments["D"]), 0
+
+
 TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
     ("scb_rows_kernel", "sums_ptr"): _sums_of_clusters,
     # what only samples of unknown clusters leave
@@ -50,6 +60,16 @@ TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
     ("mixture_bwd_kernel", "state_ptr"): (5 / 8, 0),
     ("mixture_gradients_kernel", "state_ptr"): (1 / 8, 0),
     ("mixture_logits_kernel", "state_ptr"): (0, 0),  # one channel of a plane
+    ("draw_kernel", "x_ptr"): _drawn,
+    ("em_step_kernel", "x_ptr"): (0, 0),  # the first location
+    ("em_step_kernel", "sums_ptr"): _sums_of_a_fit,
+    # two tables in turn
+    ("em_step_kernel", "new_log_ptr"): (0, 1),
+    ("em_step_kernel", "new_mean_ptr"): (0, 1),
+    ("em_step_kernel", "new_var_ptr"): (0, 1),
+    ("mixture_averages_kernel", "fit_logits_ptr"): (0, 1),
+    ("mixture_averages_kernel", "fit_mean_ptr"): (0, 1),
+    ("mixture_averages_kernel", "fit_log_var_ptr"): (0, 1),
     ("mixture_averages_kernel", "logits_ptr"): (0, 1),
     ("mixture_averages_kernel", "mean_ptr"): (1, 1),
     ("mixture_averages_kernel", "log_var_ptr"): (1, 1),

@@ -14,7 +14,7 @@ from sklearn.mixture import GaussianMixture
 from common.machine.seeding import generator
 from common.norms import MixtureNorm, Moments, UCBNorm
 from common.norms.backends.reference import posterior
-from common.norms.estimation import averages, em
+from common.norms.estimation import averages, draws, em
 from common.norms.estimation.averages import Stored
 
 
@@ -171,8 +171,39 @@ def test_sampled_points_follow_from_seed_and_position():
     assert not torch.equal(a, em.sample_points(x, 1, "fit", 1))
     assert len(a[:, 0].unique()) == 4096
     assert torch.equal(a[:, 0], a[:, 1])
-    few = em.sample_points(x[:3], 0)
+    assert not torch.equal(a, em.sample_points(x, 0, "seed", 1))
+    few = em.sample_points(x[:3], 0, "fit")
     assert torch.equal(few[:, 0], x[:3, 0].flatten())
+
+
+def test_each_location_is_drawn_as_often_as_any_other_and_once_at_most():
+    """Of 60 locations, 41 by each of 4,000 steps; five standard deviations of a binomial share are allowed."""
+    words, found = draws.key(0, "points", "fit"), torch.zeros(60)
+    for step in range(4000):
+        index = draws.scattered(41, 60, words, torch.tensor(step))
+        assert len(index.unique()) == 41
+        found[index] += 1
+    share = 41 / 60
+    assert float((found / 4000 - share).abs().max()) < 5 * math.sqrt(share * (1 - share) / 4000)
+
+
+def test_draws_of_locations_reach_the_last_of_two_to_the_31():
+    """Run j of 4,096 begins at location (offset + j 2^31 / 4,096) mod 2^31, whatever the offset."""
+    total = 2**31 - 1
+    index = draws.scattered(4096, total, draws.key(0, "points", "fit"), torch.tensor(2**40)).sort().values
+    assert 0 <= int(index[0]) <= int(index[-1]) < total
+    assert int(index.diff().max()) < 2 * (total // 4096 + 1)
+
+
+def test_draws_are_spread_as_independent_ones():
+    """The least of four bits of 16,384 draws, each bit and each pair of neighbours: chi-squared, five deviations."""
+    drawn = draws.hashes(2**14, draws.key(3, "reseed"), torch.tensor(7))
+    assert int(drawn.min()) >= 0
+    assert int(drawn.max()) < 2**32
+    for bits in (drawn >> 28, drawn & 15, (drawn[:-1] >> 28) ^ (drawn[1:] >> 28)):
+        expected = len(bits) / 16
+        chi = float((torch.bincount(bits, minlength=16) - expected).square().sum() / expected)
+        assert abs(chi - 15) < 5 * math.sqrt(30)
 
 
 def test_stepwise_em_keeps_pooled_moments():
@@ -351,7 +382,7 @@ def test_a_value_that_no_fit_drew_keeps_a_batch_from_being_fitted():
     layer = MixtureNorm(2, 2)
     layer(x)
     before = layer.fit_mean.clone()
-    drawn = em.sample_points(torch.arange(9000.0)[:, None], 0, "fit", 1).long()
+    drawn = em.sample_points(torch.arange(9000.0)[:, None], 0, "fit", 2).long()
     bad = x + 1
     bad[next(i for i in range(9000) if i not in drawn)] = math.nan
     layer(bad)

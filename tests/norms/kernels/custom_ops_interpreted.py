@@ -5,7 +5,7 @@ import torch
 from norm_cases import any_norm, mixture_case
 
 from common.norms import cluster_norm, make_norm, mixture_norm
-from common.norms.kernels import cluster_operators, operators
+from common.norms.kernels import cluster_operators, em_operators, operators
 
 
 def scb_arguments(requires_grad=True):
@@ -55,8 +55,23 @@ def test_mixture_operators_are_sound(groups, stored):
         torch.library.opcheck(operators.learned_backward, (x, g, *mixture, scale, *options, parameters))
         last = (groups, 1e-5, -5.0, stored, parameters)
         torch.library.opcheck(operators.mixture_backward, (x, g, scale, state, *last))
-    for before in (None, mixture[0].clone()):
-        torch.library.opcheck(operators.move_averages, (*mixture, before, state, 0.1, False, 0.01, True))
+    new, last = ([t.clone() for t in mixture] for _ in range(2))
+    for before, fits in ((None, [None] * 6), (mixture[0].clone(), [*new, *last])):
+        torch.library.opcheck(operators.move_averages, (*mixture, before, state, *fits, 0.1, False, 0.01, True))
+
+
+@pytest.mark.parametrize(("ready", "before"), [(None, 4), (True, 4), (False, 4), (True, 5)])
+def test_a_fit_is_sound(ready, before):
+    """Of five locations of twelve; it is due in every other step, and where there is something to go on from."""
+    (x, *mixture), _ = mixture_arguments(requires_grad=False)
+    ready = None if ready is None else torch.tensor(ready)
+    draws = torch.tensor(before + 1), ready, torch.tensor(before)
+    rule = 2, 2, 1e-5, 2, 5, 12, 34, 0.01, 1e-3, 1e-6
+    torch.library.opcheck(em_operators.fit_mixture, (x, *mixture, *draws, *rule))
+    found = em_operators.fit_mixture(x, *mixture, *draws, *rule)
+    stays = before % 2 or (ready is not None and not ready)
+    for got, old in zip(found, mixture, strict=True):
+        assert torch.equal(got, old) is bool(stays)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
@@ -85,9 +100,10 @@ def test_scb_compiles_whole_with_its_gradients():
         assert torch.equal(a, b)
 
 
-def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one():
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one(kind):
     """Its averages move in place, before the backward pass."""
-    layers = [any_norm("ucb", 4, 2, backend="triton") for _ in range(2)]
+    layers = [any_norm(kind, 4, 2, backend="triton") for _ in range(2)]
     (x, *_), g = mixture_arguments(requires_grad=False)
     runs = (layers[0], torch.compile(layers[1], fullgraph=True, backend="aot_eager"))
     for _ in range(2):
@@ -98,7 +114,7 @@ def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one():
             found.append([y, *torch.autograd.grad(y, [given, *layer.parameters()], g), *layer.buffers()])
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
-    assert not torch.equal(layers[0].mean, any_norm("ucb", 4, 2).mean)
+    assert not torch.equal(layers[0].mean, any_norm(kind, 4, 2).mean)
 
 
 @torch.no_grad()

@@ -6,7 +6,10 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case
 
-from common.norms.kernels import launch
+from common.norms.backends import reference
+from common.norms.estimation import draws, em
+from common.norms.estimation.averages import Stored
+from common.norms.kernels import em_operators, launch
 
 SHAPE = (4, 6, 5)
 OPTIONS = {
@@ -88,6 +91,74 @@ def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
     assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
 
 
+FITTED = {
+    "joint": {"groups": 1},
+    "in groups, plain averages, a floor": {"groups": 2, "average": "paper", "min_weight": 0.3},
+    "each channel, every other batch": {"groups": None, "refit_every": 2, "init": "uniform"},
+    "a single step": {"em_steps": 1, "eps": 1.0},
+}
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", FITTED)
+def test_a_mixture_is_fitted_to_drawn_locations_as_in_float64(monkeypatch, name, memory):
+    """Sixteen of forty-two; each batch draws others."""
+    monkeypatch.setattr(em, "MAX_POINTS", 16)
+    kernel, exact = pair("mn", {"em_steps": 2, "eps": 0.1, **FITTED[name]})
+    for step_number in range(3):
+        x, *_, g = mixture_case((6, SHAPE[1], 7), 3, dtype=torch.float32, seed=step_number)
+        if memory == "channels_last":
+            x, g = (t.mT.contiguous().mT for t in (x, g))
+        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=1e-4)
+        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=1e-4)
+    assert not torch.equal(kernel.fit_mean, kernel.mean)
+
+
+def test_a_component_that_holds_no_location_stays_where_its_fit_was():
+    kernel, exact = pair("mn", {"em_steps": 2})
+    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    for layer in (kernel, exact):
+        layer.set_initialized(True)
+        layer.fit_mean[2], layer.fit_log_var[2] = 1e4, -2.0
+    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=1e-4)
+    assert torch.equal(kernel.fit_mean[2], torch.full((SHAPE[1],), 1e4))
+    torch.testing.assert_close(kernel.fit_log_var[2], torch.full((SHAPE[1],), -2.0))
+    assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("lies", ["contiguous", "transposed"])
+def test_a_fit_may_be_stored_in_bfloat16_and_lie_in_memory_in_any_way(lies):
+    kernel, _ = pair("mn", {"em_steps": 2, "eps": 0.1}, torch.bfloat16)
+    _, exact = pair("mn", {"em_steps": 2, "eps": 0.1})
+    x, *_, g = mixture_case((6, SHAPE[1], 7), 3, dtype=torch.float32)
+    kernel(x)
+    exact.load_state_dict(kernel.state_dict())
+    if lies == "transposed":
+        for table in (kernel.fit_mean, kernel.mean):
+            table.data = table.data.t().contiguous().t()
+    x = 1 - x
+    assert_near(step(kernel, x, g)[:2], step(exact, x.double(), g.double())[:2], rtol=1e-3)
+    for name, want in exact.named_buffers():
+        if want.is_floating_point():
+            torch.testing.assert_close(kernel.get_buffer(name).double(), want, rtol=2**-7, atol=2**-9, msg=name)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize(("shape", "limit"), [((3, 5, 7), 16), ((21, 70), 20), ((2, 3, 500), 999)], ids=str)
+def test_the_kernel_draws_the_locations_that_estimation_does(monkeypatch, shape, limit, memory):
+    monkeypatch.setattr(em, "MAX_POINTS", limit)
+    x = reference.flatten(mixture_case(shape, 2, dtype=torch.float32)[0])
+    if memory == "channels_last":
+        x = x.mT.contiguous().mT
+    if memory == "strided":
+        x = torch.stack([x, x + 1], dim=3).flatten(2)[:, :, ::2]
+    for seed, count in ((0, 1), (5, 2**33 + 7)):
+        step_tensor = torch.tensor(count)
+        words = draws.key(seed, "points", "fit")
+        drawn = em_operators.drawn_locations(x, step_tensor, limit, *words)
+        assert torch.equal(drawn[:, :, 0], em.sample_points(x, seed, "fit", step_tensor))
+
+
 def test_bfloat16_is_rounded_once():
     kernel, exact = pair("ucb", {})
     x, *_, g = mixture_case(SHAPE, 3, dtype=torch.bfloat16)
@@ -111,15 +182,32 @@ def test_a_layer_may_be_stored_in_bfloat16():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of numbers that are not finite
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_a_batch_that_is_not_finite_moves_nothing(value):
-    kernel, _ = pair("ucb", {})
+def test_a_batch_that_is_not_finite_moves_nothing(value, kind):
+    kernel, _ = pair(kind, {"init": "uniform"})
     before = {name: tensor.clone() for name, tensor in kernel.state_dict().items()}
     x = mixture_case(SHAPE, 3, dtype=torch.float32)[0]
     x[3, 5, 1] = value
     kernel(x)
     for name, tensor in kernel.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+        assert name == "step" or torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("table", ["mean", "log_var"])
+def test_a_fit_that_is_not_finite_is_not_stored(table):
+    """Its last channel alone, under a state that is."""
+    kernel, _ = pair("mn", {"init": "uniform"})
+    last = {name: getattr(kernel, f"fit_{name}").clone() for name in ("logits", "mean", "log_var")}
+    mean = kernel.mean.clone()
+    state = torch.full((launch.STATE_PLANES, *mean.shape), 0.5)
+    new = {name: t + 1 for name, t in last.items()}
+    for finite in (False, True):
+        new[table][2, -1] = 1.0 if finite else math.inf
+        kernel._move_fused(state, Stored(**new))
+        for name, old in last.items():
+            assert torch.equal(getattr(kernel, f"fit_{name}"), new[name] if finite else old)
+        assert torch.equal(kernel.mean, mean) is not finite
 
 
 def test_a_component_that_holds_nothing_stays_to_the_bit_and_keeps_a_least_weight():

@@ -5,16 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from norm_cases import mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
-from common.norms.kernels import cluster_operators, launch, operators
+from common.norms.kernels import cluster_operators, em_operators, launch, operators
 
 FOLDER = Path(__file__).parent
-PARTS = {"kernels_interpreted": 4, "layers_interpreted": 2}
+PARTS = {"kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
 """Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
@@ -308,7 +309,8 @@ def test_a_tile_of_what_is_unknown_holds_all_channels():
 
 def test_a_stored_program_finds_the_operators_by_their_names():
     names = ["move_averages", *(f"{kind}_{way}" for kind in ("mixture", "learned") for way in ("forward", "backward"))]
-    found = dict.fromkeys(names, operators) | dict.fromkeys(("scb_forward", "scb_backward"), cluster_operators)
+    found: dict[str, Any] = {"fit_mixture": em_operators}
+    found |= dict.fromkeys(names, operators) | dict.fromkeys(("scb_forward", "scb_backward"), cluster_operators)
     for name, module in found.items():
         assert getattr(torch.ops.common_norms, name).default.name() == f"common_norms::{name}"
         assert getattr(module, name)._qualname == f"common_norms::{name}"

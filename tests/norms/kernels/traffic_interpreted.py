@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
+from common.norms.estimation import em
 from common.norms.tools import counts
 from common.norms.tools.recording import Recorder, replaced_kernels
 
@@ -115,6 +116,16 @@ def test_kernels_touch_their_arguments_as_often_as_they_are_said_to(subject, mem
                 assert 0 <= loads - round(reads * sizes[argument]) <= counts.COMPONENTS, where  # a total of each
             else:
                 assert reads or not loads, where
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+def test_locations_are_drawn_without_a_copy_of_the_others(monkeypatch, memory):
+    monkeypatch.setattr(em, "MAX_POINTS", 20)
+    subject = next(each for each in counts.SUBJECTS if each.name == "MixtureNorm")
+    _, forward, _ = steps.__wrapped__(subject, memory)
+    ((launched, touched),) = [each for each in forward if each[0].name == "draw_kernel"]
+    assert touched["x_ptr"] == touched["out_ptr"][::-1] == (20 * SHAPE[1], 0)
+    assert launched.touched["x_ptr"][0] == 20 / LOCATIONS
 
 
 @pytest.mark.parametrize(("subject", "memory"), CASES)
