@@ -161,8 +161,8 @@ class AdaMatchConfig(RunConfig):
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="arc", floor=0.25))
     norm: NormConfig = field(default_factory=lambda: NormConfig(kind="scb", num_components=2))
     variance_every: int = 50
-    """Steps between two measurements of how each domain's gradient varies within each weight tensor, which cost about a
-    step each; logged as means over an epoch; 0: never."""
+    """Steps between two measurements of how each domain's gradient varies within each weight tensor, which cost three
+    quarters of a step each; logged as means over an epoch; 0: never."""
     noise_every: int = 0
     """Steps between two measurements of how each domain's gradient varies between eighths of a batch, which cost about
     eight steps each; 0: never."""

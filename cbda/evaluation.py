@@ -119,7 +119,8 @@ class Evaluation:
         """Measure both networks, log a picture, and return values by tag.
 
         Accuracies of the adapted network are by each cluster that its layer can be told, of the domain's own without
-        a suffix; those of the network that saw the source alone are by the source's. Precision, recall and F1 are
+        a suffix; those of the network that saw the source alone are by the source's, and the gain is what the other
+        one has more of in the target. Precision, recall and F1 are
         the domain's own, averaged over classes by their images, as the paper's Table VI has them.
 
         Raises:
@@ -148,6 +149,8 @@ class Evaluation:
                 if split in self.images:
                     logits = self.logits(networks["source_only"], split, SOURCE, moment.go_on)
                     values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
+            if "target_test" in self.images:
+                values["metric/gain"] = values["metric/target_accuracy"] - values["metric/source_only_target_accuracy"]
         if self.env.first:
             self._draw(own, blind, moment)
             names = json.dumps(self.images["train"].classes)

@@ -284,6 +284,8 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     mu = [line["schedule/mu"] for line in read_metrics(finished) if "schedule/mu" in line]
     steps = [0.5 - math.cos(min(math.pi, 2 * math.pi * i / 8)) / 2 for i in range(8)]
     assert mu == pytest.approx([(a + b) / 2 for a, b in zip(steps[::2], steps[1::2], strict=True)])
+    last = next(line for line in reversed(read_metrics(finished)) if "metric/gain" in line)
+    assert last["metric/gain"] == last["metric/target_accuracy"] - last["metric/source_only_target_accuracy"]
     assert (finished / "samples" / "predictions.png").stat().st_size > 1000
     summary = capsys.readouterr().out
     for part in ("source only", "AdaMatch", "as unknown; the paper names the source's", "predictions.png"):
@@ -334,7 +336,8 @@ def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
     flags = [*tiny, "--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--name", "run"]
     cbda.adamatch.main(flags)
     names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
-    assert not any("target_accuracy" in name or "target_weighted" in name or "oracle" in name for name in names)
+    of_labels = ("target_accuracy", "target_weighted", "gain", "oracle")
+    assert not any(part in name for name in names for part in of_labels)
     assert {"metric/source_accuracy", "metric/target_information", "adapt/mask_rate"} <= names
     assert "AdaMatch     source" in capsys.readouterr().out
 
@@ -359,7 +362,7 @@ def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, 
     assert best == same
     differ = {k for a, b in zip(right, garbage, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
     assert differ
-    of_labels = ("target_accuracy", "target_weighted", "oracle")
+    of_labels = ("target_accuracy", "target_weighted", "gain", "oracle")
     assert all(any(part in name for part in of_labels) for name in differ)
 
 
