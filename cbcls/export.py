@@ -1,6 +1,7 @@
 """Classifiers apart from their runs: read from a run's folder or an exported one, and exported to one."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,9 @@ def load_model(
         epoch, passport = stored.state["at"]["epoch"], stored.state.get("passport", {})
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
-    network = build_classifier(plain, len(classes), len(clusters))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has told
+        network = build_classifier(plain, len(classes), len(clusters))
     stored.load_into(network)
     network.eval().to(device)
     if stored.facts is None and any(isinstance(layer, MixtureNorm) for layer in network.modules()):

@@ -116,7 +116,8 @@ class AdaMatch(Method[AdaMatchConfig]):
         """Say so when the source is lost, all pseudo-labels pass a falling threshold, or they are of one class."""
         alignment = self.networks["alignment"]
         assert isinstance(alignment, Alignment)
-        return collapse(self.cfg.method, alignment.watch, means, self.images["train"].num_classes)
+        classes, batch_size = self.images["train"].num_classes, self.cfg.batch_size * self.env.world
+        return collapse(self.cfg.method, alignment.watch, means, classes, batch_size)
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return the last accuracies of both networks, by the cluster that was named."""

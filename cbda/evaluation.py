@@ -19,7 +19,7 @@ from common.machine.device import autocast
 from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify, evaluating
-from common.metrics.scores import classification_scores, information, neighbourhood_density
+from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
 from common.training.method import Moment, Tracked
@@ -119,7 +119,8 @@ class Evaluation:
         """Measure both networks, log a picture, and return values by tag.
 
         Accuracies of the adapted network are by each cluster that its layer can be told, of the domain's own without
-        a suffix; those of the network that saw the source alone are by the source's.
+        a suffix; those of the network that saw the source alone are by the source's. Precision, recall and F1 are
+        the domain's own, averaged over classes by their images, as the paper's Table VI has them.
 
         Raises:
             Interrupted: if ``moment`` says so between two batches.
@@ -134,7 +135,7 @@ class Evaluation:
                     values[f"metric/{domain}_accuracy_as_{name}"] = self._accuracy(split, logits)
                     if name == domain or domain not in own:
                         own[domain] = logits
-                        values[f"metric/{domain}_accuracy"] = self._accuracy(split, logits)
+                        values |= self._scores(domain, split, logits)
         if len(clusters_of(self.cfg.norm.kind)) == 1:
             values = {tag: value for tag, value in values.items() if "_as_" not in tag}
         if "validation" in self.images:
@@ -181,9 +182,17 @@ class Evaluation:
                 yield domain, network(self.to_input(images), torch.full((len(images),), cluster, device=self.device))
 
     def _accuracy(self, split: str, logits: Tensor) -> float:
+        return self._scored(split, logits).accuracy
+
+    def _scored(self, split: str, logits: Tensor) -> Scores:
         labels = self.images[split].labels
         assert labels is not None
-        return classification_scores(labels, logits, logits.shape[1]).accuracy
+        return classification_scores(labels, logits, logits.shape[1])
+
+    def _scores(self, domain: str, split: str, logits: Tensor) -> dict[str, float]:
+        scores = self._scored(split, logits)
+        weighted = {f"metric/{domain}_weighted_{name}": value for name, value in scores.weighted._asdict().items()}
+        return {f"metric/{domain}_accuracy": scores.accuracy} | weighted
 
     def _validated(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
         labels, logits = self.images["validation"].labels, self.logits(network, "validation", SOURCE, go_on)

@@ -1,6 +1,7 @@
 """Adapted classifiers apart from their runs: read from a run or a folder of their own, and written to one."""
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedM
         classes, threshold = tuple(known), float(stored.state["networks"]["alignment"]["threshold"])
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
-    network = build_classifier(plain, len(classes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has told
+        network = build_classifier(plain, len(classes))
     stored.load_into(network)
     return AdaptedModel(network.eval().to(device), cfg, classes, threshold)

@@ -17,7 +17,8 @@ Scaling = Literal["sum", "l2"]
 Labels = Literal["hard", "soft"]
 SourceLoss = Literal["mean", "sum"]
 _EPSILON = 1e-6  # of google-research/adamatch, in both terms of the ratio
-_REMEMBERED = 0.9  # what a batch leaves of the averages that a collapse shows by
+REMEMBERED = 0.9
+"""What a batch leaves of the averages that a collapse shows by."""
 
 
 def interpolated(together: Tensor, alone: Tensor, share: Tensor) -> Tensor:
@@ -137,18 +138,22 @@ class Watch(nn.Module):
     """Threshold, accuracy on the source, and for each class the share of the target taken for it with confidence."""
     highest: Tensor
     """Of the first two of them."""
+    batches: Tensor
+    """How many it has taken in."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("recent", torch.zeros(2 + num_classes))
         self.register_buffer("highest", torch.zeros(2))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, threshold: Tensor, accuracy: Tensor, shares: Tensor) -> None:
         """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, over all ranks."""
         now = torch.cat([torch.stack([threshold, accuracy]), shares])
-        self.recent.lerp_(now.to(self.recent), 1 - _REMEMBERED)
+        self.recent.lerp_(now.to(self.recent), 1 - REMEMBERED)
         self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
+        self.batches += 1
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self.named_buffers():  # of older checkpoints, which had none: watched from there on

@@ -11,7 +11,7 @@ from torch import Tensor
 from cbda.adaptation.algorithm import Terms, adamatch
 from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import gradients_differ, gradients_vary
-from cbda.adaptation.losses import Alignment, Watch, ramp, source_cross_entropy
+from cbda.adaptation.losses import REMEMBERED, Alignment, Watch, ramp, source_cross_entropy
 from cbda.networks.classifier import SOURCE
 from common.training.method import Method
 from common.training.update import Part, Update
@@ -23,6 +23,10 @@ _THRESHOLD_FELL, _ACCURACY_FELL = 0.9, 0.8
 """Shares of its highest value below which threshold and source accuracy count as falling."""
 _ONE_CLASS, _ONE_OF_TWO, _SOME = 0.9, 0.99, 0.1
 """Share of the pseudo-labels that counts as all, of two classes, and of the target that has to have any."""
+_SETTLED = 30
+"""Batches from which on it does: a network that has learnt nothing yet may well say one class of everything."""
+_BY_CHANCE = 8
+"""Standard deviations that an average's highest and lowest may lie apart in a long run in which nothing changes."""
 
 
 class Objective:
@@ -99,7 +103,9 @@ def shares_of_passing(means: Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def collapse(method: MethodConfig, watch: Watch, means: Mapping[str, float], classes: int) -> str | None:
+def collapse(
+    method: MethodConfig, watch: Watch, means: Mapping[str, float], classes: int, batch_size: int
+) -> str | None:
     """Say so when the source is lost, all pseudo-labels pass a falling threshold, or they are of one class.
 
     Args:
@@ -107,19 +113,23 @@ def collapse(method: MethodConfig, watch: Watch, means: Mapping[str, float], cla
         watch: averages over the last batches.
         means: logged values by tag: ``loss/source``, ``schedule/mu`` and ``adapt/mask_rate`` are read.
         classes: how many there are.
+        batch_size: source images of a batch, on all ranks.
     """
     (threshold, accuracy, *shares), best = watch.recent.tolist(), watch.highest.tolist()
     limit = 2 * math.log(classes)
     # In inference mode BatchNorm's averages are far off in a run's first steps, and losses are whatever they are.
     if method.source_pass != "inference" and means["loss/source"] > limit * (1 + (method.source_loss == "sum")):
         return f"the source's loss {means['loss/source']:.3g} is more than twice that of equal guesses"
-    if accuracy < _ACCURACY_FELL * best[1]:
+    # Of an average that forgets by r at each batch, the variance is (1 - r) / (1 + r) of a batch's.
+    of_batch = best[1] * (1 - best[1]) / batch_size
+    noise = math.sqrt((1 - REMEMBERED) / (1 + REMEMBERED) * of_batch)
+    if accuracy < _ACCURACY_FELL * best[1] and best[1] - accuracy > _BY_CHANCE * noise:
         return f"accuracy on the source has fallen from {100 * best[1]:.0f} % to {100 * accuracy:.0f} %"
     if means["schedule/mu"] < 0.5:  # nothing much is learnt from the target yet
         return None
     if means["adapt/mask_rate"] > _NEARLY_ALL and threshold < _THRESHOLD_FELL * best[0]:
         return f"every pseudo-label passes a threshold that has fallen from {best[0]:.2g} to {threshold:.2g}"
     limit = _ONE_CLASS if classes > 2 else _ONE_OF_TWO
-    if sum(shares) > _SOME and max(shares) > limit * sum(shares):
+    if watch.batches >= _SETTLED and sum(shares) > _SOME and max(shares) > limit * sum(shares):
         return f"{100 * max(shares) / sum(shares):.0f} % of the pseudo-labels are of one class"
     return None

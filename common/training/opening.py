@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
 def prepare(
     kind: type[Method[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env
 ) -> tuple[Method[Any], Feed, Parts]:
-    """Build a run's method with its networks, the batches it trains on, and its parts.
+    """Build a run's method with its networks, the batches it trains on, and its parts; print what these warn of.
 
     Raises:
         UsageError: if the images do not fill a step.
@@ -78,7 +79,11 @@ def prepare(
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    parts = Parts(cfg, device, env, method.build, method.optimize, method.averaged)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        parts = Parts(cfg, device, env, method.build, method.optimize, method.averaged)
+    for line in dict.fromkeys(str(warning.message) for warning in told) if env.first else ():
+        print(f"warning: {line}", file=sys.stderr)  # as the loop does, without the place in the code
     method.networks, method.wrapped = parts.networks, parts.wrapped
     return method, feed, parts
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from applications import APPLICATIONS
 from forked import Hit, run
 from run_comparison import assert_same_runs, final_state, logged
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from torch import Tensor, nn
 
 import cbda.adamatch
 import cbda.adaptation.algorithm
 import cbda.adaptation.gradients
 import cbda.models
+import cbda.predict
 from cbda.adamatch import AdaMatch
 from cbda.adaptation.algorithm import shares_drawn
 from cbda.adaptation.objective import Objective
@@ -290,20 +291,23 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     assert json.loads((finished / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
 
 
-@pytest.mark.parametrize("cluster", ["source", "target"])
-def test_the_accuracies_of_a_run_are_those_of_its_averaged_weights(finished, cluster):
+@pytest.mark.parametrize(("domain", "split"), [("source", "test"), ("target", "target_test")])
+@pytest.mark.parametrize(("name", "cluster"), [("source", SOURCE), ("target", TARGET)])
+def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished, domain, split, name, cluster):
     cfg = parse(AdaMatchConfig, ["--config", str(finished / "config.yaml")])
     network = build_classifier(cfg, 3)
     network.load_state_dict(load(finished / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
-    images = AdaMatch.load(cfg)["target_test"]
+    images = AdaMatch.load(cfg)[split]
     assert images.labels is not None
     with torch.no_grad():
-        logits = network.eval()(
-            to_float(images.images), torch.full((len(images),), SOURCE if cluster == "source" else TARGET)
-        )
+        found = network.eval()(to_float(images.images), torch.full((len(images),), cluster)).argmax(1)
     last = next(line for line in reversed(read_metrics(finished)) if "metric/target_accuracy" in line)
-    assert last[f"metric/target_accuracy_as_{cluster}"] == accuracy_score(images.labels, logits.argmax(1))
-    assert last["metric/target_accuracy"] == last["metric/target_accuracy_as_target"]
+    accuracy = accuracy_score(images.labels, found)
+    assert last[f"metric/{domain}_accuracy_as_{name}"] == accuracy
+    if name == domain:
+        want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]  # pyright: ignore[reportArgumentType]
+        scores = [last[f"metric/{domain}_weighted_{score}"] for score in ("precision", "recall", "f1")]
+        assert [last[f"metric/{domain}_accuracy"], *scores] == pytest.approx([accuracy, *want])
 
 
 @pytest.mark.parametrize("kind", ["none", "bn", "in", "dsbn", "scb_base", "ucb", "mn"])
@@ -318,11 +322,19 @@ def test_layers_deep_inside(tiny):
     cbda.adamatch.main([*tiny, "--epochs", "1", "--norm.kind", "ucb", "--model.convert", "norm", "groups.0.0.norm1"])
 
 
+def test_the_layer_everywhere_warns_in_training_and_not_afterwards(tiny, tmp_path, domains, capsys):
+    cbda.adamatch.main([*tiny, "--epochs", "1", "--lr", "1e-4", "--model.convert", "all", "--name", "run"])
+    assert capsys.readouterr().err.count("warning: model: with 'scb' at every layer nothing holds the scale") == 1
+    cbda.predict.main(["--run", str(tmp_path / "cbda" / "run"), "--images", str(domains / "target" / "bare"),
+                       "--out", str(tmp_path)])  # fmt: skip
+    assert not capsys.readouterr().err
+
+
 def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
     flags = [*tiny, "--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--name", "run"]
     cbda.adamatch.main(flags)
     names = set().union(*read_metrics(tmp_path / "cbda" / "run"))
-    assert not any("target_accuracy" in name or "oracle" in name for name in names)
+    assert not any("target_accuracy" in name or "target_weighted" in name or "oracle" in name for name in names)
     assert {"metric/source_accuracy", "metric/target_information", "adapt/mask_rate"} <= names
     assert "AdaMatch     source" in capsys.readouterr().out
 
@@ -347,7 +359,8 @@ def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, 
     assert best == same
     differ = {k for a, b in zip(right, garbage, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
     assert differ
-    assert all("target_accuracy" in name or "oracle" in name for name in differ)
+    of_labels = ("target_accuracy", "target_weighted", "oracle")
+    assert all(any(part in name for part in of_labels) for name in differ)
 
 
 def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):

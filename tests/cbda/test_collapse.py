@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,7 @@ def test_averages_and_their_highest_counted_by_hand():
         highest = [max(old, new) for old, new in zip(highest, recent, strict=False)]
         assert watch.recent.tolist() == pytest.approx(recent)
         assert watch.highest.tolist() == pytest.approx(highest)
+    assert watch.batches == 3
     assert highest[0] > recent[0]
     assert highest[1] > recent[1]
 
@@ -144,16 +146,36 @@ GOOD = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97}
 
 
 def said(
-    means: dict[str, float], recent: list[float], highest: list[float], classes: int = 3, **of_method: Any
+    means: dict[str, float],
+    recent: list[float],
+    highest: list[float],
+    classes: int = 3,
+    batches: int = 30,
+    batch_size: int = 64,
+    **of_method: Any,
 ) -> str | None:
     """Return what a method with such averages says of logged means."""
     watch = Watch(classes)
     watch.recent.copy_(torch.tensor(recent))
     watch.highest.copy_(torch.tensor(highest))
-    return collapse(MethodConfig(**of_method).resolved(), watch, GOOD | means, classes)
+    watch.batches.fill_(batches)
+    return collapse(MethodConfig(**of_method).resolved(), watch, GOOD | means, classes, batch_size)
 
 
 EVEN = [0.3, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("share", "batch_size", "classes"), [(0.1, 32, 10), (0.5, 32, 2), (0.4, 32, 31), (0.01, 9, 100)]
+)
+def test_accuracy_that_scatters_by_chance_alone_has_not_fallen(share, batch_size, classes):
+    """Binomial draws: of a network that guesses, or stays as good as it is, for 5,000 steps."""
+    right = np.random.default_rng(0).binomial(batch_size, share, 5_000) / batch_size
+    watch, even = Watch(classes), torch.full((classes,), 1 / classes)
+    method = MethodConfig().resolved()
+    for accuracy in torch.from_numpy(right).float():
+        watch(torch.tensor(0.8), accuracy, even)
+        assert collapse(method, watch, GOOD, classes, batch_size) is None
 
 
 def test_what_counts_as_a_collapse_and_what_does_not():
@@ -167,8 +189,13 @@ def test_what_counts_as_a_collapse_and_what_does_not():
     lost = said({"schedule/mu": 0.0, "adapt/mask_rate": 0.0}, [0.87, 0.77, *EVEN], [0.88, 0.97])
     assert "source has fallen from 97 % to 77 %" in (lost or "")
     assert said({}, [0.87, 0.78, *EVEN], [0.88, 0.97]) is None
+    # ... and by more than eight standard deviations: sqrt(0.1 / 1.9 * 0.5 * 0.5 / 32) = 0.0203
+    assert "from 50 % to 33 %" in (said({}, [0.87, 0.33, *EVEN], [0.88, 0.50], batch_size=32) or "")
+    assert said({}, [0.87, 0.35, *EVEN], [0.88, 0.50], batch_size=32) is None
+    assert said({}, [0.87, 0.35, *EVEN], [0.88, 0.50], batch_size=64) is not None
     # More than nine tenths of one class, or 99 in 100 of one of two, where a tenth of the target passes.
     assert "91 % of the pseudo-labels" in (said({}, [0.87, 0.95, 0.05, 0.91, 0.04], [0.88, 0.97]) or "")
+    assert said({}, [0.87, 0.95, 0.05, 0.91, 0.04], [0.88, 0.97], batches=29) is None
     assert said({}, [0.87, 0.95, 0.06, 0.89, 0.05], [0.88, 0.97]) is None
     assert said({}, [0.87, 0.95, 0.0, 0.09, 0.0], [0.88, 0.97]) is None
     assert said({}, [0.87, 0.95, 0.03, 0.97], [0.88, 0.97], 2) is None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,17 @@ def test_tensorboard_shows_results_first_and_the_settings(train):
     start = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info  # pyright: ignore[reportAttributeAccessIssue]
     assert start.hparams["lr"].number_value == 0.125
     assert start.hparams["norm.kind"].string_value == training.cfg.norm.kind
+
+
+def test_what_networks_warn_of_is_told_once_in_a_line_without_a_place_in_the_code(train, monkeypatch, capsys):
+    sound = Fourth.build
+
+    def build(self: Fourth) -> dict[str, nn.Module]:
+        for _ in range(2):
+            warnings.warn("net: made of straw", stacklevel=1)
+        return sound(self)
+
+    monkeypatch.setattr(Fourth, "build", build)
+    train(epochs=1)
+    told = [line for line in capsys.readouterr().err.splitlines() if "straw" in line]
+    assert told == ["warning: net: made of straw"]

@@ -115,7 +115,8 @@ def convert_norms(
     if _nothing_holds_the_scale(model, new.values()):
         warnings.warn(
             f"model: with {kind!r} at every layer nothing holds the scale of activations, and training diverges at "
-            "BatchNorm's learning rates; convert one layer (where=0), or give statistics='batch'",
+            "BatchNorm's learning rates; convert one layer (where=0), or give statistics='batch' (commands: "
+            "--norm.statistics batch)",
             stacklevel=2,
         )
     return model
