@@ -1,7 +1,7 @@
 """Bad input is one line that names the field, the value and what would be right; nothing is written."""
 
 import pytest
-from conftest import write_domain
+from domains import write_domain
 from refusals import refused
 
 import cbda.adamatch

@@ -161,9 +161,9 @@ def test_channels_last_is_a_layout():
 
 
 _FAULTS = """
-import resource, sys, torch
+import resource, torch
 from common.machine.device import keep_freed_memory
-print(keep_freed_memory() if sys.argv[1] == "keep" else None)
+print(keep_freed_memory())
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     kept = [torch.empty(2**21).fill_(1) for _ in range(8)]  # 8 MiB each
@@ -174,17 +174,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
 @pytest.mark.parametrize(
-    ("how", "environment", "answer", "kept"),
+    ("environment", "answer", "kept"),
     [
-        ("keep", {}, "True", True),
-        ("leave", {}, "None", False),
-        ("keep", {"MALLOC_TRIM_THRESHOLD_": "131072"}, "False", False),
+        ({}, "True", True),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, "False", False),
     ],
 )
-def test_memory_that_is_wanted_again_is_not_given_back_and_faulted_in_anew(how, environment, answer, kept):
+def test_memory_that_is_wanted_again_is_not_given_back_and_faulted_in_anew(environment, answer, kept):
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-c", _FAULTS, how], env=plain | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _FAULTS], env=plain | environment, capture_output=True, text=True, check=True
     )
     said, faults = done.stdout.split()
     assert said == answer
