@@ -16,7 +16,7 @@ from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
 from cbcls.train import Classification
 from common.classification.leak_audit import UNKNOWN
-from common.classification.stored import Stored, export, read_stored
+from common.classification.stored import Stored, check_images, export, read_stored
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.logits import evaluating
@@ -53,7 +53,9 @@ class TrainedClassifier:
 
         Raises:
             UsageError: if there is no such cluster, or the layer has to be told one.
+            ValueError: if the images are not of this type and size.
         """
+        check_images(images, self.cfg.data.size)
         ids = cluster if isinstance(cluster, Tensor) else self._ids(cluster, len(images))
         device = next(self.network.parameters()).device
         with evaluating(self.network):

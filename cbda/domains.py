@@ -20,7 +20,8 @@ def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
     labels. Without test images there is no entry for them.
 
     Raises:
-        UsageError: if images cannot be had, the source or what was asked of it has no labels, or classes do not match.
+        UsageError: if images cannot be had, the source, test images or what was asked for have no labels, or classes
+            do not match.
     """
     source, target = _load(cfg.source, cfg.data.size), _load(cfg.target, cfg.data.size)
     train = source.train
@@ -28,6 +29,11 @@ def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
         raise UsageError(f"source.root: {train.name} has no labels; the source needs one sub-folder a class")
     if train.num_classes < 2:
         raise UsageError(f"source.root: expected at least 2 classes, {train.name} has {train.num_classes}")
+    for domain, test in ((cfg.source, source.test), (cfg.target, target.test)):
+        if test is not None and test.labels is None:
+            raise UsageError(
+                f"{domain.domain}.test_root: {test.name} has no labels; test images need one sub-folder a class"
+            )
     images = {"train": train if cfg.source.labelled is None else _some(train, cfg.source, cfg.seed)}
     if source.test is not None:
         images["test"] = _as_counted(source.test, train.classes, cfg.source)

@@ -13,7 +13,7 @@ from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, clusters_of
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
-from common.classification.stored import export, read_stored
+from common.classification.stored import check_images, export, read_stored
 from common.data import to_float
 from common.errors import UsageError
 from common.metrics.logits import classify, evaluating
@@ -45,7 +45,9 @@ class AdaptedModel:
 
         Raises:
             UsageError: if the layer cannot be told this cluster.
+            ValueError: if the images are not of this type and size.
         """
+        check_images(images, self.cfg.data.size)
         known = clusters_of(self.cfg.norm.kind)
         if cluster not in CLUSTERS or (len(known) > 1 and cluster not in known):
             raise UsageError(f"cluster: expected {' or '.join(known)} of {self.cfg.norm.kind}, got {cluster}")

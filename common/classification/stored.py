@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from common.cli.arguments import to_dict, to_yaml
@@ -20,6 +21,19 @@ C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
 
 _WEIGHTS, _FACTS, _CONFIG = "model.safetensors", "model.json", "config.yaml"
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Refuse images that a stored network would take for others: floats have no one range, and sizes say nothing.
+
+    Raises:
+        ValueError: unless they are uint8 (N, 3, size, size).
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise ValueError(
+            f"images: expected uint8 (N, 3, {size}, {size}), got {str(images.dtype).removeprefix('torch.')} "
+            f"{tuple(images.shape)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

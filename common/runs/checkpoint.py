@@ -44,7 +44,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
                 raise DamagedCheckpoint(f"{path}: checksum of {record} is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{path}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise DamagedCheckpoint(f"{path}: {reason}") from None
     except Exception as error:  # the unpickler raises its own types for code and unknown globals
         raise DamagedCheckpoint(f"{path}: holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(state, dict) or "schema" not in state:

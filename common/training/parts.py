@@ -163,10 +163,13 @@ class Parts:
             for name, average in self.averages.items():
                 average.load_state_dict(state[name])
         except checkpoint.DamagedCheckpoint as error:
-            raise UsageError(f"init_from: {error}") from None
+            raise UsageError(f"init_from: {error}; expected a run's checkpoint, such as checkpoints/best.pt") from None
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"init_from: {path} does not fit this configuration ({reason})") from None
+            raise UsageError(
+                f"init_from: {path} does not fit this configuration ({reason}); expected a checkpoint of a run "
+                "with the same networks and layers"
+            ) from None
 
 
 def upgraded(state: Mapping[str, Any]) -> dict[str, Any]:

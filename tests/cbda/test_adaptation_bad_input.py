@@ -68,6 +68,9 @@ def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
     )
     assert "source.root: bare has no labels" in refuses("--source.root", bare, "--source.test_root", "null")
     no_labels = ("--target.root", bare, "--target.test_root", "null")
+    for domain in ("source", "target"):
+        line = refuses(f"--{domain}.test_root", bare)
+        assert line.startswith(f"error: {domain}.test_root: bare has no labels; test images need one sub-folder")
     assert "target.labelled: 1 labels a class asked for, but bare has none" in refuses(
         *no_labels, "--target.labelled", "1"
     )

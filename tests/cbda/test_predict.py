@@ -78,6 +78,9 @@ def test_an_exported_model_says_the_same_without_its_run_or_data(run, tmp_path, 
         exported.save(tmp_path / "model")
     with pytest.raises(UsageError, match="cluster: expected source or target or unknown of scb, got third"):
         exported.logits(images, "third")
+    for wrong, said in ((images / 255, "float32"), (images[:, :1], r"\(12, 1, 8, 8\)"), (images[..., :4], r"8, 4\)")):
+        with pytest.raises(ValueError, match=rf"images: expected uint8 \(N, 3, 8, 8\), got .*{said}"):
+            exported.logits(wrong)
     weights = tmp_path / "model" / "model.safetensors"
     state = load_file(weights)
     save_file({name: value for name, value in state.items() if "stem" not in name}, weights)

@@ -26,8 +26,11 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_damaged_and_says_why(tmp_path):
-    with pytest.raises(DamagedCheckpoint, match=r"missing\.pt: .*No such file"):
+    with pytest.raises(DamagedCheckpoint, match=r"missing\.pt: No such file or directory$"):
         checkpoint.load(tmp_path / "missing.pt")
+    (tmp_path / "config.yaml").write_text("lr: 1\n")
+    with pytest.raises(DamagedCheckpoint, match=r"config\.yaml: File is not a zip file$"):
+        checkpoint.load(tmp_path / "config.yaml")
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
