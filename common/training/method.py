@@ -203,6 +203,10 @@ class Method(ABC, Generic[C]):
         """Return what the log shows, from the means over its steps of what `step` noted, by tag."""
         return means
 
+    def told(self, values: Mapping[str, float]) -> list[str]:
+        """Return what is printed of a measurement where there is no bar to look at, from its values by tag."""
+        return [f"{name} {value:.4g}" for name, value in values.items()]
+
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say what is wrong with a run whose logged means show that it has collapsed."""
         return None
