@@ -125,7 +125,9 @@ class MixtureNorm(MixtureLayer):
         if torch.compiler.is_exporting():
             before = self.step.clone()
         else:
-            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+            if self._host_step is None:
+                checks.check_capture(self.step, checks.WARM_UP)
+                # A tensor, because torch.compile would compile anew for each value of an int.
                 self._host_step = self.step.to("cpu", copy=True)
             before = self._host_step
             self._host_step = before + 1  # in place fails after a step in inference mode
@@ -138,8 +140,10 @@ class MixtureNorm(MixtureLayer):
 
         In a graph, which cannot look at it, that may be the last fit.
         """
+        if self.refit_every > 1:
+            checks.check_capture(x, checks.COUNTED)
         ready = seeded if isinstance(seeded, Tensor) else None
-        due = self._in_graph() or (seeded and int(before) % self.refit_every == 0)
+        due = self._in_graph() or (seeded and (self.refit_every == 1 or int(before) % self.refit_every == 0))
         if not due:
             return None
         if self._fused(x, "batch"):

@@ -80,6 +80,7 @@ class NormLayer(nn.Module):
     def is_initialized(self) -> bool:
         """Say whether nothing is left to seed from data."""
         if not self._seen_initialized:
+            checks.check_capture(self.initialized, checks.WARM_UP)
             self._seen_initialized = bool(self.initialized.all())
         return self._seen_initialized
 
