@@ -11,7 +11,7 @@ from .backends.reference import Moments
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Stored
 from .estimation.em import Fit
-from .kernels import em_operators
+from .kernels import direct, em_operators
 from .kernels import operators as kernels
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
@@ -152,7 +152,8 @@ class MixtureNorm(MixtureLayer):
             limits = self.min_weight, em.VARIANCE_FLOOR, em.EMPTY
             last = (t.contiguous() for t in self._last_fit())
             flat = reference.flatten(x.detach())
-            return Stored(*em_operators.fit_mixture(flat, *last, self.step, ready, before, every, *rule, *limits))
+            given = flat, *last, self.step, ready, before, every, *rule, *limits
+            return Stored(*direct.call(em_operators.fit_mixture, *given))
         how, last = (self.groups, self.seed, self.eps, self.em_steps), self._fit(reference.compute_dtype(x), "fit_")
         if self._in_graph():
             *fit, found = operators.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)
@@ -175,7 +176,7 @@ class MixtureNorm(MixtureLayer):
         if all(t.is_contiguous() for t in (*averaged, *last)):
             fits = (None,) * 6 if new is None else (*new, *last)
             rule = self.momentum, self.average == "paper", self.min_weight, False
-            kernels.move_averages(*averaged, self.logits.clone(), state, *fits, *rule)
+            kernels.averages_moved(averaged, self.logits.clone(), state, *fits, *rule)
             return
         moments = kernels.moments_of(state, self.groups)
         if new is not None:

@@ -211,6 +211,10 @@ class Recorder(TorchDispatchMode):
         )
 
 
+def _no_refusal(x: Tensor) -> None:
+    """Refuse nothing; a mock would take as long as a launch."""
+
+
 def _nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -218,7 +222,7 @@ def _nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def on_any_device() -> Iterator[None]:
     """Let the Triton backend take tensors on any device, as if it were a GPU."""
-    with mock.patch.object(launch, "refusal", return_value=None), mock.patch.object(torch.cuda, "device", _nothing):
+    with mock.patch.object(launch, "refusal", _no_refusal), mock.patch.object(torch.cuda, "device", _nothing):
         yield
 
 

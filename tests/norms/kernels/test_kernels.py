@@ -278,10 +278,12 @@ def test_every_launch_is_one_that_triton_takes():
     [(64, 12544, (16, 4)), (128, 256, (8, 4)), (200, 64, (8, 8)), (3, 1024, (256, 4)), (256, 16, (8, 8))],
 )
 def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(kernel, channels, positions, want):
-    """Eight elements a thread, whatever the tile."""
+    """Eight elements a thread, whatever the tile, and sixteen of a 2-byte type: of two channels if maps are large."""
     walk = launch.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
     tiling = launch.mixture_tiling(kernel, walk, 1, 3)
     assert (tiling.block_l, tiling.num_warps) == want
+    half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
+    assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
     for other in (49, 24):  # which Triton cannot read several of at once
         walk = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
         tiling = launch.mixture_tiling(kernel, walk, 1, 3)
@@ -294,6 +296,13 @@ def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed(ke
     tiling = launch.mixture_tiling(kernel, launch.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
     assert tiling.block_c < 64
     assert tiling.block_l * tiling.block_c == 1024
+
+
+def test_a_tile_that_is_narrowed_has_fewer_threads():
+    """Sixteen bytes are eight elements in bfloat16."""
+    walk = launch.walk((torch.empty(64, 256, 64, device="meta"),), merge=True)
+    tiling = launch.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3, itemsize=2)
+    assert (tiling.block_l, tiling.block_c, tiling.num_warps) == (64, 8, 2)
 
 
 def test_threads_read_several_positions_of_a_channel_at_once():
