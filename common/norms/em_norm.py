@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import reference
+from .backends import direct, reference
 from .backends.reference import Moments
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Stored
 from .estimation.em import Fit
-from .kernels import direct, em_operators
+from .kernels import em_operators
 from .kernels import operators as kernels
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 

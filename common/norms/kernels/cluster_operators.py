@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import closed_form, reference
+from ..backends import closed_form, direct, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, UnknownPosterior, UnknownScale
-from . import direct, launch, operators
+from . import launch, operators
 
 
 class Tables(NamedTuple):

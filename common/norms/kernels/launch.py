@@ -61,6 +61,15 @@ WIDEST = 256
 """Channels of such a tile: with more it would spill."""
 DIVISOR = 16
 """Of a size, at least, if Triton is to know that neighbours can be read at once."""
+RESIDENT = 16_384
+"""Locations of a batch, at most, where a program takes a channel that has its own posterior."""
+RESIDENT_BYTES = 65_536
+"""Of what such a program reads, at most: it reads that again from its multiprocessor's cache, which holds twice as
+much."""
+CHANNEL = Launch(2048, 8)
+"""Of such programs."""
+MAX_CHANNEL_COMPONENTS = 4
+"""With more, registers do not suffice."""
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 """Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
 SUMS_SHARE = 0.06
@@ -270,6 +279,21 @@ def unknown_blocks(walk: Walk, num_clusters: int) -> tuple[int, int, int]:
     block_s = power_of_two(divide(walk.samples, most))
     blocks = divide(walk.samples, block_s)
     return block_s, blocks, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // blocks))
+
+
+def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
+    """Return BLOCK_S and BLOCK_L of a program that takes a channel; None where it does not.
+
+    The last of the activations is written, the others are read. Where channels lie side by side, a program would throw
+    most of what it reads away.
+    """
+    held = (len(walk.strides) - 1) * itemsize * walk.samples * walk.positions
+    sizes = walk.samples, walk.positions
+    reach = max(sum((size - 1) * s for size, s in zip(sizes, (sn, sl), strict=True)) for sn, _, sl in walk.strides)
+    if walk.channels_adjacent or held > RESIDENT_BYTES or reach >= 2**31 or num_components > MAX_CHANNEL_COMPONENTS:
+        return None
+    block_l = min(power_of_two(walk.positions), CHANNEL.elements)
+    return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
 
 
 def sums_tile() -> tuple[int, int]:

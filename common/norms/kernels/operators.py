@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import reference
+from ..backends import direct, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, Scale, Statistics
-from . import direct, launch
+from . import launch
 
 
 @functools.cache
 def _kernels() -> dict[str, Any]:
-    from . import mixture_kernels, parameter_kernels  # noqa: PLC0415
+    from . import channel_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
 
-    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__}
+    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__, **channel_kernels.__dict__}
 
 
 class Plan(NamedTuple):
     """How a mixture kernel is launched over activations."""
 
     kernel: str
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     sizes: tuple[int, ...]
-    """N, C, D, L and strides."""
+    """N, C, D, L and strides; without D for a kernel whose programs are channels."""
     constants: dict[str, int]
 
     def run(self, pointers: Sequence[Tensor | None], numbers: Sequence[float], **constants: bool) -> None:
@@ -70,6 +70,28 @@ def planned(
     return Plan(kernel, grid, (*sizes, *(s for each in walk.strides for s in each)), constants)
 
 
+def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
+    """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
+    x = activations[0]
+    if groups != x.shape[1] or x.shape[0] * x.shape[2] > launch.RESIDENT:
+        return None
+    return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def channel_planned(
+    kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
+) -> Plan | None:
+    """Find what ``_channel_plan`` returns."""
+    walk = launch.strided_walk(shape, strides, merge=False)
+    tile = launch.channel_tile(walk, num_components, itemsize)
+    if tile is None:
+        return None
+    constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    sizes = walk.samples, walk.channels, walk.positions
+    return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
+
+
 def _gather(
     kernel: str, ahead: tuple[int, ...], sums: Tensor, pointers: Sequence[Tensor | None], numbers: Sequence[float],
     **constants: bool,
@@ -94,9 +116,11 @@ def mixture_forward(
 
     Parameters are contiguous; stored says that log and var are logits and log-variances.
     """
-    num, state = len(mean), new_state(x, mean)
+    num, state, y = len(mean), new_state(x, mean), torch.empty_like(x)
+    if plan := _channel_plan("mixture_channel_kernel", (x, y), groups, num):
+        plan.run((x, log, mean, var, state, weight, bias, y), (eps, floor, kappa), STORED=stored)
+        return y, state
     _moments(x, (log, mean, var), state, groups, eps, kappa, floor, stored)
-    y = torch.empty_like(x)
     pointers = (x, None, None, None, state, weight, bias, y)
     _plan("mixture_apply_kernel", (x, y), groups, num).run(pointers, (eps, floor, kappa), STORED=False)
     return y, state
@@ -184,14 +208,19 @@ def mixture_backward(
 
     What there is none of is (0,).
     """
-    num = state.shape[1]
+    num, dx, affine = state.shape[1], torch.empty_like(x), _affine_gradients(state, weight)
+    if plan := _channel_plan("mixture_channel_bwd_kernel", (x, g, dx), groups, num):
+        out = state.new_empty(3, *state.shape[1:]) if parameters else None
+        plan.run((x, g, state, weight, dx, out, _some(affine)), (eps,), STORED=stored)
+        if out is None:
+            return dx, affine, state.new_empty(0), state.new_empty(0)
+        return dx, affine, out[:2], _log_gradients(out[2], None, state, floor, stored=stored)
     planes = 3 if parameters else 0
     plan = _plan("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
     sums = state.new_empty(2, plan.grid[0], *state.shape[1:])
     plan.run((x, g, state, sums), ())
-    coefficients, affine = state.new_empty(4, *state.shape[1:]), _affine_gradients(state, weight)
+    coefficients = state.new_empty(4, *state.shape[1:])
     _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
-    dx = torch.empty_like(x)
     sources = (None, None, None, state, coefficients, weight)
     sums = _backward_pass(x, g, dx, sources, groups, (eps, floor, 1.0), planes, stored=False)
     rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
@@ -241,12 +270,18 @@ def _parameter_gradients(
     )  # fmt: skip
     if not parameters:
         return sums.new_empty(0), sums.new_empty(0)
-    log = sums.new_empty(num)
+    return out[:2], _log_gradients(out[2], sources[0], sources[2], numbers[1], stored=stored)
+
+
+def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, floor: float, *, stored: bool) -> Tensor:
+    """Return gradients (K,) of log weights, or of logits, from the channels' shares in them, (K, C)."""
+    num, channels = shares.shape
+    out = shares.new_empty(num)
     launch.start(
-        _kernels()["mixture_logits_kernel"], (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
+        _kernels()["mixture_logits_kernel"], (1,), shares, log, state, out, channels, floor,
         K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
-    return out[:2], log
+    return out
 
 
 @mixture_backward.register_fake

@@ -24,7 +24,7 @@ SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8)
 GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
 """Where there is memory and time for a map as large as a classifier's first."""
 FORWARD, BOTH, EVALUATION = "forward", "both", "evaluation"
-TIMED = {
+TIMED: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...], tuple[str, ...]]] = {
     "cpu": (SHAPES, (torch.float32,), (FORWARD, BOTH)),
     "cuda": (GPU_SHAPES, (torch.float32, torch.bfloat16), (EVALUATION, FORWARD, BOTH)),
 }

@@ -56,6 +56,7 @@ TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
     ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 4, 0),  # the last plane
     ("mixture_bwd_kernel", "coefficients_ptr"): (3 / 4, 0),  # the others
     # planes of a state
+    ("mixture_channel_bwd_kernel", "state_ptr"): (7 / 8, 0),
     ("mixture_moments_kernel", "state_ptr"): (0, 4 / 8),
     ("mixture_merge_kernel", "state_ptr"): (1 / 8, 4 / 8),
     ("mixture_apply_kernel", "state_ptr"): (5 / 8, 0),
@@ -81,6 +82,10 @@ TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
 """How often a kernel reads and writes an argument, (kernel, argument), where not its whole once: outputs are written,
 others read. It may depend on the other arguments. The test of traffic counts under Triton's interpreter and fails where
 that is wrong."""
+
+
+AGAIN = ("mixture_channel_kernel", "mixture_channel_bwd_kernel")
+"""Kernels that read activations twice, the second time from the cache of a multiprocessor, which holds them."""
 
 
 @dataclass(frozen=True, eq=False)

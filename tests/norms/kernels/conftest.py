@@ -8,10 +8,11 @@ from common.norms.kernels import cluster_operators, operators
 @pytest.fixture(autouse=True)
 def fresh_plans():
     """Forget how activations were walked over, since tests change the tables that it follows from."""
-    for planned in (operators.planned, cluster_operators.planned):
+    plans = operators.planned, operators.channel_planned, cluster_operators.planned
+    for planned in plans:
         planned.cache_clear()
     yield
-    for planned in (operators.planned, cluster_operators.planned):
+    for planned in plans:
         planned.cache_clear()
 
 

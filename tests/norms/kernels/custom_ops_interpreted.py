@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.norms import cluster_norm, make_norm, mixture_norm
-from common.norms.kernels import cluster_operators, direct, em_operators, operators
+from common.norms.backends import direct
+from common.norms.kernels import cluster_operators, em_operators, operators
 
 
 def scb_arguments(requires_grad=True):

@@ -15,7 +15,7 @@ from common.norms import checks, cluster_norm, functional, mixture_norm
 from common.norms.kernels import cluster_operators, em_operators, launch, operators
 
 FOLDER = Path(__file__).parent
-PARTS = {"kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
+PARTS = {"channels_interpreted": 2, "kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
 """Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
@@ -260,7 +260,7 @@ def test_every_launch_is_one_that_triton_takes():
         for each in table.values()
         for entry in each.values()
     ]
-    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, *tables):
+    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, launch.CHANNEL, *tables):
         for number in (entry.elements, entry.num_warps):
             assert number.bit_count() == 1
         assert 32 * entry.num_warps <= 1024

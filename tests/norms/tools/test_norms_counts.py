@@ -36,6 +36,15 @@ def test_a_step_costs_no_more_than_its_goal(missed, name, quantity):
     assert not [what for what in missed[name] if any(word in what for word in names)]
 
 
+@pytest.mark.parametrize("dtype", counts.DTYPES.values(), ids=str)
+def test_channels_that_fit_into_a_cache_move_less_than_batch_norm(dtype):
+    """A launch and one for the averages forward, one backward: x is read once, and so is the gradient."""
+    step = counts.record(SUBJECTS["UCBNorm"], (64, 256, 8, 8), dtype)
+    assert [len(each.launches) for each in (step.forward, step.backward)] == [2, 1]
+    assert step.forward.reads + step.forward.writes <= 2.1
+    assert step.backward.reads + step.backward.writes <= 3.1
+
+
 def test_the_goals_are_those_that_were_set():
     goals = {subject.name: (subject.forward, subject.backward) for subject in counts.SUBJECTS}
     assert goals == {

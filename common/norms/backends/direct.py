@@ -20,7 +20,7 @@ def watched(x: Tensor) -> bool:
         or type(x) not in (Tensor, nn.Parameter)
         or _get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
 
 
