@@ -7,11 +7,6 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-WARM_UP = "expected two training steps before the capture, since the second still asks the device what is seeded"
-COUNTED = "expected refit_every=1 in what is captured, since the host counts the batches from one fit to the next"
-DRAWN = 'expected backend="triton" of a compiled MixtureNorm that is captured, since the host hands others their step'
-"""Why a CUDA graph cannot be captured."""
-
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the choices."""
@@ -70,17 +65,6 @@ def check_input(x: object, channels: int, dim: int = 1) -> None:
         raise ValueError(f"x: expected a floating-point tensor, got {_describe(x)}")
     if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != channels:
         raise ValueError(f"x: expected {channels} channels in dimension {dim}, got {tuple(x.shape)}")
-
-
-def capturing(t: Tensor) -> bool:
-    """Say whether a CUDA graph is being captured of what happens to t."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def check_capture(t: Tensor, what: str) -> None:
-    """Raise RuntimeError if a graph is being captured, which would repeat for ever what the host looks up now."""
-    if not torch.compiler.is_compiling() and capturing(t):
-        raise RuntimeError(f"CUDA graph: {what}")
 
 
 def check_training_batch(x: Tensor, channels: int) -> None:

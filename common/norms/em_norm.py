@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import direct, reference
+from .backends import capture, direct, reference
 from .backends.reference import Moments
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Stored
@@ -126,7 +126,7 @@ class MixtureNorm(MixtureLayer):
             before = self.step.clone()
         else:
             if self._host_step is None:
-                checks.check_capture(self.step, checks.WARM_UP)
+                capture.refuse(self.step, capture.WARM_UP)
                 # A tensor, because torch.compile would compile anew for each value of an int.
                 self._host_step = self.step.to("cpu", copy=True)
             before = self._host_step
@@ -141,7 +141,7 @@ class MixtureNorm(MixtureLayer):
         In a graph, which cannot look at it, that may be the last fit.
         """
         if self.refit_every > 1:
-            checks.check_capture(x, checks.COUNTED)
+            capture.refuse(x, capture.COUNTED)
         ready = seeded if isinstance(seeded, Tensor) else None
         due = self._in_graph() or (seeded and (self.refit_every == 1 or int(before) % self.refit_every == 0))
         if not due:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import checks
-from ..backends import reference
+from ..backends import capture, reference
 from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
@@ -19,7 +18,7 @@ from .em import Fit
 def _is_ready(initialized: Tensor, ready: Tensor | None) -> bool:
     if ready is not None and bool(ready):
         return True
-    checks.check_capture(initialized, checks.WARM_UP)
+    capture.refuse(initialized, capture.WARM_UP)
     return bool(initialized.all())
 
 
@@ -107,7 +106,7 @@ def refit_mixture(
     Returns:
         weight, mean and var like the given ones; and whether to take them, on the device.
     """
-    checks.check_capture(x, checks.DRAWN)
+    capture.refuse(x, capture.DRAWN)
     if (ready is not None and not bool(ready)) or int(step) % every:
         return weight.clone(), mean.clone(), var.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
     fit = em.refit(x, Fit(weight, mean, var), int(step) + 1, groups, seed, eps, steps)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import checks
+from ..backends import capture
 from ..backends.namespace import NAMESPACE
 from . import launch, operators
 
@@ -48,9 +48,9 @@ def fit_mixture(
     be fitted, and the mixture is ready, it stays.
     """
     if every > 1:
-        checks.check_capture(x, checks.COUNTED)
+        capture.refuse(x, capture.COUNTED)
     if ready is not None and not bool(ready):
-        checks.check_capture(x, checks.WARM_UP)
+        capture.refuse(x, capture.WARM_UP)
     if (ready is not None and not bool(ready)) or (every > 1 and int(before) % every):
         return logits.float().clone(), mean.float().clone(), log_var.float().clone()
     from . import em_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
 from common.norms import checks
+from common.norms.backends import capture
 from common.norms.estimation import operators as estimation
 from common.norms.kernels import em_operators, launch
 from common.norms.tools.recording import Recorder, replaced_kernels
@@ -106,16 +107,16 @@ def test_a_step_that_is_repeated_is_one_that_is_taken(name, training):
     other = copy.deepcopy(layer.train(training))
     x, g = batch(2)
     x.requires_grad_()
-    capture = Capture()
-    with replaced_kernels(capture.kernel), capture:
+    captured = Capture()
+    with replaced_kernels(captured.kernel), captured:
         kept = step(layer, x, g, ids)
     with pytest.MonkeyPatch.context() as patched:  # nothing is refused where nothing is asked
-        patched.setattr(checks, "capturing", lambda t: True)
+        patched.setattr(capture, "capturing", lambda t: True)
         want = step(other, x, g, ids)
     for seed in (2, 3, 4):
         if seed > 2:
             put((x, g), batch(seed))
-            capture.replay()
+            captured.replay()
             want = step(other, x, g, ids)
         for a, b in zip((*kept, *layer.state_dict().values()), (*want, *other.state_dict().values()), strict=True):
             assert torch.equal(a, b)
@@ -124,10 +125,10 @@ def test_a_step_that_is_repeated_is_one_that_is_taken(name, training):
 @pytest.mark.parametrize(
     ("kind", "options", "steps", "said"),
     [
-        ("ucb", {"init": "kmeans++"}, 1, checks.WARM_UP),
-        ("mn", {}, 1, checks.WARM_UP),
-        ("scb", {"init": "data"}, 0, checks.WARM_UP),
-        ("mn", {"refit_every": 2}, 2, checks.COUNTED),
+        ("ucb", {"init": "kmeans++"}, 1, capture.WARM_UP),
+        ("mn", {}, 1, capture.WARM_UP),
+        ("scb", {"init": "data"}, 0, capture.WARM_UP),
+        ("mn", {"refit_every": 2}, 2, capture.COUNTED),
     ],
 )
 def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch, kind, options, steps, said):
@@ -135,7 +136,7 @@ def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch,
     ids = (torch.arange(SHAPE[0]) % 3,) if kind == "scb" else ()
     for seed in range(steps):
         layer(batch(seed)[0], *ids)
-    monkeypatch.setattr(checks, "capturing", lambda t: True)
+    monkeypatch.setattr(capture, "capturing", lambda t: True)
     with pytest.raises(RuntimeError, match=rf"^CUDA graph: {said}$"):
         layer(batch(2)[0], *ids)
 
@@ -143,19 +144,19 @@ def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch,
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (lambda *mixture: em_operators.fit_mixture(*mixture, *counted(True), 2, *RULE), checks.COUNTED),
-        (lambda *mixture: em_operators.fit_mixture(*mixture, *counted(False), 1, *RULE), checks.WARM_UP),
-        (lambda *mixture: estimation.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0, 0.1, 1), checks.DRAWN),
+        (lambda *mixture: em_operators.fit_mixture(*mixture, *counted(True), 2, *RULE), capture.COUNTED),
+        (lambda *mixture: em_operators.fit_mixture(*mixture, *counted(False), 1, *RULE), capture.WARM_UP),
+        (lambda *mixture: estimation.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0, 0.1, 1), capture.DRAWN),
         (
             lambda x, *_: estimation.seed_mixture(x, torch.tensor(True), torch.tensor(False), 3, 2, 0, 0.1, 1),
-            checks.WARM_UP,
+            capture.WARM_UP,
         ),
     ],
 )
 def test_operators_of_a_compiled_layer_are_not_captured_either(monkeypatch, run, said):
     x, log_lambda, mean, var, _ = mixture_case(SHAPE, 3, dtype=torch.float32)
     run(x, log_lambda, mean, var)
-    monkeypatch.setattr(checks, "capturing", lambda t: True)
+    monkeypatch.setattr(capture, "capturing", lambda t: True)
     with pytest.raises(RuntimeError, match=rf"^CUDA graph: {said}$"):
         run(x, log_lambda, mean, var)
 

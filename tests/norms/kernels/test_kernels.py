@@ -11,7 +11,8 @@ import pytest
 import torch
 from norm_cases import mixture_case
 
-from common.norms import checks, cluster_norm, functional, mixture_norm
+from common.norms import cluster_norm, functional, mixture_norm
+from common.norms.backends import capture
 from common.norms.kernels import cluster_operators, em_operators, launch, operators
 
 FOLDER = Path(__file__).parent
@@ -237,14 +238,14 @@ def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, 
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_capture_is_seen_where_it_is(monkeypatch, captured):
     """On a machine without a driver, to ask is an error."""
-    assert not checks.capturing(torch.zeros(1))
+    assert not capture.capturing(torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     x: Any = OnGpu(torch.float32)
-    assert checks.capturing(x) is captured
-    checks.check_capture(torch.zeros(1), "this")
+    assert capture.capturing(x) is captured
+    capture.refuse(torch.zeros(1), "this")
     if captured:
         with pytest.raises(RuntimeError, match=r"^CUDA graph: this$"):
-            checks.check_capture(x, "this")
+            capture.refuse(x, "this")
 
 
 def test_the_automatic_choice_is_eager_on_a_cpu(monkeypatch):
