@@ -316,7 +316,7 @@ class MixtureLayer(NormLayer):
             y, _ = self._normalise_fused(x, self._mixture(), "learned", self.min_weight)
         else:
             y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
-        return y.movedim(1, self.channel_dim)
+        return self._channels_back(y)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
