@@ -5,7 +5,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .backends import closed_form, compiled, reference
+from .backends import closed_form, compiled, native, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
@@ -20,10 +20,15 @@ from .checks import (
 from .kernels import cluster_operators, launch, operators
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
+LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
+"""Values of an activation from which "auto" takes compiled loops on a CPU."""
 
 
-def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_channels: int = 1) -> str:
-    """Return the backend that computes x; "auto" is triton where its kernels can run on a GPU, else eager.
+def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_channels: int = 1) -> str:
+    """Return the backend that computes x.
+
+    "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
+    the loops of ``native`` can and x is large enough; else eager.
 
     Raises:
         ValueError: backend is no backend, or one that cannot run here, with the reason.
@@ -38,11 +43,19 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_chann
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
-        return "eager"
-    reason = launch.refusal(x) or launch.mixture_refusal(num_components, group_channels)
+        pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
+        return "compiled" if pays and native.serves(x, num_components) else "eager"
+    reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
     return "eager" if reason else "triton"
+
+
+def settled_backend(backend: str, device: torch.device, dtype: torch.dtype, num_components: int) -> str:
+    """Return what ``choose_backend`` makes of a backend for a large activation; no components stand for clusters."""
+    if backend != "auto":
+        return backend
+    return choose_backend(backend, torch.empty(max(LEAST_VALUES.values()), device=device, dtype=dtype), num_components)
 
 
 def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:

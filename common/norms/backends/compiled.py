@@ -1,4 +1,4 @@
-"""The passes written for torch.compile: the ``compiled`` backend.
+"""The passes written for torch.compile: the ``compiled`` backend, but for what ``native`` computes on a CPU.
 
 Forward and backward are a graph each. It is compiled once for a number of components, a dtype and a layout,
 and serves all batch sizes. Components are unrolled, so that one loop over memory serves many sums; sums go
@@ -13,8 +13,6 @@ activation and are found again in each pass.
 import functools
 import importlib.util
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
+from . import native
 from .passes import DensitySums, Mixture, least_posterior
 
 OPTIONS: dict[str, Any] = {
@@ -41,17 +40,10 @@ _graphs: dict[object, Callable[..., Any]] = {}
 def refusal(device: torch.device) -> str | None:
     """Say why this backend cannot run, or return None if it can."""
     if device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if not _on_path(compiler):
-            return f"needs a C++ compiler, but {compiler!r} is not on the PATH; install one or set CXX"
-    elif device.type == "cuda" and not importlib.util.find_spec("triton"):
+        return native.refusal()
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "needs the package triton on a GPU, which is not installed"
     return None
-
-
-@functools.cache  # every batch asks, and looking takes longer than a small batch
-def _on_path(program: str) -> bool:
-    return shutil.which(program) is not None
 
 
 def run(function: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
