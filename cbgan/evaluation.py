@@ -173,6 +173,17 @@ class Evaluation:
         self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
         return values
 
+    def told(self, values: Mapping[str, float]) -> list[str]:
+        """Return what is printed of a measurement: the distance, its interval, precision, recall; the log has all."""
+        if self.fid is None or self.fid.tag not in values:
+            return []
+        lines, tag = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag
+        if f"{tag}_low" in values:
+            low, high = values[f"{tag}_low"], values[f"{tag}_high"]
+            lines.append(f"between the distributions {low:.4g} to {high:.4g}")
+        shown = {name: values.get(self.fid.tag_of(name)) for name in ("precision", "recall")}
+        return lines + [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
+
     def named_classes(self, result: FidResult) -> dict[str, int] | None:
         """Return how many samples the classifier puts in each class, by name; None with another extractor."""
         if result.classes is None:

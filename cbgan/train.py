@@ -104,6 +104,10 @@ class Gan(Method[GanConfig]):
         raw = calibrated(self.networks["g"], self.cfg, self.device) if self.cfg.ema else None
         return self.evaluation.run(calibrated(networks["g"], self.cfg, self.device), moment, raw)
 
+    def told(self, values: Mapping[str, float]) -> list[str]:
+        """Return the FID in short, or how images differ where it is not measured."""
+        return self.evaluation.told(values) or super().told(values)
+
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Generate a batch in training mode."""
         z = noise(self.cfg, step, self.cfg.batch_size, self.device, self.env.rank)

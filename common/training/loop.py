@@ -163,7 +163,8 @@ class Training:
         self._heed_measured(values)
         if self._scheduled():
             self._save(scheduled=True)
-        self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", self.shown)
+        shown = [f"{name} {value:.4g}" for name, value in self.shown.items()]
+        self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", shown)
         for line in self.warnings:
             self._warn(line, once_for=line.split(":")[0])
 
@@ -193,7 +194,7 @@ class Training:
             if not self._scheduled():  # else the checkpoint before the measurement stands
                 self._save()
             self._stop()
-        self._count_seconds("evaluation")
+        seconds = self._count_seconds("evaluation")
         self._record(at["step"], at["epoch"], values)
         self._heed_measured(values)
         at["evaluated"] = at["epoch"]
@@ -203,7 +204,7 @@ class Training:
             at["sound"] = at["step"]
             self._save(scheduled=scheduled, best=best and self.cfg.best.keep)
         if values:
-            self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", values)
+            self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", [*self.method.told(values), f"{seconds:.1f} s"])
         self._summarise("running", None)
 
     def _is_best(self, values: Mapping[str, float]) -> bool:
@@ -332,10 +333,10 @@ class Training:
         signum, command = self.env.largest(self.stop.signum or 0), resume_command(self.method, self.cfg)
         raise Stopped(signum, f"stopped after step {self.parts.at['step']}; go on with:\n  {command}")
 
-    def _report(self, title: str, values: Mapping[str, float]) -> None:
+    def _report(self, title: str, parts: list[str]) -> None:
         """Print a line where there is no bar to look at."""
         if self.env.first and not sys.stderr.isatty():
-            print("  ".join([title, *(f"{name} {value:.4g}" for name, value in values.items())]), flush=True)
+            print("  ".join([title, *parts]), flush=True)
 
     def _warn(self, line: str, once_for: str | None = None) -> None:
         """Print a warning, once a run for each subject that has one."""

@@ -200,6 +200,20 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
     assert [*out[3 : 3 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
 
 
+def test_a_measurement_is_told_in_short():
+    gan, evaluation = Gan(GanConfig(), {}, torch.device("cpu")), object.__new__(Evaluation)
+    gan.evaluation = evaluation
+    fid = SimpleNamespace(tag=FID, extractor=SimpleNamespace(name="classifier"), tag_of="metric/{}_classifier".format)
+    evaluation.fid = cast(Any, fid)
+    values = {FID: 5.4321, f"{FID}_test": 6.0, "metric/precision_classifier": 0.61234, "metric/recall_classifier": 0.7,
+              f"{FID}_low": 4.5, f"{FID}_high": 5.25, f"{FID}_infinity": 4.9, "metric/classes_found": 10.0}  # fmt: skip
+    told = ["FID (classifier) 5.432", "between the distributions 4.5 to 5.25", "precision 0.612", "recall 0.7"]
+    assert gan.told(values) == told
+    assert gan.told({FID: 5.4321, "metric/diversity": 0.5}) == told[:1]
+    evaluation.fid = None  # fid.every 0
+    assert gan.told({"metric/diversity": 0.5}) == ["metric/diversity 0.5"]
+
+
 def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
     cbgan.evaluate.main(["--run", str(folder)])
     out = capsys.readouterr().out.splitlines()

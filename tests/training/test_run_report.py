@@ -112,7 +112,8 @@ def test_each_epoch_and_each_measurement_is_a_line(told):
     for epoch, step, shown in ((1, 7, logged[1]), (2, 14, logged[3])):  # the last of 6 and of 12
         losses = f"loss/net {shown['loss/net']:.4g}  loss/top {shown['loss/top']:.4g}"
         assert next(lines) == f"epoch {epoch}/2, step {step}  {losses}  images/s 720"
-        assert next(lines) == f"epoch {epoch}/2  loss/test {test[epoch]:.4g}  loss/validation {valid[epoch]:.4g}"
+        measured = f"loss/test {test[epoch]:.4g}  loss/validation {valid[epoch]:.4g}"
+        assert next(lines) == f"epoch {epoch}/2  {measured}  {MEASUREMENT:.1f} s"
     assert next(lines) == ""
 
 

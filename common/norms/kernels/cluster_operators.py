@@ -34,16 +34,9 @@ def _kernels() -> Any:
     return cluster_kernels
 
 
-def _unknown(entry: launch.Launch, walk: launch.Walk, unknown: bool) -> dict[str, int]:
-    length, channels = launch.unknown_tile(walk) if unknown else (0, 0)
-    warps = launch.UNKNOWN_WARPS if unknown else entry.num_warps
-    return {"UNKNOWN_L": length, "UNKNOWN_C": channels, "num_warps": warps}
-
-
-def _numbers(walk: launch.Walk, tables: Tensor, eps: float, kappa: float, unknown: bool, lowest: int) -> tuple:
+def _sizes(walk: launch.Walk, tables: Tensor) -> tuple[int, ...]:
     sizes = walk.samples, len(tables), walk.channels, walk.positions
-    strides = *tables.stride(), *(s for strides in walk.strides for s in strides)
-    return *sizes, *strides, eps, kappa, -1 if unknown else lowest
+    return *sizes, *tables.stride(), *(s for strides in walk.strides for s in strides)
 
 
 @custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
@@ -59,11 +52,19 @@ def scb_forward(
     y = torch.empty_like(x)
     walk = launch.walk((x, y), merge=False)
     tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, len(mean), x.element_size(), sums=False)
+    kernels, pointers = _kernels(), (x, cluster, mean, var, mean_row, var_row, weight, bias, y)
+    sizes = _sizes(walk, mean)
     launch.start(
-        _kernels().scb_fwd_kernel, tiling.grid, x, cluster, mean, var, mean_row, var_row, weight, bias, y,
-        *_numbers(walk, mean, eps, kappa, unknown, lowest),
-        STORED=stored, **tiling.blocks, **_unknown(launch.SCB_FORWARD, walk, unknown),
+        kernels.scb_fwd_kernel, tiling.grid, *pointers, *sizes, eps, -1 if unknown else lowest,
+        STORED=stored, UNKNOWN=unknown, **tiling.blocks, num_warps=launch.SCB_FORWARD.num_warps,
     )  # fmt: skip
+    if unknown:
+        length, channels = launch.unknown_tile(walk)
+        launch.start(
+            kernels.scb_unknown_fwd_kernel, (walk.samples, launch.unknown_shares(walk)),
+            *pointers, *sizes[1:], eps, kappa,
+            STORED=stored, UNKNOWN_L=length, UNKNOWN_C=channels, num_warps=launch.UNKNOWN_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -91,19 +92,27 @@ def scb_backward(
     walk, num = launch.walk((x, g, dx), merge=False), len(mean)
     tiling = launch.cluster_tiling(launch.SCB_BACKWARD, walk, num, x.element_size(), sums=True)
     rows = tiling.rows * (1 if tiling.by_sample else num)
-    programs = tiling.grid[0] * tiling.shares if unknown else 0
+    block_s, *blocks = launch.unknown_blocks(walk, num)
+    programs = blocks[0] * blocks[1] if unknown else 0
     sums = x.new_empty(2, rows, walk.channels, dtype=torch.float32)
     left = found = None
     if unknown:
         left = x.new_empty(2, programs, num + 1, walk.channels, dtype=torch.float32)
         found = x.new_empty(programs, dtype=torch.int32)
-    kernels = _kernels()
+    kernels, pointers = _kernels(), (x, g, cluster, mean, var, mean_row, var_row, weight, dx)
+    sizes = _sizes(walk, mean)
     launch.start(
-        kernels.scb_bwd_kernel, tiling.grid, x, g, cluster, mean, var, mean_row, var_row, weight, dx, sums, left, found,
-        *_numbers(walk, mean, eps, kappa, unknown, lowest),
-        STORED=stored, BY_SAMPLE=tiling.by_sample, **tiling.blocks,
-        **_unknown(launch.SCB_BACKWARD, walk, unknown),
+        kernels.scb_bwd_kernel, tiling.grid, *pointers, sums, *sizes, eps, -1 if unknown else lowest,
+        STORED=stored, UNKNOWN=unknown, BY_SAMPLE=tiling.by_sample, **tiling.blocks,
+        num_warps=launch.SCB_BACKWARD.num_warps,
     )  # fmt: skip
+    if unknown:
+        length, channels = launch.unknown_tile(walk)
+        launch.start(
+            kernels.scb_unknown_bwd_kernel, tuple(blocks), *pointers, left, found, *sizes, eps, kappa,
+            STORED=stored, BLOCK_S=block_s, UNKNOWN_L=length, UNKNOWN_C=channels,
+            num_warps=launch.UNKNOWN_WARPS,
+        )  # fmt: skip
     block_n, block_c = launch.sums_tile()
     launch.start(
         kernels.scb_rows_kernel,

@@ -28,6 +28,9 @@ TIMES = {"native_batch_norm": 2, "native_batch_norm_backward": 2}
 Touch = tuple[float, float]
 
 
+TABLES = ("mean", "var", "mean_row", "var_row", "weight")
+
+
 def _sums_of_clusters(arguments: dict[str, Any]) -> Touch:
     """Return how often sums are read: once more for what all clusters have together."""
     return 1 + any(arguments[name] is not None for name in ("added_ptr", "affine_ptr")), 0
@@ -45,9 +48,10 @@ def _sums_of_a_fit(arguments: dict[str, Any]) -> Touch:
 
 TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
     ("scb_rows_kernel", "sums_ptr"): _sums_of_clusters,
-    # what only samples of unknown clusters leave
-    ("scb_bwd_kernel", "left_ptr"): (0, 0),
+    # of samples of unknown clusters alone
     ("scb_rows_kernel", "left_ptr"): (0, 0),
+    **{("scb_unknown_fwd_kernel", f"{name}_ptr"): (0, 0) for name in ("x", "y", *TABLES, "bias")},
+    **{("scb_unknown_bwd_kernel", f"{name}_ptr"): (0, 0) for name in ("x", "g", "dx", *TABLES, "left")},
     ("mixture_merge_kernel", "x_ptr"): (0, 0),  # the batch's first location
     ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 4, 0),  # the last plane
     ("mixture_bwd_kernel", "coefficients_ptr"): (3 / 4, 0),  # the others
