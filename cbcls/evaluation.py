@@ -39,6 +39,8 @@ CHARTS = {
     "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
 }
 """What TensorBoard shows in one picture."""
+HEADLINE = ("loss/test", "metric/accuracy", "metric/validation_accuracy", "loss/train_seen", "metric/train_accuracy")
+"""What is printed of a measurement."""
 
 
 class Evaluation:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, Evaluation, check_labels, choosable, closing_rows
+from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
@@ -32,6 +32,7 @@ class Classification(Method[ClassifierConfig]):
 
     application = "cbcls"
     config = ClassifierConfig
+    headline = HEADLINE
     averaged = ("network",)
 
     @classmethod

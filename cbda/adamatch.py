@@ -18,7 +18,7 @@ from cbda.adaptation.losses import Alignment
 from cbda.adaptation.objective import Objective, collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import Evaluation, check_choice, choosable, closing_rows
+from cbda.evaluation import HEADLINE, Evaluation, check_choice, choosable, closing_rows
 from cbda.models import build_networks
 from common.data import ImageSet, Stream
 from common.machine.dist import Env
@@ -35,6 +35,7 @@ class AdaMatch(Method[AdaMatchConfig]):
     application = "cbda"
     command = "adamatch"
     config = AdaMatchConfig
+    headline = HEADLINE
 
     def __init__(
         self, cfg: AdaMatchConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None

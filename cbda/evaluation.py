@@ -35,6 +35,11 @@ _CHARTS = {
     "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
     "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
 }
+HEADLINE = (
+    *(f"metric/{name}" for name in ("source_accuracy", "target_accuracy", "gain", "target_information")),
+    "metric/validation_accuracy",
+)
+"""What is printed of a measurement."""
 _BATCH = 256
 _SHOWN = 24
 _KNOW_UNKNOWN = ("scb", "scb_base")

@@ -45,9 +45,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if bool(self.milestones) != (self.kind == "step"):
+            clear = f"; a configuration's are cleared by --schedule '{{kind: {self.kind}, milestones: []}}'"
             raise ValueError(
                 f"schedule.milestones: expected epochs for schedule.kind step and none otherwise, got "
-                f"{self.milestones} for {self.kind}"
+                f"{self.milestones} for {self.kind}{clear if self.milestones else ''}"
             )
         if self.milestones != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
             raise ValueError(f"schedule.milestones: expected rising epochs from 1 on, got {self.milestones}")

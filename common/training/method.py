@@ -73,6 +73,7 @@ class Method(ABC, Generic[C]):
         application: the folder of its runs, and the package of its command.
         command: the module that starts it: ``python -m APPLICATION.COMMAND``.
         config: its configuration's class.
+        headline: tags of what is printed of a measurement, as far as it has them; by default all.
         averaged: names of the networks that `ema` keeps an average of, for measuring.
         networks: what `build` returned, on the device; the loop sets them before anything else is called.
         wrapped: the same networks as gradients are to flow through them, averaged over ranks.
@@ -81,6 +82,7 @@ class Method(ABC, Generic[C]):
     application: ClassVar[str]
     command: ClassVar[str] = "train"
     config: ClassVar[type[RunConfig]]
+    headline: ClassVar[tuple[str, ...]] = ()
     averaged: tuple[str, ...]
 
     def __init__(self, cfg: C, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None) -> None:
@@ -205,7 +207,8 @@ class Method(ABC, Generic[C]):
 
     def told(self, values: Mapping[str, float]) -> list[str]:
         """Return what is printed of a measurement where there is no bar to look at, from its values by tag."""
-        return [f"{name} {value:.4g}" for name, value in values.items()]
+        shown = {name: values[name] for name in self.headline if name in values} or values
+        return [f"{name} {value:.4g}" for name, value in shown.items()]
 
     def collapse(self, means: Mapping[str, float]) -> str | None:
         """Say what is wrong with a run whose logged means show that it has collapsed."""

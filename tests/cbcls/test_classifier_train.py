@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     summary = capsys.readouterr().out
     for part in (str(finished), "accuracy", "images/s on cpu", "information", "tensorboard --logdir"):
         assert part in summary
+    tags = ("loss/test", "metric/accuracy", "loss/train_seen", "metric/train_accuracy")
+    last = next(line for line in reversed(lines) if tags[0] in line)
+    shown = "  ".join(f"{tag} {last[tag]:.4g}" for tag in tags)
+    assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
 
 
 def test_the_scores_of_a_run_are_those_of_its_weights(finished):

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -290,6 +291,9 @@ def test_a_run_leaves_everything_behind(finished, capsys):
     summary = capsys.readouterr().out
     for part in ("source only", "AdaMatch", "as unknown; the paper names the source's", "predictions.png"):
         assert part in summary
+    told = ("source_accuracy", "target_accuracy", "gain", "target_information", "validation_accuracy")
+    shown = "  ".join(f"metric/{name} {last[f'metric/{name}']:.4g}" for name in told)
+    assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
     assert json.loads((finished / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
 
 

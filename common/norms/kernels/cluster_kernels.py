@@ -10,11 +10,11 @@ Offsets are int64, since an activation may hold more than 2^31 elements.
 
 Where each sample has a cluster, a tile is (BLOCK_S, BLOCK_L, BLOCK_C), of several samples where maps are small.
 Tables of means and variances (K, C) have strides, and a row (C,) to add to each where they are made by linear layers.
-STORED: variances are log-variances. With UNKNOWN_C, which is at least C, an id of -1 is an unknown cluster: its
-sample is left to its programs once they are done with the others, in tiles of UNKNOWN_L locations by all channels.
+STORED: variances are log-variances. UNKNOWN: an id of -1 is an unknown cluster, whose samples are left to kernels of
+their own, which take far more registers, in tiles of UNKNOWN_L locations by all channels, UNKNOWN_C of at least C.
 """
 
-# ruff: noqa: PLR0912, PLR0915, SIM102 - Triton folds branches on constants, which must stand alone
+# ruff: noqa: PLR0912, PLR0915 - Triton folds branches on constants, which must stand alone
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # Triton's own annotations, which take every value for a constexpr or a tuple.
@@ -106,47 +106,15 @@ def _density(
     return z, rstd, var, tl.sum(tl.where((c < C)[None, :], log_p, 0.0), axis=1, keep_dims=True)
 
 
-@triton.jit
-def _unknown_output(
-    x_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, bias_ptr, y_ptr, n,
-    K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, kappa,
-    STORED: tl.constexpr, UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
-):  # fmt: skip
-    """Eq. 12 for sample n, by all of its programs: clusters one after the other, under the greatest density so far."""
-    c = tl.arange(0, UNKNOWN_C)
-    first = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-    programs = tl.num_programs(1) * tl.num_programs(2)
-    for start in range(first * UNKNOWN_L, L, programs * UNKNOWN_L):
-        i = start + tl.arange(0, UNKNOWN_L)
-        mask = (i < L)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
-        top = tl.full((UNKNOWN_L, 1), LEAST, tl.float32)
-        total = tl.zeros((UNKNOWN_L, 1), tl.float32)
-        y = tl.zeros((UNKNOWN_L, UNKNOWN_C), tl.float32)
-        for k in range(K):
-            z, _, _, log_p = _density(
-                x, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, k, c, C, stride_k, stride_c, eps, STORED
-            )
-            new = tl.maximum(top, log_p)
-            before, p = tl.exp2(top - new), tl.exp2(log_p - new)
-            total = total * before + p
-            y = y * before + p * z
-            top = new
-        y *= kappa / total
-        if weight_ptr is not None:
-            y = y * table_row(weight_ptr, 0, c, C, C, 0.0) + table_row(bias_ptr, 0, c, C, C, 0.0)
-        tl.store(y_ptr + offsets(n, c, i, y_sn, y_sc, y_sl), y, mask=mask)
-
-
 @triton.jit(do_not_specialize=["N", "lowest"])
 def scb_fwd_kernel(
     x_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, bias_ptr, y_ptr,
-    N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, kappa, lowest,
-    STORED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
+    N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, lowest,
+    STORED: tl.constexpr, UNKNOWN: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Eq. 10 and an affine map; a program is (block of samples, block of channels, share of the positions)."""
-    s, k, there = _samples(cluster_ptr, N, UNKNOWN_C > 0, BLOCK_S)
+    s, k, there = _samples(cluster_ptr, N, UNKNOWN, BLOCK_S)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, scale = _rows(
         mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, k, c, K, C, stride_k, stride_c, eps, lowest, STORED
@@ -162,21 +130,94 @@ def scb_fwd_kernel(
         mask = inside & (i < L)[None, :, None]
         x = tl.load(x_ptr + _places(s, i, c, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + _places(s, i, c, y_sn, y_sc, y_sl), (x - mean) * scale + shift, mask=mask)
-    if UNKNOWN_C > 0:
-        for j in range(BLOCK_S):
-            n = tl.program_id(0) * BLOCK_S + j
-            if tl.load(cluster_ptr + n, mask=n < N, other=0) == -1:
-                _unknown_output(
-                    x_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, bias_ptr, y_ptr, n,
-                    K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, kappa,
-                    STORED, UNKNOWN_L, UNKNOWN_C,
-                )  # fmt: skip
+
+
+@triton.jit
+def scb_unknown_fwd_kernel(
+    x_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, bias_ptr, y_ptr,
+    K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, kappa,
+    STORED: tl.constexpr, UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
+):  # fmt: skip
+    """Eq. 12 and an affine map, where a sample is unknown; a program is (sample, share of the positions).
+
+    Clusters come one after the other, under the greatest density so far.
+    """
+    n = tl.program_id(0)
+    if tl.load(cluster_ptr + n) == -1:
+        c = tl.arange(0, UNKNOWN_C)
+        for start in range(tl.program_id(1) * UNKNOWN_L, L, tl.num_programs(1) * UNKNOWN_L):
+            i = start + tl.arange(0, UNKNOWN_L)
+            mask = (i < L)[:, None] & (c < C)[None, :]
+            x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
+            top = tl.full((UNKNOWN_L, 1), LEAST, tl.float32)
+            total = tl.zeros((UNKNOWN_L, 1), tl.float32)
+            y = tl.zeros((UNKNOWN_L, UNKNOWN_C), tl.float32)
+            for k in range(K):
+                z, _, _, log_p = _density(
+                    x, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, k, c, C, stride_k, stride_c, eps, STORED
+                )
+                new = tl.maximum(top, log_p)
+                before, p = tl.exp2(top - new), tl.exp2(log_p - new)
+                total = total * before + p
+                y = y * before + p * z
+                top = new
+            y *= kappa / total
+            if weight_ptr is not None:
+                y = y * table_row(weight_ptr, 0, c, C, C, 0.0) + table_row(bias_ptr, 0, c, C, C, 0.0)
+            tl.store(y_ptr + offsets(n, c, i, y_sn, y_sc, y_sl), y, mask=mask)
 
 
 @triton.jit
 def _add(ptr, values, mask):
     """Add to what the program has left in memory."""
     tl.store(ptr, tl.load(ptr, mask=mask, other=0.0) + values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "lowest"])
+def scb_bwd_kernel(
+    x_ptr, g_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr,
+    dx_ptr, sums_ptr,
+    N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, lowest,
+    STORED: tl.constexpr, UNKNOWN: tl.constexpr, BY_SAMPLE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradient dx, and the sums of g and g * (x - mean) over a program's positions.
+
+    BY_SAMPLE: sums are (2, shares, N, C), otherwise (2, shares, blocks of samples, K, C), each cluster's.
+    """
+    s, k, there = _samples(cluster_ptr, N, UNKNOWN, BLOCK_S)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, rstd = _rows(
+        mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, k, c, K, C, stride_k, stride_c, eps, lowest, STORED
+    )
+    if weight_ptr is not None:
+        rstd *= table_row(weight_ptr, 0, c, C, C, 0.0)
+    mean, rstd = mean[:, None, :], rstd[:, None, :]
+    sum_g = tl.zeros((BLOCK_S, BLOCK_L, BLOCK_C), tl.float32)
+    sum_gu = tl.zeros((BLOCK_S, BLOCK_L, BLOCK_C), tl.float32)
+    inside = there[:, None, None] & (c < C)[None, None, :]
+    for start in range(tl.program_id(2) * BLOCK_L, L, tl.num_programs(2) * BLOCK_L):
+        i = start + tl.arange(0, BLOCK_L)
+        mask = inside & (i < L)[None, :, None]
+        g = tl.load(g_ptr + _places(s, i, c, g_sn, g_sc, g_sl), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + _places(s, i, c, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
+        sum_g += g
+        sum_gu += tl.where(mask, g * (x - mean), 0.0)  # a mean may be NaN or infinite
+        tl.store(dx_ptr + _places(s, i, c, dx_sn, dx_sc, dx_sl), g * rstd, mask=mask)
+    row_g, row_gu = tl.sum(sum_g, axis=1), tl.sum(sum_gu, axis=1)
+    program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
+    if BY_SAMPLE:
+        at = sums_ptr + (tl.program_id(2).to(tl.int64) * N + s)[:, None] * C + c[None, :]
+        mask = (s < N)[:, None] & (c < C)[None, :]
+        tl.store(at, row_g, mask=mask)
+        tl.store(at + tl.num_programs(2).to(tl.int64) * N * C, row_gu, mask=mask)
+    else:
+        for cluster in range(K):
+            member = (there & (k == cluster))[:, None]
+            at = sums_ptr + (program * K + cluster) * C + c
+            tl.store(at, tl.sum(tl.where(member, row_g, 0.0), axis=0), mask=c < C)
+            tl.store(at + programs * K * C, tl.sum(tl.where(member, row_gu, 0.0), axis=0), mask=c < C)
 
 
 @triton.jit
@@ -190,7 +231,7 @@ def _unknown_gradients(
     Those of means and variances are added to rows k of the two planes at left_ptr, those of the affine map to row K.
     """
     c = tl.arange(0, UNKNOWN_C)
-    for start in range(tl.program_id(2) * UNKNOWN_L, L, tl.num_programs(2) * UNKNOWN_L):
+    for start in range(tl.program_id(1) * UNKNOWN_L, L, tl.num_programs(1) * UNKNOWN_L):
         i = start + tl.arange(0, UNKNOWN_L)
         mask = (i < L)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + offsets(n, c, i, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
@@ -236,72 +277,35 @@ def _unknown_gradients(
         tl.store(dx_ptr + offsets(n, c, i, dx_sn, dx_sc, dx_sl), dx, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "lowest"])
-def scb_bwd_kernel(
-    x_ptr, g_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr,
-    dx_ptr, sums_ptr, left_ptr, found_ptr,
-    N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, kappa, lowest,
-    STORED: tl.constexpr, BY_SAMPLE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def scb_unknown_bwd_kernel(
+    x_ptr, g_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, dx_ptr, left_ptr, found_ptr,
+    N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, kappa,
+    STORED: tl.constexpr, BLOCK_S: tl.constexpr, UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient dx, and the sums of g and g * (x - mean) over a program's positions.
+    """Gradients of Eq. 12; a program is (block of samples, share of the positions).
 
-    BY_SAMPLE: sums are (2, shares, N, C), otherwise (2, shares, blocks of samples, K, C), each cluster's. What unknown
-    samples leave is (2, shares, blocks, K + 1, C), written where found (shares, blocks) says so.
+    What it leaves is (2, shares, blocks, K + 1, C), written where found (shares, blocks) says so.
     """
-    s, k, there = _samples(cluster_ptr, N, UNKNOWN_C > 0, BLOCK_S)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, rstd = _rows(
-        mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, k, c, K, C, stride_k, stride_c, eps, lowest, STORED
-    )
-    if weight_ptr is not None:
-        rstd *= table_row(weight_ptr, 0, c, C, C, 0.0)
-    mean, rstd = mean[:, None, :], rstd[:, None, :]
-    sum_g = tl.zeros((BLOCK_S, BLOCK_L, BLOCK_C), tl.float32)
-    sum_gu = tl.zeros((BLOCK_S, BLOCK_L, BLOCK_C), tl.float32)
-    inside = there[:, None, None] & (c < C)[None, None, :]
-    for start in range(tl.program_id(2) * BLOCK_L, L, tl.num_programs(2) * BLOCK_L):
-        i = start + tl.arange(0, BLOCK_L)
-        mask = inside & (i < L)[None, :, None]
-        g = tl.load(g_ptr + _places(s, i, c, g_sn, g_sc, g_sl), mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + _places(s, i, c, x_sn, x_sc, x_sl), mask=mask, other=0.0).to(tl.float32)
-        sum_g += g
-        sum_gu += tl.where(mask, g * (x - mean), 0.0)  # a mean may be NaN or infinite
-        tl.store(dx_ptr + _places(s, i, c, dx_sn, dx_sc, dx_sl), g * rstd, mask=mask)
-    row_g, row_gu = tl.sum(sum_g, axis=1), tl.sum(sum_gu, axis=1)
-    program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    programs = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
-    if BY_SAMPLE:
-        at = sums_ptr + (tl.program_id(2).to(tl.int64) * N + s)[:, None] * C + c[None, :]
-        mask = (s < N)[:, None] & (c < C)[None, :]
-        tl.store(at, row_g, mask=mask)
-        tl.store(at + tl.num_programs(2).to(tl.int64) * N * C, row_gu, mask=mask)
-    else:
-        for cluster in range(K):
-            member = (there & (k == cluster))[:, None]
-            at = sums_ptr + (program * K + cluster) * C + c
-            tl.store(at, tl.sum(tl.where(member, row_g, 0.0), axis=0), mask=c < C)
-            tl.store(at + programs * K * C, tl.sum(tl.where(member, row_gu, 0.0), axis=0), mask=c < C)
-    if UNKNOWN_C > 0:
-        if tl.program_id(1) == 0:
-            found = tl.sum(((s < N) & (k == -1)).to(tl.int32), axis=0)
-            tl.store(found_ptr + program, found)
-            if found > 0:
-                left = left_ptr + program * (K + 1) * C
-                plane = programs * (K + 1) * C
-                wide = tl.arange(0, UNKNOWN_C)
-                for row in range(K + 1):
-                    tl.store(left + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
-                    tl.store(left + plane + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
-                for j in range(BLOCK_S):
-                    n = tl.program_id(0) * BLOCK_S + j
-                    if tl.load(cluster_ptr + n, mask=n < N, other=0) == -1:
-                        _unknown_gradients(
-                            x_ptr, g_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, dx_ptr, left,
-                            plane, n, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl,
-                            dx_sn, dx_sc, dx_sl, eps, kappa, STORED, UNKNOWN_L, UNKNOWN_C,
-                        )  # fmt: skip
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    found = tl.sum((tl.load(cluster_ptr + s, mask=s < N, other=0) == -1).to(tl.int32), axis=0)
+    tl.store(found_ptr + program, found)
+    if found > 0:
+        left = left_ptr + program * (K + 1) * C
+        plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (K + 1) * C
+        wide = tl.arange(0, UNKNOWN_C)
+        for row in range(K + 1):
+            tl.store(left + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
+            tl.store(left + plane + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
+        for j in range(BLOCK_S):
+            n = tl.program_id(0) * BLOCK_S + j
+            if tl.load(cluster_ptr + n, mask=n < N, other=0) == -1:
+                _unknown_gradients(
+                    x_ptr, g_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, dx_ptr, left,
+                    plane, n, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl,
+                    dx_sn, dx_sc, dx_sl, eps, kappa, STORED, UNKNOWN_L, UNKNOWN_C,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -28,7 +28,7 @@ SCB_BACKWARD = Launch(2048, 4)
 UNKNOWN = 2048
 """Elements in a tile of all channels of a sample whose cluster is unknown."""
 UNKNOWN_WARPS = 8
-"""Of kernels that take such samples too: with fewer, registers do not suffice."""
+"""Of the kernels that take such samples: with fewer, registers do not suffice."""
 MAX_UNKNOWN_CHANNELS = 2048
 """Channels of such a sample: a tile holds them all, and must not spill."""
 SECTOR = 32
@@ -39,10 +39,37 @@ MIXTURE = {
     "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
     "mixture_apply_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
     "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
-    "mixture_bwd_kernel": {2: Launch(1024, 4), 4: Launch(1024, 8), 8: Launch(256, 8)},
+    "mixture_bwd_kernel": {4: Launch(1024, 8), 8: Launch(256, 8)},
 }
 """By the most components an entry is for: posteriors of all of them are held at once."""
 
+LONG = {"mixture_bwd_kernel": {4: Launch(1024, 4)}}
+"""In place of the former where each channel has its own posterior, positions lie side by side, and threads read several
+of them at once."""
+TALL = {
+    "mixture_moments_kernel": {4: Launch(1024, 4)},
+    "mixture_apply_kernel": {4: Launch(1024, 4)},
+    "mixture_sums_kernel": {4: Launch(1024, 4)},
+    "mixture_bwd_kernel": {3: Launch(1024, 4)},
+}
+"""The same where channels share a posterior, in float32; a tile of a 2-byte type is twice as large. A thread reads 16
+bytes of a channel at once, and finds the posteriors of all its locations: of two channels, so that both share them. A
+tile has at least RUN positions, and more warps if it is larger for that."""
+RUN = 8
+"""Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
+WIDEST = 256
+"""Channels of such a tile: with more it would spill."""
+DIVISOR = 16
+"""Of a size, at least, if Triton is to know that neighbours can be read at once."""
+RESIDENT = 16_384
+"""Locations of a batch, at most, where a program takes a channel that has its own posterior."""
+RESIDENT_BYTES = 65_536
+"""Of what such a program reads, at most: it reads that again from its multiprocessor's cache, which holds twice as
+much."""
+CHANNEL = Launch(2048, 8)
+"""Of such programs."""
+MAX_CHANNEL_COMPONENTS = 4
+"""With more, registers do not suffice."""
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 """Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
 SUMS_SHARE = 0.06
@@ -124,15 +151,20 @@ class Walk:
 
 
 def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
+    """Describe tensors (N, C, L) as ``strided_walk``."""
+    return strided_walk(tensors[0].shape, tuple(t.stride() for t in tensors), merge=merge)
+
+
+def strided_walk(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, merge: bool) -> Walk:
     """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow.
 
     Whether they do is the same for all batch sizes, so that each kernel is compiled once.
     """
-    n, c, length = tensors[0].shape
-    if merge and all(length == 1 or t.stride(0) == length * t.stride(2) for t in tensors):
-        strides = tuple((0, t.stride(1), t.stride(0) if length == 1 else t.stride(2)) for t in tensors)
-        return Walk(n, c, length, strides, flat=True)
-    return Walk(n, c, length, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in tensors))
+    n, c, length = shape
+    if merge and all(length == 1 or sample == length * position for sample, _, position in strides):
+        merged = tuple((0, channel, sample if length == 1 else position) for sample, channel, position in strides)
+        return Walk(n, c, length, merged, flat=True)
+    return Walk(n, c, length, tuple((sample, channel, position) for sample, channel, position in strides))
 
 
 def power_of_two(n: int) -> int:
@@ -233,6 +265,37 @@ def unknown_tile(walk: Walk) -> tuple[int, int]:
     return max(1, min(power_of_two(walk.positions), UNKNOWN // channels)), channels
 
 
+def unknown_shares(walk: Walk) -> int:
+    """Return programs of a sample, which share its positions if it is unknown."""
+    return max(1, min(divide(walk.positions, unknown_tile(walk)[0]), PROGRAMS // walk.samples))
+
+
+def unknown_blocks(walk: Walk, num_clusters: int) -> tuple[int, int, int]:
+    """Return BLOCK_S and programs over (blocks of samples, shares of the positions), for what leaves sums if unknown.
+
+    There is room for sums of each program, whether or not it leaves any: all of it is no larger than x in float32.
+    """
+    most = max(1, min(LEAST_PROGRAMS, walk.samples * walk.positions // (2 * (num_clusters + 1))))
+    block_s = power_of_two(divide(walk.samples, most))
+    blocks = divide(walk.samples, block_s)
+    return block_s, blocks, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // blocks))
+
+
+def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
+    """Return BLOCK_S and BLOCK_L of a program that takes a channel; None where it does not.
+
+    The last of the activations is written, the others are read. Where channels lie side by side, a program would throw
+    most of what it reads away.
+    """
+    held = (len(walk.strides) - 1) * itemsize * walk.samples * walk.positions
+    sizes = walk.samples, walk.positions
+    reach = max(sum((size - 1) * s for size, s in zip(sizes, (sn, sl), strict=True)) for sn, _, sl in walk.strides)
+    if walk.channels_adjacent or held > RESIDENT_BYTES or reach >= 2**31 or num_components > MAX_CHANNEL_COMPONENTS:
+        return None
+    block_l = min(power_of_two(walk.positions), CHANNEL.elements)
+    return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
+
+
 def sums_tile() -> tuple[int, int]:
     """Return BLOCK_P, BLOCK_C of the kernels that add up what programs left: the same for all sizes."""
     return SUMS.elements // SUMS_CHANNELS, SUMS_CHANNELS
@@ -259,6 +322,13 @@ class Tiling:
     num_warps: int
 
 
+def _in_runs(table: dict[str, dict[int, Launch]], kernel: str, walk: Walk, num_components: int) -> Launch | None:
+    """Return a kernel's entry for positions of which threads read several at once, if there is one and they do."""
+    if walk.channels_adjacent or walk.positions % DIVISOR:
+        return None
+    return next((entry for limit, entry in table.get(kernel, {}).items() if num_components <= limit), None)
+
+
 def mixture_tiling(
     kernel: str, walk: Walk, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
 ) -> Tiling:
@@ -281,13 +351,21 @@ def mixture_tiling(
         block_c, columns = power_of_two(width), groups
         longest = entry.elements if walk.flat else power_of_two(walk.positions)
         block_l = max(1, min(longest, entry.elements // block_c))
+        tall, num_warps = _in_runs(TALL, kernel, walk, num_components), entry.num_warps
+        if tall is not None and block_c <= WIDEST:
+            elements = tall.elements * 4 // itemsize
+            block_l = min(longest, max(RUN, elements // block_c))
+            num_warps = tall.num_warps * max(1, block_l * block_c // elements)
         most = max(most, LEAST_PROGRAMS // columns)
     else:
+        entry = _in_runs(LONG, kernel, walk, num_components) or entry
         block_l, block_c = tile(entry, walk)
         while block_c > SUMS_CHANNELS and most * divide(walk.channels, block_c) < LEAST_PROGRAMS:
             block_c //= 2  # narrower columns are more of them, which leave no more sums
+            block_l *= 2 if walk.flat else 1
+        num_warps = max(1, entry.num_warps * block_l * block_c // entry.elements)  # as many elements a thread
         columns = divide(walk.channels, block_c)
     tiles = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
     most = min(most, max(1, PROGRAMS // columns))
     programs = divide(tiles, divide(tiles, most))  # all of them with as many tiles, but the last
-    return Tiling(walk, width > 1, block_l, block_c, columns, programs, entry.num_warps)
+    return Tiling(walk, width > 1, block_l, block_c, columns, programs, num_warps)

@@ -41,6 +41,9 @@ def tiles(request, monkeypatch):
             monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
         mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
         monkeypatch.setattr(launch, "MIXTURE", mixture)
+        monkeypatch.setattr(launch, "TALL", mixture)
+        monkeypatch.setattr(launch, "LONG", mixture)
+        monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
         monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
         monkeypatch.setattr(launch, "UNKNOWN", 16)
         monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
@@ -191,6 +194,15 @@ def assert_mixture_within_budget(values, **options):
 def test_mixture_errs_at_most_twice_as_much_as_eager(shape, statistics, memory):
     for groups in sorted({1, 2 - shape[1] % 2, shape[1]}):
         assert_mixture_within_budget(case(shape, 3, torch.float32, memory), groups=groups, statistics=statistics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_a_mixture_of_runs_of_positions(dtype, statistics):
+    """Where channels share a posterior a tile has eight positions at least, however many channels."""
+    walk = launch.walk((torch.empty(2, 20, 16),), merge=True)
+    assert launch.mixture_tiling("mixture_apply_kernel", walk, 1, 3).block_l == 8
+    assert_mixture_within_budget(case((2, 20, 16), 3, dtype), groups=1, statistics=statistics)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -378,8 +390,8 @@ def test_a_program_of_scb_walks_over_all_its_tiles(programs, by_sample):
     cluster, eps = torch.tensor([1, 0, 1]), 0.1
     rstd = (var.double() + eps).rsqrt()[cluster, :, None]
     y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
-    grid, sizes = (2, 1, programs), {"BLOCK_S": 2, "BLOCK_L": 4, "BLOCK_C": 4, "UNKNOWN_L": 0, "UNKNOWN_C": 0}
-    shape, last = (3, 2, 3, 13, 3, 1), (eps, 1.0, 0)
+    grid, sizes = (2, 1, programs), {"BLOCK_S": 2, "BLOCK_L": 4, "BLOCK_C": 4, "UNKNOWN": False}
+    shape, last = (3, 2, 3, 13, 3, 1), (eps, 0)
     SCB.scb_fwd_kernel[grid](
         x, cluster, mean, var, None, None, None, None, y, *shape, *x.stride(), *y.stride(), *last,
         STORED=False, **sizes,
@@ -389,7 +401,7 @@ def test_a_program_of_scb_walks_over_all_its_tiles(programs, by_sample):
     rows = 3 if by_sample else 4  # of samples, or of two clusters in two blocks of samples
     sums = torch.full((2, programs, rows, 3), math.nan)
     SCB.scb_bwd_kernel[grid](
-        x, g, cluster, mean, var, None, None, None, dx, sums, None, None,
+        x, g, cluster, mean, var, None, None, None, dx, sums,
         *shape, *x.stride(), *g.stride(), *dx.stride(), *last, STORED=False, BY_SAMPLE=by_sample, **sizes,
     )  # fmt: skip
     torch.testing.assert_close(dx.double(), g.double() * rstd, rtol=1e-5, atol=1e-6)

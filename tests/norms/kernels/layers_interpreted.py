@@ -31,6 +31,9 @@ def small(monkeypatch):
     """Cut tiles down, so that small inputs have many, and fill fresh memory with NaN."""
     entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
     monkeypatch.setattr(launch, "MIXTURE", entries)
+    monkeypatch.setattr(launch, "TALL", entries)
+    monkeypatch.setattr(launch, "LONG", entries)
+    monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
     for name in ("SCB_FORWARD", "SCB_BACKWARD"):
         monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
     monkeypatch.setattr(launch, "UNKNOWN", 16)
