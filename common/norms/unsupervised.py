@@ -252,10 +252,10 @@ class MixtureLayer(NormLayer):
     @torch.no_grad()
     def _average_in_fused(self, state: Tensor, *, shared_variance: bool = False) -> None:
         """Move the averages by the moments of a state under them."""
-        stored, none = self._mixture(), (None,) * 7
+        stored, none = self._mixture(), (None,) * 6
         if all(t.is_contiguous() for t in stored):
             rule = self.momentum, self.average == "paper", self.min_weight, shared_variance
-            kernels.move_averages(*stored, none[0], state, *none[1:], *rule)
+            kernels.averages_moved(stored, None, state, *none, *rule)
         else:
             self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
 
