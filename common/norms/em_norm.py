@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import native, reference
+from .backends import capture, direct, reference
 from .backends.reference import Moments
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Stored
 from .estimation.em import Fit
 from .kernels import em_operators
 from .kernels import operators as kernels
+from .native import loops
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
 
@@ -125,7 +126,9 @@ class MixtureNorm(MixtureLayer):
         if torch.compiler.is_exporting():
             before = self.step.clone()
         else:
-            if self._host_step is None:  # a tensor, because torch.compile would compile anew for each value of an int
+            if self._host_step is None:
+                capture.refuse(self.step, capture.WARM_UP)
+                # A tensor, because torch.compile would compile anew for each value of an int.
                 self._host_step = self.step.to("cpu", copy=True)
             before = self._host_step
             self._host_step = before + 1  # in place fails after a step in inference mode
@@ -138,8 +141,10 @@ class MixtureNorm(MixtureLayer):
 
         In a graph, which cannot look at it, that may be the last fit.
         """
+        if self.refit_every > 1:
+            capture.refuse(x, capture.COUNTED)
         ready = seeded if isinstance(seeded, Tensor) else None
-        due = self._in_graph() or (seeded and int(before) % self.refit_every == 0)
+        due = self._in_graph() or (seeded and (self.refit_every == 1 or int(before) % self.refit_every == 0))
         if not due:
             return None
         if self._fused(x, "batch"):
@@ -148,7 +153,8 @@ class MixtureNorm(MixtureLayer):
             limits = self.min_weight, em.VARIANCE_FLOOR, em.EMPTY
             last = (t.contiguous() for t in self._last_fit())
             flat = reference.flatten(x.detach())
-            return Stored(*em_operators.fit_mixture(flat, *last, self.step, ready, before, every, *rule, *limits))
+            given = flat, *last, self.step, ready, before, every, *rule, *limits
+            return Stored(*direct.call(em_operators.fit_mixture, *given))
         how, last = (self.groups, self.seed, self.eps, self.em_steps), self._fit(reference.compute_dtype(x), "fit_")
         if self._in_graph():
             *fit, found = operators.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)
@@ -171,7 +177,7 @@ class MixtureNorm(MixtureLayer):
         if all(t.is_contiguous() for t in (*averaged, *last)):
             fits = (None,) * 6 if new is None else (*new, *last)
             rule = self.momentum, self.average == "paper", self.min_weight, False
-            kernels.move_averages(*averaged, self.logits.clone(), state, *fits, *rule)
+            kernels.averages_moved(averaged, self.logits.clone(), state, *fits, *rule)
             return
         moments = kernels.moments_of(state, self.groups)
         if new is not None:
@@ -190,7 +196,7 @@ class MixtureNorm(MixtureLayer):
         if x.numel() and self._native(x):
             y, state = self._normalise_native(x, Stored(*(t.float().contiguous() for t in fit)), 0.0)
             if new is not None:
-                self._store_fit(new, native.moments_of(state, self.num_components, self.groups))
+                self._store_fit(new, loops.moments_of(state, self.num_components, self.groups))
             self._average_in_native(state)
             return y
         mixture = self._snapshot(fit.logits.log_softmax(0), fit.mean, fit.log_var.exp())

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .backends import closed_form, compiled, native, reference
+from .backends import closed_form, compiled, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
@@ -18,6 +18,7 @@ from .checks import (
     check_parameter,
 )
 from .kernels import cluster_operators, launch, operators
+from .native import loops
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
 LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
@@ -44,7 +45,7 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_chann
         return backend
     if backend == "auto" and not x.is_cuda:
         pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
-        return "compiled" if pays and native.serves(x, num_components) else "eager"
+        return "compiled" if pays and loops.serves(x, num_components) else "eager"
     reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
@@ -202,6 +203,10 @@ def mixture_norm(
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
         return _empty(x, *parameters), moments if statistics == "batch" else None
     options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
+    given = log_lambda, mean, var
+    if backend == "compiled" and loops.serves(x, len(mean), *given, weight, bias):
+        y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)
+        return y.reshape(x.shape), None if statistics == "learned" else loops.moments_of(state, len(mean), groups)
     with torch.autocast(x.device.type, enabled=False):
         if backend in closed_form.BACKENDS:
             return closed_form.mixture_norm(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
+from .backends import capture
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,6 +81,7 @@ class NormLayer(nn.Module):
     def is_initialized(self) -> bool:
         """Say whether nothing is left to seed from data."""
         if not self._seen_initialized:
+            capture.refuse(self.initialized, capture.WARM_UP)
             self._seen_initialized = bool(self.initialized.all())
         return self._seen_initialized
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import closed_form, compiled, native, reference, sync
+from .backends import closed_form, compiled, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -17,6 +17,7 @@ from .estimation.draws import generator
 from .estimation.em import Fit
 from .kernels import operators as kernels
 from .layer import DeviceLike, NormLayer, leaf
+from .native import loops
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
@@ -243,21 +244,21 @@ class MixtureLayer(NormLayer):
         return functional.choose_backend(self.backend, x, self.num_components, self._width) == "triton"
 
     def _native(self, x: Tensor) -> bool:
-        r"""Say whether loops in C++ take x (N, C, \*) and the moving averages as they are; see ``backends.native``."""
+        r"""Say whether loops in C++ take x (N, C, \*) and the moving averages as they are; see ``native.loops``."""
         if not x.numel() or self.mean.requires_grad or (self.training and sync.active(self.process_group) is not None):
             return False
         if functional.choose_backend(self.backend, x, self.num_components, self._width) != "compiled":
             return False
         stored = self._mixture()
-        served = native.serves(x, self.num_components, *stored, self.weight, self.bias)
+        served = loops.serves(x, self.num_components, *stored, self.weight, self.bias)
         return served and all(t.is_contiguous() for t in stored)
 
     def _normalise_native(
         self, x: Tensor, stored: Stored, min_weight: float, statistics: Statistics = "batch"
     ) -> tuple[Tensor, Tensor]:
-        """Return what ``native.mixture_norm`` does."""
+        """Return what ``loops.mixture_norm`` does."""
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "min_weight": min_weight}
-        y, state = native.mixture_norm(
+        y, state = loops.mixture_norm(
             reference.flatten(x), stored, self.weight, self.bias, statistics=statistics, stored=True, **options
         )
         return y.reshape(x.shape), state
@@ -267,7 +268,7 @@ class MixtureLayer(NormLayer):
         """Move the averages by the moments of a state."""
         rule: Any = {"groups": self.groups, "momentum": self.momentum, "paper": self.average == "paper"}
         rule |= {"min_weight": self.min_weight, "shared": shared_variance}
-        native.move_averages(self._mixture(), state, **rule)
+        loops.move_averages(self._mixture(), state, **rule)
 
     def _normalise_fused(
         self, x: Tensor, stored: Stored, statistics: Statistics, min_weight: float
@@ -279,10 +280,10 @@ class MixtureLayer(NormLayer):
     @torch.no_grad()
     def _average_in_fused(self, state: Tensor, *, shared_variance: bool = False) -> None:
         """Move the averages by the moments of a state under them."""
-        stored, none = self._mixture(), (None,) * 7
+        stored, none = self._mixture(), (None,) * 6
         if all(t.is_contiguous() for t in stored):
             rule = self.momentum, self.average == "paper", self.min_weight, shared_variance
-            kernels.move_averages(*stored, none[0], state, *none[1:], *rule)
+            kernels.averages_moved(stored, None, state, *none, *rule)
         else:
             self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
 
@@ -511,7 +512,7 @@ class UCBNorm(MixtureLayer):
             y, state = self._normalise_native(x, self._mixture(), self.min_weight)
             self._average_in_native(state, shared_variance=shared)
             if self.reseed:
-                self._reseed_dead(x, native.moments_of(state, self.num_components, self.groups))
+                self._reseed_dead(x, loops.moments_of(state, self.num_components, self.groups))
             return y
         mixture = self.log_weights(), self.mean, self.log_var.exp()
         if self.update == "moving_average":  # which moves the buffers before the backward pass needs them

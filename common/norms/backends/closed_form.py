@@ -14,12 +14,44 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import compiled, eager, native, reference, sync
+from . import compiled, eager, reference, sync
 from .passes import DensitySums, Mixture, Passes
 from .reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from .refusal import first_derivative_only
 
 BACKENDS: dict[str, Passes] = {"eager": eager, "compiled": compiled}
+
+
+class _Refuse(Function):
+    """Pass a gradient through; raise when it is differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            'backend: the closed forms have no second derivative; build the layer with backend="reference"'
+        )
+
+
+def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Compute a backward pass outside autograd and autocast, and refuse to differentiate its result.
+
+    torch.autograd.function.once_differentiable would give an error that names no remedy, and none at all
+    where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple:
+        second = torch.is_grad_enabled()  # true only under create_graph=True
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            results = backward(ctx, *grads)
+        if not second:
+            return results
+        return tuple(r if r is None else _Refuse.apply(r.detach().requires_grad_()) for r in results)
+
+    return wrapped
 
 
 class _Options(NamedTuple):
@@ -355,16 +387,10 @@ def mixture_norm(
     dtype = reference.compute_dtype(x)
     kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
     options = _Options(backend, (-1, 1) if groups == mean.shape[1] else (groups, -1), eps, kappa)
-    given = log_lambda, mean, var
-    if backend == "compiled" and process_group is None and native.serves(x, len(mean), *given, weight, bias):
-        how: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
-        y, state = native.mixture_norm(reference.flatten(x), given, weight, bias, **how)
-        return y.reshape(x.shape), None if statistics == "learned" else native.moments_of(state, len(mean), groups)
     affine = [t if t is None else t.to(dtype) for t in (weight, bias)]
     inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype) + eps, *affine, options
     if statistics == "learned":
-        y = _LearnedMixture.apply(*inputs)
-        assert isinstance(y, Tensor)
+        y: Tensor = _LearnedMixture.apply(*inputs)  # pyright: ignore[reportAssignmentType]
         return y.reshape(x.shape), None
     outputs: tuple[Tensor, ...] = _BatchMixture.apply(*inputs, process_group)  # pyright: ignore[reportAssignmentType]
     return outputs[0].reshape(x.shape), Moments(*outputs[1:])

@@ -13,6 +13,8 @@ activation and are found again in each pass.
 import functools
 import importlib.util
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as shape_config
 
-from . import native
 from .passes import DensitySums, Mixture, least_posterior
 
 OPTIONS: dict[str, Any] = {
@@ -37,13 +38,24 @@ KEEP_SINGLE: bool = False
 _graphs: dict[object, Callable[..., Any]] = {}
 
 
+def compiler() -> str:
+    """Return the command that compiles C++, whether or not there is one."""
+    return os.environ.get("CXX", "g++")
+
+
 def refusal(device: torch.device) -> str | None:
     """Say why this backend cannot run, or return None if it can."""
     if device.type == "cpu":
-        return native.refusal()
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        if not _on_path(compiler()):
+            return f"needs a C++ compiler, but {compiler()!r} is not on the PATH; install one or set CXX"
+    elif device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "needs the package triton on a GPU, which is not installed"
     return None
+
+
+@functools.cache  # every batch asks, and looking takes longer than a small batch
+def _on_path(program: str) -> bool:
+    return shutil.which(program) is not None
 
 
 def run(function: Callable[..., Any], options: tuple[Any, ...], *tensors: Tensor | None) -> Any:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import eager, native, reference
+from ..backends import eager, reference
 from ..backends.passes import Mixture
 from ..backends.reference import Moments
+from ..native import loops
 from . import draws
 from .draws import generator
 
@@ -150,9 +151,9 @@ def refit(
 ) -> Fit:
     r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws, by compiled loops or in torch."""
     points = sample_points(x, seed, "fit", step)
-    if compiled and native.serves(points, len(fit.mean), *fit):
+    if compiled and loops.serves(points, len(fit.mean), *fit):
         rule: Any = {"groups": groups, "eps": eps, "empty": EMPTY, "steps": steps}
-        return Fit(*native.fit_mixture(points, fit, variance_floor(points), **rule))
+        return Fit(*loops.fit_mixture(points, fit, variance_floor(points), **rule))
     return expectation_maximisation(points, fit, groups, eps, steps)
 
 

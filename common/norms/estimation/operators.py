@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import reference
+from ..backends import capture, reference
 from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
 
 
 def _is_ready(initialized: Tensor, ready: Tensor | None) -> bool:
-    return (ready is not None and bool(ready)) or bool(initialized.all())
+    if ready is not None and bool(ready):
+        return True
+    capture.refuse(initialized, capture.WARM_UP)
+    return bool(initialized.all())
 
 
 def _said(value: bool) -> Tensor:
@@ -103,6 +106,7 @@ def refit_mixture(
     Returns:
         weight, mean and var like the given ones; and whether to take them, on the device.
     """
+    capture.refuse(x, capture.DRAWN)
     if (ready is not None and not bool(ready)) or int(step) % every:
         return weight.clone(), mean.clone(), var.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
     fit = em.refit(x, Fit(weight, mean, var), int(step) + 1, groups, seed, eps, steps)

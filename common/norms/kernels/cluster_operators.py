@@ -3,14 +3,16 @@
 As ``operators``, which is used where the kernels cannot take what is unknown.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import closed_form, reference
+from ..backends import closed_form, direct, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, UnknownPosterior, UnknownScale
 from . import launch, operators
@@ -34,9 +36,49 @@ def _kernels() -> Any:
     return cluster_kernels
 
 
-def _sizes(walk: launch.Walk, tables: Tensor) -> tuple[int, ...]:
-    sizes = walk.samples, len(tables), walk.channels, walk.positions
-    return *sizes, *tables.stride(), *(s for strides in walk.strides for s in strides)
+class Plan(NamedTuple):
+    """How the kernels are launched over activations."""
+
+    grid: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]
+    """N, K, C, L."""
+    strides: tuple[int, ...]
+    """Of the activations."""
+    blocks: dict[str, int]
+    by_sample: bool
+    rows: int
+    """Of sums."""
+    unknown: dict[str, int]
+    """The blocks of the kernels that take samples of unknown clusters."""
+    shares: int
+    """Programs of such a sample."""
+    unknown_blocks: tuple[int, int, int]
+
+
+def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
+    """Return how the kernels walk over activations (N, C, L), with or without sums."""
+    x = activations[0]
+    return planned(x.shape, tuple([t.stride() for t in activations]), num, x.element_size(), sums)
+
+
+@functools.lru_cache(maxsize=1024)
+def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, itemsize: int, sums: bool) -> Plan:
+    """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
+    walk = launch.strided_walk(shape, strides, merge=False)
+    entry = launch.SCB_BACKWARD if sums else launch.SCB_FORWARD
+    tiling = launch.cluster_tiling(entry, walk, num, itemsize, sums=sums)
+    length, channels = launch.unknown_tile(walk)
+    return Plan(
+        tiling.grid,
+        (walk.samples, num, walk.channels, walk.positions),
+        tuple(s for each in walk.strides for s in each),
+        {**tiling.blocks, "num_warps": entry.num_warps},
+        tiling.by_sample,
+        tiling.rows * (1 if tiling.by_sample else num),
+        {"UNKNOWN_L": length, "UNKNOWN_C": channels, "num_warps": launch.UNKNOWN_WARPS},
+        launch.unknown_shares(walk),
+        launch.unknown_blocks(walk, num),
+    )
 
 
 @custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
@@ -50,20 +92,17 @@ def scb_forward(
     id -1 have Eq. 12 times kappa, otherwise, if lowest is -1, the first row.
     """
     y = torch.empty_like(x)
-    walk = launch.walk((x, y), merge=False)
-    tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, len(mean), x.element_size(), sums=False)
+    plan = _plan((x, y), len(mean), sums=False)
     kernels, pointers = _kernels(), (x, cluster, mean, var, mean_row, var_row, weight, bias, y)
-    sizes = _sizes(walk, mean)
+    sizes = *plan.sizes, *mean.stride(), *plan.strides
     launch.start(
-        kernels.scb_fwd_kernel, tiling.grid, *pointers, *sizes, eps, -1 if unknown else lowest,
-        STORED=stored, UNKNOWN=unknown, **tiling.blocks, num_warps=launch.SCB_FORWARD.num_warps,
+        kernels.scb_fwd_kernel, plan.grid, *pointers, *sizes, eps, -1 if unknown else lowest,
+        STORED=stored, UNKNOWN=unknown, **plan.blocks,
     )  # fmt: skip
     if unknown:
-        length, channels = launch.unknown_tile(walk)
         launch.start(
-            kernels.scb_unknown_fwd_kernel, (walk.samples, launch.unknown_shares(walk)),
-            *pointers, *sizes[1:], eps, kappa,
-            STORED=stored, UNKNOWN_L=length, UNKNOWN_C=channels, num_warps=launch.UNKNOWN_WARPS,
+            kernels.scb_unknown_fwd_kernel, (len(x), plan.shares), *pointers, *sizes[1:], eps, kappa,
+            STORED=stored, **plan.unknown,
         )  # fmt: skip
     return y
 
@@ -89,37 +128,33 @@ def scb_backward(
     """Gradients of x, mean and var; of mean_row and var_row, (2, C); of weight and bias, (2, C); (0,) of none."""
     dx, dmean, dvar = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
     added, affine = _pair(mean_row, x), _pair(weight, x)
-    walk, num = launch.walk((x, g, dx), merge=False), len(mean)
-    tiling = launch.cluster_tiling(launch.SCB_BACKWARD, walk, num, x.element_size(), sums=True)
-    rows = tiling.rows * (1 if tiling.by_sample else num)
-    block_s, *blocks = launch.unknown_blocks(walk, num)
+    num, channels = mean.shape
+    plan = _plan((x, g, dx), num, sums=True)
+    block_s, *blocks = plan.unknown_blocks
     programs = blocks[0] * blocks[1] if unknown else 0
-    sums = x.new_empty(2, rows, walk.channels, dtype=torch.float32)
+    sums = x.new_empty(2, plan.rows, channels, dtype=torch.float32)
     left = found = None
     if unknown:
-        left = x.new_empty(2, programs, num + 1, walk.channels, dtype=torch.float32)
+        left = x.new_empty(2, programs, num + 1, channels, dtype=torch.float32)
         found = x.new_empty(programs, dtype=torch.int32)
     kernels, pointers = _kernels(), (x, g, cluster, mean, var, mean_row, var_row, weight, dx)
-    sizes = _sizes(walk, mean)
+    sizes = *plan.sizes, *mean.stride(), *plan.strides
     launch.start(
-        kernels.scb_bwd_kernel, tiling.grid, *pointers, sums, *sizes, eps, -1 if unknown else lowest,
-        STORED=stored, UNKNOWN=unknown, BY_SAMPLE=tiling.by_sample, **tiling.blocks,
-        num_warps=launch.SCB_BACKWARD.num_warps,
+        kernels.scb_bwd_kernel, plan.grid, *pointers, sums, *sizes, eps, -1 if unknown else lowest,
+        STORED=stored, UNKNOWN=unknown, BY_SAMPLE=plan.by_sample, **plan.blocks,
     )  # fmt: skip
     if unknown:
-        length, channels = launch.unknown_tile(walk)
         launch.start(
             kernels.scb_unknown_bwd_kernel, tuple(blocks), *pointers, left, found, *sizes, eps, kappa,
-            STORED=stored, BLOCK_S=block_s, UNKNOWN_L=length, UNKNOWN_C=channels,
-            num_warps=launch.UNKNOWN_WARPS,
+            STORED=stored, BLOCK_S=block_s, **plan.unknown,
         )  # fmt: skip
     block_n, block_c = launch.sums_tile()
     launch.start(
         kernels.scb_rows_kernel,
-        (num + bool(added.numel() or affine.numel()), launch.divide(walk.channels, block_c)),
-        sums, left, found, cluster if tiling.by_sample else None, var, var_row, weight, dmean, dvar,
+        (num + bool(added.numel() or affine.numel()), launch.divide(channels, block_c)),
+        sums, left, found, cluster if plan.by_sample else None, var, var_row, weight, dmean, dvar,
         added if added.numel() else None, affine if affine.numel() else None,
-        walk.samples, rows, programs, num, walk.channels, *var.stride(), *dmean.stride(), eps,
+        len(x), plan.rows, programs, num, channels, *var.stride(), *dmean.stride(), eps,
         STORED=stored, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return dx, dmean, dvar, added, affine
@@ -144,13 +179,14 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple:
     if g is None:
         return (None,) * 13
     x, *rest = ctx.saved_tensors
-    dx, dmean, dvar, *pairs = scb_backward(x, g, *rest, *ctx.options)
+    dx, dmean, dvar, *pairs = direct.call(scb_backward, x, g, *rest, *ctx.options)
     more = [each for pair in pairs for each in (pair if pair.numel() else (None, None))]
     return dx, None, dmean, dvar, *more, None, None, None, None, None
 
 
 scb_forward.register_autograd(_gradients, setup_context=_setup)
 scb_backward.register_autograd(launch.refuse)
+_scb_forward = direct.differentiable(scb_forward, _setup, _gradients)
 
 
 def _kappa(scale: UnknownScale, num_clusters: int) -> float:
@@ -182,7 +218,7 @@ def stored_cluster_norm(
         mean, var = mean.contiguous(), var.contiguous()
     rows = [t if t is None else t.contiguous() for t in (*rows, weight, bias)]
     options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, True, allow_unknown
-    return scb_forward(reference.flatten(x), cluster.contiguous(), mean, var, *rows, *options).reshape(x.shape)
+    return _scb_forward(reference.flatten(x), cluster.contiguous(), mean, var, *rows, *options).reshape(x.shape)
 
 
 def cluster_norm(
@@ -215,7 +251,7 @@ def cluster_norm(
         return unknown().reshape(x.shape)
     inside = allow_unknown and takes_unknown(flat.shape[1], unknown_posterior)
     options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, False, inside
-    y: Tensor = scb_forward(flat, cluster.contiguous(), mean, var, None, None, None, None, *options)
+    y: Tensor = _scb_forward(flat, cluster.contiguous(), mean, var, None, None, None, None, *options)
     if any_unknown and not inside:
         y = torch.where((cluster == -1)[:, None, None], unknown(), y)
     return y.reshape(x.shape)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..backends import capture
 from ..backends.namespace import NAMESPACE
 from . import launch, operators
 
@@ -46,6 +47,10 @@ def fit_mixture(
     and step, on the device, their position. Unless this batch, of whose number before is a copy on the CPU, is one to
     be fitted, and the mixture is ready, it stays.
     """
+    if every > 1:
+        capture.refuse(x, capture.COUNTED)
+    if ready is not None and not bool(ready):
+        capture.refuse(x, capture.WARM_UP)
     if (ready is not None and not bool(ready)) or (every > 1 and int(before) % every):
         return logits.float().clone(), mean.float().clone(), log_var.float().clone()
     from . import em_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import

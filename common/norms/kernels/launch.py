@@ -52,14 +52,24 @@ TALL = {
     "mixture_sums_kernel": {4: Launch(1024, 4)},
     "mixture_bwd_kernel": {3: Launch(1024, 4)},
 }
-"""The same where channels share a posterior. A tile then has at least RUN positions, and more warps if it is larger for
-that."""
+"""The same where channels share a posterior, in float32; a tile of a 2-byte type is twice as large. A thread reads 16
+bytes of a channel at once, and finds the posteriors of all its locations: of two channels, so that both share them. A
+tile has at least RUN positions, and more warps if it is larger for that."""
 RUN = 8
 """Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
 WIDEST = 256
 """Channels of such a tile: with more it would spill."""
 DIVISOR = 16
 """Of a size, at least, if Triton is to know that neighbours can be read at once."""
+RESIDENT = 16_384
+"""Locations of a batch, at most, where a program takes a channel that has its own posterior."""
+RESIDENT_BYTES = 65_536
+"""Of what such a program reads, at most: it reads that again from its multiprocessor's cache, which holds twice as
+much."""
+CHANNEL = Launch(2048, 8)
+"""Of such programs."""
+MAX_CHANNEL_COMPONENTS = 4
+"""With more, registers do not suffice."""
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 """Channels that may share a posterior, by the most components: a tile holds them all, and must not spill."""
 SUMS_SHARE = 0.06
@@ -141,15 +151,20 @@ class Walk:
 
 
 def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
+    """Describe tensors (N, C, L) as ``strided_walk``."""
+    return strided_walk(tensors[0].shape, tuple(t.stride() for t in tensors), merge=merge)
+
+
+def strided_walk(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, merge: bool) -> Walk:
     """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow.
 
     Whether they do is the same for all batch sizes, so that each kernel is compiled once.
     """
-    n, c, length = tensors[0].shape
-    if merge and all(length == 1 or t.stride(0) == length * t.stride(2) for t in tensors):
-        strides = tuple((0, t.stride(1), t.stride(0) if length == 1 else t.stride(2)) for t in tensors)
-        return Walk(n, c, length, strides, flat=True)
-    return Walk(n, c, length, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in tensors))
+    n, c, length = shape
+    if merge and all(length == 1 or sample == length * position for sample, _, position in strides):
+        merged = tuple((0, channel, sample if length == 1 else position) for sample, channel, position in strides)
+        return Walk(n, c, length, merged, flat=True)
+    return Walk(n, c, length, tuple((sample, channel, position) for sample, channel, position in strides))
 
 
 def power_of_two(n: int) -> int:
@@ -266,6 +281,21 @@ def unknown_blocks(walk: Walk, num_clusters: int) -> tuple[int, int, int]:
     return block_s, blocks, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // blocks))
 
 
+def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
+    """Return BLOCK_S and BLOCK_L of a program that takes a channel; None where it does not.
+
+    The last of the activations is written, the others are read. Where channels lie side by side, a program would throw
+    most of what it reads away.
+    """
+    held = (len(walk.strides) - 1) * itemsize * walk.samples * walk.positions
+    sizes = walk.samples, walk.positions
+    reach = max(sum((size - 1) * s for size, s in zip(sizes, (sn, sl), strict=True)) for sn, _, sl in walk.strides)
+    if walk.channels_adjacent or held > RESIDENT_BYTES or reach >= 2**31 or num_components > MAX_CHANNEL_COMPONENTS:
+        return None
+    block_l = min(power_of_two(walk.positions), CHANNEL.elements)
+    return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
+
+
 def sums_tile() -> tuple[int, int]:
     """Return BLOCK_P, BLOCK_C of the kernels that add up what programs left: the same for all sizes."""
     return SUMS.elements // SUMS_CHANNELS, SUMS_CHANNELS
@@ -323,8 +353,9 @@ def mixture_tiling(
         block_l = max(1, min(longest, entry.elements // block_c))
         tall, num_warps = _in_runs(TALL, kernel, walk, num_components), entry.num_warps
         if tall is not None and block_c <= WIDEST:
-            block_l = min(longest, max(RUN, tall.elements // block_c))
-            num_warps = tall.num_warps * max(1, block_l * block_c // tall.elements)
+            elements = tall.elements * 4 // itemsize
+            block_l = min(longest, max(RUN, elements // block_c))
+            num_warps = tall.num_warps * max(1, block_l * block_c // elements)
         most = max(most, LEAST_PROGRAMS // columns)
     else:
         entry = _in_runs(LONG, kernel, walk, num_components) or entry
@@ -332,7 +363,7 @@ def mixture_tiling(
         while block_c > SUMS_CHANNELS and most * divide(walk.channels, block_c) < LEAST_PROGRAMS:
             block_c //= 2  # narrower columns are more of them, which leave no more sums
             block_l *= 2 if walk.flat else 1
-        num_warps = entry.num_warps
+        num_warps = max(1, entry.num_warps * block_l * block_c // entry.elements)  # as many elements a thread
         columns = divide(walk.channels, block_c)
     tiles = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
     most = min(most, max(1, PROGRAMS // columns))

@@ -4,60 +4,92 @@ To torch.compile, torch.export and autocast each operator is one opaque step; it
 operator, which refuses to be differentiated. Triton is imported when a kernel first runs.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import reference
+from ..backends import direct, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, Scale, Statistics
 from . import launch
 
 
-def _mixture_kernels() -> Any:
-    from . import mixture_kernels  # noqa: PLC0415
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    from . import channel_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
 
-    return mixture_kernels
-
-
-def _parameter_kernels() -> Any:
-    from . import parameter_kernels  # noqa: PLC0415
-
-    return parameter_kernels
+    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__, **channel_kernels.__dict__}
 
 
-def _walk(
-    kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0
-) -> launch.Tiling:
+class Plan(NamedTuple):
+    """How a mixture kernel is launched over activations."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """N, C, D, L and strides; without D for a kernel whose programs are channels."""
+    constants: dict[str, int]
+
+    def run(self, pointers: Sequence[Tensor | None], numbers: Sequence[float], **constants: bool) -> None:
+        """Launch the kernel on pointers, in its order."""
+        launch.start(
+            _kernels()[self.kernel], self.grid, *pointers, *self.sizes, *numbers, **self.constants, **constants
+        )
+
+
+def _plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0) -> Plan:
     """Return how a mixture kernel walks over activations (N, C, L); planes are of all sums that its pass leaves."""
-    walk = launch.walk(activations, merge=True)
-    itemsize = activations[0].element_size()
-    return launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
+    strides = tuple([t.stride() for t in activations])
+    x = activations[0]
+    return planned(kernel, x.shape, strides, groups, num_components, planes, x.element_size())
 
 
-def _run(
-    kernel: str,
-    tiling: launch.Tiling,
-    pointers: Sequence[Tensor | None],
-    groups: int,
-    num_components: int,
-    numbers: Sequence[float],
-    **constants: bool,
-) -> None:
-    """Launch a mixture kernel on pointers, in its order."""
-    walk = tiling.walk
-    launch.start(
-        _mixture_kernels().__dict__[kernel],
-        (tiling.programs, tiling.columns),
-        *pointers, walk.samples, walk.channels, walk.channels // groups, walk.positions,
-        *(s for strides in walk.strides for s in strides), *numbers,
-        K=num_components, JOINT=tiling.joint, FLAT=walk.flat, BLOCK_L=tiling.block_l, BLOCK_C=tiling.block_c,
-        num_warps=tiling.num_warps, **constants,
-    )  # fmt: skip
+@functools.lru_cache(maxsize=1024)
+def planned(
+    kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], groups: int, num_components: int,
+    planes: int, itemsize: int,
+) -> Plan:  # fmt: skip
+    """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
+    walk = launch.strided_walk(shape, strides, merge=True)
+    tiling = launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
+    sizes = walk.samples, walk.channels, walk.channels // groups, walk.positions
+    constants = {
+        "K": num_components,
+        "JOINT": tiling.joint,
+        "FLAT": walk.flat,
+        "BLOCK_L": tiling.block_l,
+        "BLOCK_C": tiling.block_c,
+        "num_warps": tiling.num_warps,
+    }
+    grid = tiling.programs, tiling.columns
+    return Plan(kernel, grid, (*sizes, *(s for each in walk.strides for s in each)), constants)
+
+
+def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
+    """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
+    x = activations[0]
+    if groups != x.shape[1] or x.shape[0] * x.shape[2] > launch.RESIDENT:
+        return None
+    return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def channel_planned(
+    kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
+) -> Plan | None:
+    """Find what ``_channel_plan`` returns."""
+    walk = launch.strided_walk(shape, strides, merge=False)
+    tile = launch.channel_tile(walk, num_components, itemsize)
+    if tile is None:
+        return None
+    constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    sizes = walk.samples, walk.channels, walk.positions
+    return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
 
 
 def _gather(
@@ -68,7 +100,7 @@ def _gather(
     _, programs, num_components, channels = sums.shape
     block_p, block_c = launch.sums_tile()
     launch.start(
-        _parameter_kernels().__dict__[kernel],
+        _kernels()[kernel],
         (*ahead, launch.divide(channels, block_c)),
         sums, *pointers, programs, channels, *numbers,
         K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
@@ -84,12 +116,13 @@ def mixture_forward(
 
     Parameters are contiguous; stored says that log and var are logits and log-variances.
     """
-    num, state = len(mean), new_state(x, mean)
+    num, state, y = len(mean), new_state(x, mean), torch.empty_like(x)
+    if plan := _channel_plan("mixture_channel_kernel", (x, y), groups, num):
+        plan.run((x, log, mean, var, state, weight, bias, y), (eps, floor, kappa), STORED=stored)
+        return y, state
     _moments(x, (log, mean, var), state, groups, eps, kappa, floor, stored)
-    y = torch.empty_like(x)
-    tiling = _walk("mixture_apply_kernel", (x, y), groups, num)
     pointers = (x, None, None, None, state, weight, bias, y)
-    _run("mixture_apply_kernel", tiling, pointers, groups, num, (eps, floor, kappa), STORED=False)
+    _plan("mixture_apply_kernel", (x, y), groups, num).run(pointers, (eps, floor, kappa), STORED=False)
     return y, state
 
 
@@ -115,10 +148,9 @@ def moment_sums(
     The mixture is its log weights, means and variances, or what layers store, contiguous.
     """
     num = state.shape[1]
-    tiling = _walk("mixture_moments_kernel", (x,), groups, num, 3)
-    sums = state.new_empty(3, tiling.programs, *state.shape[1:])
-    pointers = (x, *mixture, sums, state)
-    _run("mixture_moments_kernel", tiling, pointers, groups, num, (eps, floor), STORED=stored)
+    plan = _plan("mixture_moments_kernel", (x,), groups, num, 3)
+    sums = state.new_empty(3, plan.grid[0], *state.shape[1:])
+    plan.run((x, *mixture, sums, state), (eps, floor), STORED=stored)
     return sums
 
 
@@ -153,13 +185,18 @@ def move_averages(
     """
     num, channels = mean.shape
     launch.start(
-        _parameter_kernels().mixture_averages_kernel,
+        _kernels()["mixture_averages_kernel"],
         (launch.divide(channels, launch.PARAMETER_CHANNELS),),
         state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var,
         channels, momentum, min_weight,
         K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
         num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
+
+
+def averages_moved(stored: Sequence[Tensor], before: Tensor | None, state: Tensor, *rest: Any) -> None:
+    """Call ``move_averages``, of which rest is a new fit, the last fit and the rule."""
+    direct.call(move_averages, *stored, before, state, *rest, changed=(*stored, *rest[3:6]))
 
 
 @custom_op(f"{NAMESPACE}::mixture_backward", mutates_args=())
@@ -171,14 +208,19 @@ def mixture_backward(
 
     What there is none of is (0,).
     """
-    num = state.shape[1]
+    num, dx, affine = state.shape[1], torch.empty_like(x), _affine_gradients(state, weight)
+    if plan := _channel_plan("mixture_channel_bwd_kernel", (x, g, dx), groups, num):
+        out = state.new_empty(3, *state.shape[1:]) if parameters else None
+        plan.run((x, g, state, weight, dx, out, _some(affine)), (eps,), STORED=stored)
+        if out is None:
+            return dx, affine, state.new_empty(0), state.new_empty(0)
+        return dx, affine, out[:2], _log_gradients(out[2], None, state, floor, stored=stored)
     planes = 3 if parameters else 0
-    tiling = _walk("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
-    sums = state.new_empty(2, tiling.programs, *state.shape[1:])
-    _run("mixture_sums_kernel", tiling, (x, g, state, sums), groups, num, ())
-    coefficients, affine = state.new_empty(4, *state.shape[1:]), _affine_gradients(state, weight)
+    plan = _plan("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
+    sums = state.new_empty(2, plan.grid[0], *state.shape[1:])
+    plan.run((x, g, state, sums), ())
+    coefficients = state.new_empty(4, *state.shape[1:])
     _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
-    dx = torch.empty_like(x)
     sources = (None, None, None, state, coefficients, weight)
     sums = _backward_pass(x, g, dx, sources, groups, (eps, floor, 1.0), planes, stored=False)
     rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
@@ -205,12 +247,10 @@ def _backward_pass(
     assert like is not None
     num, channels = like.shape[-2:]
     others = 2 if planes == 3 else 0  # of mixture_sums_kernel
-    tiling = _walk("mixture_bwd_kernel", (x, g, dx), groups, num, planes + others)
-    sums = like.new_empty(planes, tiling.programs, num, channels, dtype=torch.float32)
-    _run(
-        "mixture_bwd_kernel", tiling, (x, g, *sources, dx, _some(sums)), groups, num, numbers,
-        STORED=stored, DENSITY=planes in (3, 5), DIRECT=planes in (2, 5),
-    )  # fmt: skip
+    plan = _plan("mixture_bwd_kernel", (x, g, dx), groups, num, planes + others)
+    sums = like.new_empty(planes, plan.grid[0], num, channels, dtype=torch.float32)
+    pointers = (x, g, *sources, dx, _some(sums))
+    plan.run(pointers, numbers, STORED=stored, DENSITY=planes in (3, 5), DIRECT=planes in (2, 5))
     return sums
 
 
@@ -230,12 +270,18 @@ def _parameter_gradients(
     )  # fmt: skip
     if not parameters:
         return sums.new_empty(0), sums.new_empty(0)
-    log = sums.new_empty(num)
+    return out[:2], _log_gradients(out[2], sources[0], sources[2], numbers[1], stored=stored)
+
+
+def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, floor: float, *, stored: bool) -> Tensor:
+    """Return gradients (K,) of log weights, or of logits, from the channels' shares in them, (K, C)."""
+    num, channels = shares.shape
+    out = shares.new_empty(num)
     launch.start(
-        _parameter_kernels().mixture_logits_kernel, (1,), out[2], sources[0], sources[2], log, channels, numbers[1],
+        _kernels()["mixture_logits_kernel"], (1,), shares, log, state, out, channels, floor,
         K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
-    return out[:2], log
+    return out
 
 
 @mixture_backward.register_fake
@@ -259,9 +305,8 @@ def learned_forward(
 ) -> Tensor:  # fmt: skip
     """Eq. 15 and an affine map for x (N, C, L), as mixture_forward; without log, all log weights are floor."""
     y = torch.empty_like(x)
-    tiling = _walk("mixture_apply_kernel", (x, y), groups, len(mean))
     pointers = (x, log, mean, var, None, weight, bias, y)
-    _run("mixture_apply_kernel", tiling, pointers, groups, len(mean), (eps, floor, kappa), STORED=stored)
+    _plan("mixture_apply_kernel", (x, y), groups, len(mean)).run(pointers, (eps, floor, kappa), STORED=stored)
     return y
 
 
@@ -314,10 +359,10 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
     parameters = any(ctx.needs_input_grad[1:4])
     if len(saved) == 2:
         options = (ctx.groups, ctx.eps, ctx.floor, ctx.stored, parameters)
-        dx, affine, rows, log = mixture_backward(x, g, *saved, *options)
+        dx, affine, rows, log = direct.call(mixture_backward, x, g, *saved, *options)
     else:
         options = (ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored, parameters)
-        dx, affine, rows, log = learned_backward(x, g, *saved, *options)
+        dx, affine, rows, log = direct.call(learned_backward, x, g, *saved, *options)
     found = [log, *rows] if parameters else [None, None, None]
     found += list(affine) if affine.numel() else [None, None]
     cast = (t if t is None or dtype is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
@@ -327,6 +372,8 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
 for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
     _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
     _backward.register_autograd(launch.refuse)
+_mixture_forward = direct.differentiable(mixture_forward, _mixture_setup, _mixture_gradients)
+_learned_forward = direct.differentiable(learned_forward, _mixture_setup, _mixture_gradients)
 
 
 def mixture_norm(
@@ -357,8 +404,8 @@ def _norm(
     kappa = 1 / math.sqrt(len(tables[1])) if scale == "sqrt_k" else 1.0  # pyright: ignore[reportArgumentType]
     arguments = (reference.flatten(x), *tables, groups, eps, kappa, floor, stored)
     if statistics == "learned":
-        return learned_forward(*arguments).reshape(x.shape), None
-    y, state = mixture_forward(*arguments)
+        return _learned_forward(*arguments).reshape(x.shape), None
+    y, state = _mixture_forward(*arguments)
     return y.reshape(x.shape), state.detach()
 
 

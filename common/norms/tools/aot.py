@@ -14,7 +14,7 @@ from common.norms.tools.recording import Launch
 
 ARCHS = (80, 90, 100)
 MEASURED = (64, 64, 112, 112)
-"""The shape of the budgets, in float32, K = 3, on sm_90."""
+"""The shape of the budgets, in either precision, K = 3, on sm_90."""
 SHAPES = (
     MEASURED,
     (64, 256, 8, 8),
@@ -66,7 +66,7 @@ class Case:
     def budget(self) -> float | None:
         """Instructions an element that it may take on sm_90; None if there is no budget."""
         share = BUDGETED.get(self.subject)
-        if share is None or (self.shape, self.dtype, self.num) != (MEASURED, "float32", counts.COMPONENTS):
+        if share is None or (self.shape, self.num) != (MEASURED, counts.COMPONENTS):
             return None
         return share * BUDGETS[self.launch.name][self.layout] if self.launch.name in BUDGETS else 0.0
 

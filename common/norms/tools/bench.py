@@ -1,5 +1,6 @@
 """Time the layers against BatchNorm: ``python -m common.norms.bench``."""
 
+import itertools
 import os
 import sys
 import time
@@ -22,6 +23,12 @@ from common.runs.folder import environment
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
 GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
 """Where there is memory and time for a map as large as a classifier's first."""
+FORWARD, BOTH, EVALUATION = "forward", "both", "evaluation"
+TIMED: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...], tuple[str, ...]]] = {
+    "cpu": (SHAPES, (torch.float32,), (FORWARD, BOTH)),
+    "cuda": (GPU_SHAPES, (torch.float32, torch.bfloat16), (EVALUATION, FORWARD, BOTH)),
+}
+"""What is timed, by a device's type: shapes, precisions of activations, passes."""
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
@@ -82,25 +89,41 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def case(shape: tuple[int, ...], layout: str, device: torch.device, *, backward: bool = True) -> tuple[Tensor, Tensor]:
+def case(
+    shape: tuple[int, ...],
+    layout: str,
+    device: torch.device,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     """Return an activation and an output gradient."""
-    x, g = (torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    x, g = (torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     return x.requires_grad_(backward), g
 
 
 def time_row(
-    shape: tuple[int, ...], layout: str, backends: list[str], rounds: int, device: torch.device
+    shape: tuple[int, ...],
+    layout: str,
+    backends: list[str],
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[str]:
-    """Yield a row for the forward pass and one with the backward pass: BatchNorm's time, and ratios to it."""
-    for backward in (False, True):
-        x, g = case(shape, layout, device, backward=backward)
+    """Yield a row for each kind of pass that is timed on the device: BatchNorm's time, and ratios to it."""
+    for passes in TIMED[device.type][2]:
+        backward = passes == BOTH
+        x, g = case(shape, layout, device, backward=backward, dtype=dtype)
         bench: dict[str, nn.Module] = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
         for backend in backends:
             bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
-        runs = {name: step(layer.to(device), x, g, backward=backward) for name, layer in bench.items()}
+        for layer in bench.values():
+            layer.to(device).train(passes != EVALUATION)
+        runs = {name: step(layer, x, g, backward=backward) for name, layer in bench.items()}
         times = compare(runs, rounds, device)
         base = times.pop("BatchNorm2d")
-        cells = ["x".join(map(str, shape)), layout, "both" if backward else "forward"]
+        name = layout if dtype == torch.float32 else f"{layout}, {str(dtype).removeprefix('torch.')}"
+        cells = ["x".join(map(str, shape)), name, passes]
         cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(base)))
         for measured in times.values():
             ratios = [a / b for a, b in zip(measured, base, strict=True)]
@@ -205,8 +228,9 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype = torch.float
 class BenchConfig:
     """Print Markdown tables of the layers' time and memory, as ratios to nn.BatchNorm2d and to the activation's size.
 
-    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32.
-    Memory is what autograd keeps for the backward pass / what forward and backward hold at most.
+    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32; on a
+    GPU in bfloat16 and in evaluation too, and of a larger map. Layers are at their defaults. Memory is what autograd
+    keeps for the backward pass / what forward and backward hold at most.
     """
 
     backends: list[str] = field(default_factory=list)
@@ -238,15 +262,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(f"backends: {reason}")
     set_threads(cfg.threads)
     backends = cfg.backends or runnable(device)
-    print(f"{machine(device)}, K={COMPONENTS}, float32, training mode\n")
+    shapes, dtypes, _ = TIMED[device.type]
+    others = ", unless said otherwise" if len(dtypes) > 1 else ""
+    print(f"{machine(device)}, K={COMPONENTS}, float32, training mode{others}\n")
     titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
     print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
     print("|" + "---|" * (4 + len(titles)))
-    for shape in SHAPES:
-        for layout in LAYOUTS:
-            for row in time_row(shape, layout, backends, cfg.rounds, device):
-                print(row, flush=True)
+    for shape, layout, dtype in itertools.product(shapes, LAYOUTS, dtypes):
+        for row in time_row(shape, layout, backends, cfg.rounds, device, dtype):
+            print(row, flush=True)
     print("\n" + line(["shape", "BatchNorm2d", *titles]))
     print("|" + "---|" * (2 + len(titles)))
-    for shape in SHAPES:
+    for shape in shapes:
         print(memory_row(shape, backends, device), flush=True)

@@ -11,11 +11,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli.arguments import parse
 from common.machine.device import resolve_device
-from common.norms import SCBNorm, UCBNorm, functional
+from common.norms import functional
 from common.norms.tools import bench
 from common.norms.tools.agreement import Case, budget, cluster_results, error, mixture_case, mixture_results
 from common.runs.folder import environment
@@ -29,10 +29,19 @@ SHAPES: dict[tuple[int, ...], tuple[str, ...]] = {
 """(N, C = 6, *), hardly a power of two among them, and layouts."""
 DRAWS = 8
 """Inputs of one shape that the reference's error is taken from: in a single one it may be lucky."""
-TIMED_SHAPES = {"cpu": (64, 128, 16, 16), "cuda": (64, 256, 32, 32)}
+TIMED: dict[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
+    "cpu": (((64, 128, 16, 16), torch.float32),),
+    "cuda": tuple(
+        (shape, dtype)
+        for shape in ((64, 256, 8, 8), (64, 256, 32, 32), (64, 64, 112, 112))
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+}
+"""Shapes and precisions of what is timed, by the device's type."""
 ROUNDS = 5
-ACCESSES = {"SCB": (2, 5), "mixture joint": (3, 8), "mixture channel-wise": (3, 8)}
-"""The least times that x, y, g and dx are read or written, together: forward, and forward + backward."""
+ACCESSES = {"SCB": (2, 2, 5), "UCB joint": (2, 3, 8), "UCB channel-wise": (2, 3, 8)}
+"""The least times that x, y, g and dx are read or written, together, by layers at their defaults: in evaluation, and in
+training forward, and forward + backward."""
 
 Results = dict[str, Tensor]
 
@@ -183,32 +192,32 @@ def compare(backends: Sequence[str], device: torch.device) -> tuple[int, list[st
 
 def time_backends(backends: Sequence[str], device: torch.device) -> None:
     """Print how near each backend comes to the bandwidth of a copy of x, were it to move no more than it must."""
-    shape = TIMED_SHAPES[device.type]
-    x, g = torch.randn(2, *shape, device=device)
+    for shape, dtype in TIMED[device.type]:
+        _time_backends(backends, device, shape, dtype)
+
+
+def _time_backends(backends: Sequence[str], device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, g = torch.randn(2, *shape, device=device).to(dtype)
     y, size = torch.empty_like(x), x.numel() * x.element_size()
-    print(f"\nshare of a copy's bandwidth, x {'x'.join(map(str, shape))} float32, K={bench.COMPONENTS}")
+    print(f"\nshare of a copy's bandwidth, x {'x'.join(map(str, shape))} {_name(dtype)}, K={bench.COMPONENTS}")
     memory_title = f"{'peak memory, x':>16}" if device.type == "cuda" else ""
-    print(f"{'':<34}{'backend':<12}{'forward':>10}{'+ backward':>12}{'copy, GB/s':>12}{memory_title}")
+    titles = f"{'evaluation':>12}{'forward':>10}{'+ backward':>12}{'copy, GB/s':>12}{memory_title}"
+    print(f"{'':<34}{'backend':<12}{titles}")
     for (name, accesses), backend in itertools.product(ACCESSES.items(), backends):
-        layer = _timed_layer(name, shape[1], backend).to(device)
+        layer, evaluated = (bench.layers(shape[1], backend)[name].to(device).train(train) for train in (True, False))
         forward = bench.step(layer, x, g, backward=False)
         both = bench.step(layer, x.detach().requires_grad_(), g, backward=True)
-        runs = {"copy": lambda: y.copy_(x), "forward": forward, "both": both}
+        evaluation = bench.step(evaluated, x, g, backward=False)
+        runs = {"copy": lambda: y.copy_(x), "evaluation": evaluation, "forward": forward, "both": both}
         times = bench.compare(runs, ROUNDS, device)
         shares = [
             _median([moved / 2 * c / t for c, t in zip(times["copy"], times[run], strict=True)])
-            for run, moved in zip(("forward", "both"), accesses, strict=True)
+            for run, moved in zip(("evaluation", "forward", "both"), accesses, strict=True)
         ]
+        cells = f"{shares[0]:>12.1%}{shares[1]:>10.1%}{shares[2]:>12.1%}"
         speed = 2 * size / _median(times["copy"]) / 1e6
         memory = f"{bench.peak_bytes(both, device) / size:>16.1f}" if device.type == "cuda" else ""
-        print(f"{name:<34}{backend:<12}{shares[0]:>10.1%}{shares[1]:>12.1%}{speed:>12.1f}{memory}", flush=True)
-
-
-def _timed_layer(name: str, channels: int, backend: str) -> nn.Module:
-    if name == "SCB":
-        return SCBNorm(channels, bench.COMPONENTS, backend=backend)
-    groups = 1 if name == "mixture joint" else None
-    return UCBNorm(channels, bench.COMPONENTS, groups=groups, update="weight", affine=False, backend=backend)
+        print(f"{name:<34}{backend:<12}{cells}{speed:>12.1f}{memory}", flush=True)
 
 
 def _median(values: list[float]) -> float:

@@ -56,6 +56,7 @@ TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
     ("mixture_gradients_kernel", "coefficients_ptr"): (1 / 4, 0),  # the last plane
     ("mixture_bwd_kernel", "coefficients_ptr"): (3 / 4, 0),  # the others
     # planes of a state
+    ("mixture_channel_bwd_kernel", "state_ptr"): (7 / 8, 0),
     ("mixture_moments_kernel", "state_ptr"): (0, 4 / 8),
     ("mixture_merge_kernel", "state_ptr"): (1 / 8, 4 / 8),
     ("mixture_apply_kernel", "state_ptr"): (5 / 8, 0),
@@ -81,6 +82,10 @@ TOUCHES: dict[tuple[str, str], Touch | Callable[[dict[str, Any]], Touch]] = {
 """How often a kernel reads and writes an argument, (kernel, argument), where not its whole once: outputs are written,
 others read. It may depend on the other arguments. The test of traffic counts under Triton's interpreter and fails where
 that is wrong."""
+
+
+AGAIN = ("mixture_channel_kernel", "mixture_channel_bwd_kernel")
+"""Kernels that read activations twice, the second time from the cache of a multiprocessor, which holds them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +216,10 @@ class Recorder(TorchDispatchMode):
         )
 
 
+def _no_refusal(x: Tensor) -> None:
+    """Refuse nothing; a mock would take as long as a launch."""
+
+
 def _nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -218,7 +227,7 @@ def _nothing(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def on_any_device() -> Iterator[None]:
     """Let the Triton backend take tensors on any device, as if it were a GPU."""
-    with mock.patch.object(launch, "refusal", return_value=None), mock.patch.object(torch.cuda, "device", _nothing):
+    with mock.patch.object(launch, "refusal", _no_refusal), mock.patch.object(torch.cuda, "device", _nothing):
         yield
 
 

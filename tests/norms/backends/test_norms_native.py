@@ -9,15 +9,16 @@ from norm_cases import assert_within_budget, mixture_case, mixture_run
 from torch import Tensor
 
 from common.norms import MixtureNorm, SCBNorm, UCBNorm, functional, mixture_norm
-from common.norms.backends import compiled, native
+from common.norms.backends import compiled
 from common.norms.backends.reference import Moments
 from common.norms.config import NormConfig
 from common.norms.estimation import averages, em
 from common.norms.estimation.averages import Rule, Stored
 from common.norms.estimation.em import Fit
+from common.norms.native import loops
 from common.norms.tools.agreement import error
 
-pytestmark = pytest.mark.skipif(native.library(3) is None, reason="needs a C++ compiler on the PATH")
+pytestmark = pytest.mark.skipif(loops.library(3) is None, reason="needs a C++ compiler on the PATH")
 CPU = torch.device("cpu")
 SHAPES = [(3, 1, 1), (9, 4), (3, 6, 5), (5, 4, 3, 7), (8, 32, 8, 8), (3, 18, 16, 16), (2, 3, 50, 41)]
 RESIDENT = {"planes": (2, 2, 400, 211), "rows": (1, 2, 230, 101)}
@@ -158,11 +159,11 @@ def test_averages_move_as_in_float64(average, shared, groups):
     stored = Stored(torch.tensor([0.3, -1.0, 0.1]), mean, var.log())
     rule = Rule(0.2, average, 1e-3, shared)
     options: Any = {"groups": groups, "eps": 1e-5, "scale": "paper", "statistics": "batch"}
-    _, state = native.mixture_norm(x, stored, None, None, stored=True, min_weight=1e-3, **options)
-    moments = Moments(*(t.double() for t in native.moments_of(state, 3, groups)))
+    _, state = loops.mixture_norm(x, stored, None, None, stored=True, min_weight=1e-3, **options)
+    moments = Moments(*(t.double() for t in loops.moments_of(state, 3, groups)))
     want = averages.moved(Stored(*(t.double() for t in stored)), moments, rule)
     numbers: Any = {"groups": groups, "momentum": 0.2, "paper": average == "paper", "min_weight": 1e-3}
-    native.move_averages(stored, state, shared=shared, **numbers)
+    loops.move_averages(stored, state, shared=shared, **numbers)
     for name, value in zip(Stored._fields, want, strict=True):
         torch.testing.assert_close(getattr(stored, name).double(), value, rtol=1e-5, atol=1e-6)
 
@@ -176,7 +177,7 @@ def test_a_fit_is_that_of_em_in_float64(count, groups):
     exact = Fit(*(t.double() for t in fit))
     want = em.expectation_maximisation(points.double(), exact, groups, 1e-5, 4)
     floor = em.variance_floor(points)
-    got = native.fit_mixture(points, fit, floor, groups=groups, eps=1e-5, empty=em.EMPTY, steps=4)
+    got = loops.fit_mixture(points, fit, floor, groups=groups, eps=1e-5, empty=em.EMPTY, steps=4)
     for ours, value in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), value, rtol=1e-4, atol=1e-5)
     assert torch.equal(fit.mean, mean)
@@ -217,7 +218,7 @@ def test_auto_takes_the_loops_from_a_size_on(monkeypatch):
 
     least = functional.LEAST_VALUES["single"]
     assert (chosen(least), chosen(least - 1)) == ("compiled", "eager")
-    assert chosen(least, num=native.MOST_COMPONENTS + 1) == "eager"
+    assert chosen(least, num=loops.MOST_COMPONENTS + 1) == "eager"
     assert chosen(least, dtype=torch.float64) == chosen(least, dtype=torch.bfloat16) == "eager"
     assert NormConfig(kind="ucb").backend_on(CPU) == NormConfig(kind="mn").backend_on(CPU) == "compiled"
     assert NormConfig(kind="scb").backend_on(CPU) == NormConfig(kind="ucb").backend_on(CPU, torch.bfloat16) == "eager"
@@ -231,23 +232,23 @@ def test_a_compiler_that_fails_leaves_what_needs_none(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", shutil.which("false") or "false")
     x = torch.randn(64, 4, 8, 8)
     assert functional.choose_backend("auto", x, 3) == "eager"
-    assert not native.serves(x, 3)
+    assert not loops.serves(x, 3)
     assert compiled.refusal(CPU) is None  # torch.compile may have another way, and says what fails
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_a_library_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    loops._library.cache_clear()
     try:
-        assert native.library(1) is not None
+        assert loops.library(1) is not None
         (made,) = tmp_path.rglob("*.so")
         when = made.stat().st_mtime_ns
-        native._library.cache_clear()
-        assert native.library(1) is not None
+        loops._library.cache_clear()
+        assert loops.library(1) is not None
         assert made.stat().st_mtime_ns == when
     finally:
-        native._library.cache_clear()
+        loops._library.cache_clear()
 
 
 def test_clusters_stay_eager():

@@ -1,5 +1,20 @@
 import os
 
+import pytest
+
+from common.norms.kernels import cluster_operators, operators
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    """Forget how activations were walked over, since tests change the tables that it follows from."""
+    plans = operators.planned, operators.channel_planned, cluster_operators.planned
+    for planned in plans:
+        planned.cache_clear()
+    yield
+    for planned in plans:
+        planned.cache_clear()
+
 
 def pytest_collection_modifyitems(items):
     """Keep one part of the tests, "i/n", where test_kernels.py asks for it."""

@@ -1,10 +1,15 @@
 """The custom operators under Triton's interpreter; run by test_kernels.py in a process of its own."""
 
+import contextlib
+
 import pytest
 import torch
 from norm_cases import any_norm, mixture_case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.norms import cluster_norm, make_norm, mixture_norm
+from common.norms.backends import direct
 from common.norms.kernels import cluster_operators, em_operators, operators
 
 
@@ -72,6 +77,74 @@ def test_a_fit_is_sound(ready, before):
     stays = before % 2 or (ready is not None and not ready)
     for got, old in zip(found, mixture, strict=True):
         assert torch.equal(got, old) is bool(stays)
+
+
+class Watching(TorchDispatchMode):
+    """See what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "training"),
+    [
+        ("ucb", {}, True),
+        ("ucb", {"update": "weight", "groups": 1}, True),
+        ("ucb", {}, False),
+        ("mn", {"em_steps": 2}, True),
+        ("scb", {"affine": True}, True),
+    ],
+)
+def test_bodies_do_what_operators_do_which_run_where_something_watches(kind, options, training):
+    (x, *_), g = mixture_arguments(requires_grad=False)
+    ids = (torch.tensor([0, 1, 1, 0]),) if kind == "scb" else ()
+    found, names = [], []
+    for mode in (Watching(), contextlib.nullcontext(Watching())):
+        layer = any_norm(kind, 4, 2, backend="triton", **options).train(training)
+        given = x.clone().requires_grad_()
+        before = [t._version for t in layer.buffers()]
+        with mode as watching:
+            y = layer(given, *ids)
+            grads = torch.autograd.grad(y, [given, *layer.parameters()], g)
+        changed = [t._version > old for t, old in zip(layer.buffers(), before, strict=True)]
+        found.append(([y, *grads, *layer.state_dict().values()], changed))
+        names.append({name for name in watching.seen if name.startswith("common_norms")})
+    assert names[0]
+    assert not names[1]
+    (first, moved), (second, also_moved) = found
+    assert moved == also_moved
+    assert any(moved) == (training and kind != "scb" and "update" not in options)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_what_may_be_watched_is_told_by_tensor_and_surroundings():
+    x = torch.zeros(2)
+    told = []
+
+    def look(x):
+        told.append(direct.watched(x))
+        return x.sum()
+
+    look(x)
+    look(torch.nn.Parameter(x))
+    assert told == [False, False]
+    with Watching():
+        look(x)
+    look(FakeTensorMode().from_tensor(x))
+    torch.func.grad(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    assert told[2:] == [True] * 4
+    assert torch.compile(lambda x: x + direct.watched(x), fullgraph=True, backend="eager")(x).tolist() == [1, 1]
+    look(x)
+    assert not told[-1]
 
 
 @pytest.mark.parametrize("statistics", ["batch", "learned"])

@@ -43,6 +43,7 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(launch, "MIXTURE", mixture)
         monkeypatch.setattr(launch, "TALL", mixture)
         monkeypatch.setattr(launch, "LONG", mixture)
+        monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
         monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
         monkeypatch.setattr(launch, "UNKNOWN", 16)
         monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)

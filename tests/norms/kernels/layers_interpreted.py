@@ -33,6 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr(launch, "MIXTURE", entries)
     monkeypatch.setattr(launch, "TALL", entries)
     monkeypatch.setattr(launch, "LONG", entries)
+    monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
     for name in ("SCB_FORWARD", "SCB_BACKWARD"):
         monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
     monkeypatch.setattr(launch, "UNKNOWN", 16)

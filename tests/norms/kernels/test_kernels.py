@@ -12,10 +12,11 @@ import torch
 from norm_cases import mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
+from common.norms.backends import capture
 from common.norms.kernels import cluster_operators, em_operators, launch, operators
 
 FOLDER = Path(__file__).parent
-PARTS = {"kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
+PARTS = {"channels_interpreted": 2, "kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
 """Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
@@ -234,6 +235,19 @@ def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, 
     assert functional.choose_backend("auto", OnGpu(dtype), num, width) == want  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_capture_is_seen_where_it_is(monkeypatch, captured):
+    """On a machine without a driver, to ask is an error."""
+    assert not capture.capturing(torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    x: Any = OnGpu(torch.float32)
+    assert capture.capturing(x) is captured
+    capture.refuse(torch.zeros(1), "this")
+    if captured:
+        with pytest.raises(RuntimeError, match=r"^CUDA graph: this$"):
+            capture.refuse(x, "this")
+
+
 def test_the_automatic_choice_is_eager_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert functional.choose_backend("auto", torch.randn(2, 2)) == "eager"
@@ -247,7 +261,7 @@ def test_every_launch_is_one_that_triton_takes():
         for each in table.values()
         for entry in each.values()
     ]
-    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, *tables):
+    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, launch.CHANNEL, *tables):
         for number in (entry.elements, entry.num_warps):
             assert number.bit_count() == 1
         assert 32 * entry.num_warps <= 1024
@@ -265,10 +279,12 @@ def test_every_launch_is_one_that_triton_takes():
     [(64, 12544, (16, 4)), (128, 256, (8, 4)), (200, 64, (8, 8)), (3, 1024, (256, 4)), (256, 16, (8, 8))],
 )
 def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(kernel, channels, positions, want):
-    """Eight elements a thread, whatever the tile."""
+    """Eight elements a thread, whatever the tile, and sixteen of a 2-byte type: of two channels if maps are large."""
     walk = launch.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
     tiling = launch.mixture_tiling(kernel, walk, 1, 3)
     assert (tiling.block_l, tiling.num_warps) == want
+    half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
+    assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
     for other in (49, 24):  # which Triton cannot read several of at once
         walk = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
         tiling = launch.mixture_tiling(kernel, walk, 1, 3)
@@ -281,6 +297,13 @@ def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed(ke
     tiling = launch.mixture_tiling(kernel, launch.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
     assert tiling.block_c < 64
     assert tiling.block_l * tiling.block_c == 1024
+
+
+def test_a_tile_that_is_narrowed_has_fewer_threads():
+    """Sixteen bytes are eight elements in bfloat16."""
+    walk = launch.walk((torch.empty(64, 256, 64, device="meta"),), merge=True)
+    tiling = launch.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3, itemsize=2)
+    assert (tiling.block_l, tiling.block_c, tiling.num_warps) == (64, 8, 2)
 
 
 def test_threads_read_several_positions_of_a_channel_at_once():

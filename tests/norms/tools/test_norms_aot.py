@@ -49,7 +49,7 @@ def test_a_case_says_what_it_is():
         ({"subject": "UCBNorm, groups=1"}, 42 * 1.3),
         ({"subject": "UCBNorm, evaluation"}, None),
         ({"num": 8}, None),
-        ({"dtype": "bfloat16"}, None),
+        ({"dtype": "bfloat16"}, 42),
         ({"shape": (64, 256, 8, 8)}, None),
         ({"name": "another_kernel"}, 0),  # a kernel without a budget has to be given one
     ],

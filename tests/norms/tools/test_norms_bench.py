@@ -18,7 +18,7 @@ def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
         ran.extend(isinstance(run(), tuple) for run in runs.values())
         return {name: [i * t for t in (8.0, 2.0, 4.0)[:rounds]] for i, name in enumerate(runs, 1)}
 
-    monkeypatch.setattr(bench, "SHAPES", ((4, 6, 2, 2),))
+    monkeypatch.setitem(bench.TIMED, "cpu", (((4, 6, 2, 2),), *bench.TIMED["cpu"][1:]))
     monkeypatch.setattr(bench, "compare", compare)
     bench.main(["--backends", "eager", "--rounds", "3", "--device", "cpu"])
     assert ran == 2 * (4 * [False] + 4 * [True])  # outputs, gradients
@@ -33,6 +33,41 @@ def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
         assert row[3:] == ["4.00 (2.00-8.00)", "2.00 (2.00-2.00)", "3.00 (3.00-3.00)", "4.00 (4.00-4.00)"]
     header, rule, row = memory.splitlines()
     assert header.count("|") == rule.count("|") == row.count("|") == 6
+
+
+def test_a_gpu_is_timed_in_evaluation_and_in_bfloat16_too(monkeypatch):
+    assert ((64, 64, 112, 112) in bench.TIMED["cuda"][0]) is True
+    assert bench.TIMED["cuda"][1:] == ((torch.float32, torch.bfloat16), ("evaluation", "forward", "both"))
+    seen = []
+
+    def compare(runs, rounds, device):
+        for run in runs.values():
+            found = run()
+            seen.append((isinstance(found, tuple), (found[0] if isinstance(found, tuple) else found).dtype))
+        return {name: [1.0] for name in runs}
+
+    def layers(channels, backend):
+        made.append(torch.nn.BatchNorm2d(channels))
+        return {"layer": made[-1]}
+
+    made: list[torch.nn.Module] = []
+    monkeypatch.setitem(bench.TIMED, "cpu", bench.TIMED["cuda"])
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "layers", layers)
+    rows = bench.time_row((4, 6, 2, 2), "NHWC", ["eager"], 1, torch.device("cpu"), torch.bfloat16)
+    told = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
+    assert told == [["4x6x2x2", "NHWC, bfloat16", name] for name in ("evaluation", "forward", "both")]
+    assert [layer.training for layer in made] == [False, True, True]
+    assert seen == [(backward, torch.bfloat16) for backward in (False, False, False, False, True, True)]
+
+
+def test_layers_are_timed_at_their_defaults():
+    told = {name: str(layer) for name, layer in bench.layers(6, "eager").items()}
+    assert told == {
+        "SCB": "SCBNorm(6, 3, backend='eager')",
+        "UCB joint": "UCBNorm(6, 3, groups=1, backend='eager')",
+        "UCB channel-wise": "UCBNorm(6, 3, backend='eager')",
+    }
 
 
 def test_memory_is_what_autograd_keeps_and_what_is_held_at_once():

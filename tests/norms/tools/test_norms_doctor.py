@@ -1,5 +1,6 @@
 """The doctor agrees with sound backends, finds a sick one, and says in one line what it cannot examine."""
 
+import itertools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from common.norms import functional
 from common.norms.backends import closed_form
 from common.norms.tools import doctor
 
+doctor_timed = doctor.TIMED
 NAMES = [check.name for check in doctor.checks()]
 
 
@@ -20,7 +22,7 @@ def few_inputs(monkeypatch):
     monkeypatch.setattr(functional, "BACKENDS", ("auto", "reference", "eager", "triton"))
     monkeypatch.setattr(doctor, "DTYPES", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(doctor, "SHAPES", {(3, 6, 2, 7): ("contiguous", "channels_last")})
-    monkeypatch.setattr(doctor, "TIMED_SHAPES", {"cpu": (4, 6, 2, 3)})
+    monkeypatch.setattr(doctor, "TIMED", {"cpu": (((4, 6, 2, 3), torch.float32),)})
 
 
 def run(capsys, *argv: str) -> tuple[int, list[str]]:
@@ -65,18 +67,39 @@ def test_the_share_of_the_bandwidth_is_what_must_be_moved_in_the_time_of_a_copy(
             run()
         assert runs["both"]()[0].shape == (4, 6, 2, 3)  # gradients
         assert not runs["forward"]().requires_grad
-        return {name: [time] * rounds for name, time in zip(runs, (0.002, 0.004, 0.010), strict=True)}
+        return {name: [time] * rounds for name, time in zip(runs, (0.002, 0.004, 0.004, 0.010), strict=True)}
 
     monkeypatch.setattr(doctor.bench, "compare", compare)
     doctor.time_backends(["eager"], torch.device("cpu"))
     rows = [line.rsplit("eager", 1) for line in capsys.readouterr().out.splitlines() if "eager" in line]
     speed = f"{2 * 4 * 4 * 6 * 2 * 3 / 2e-6 / 1e9:.1f}"
-    # SCB reads x and writes y; in both passes reads x and g too and writes dx. A mixture reads x twice each way, g too.
+    # SCB reads x and writes y; in both passes reads x and g too and writes dx. A mixture reads x twice each way, g too,
+    # but in evaluation once.
     assert {name.strip(): cells.split() for name, cells in rows} == {
-        "SCB": ["50.0%", "50.0%", speed],
-        "mixture joint": ["75.0%", "80.0%", speed],
-        "mixture channel-wise": ["75.0%", "80.0%", speed],
+        "SCB": ["50.0%", "50.0%", "50.0%", speed],
+        "UCB joint": ["50.0%", "75.0%", "80.0%", speed],
+        "UCB channel-wise": ["50.0%", "75.0%", "80.0%", speed],
     }
+
+
+def test_a_gpu_is_timed_at_small_and_large_maps_in_both_precisions():
+    shapes = {shape for shape, _ in doctor_timed["cuda"]}
+    assert {(64, 256, 8, 8), (64, 64, 112, 112)} <= shapes
+    assert set(doctor_timed["cuda"]) == set(itertools.product(shapes, (torch.float32, torch.bfloat16)))
+
+
+def test_a_precision_is_that_of_what_is_timed(capsys, monkeypatch):
+    seen = []
+
+    def compare(runs, rounds, device):
+        seen.append({name: run()[0].dtype for name, run in runs.items()})
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(doctor.bench, "compare", compare)
+    monkeypatch.setattr(doctor, "TIMED", {"cpu": (((4, 6, 2, 3), torch.bfloat16),)})
+    doctor.time_backends(["eager"], torch.device("cpu"))
+    assert "x 4x6x2x3 bfloat16, K=3" in capsys.readouterr().out
+    assert seen == 3 * [dict.fromkeys(("copy", "evaluation", "forward", "both"), torch.bfloat16)]
 
 
 def test_a_backend_that_cannot_run_is_no_failure(capsys):

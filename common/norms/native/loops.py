@@ -1,4 +1,4 @@
-"""The loops of mixtures in C++: what the ``compiled`` backend runs on a CPU for float32 (see ``native.cpp``).
+"""The loops of mixtures in C++: what the ``compiled`` backend runs on a CPU for float32 (see ``loops.cpp``).
 
 A compiler makes a library for each number of components, in a second or two; it is kept in
 ``~/.cache/cluster-based-norm/native`` (``XDG_CACHE_HOME`` in place of ``~/.cache``, if set) for all processes on
@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,32 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from .reference import Moments, Scale, Statistics
-from .refusal import first_derivative_only
+from ..backends import compiled, direct
+from ..backends.closed_form import first_derivative_only
+from ..backends.reference import Moments, Scale, Statistics
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 MOST_COMPONENTS = 16
 NO_FLOOR = -1e30
-
-
-def compiler() -> str:
-    """Return the command that compiles C++, whether or not there is one."""
-    return os.environ.get("CXX", "g++")
-
-
-def refusal() -> str | None:
-    """Say why nothing can be compiled, or return None if it can."""
-    if not _on_path(compiler()):
-        return f"needs a C++ compiler, but {compiler()!r} is not on the PATH; install one or set CXX"
-    return None
-
-
-@functools.cache  # every batch asks, and looking takes longer than a small batch
-def _on_path(program: str) -> bool:
-    return shutil.which(program) is not None
+CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -117,14 +102,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def library(num_components: int) -> Any:
     """Return the loops for a number of components, or None if there can be none here."""
-    if num_components > MOST_COMPONENTS or refusal():
+    if num_components > MOST_COMPONENTS or compiled.refusal(CPU):
         return None
-    return _library(num_components, compiler())
+    return _library(num_components, compiled.compiler())
 
 
 def serves(x: Tensor, num_components: int, *others: Tensor | None) -> bool:
     """Say whether the loops compute x with these parameters; compile them if need be."""
-    if torch.compiler.is_compiling() or not _plain(x):
+    if direct.watched(x) or not _plain(x):
         return False
     return all(t is None or _plain(t) for t in others) and library(num_components) is not None
 
@@ -272,6 +257,7 @@ def move_averages(
     num, channels = stored[1].shape
     pointers = _pointers(*stored, state)
     library(num).move_averages(*pointers, channels, groups, momentum, paper, min_weight, shared)
+    increment_version(tuple(stored))
 
 
 def fit_mixture(

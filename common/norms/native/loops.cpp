@@ -1,6 +1,6 @@
 // The loops of mixtures on a CPU in float32, a library for each number of components (-DCOMPONENTS=3).
 //
-// native.py compiles this file and says what the functions at its end take. The mathematics is that of closed_form.py,
+// loops.py compiles this file and says what the functions at its end take. The mathematics is that of closed_form.py,
 // whose names are used here too: m and v are a batch's moments, r = (v + eps)^(-1/2), tau posteriors.
 //
 // What is looped over is a plane: the values of one channel side by side. Activations in any layout are brought into
