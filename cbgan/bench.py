@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from cbgan.config import GanConfig
+from cbgan.networks.losses import Loss
 from cbgan.train import Gan
 from common.cli.arguments import parse
 from common.data import ImageSet
@@ -44,6 +45,12 @@ class BenchConfig(GanConfig):
     """Channels of the widest layers; the paper's network has 512."""
     rounds: int = 11
     """Steps of each GAN."""
+    loss: Loss = "logistic"
+    """hinge, or the non-saturating logistic loss, which is the paper's."""
+    spectral: bool = False
+    """Spectral normalization of the discriminator's weights, in place of its BatchNorm, which is the paper's."""
+    augment: list[str] = field(default_factory=lambda: ["none"])
+    """Changes to what the discriminator sees of both kinds of images: some of color, translation, cutout; or none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

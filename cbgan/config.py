@@ -1,6 +1,7 @@
 """The configuration of a GAN run."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
@@ -8,7 +9,7 @@ from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
 from common.norms.factory import kinds
-from common.training.config import BestConfig, RunConfig
+from common.training.config import BestConfig, RunConfig, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,11 @@ class GanConfig(RunConfig):
     dsbn) takes the images' classes, and makes the GAN a conditional one.
     """
 
-    epochs: int = field(default=60, metadata=MAY_CHANGE)
+    epochs: int = field(default=80, metadata=MAY_CHANGE)
     """Passes over the training images."""
-    lr: float = 2e-4
+    lr: float = 1e-3
     """Learning rate of both networks."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="cosine"))
     width: int = 64
     """Widest layer's channels in generator and discriminator, a multiple of 8; the paper's network has 512."""
     latent_dim: int = 128
@@ -34,19 +36,21 @@ class GanConfig(RunConfig):
     """Adam's first decay rate."""
     beta2: float = 0.9
     """Adam's second decay rate."""
-    loss: Loss = "logistic"
-    """The non-saturating logistic loss, or hinge."""
-    spectral: bool = False
+    loss: Loss = "hinge"
+    """hinge, or the non-saturating logistic loss."""
+    spectral: bool = True
     """Spectral normalization of the discriminator's weights, in place of its BatchNorm."""
     r1: float = 0.0
     """Factor gamma of the penalty gamma / 2 |gradient of the logit by the real image|^2; 0 leaves it out."""
-    augment: list[str] = field(default_factory=list)
-    """Changes to what the discriminator sees of real and generated images alike: color, translation, cutout."""
+    augment: list[str] = field(default_factory=lambda: ["translation"])
+    """Changes to what the discriminator sees of both kinds of images: some of color, translation, cutout; or none."""
     calibration_batches: int = 100
     """mn: batches of noise from which the mixtures are fitted anew before each measurement; 0 takes moving averages."""
     best: BestConfig = field(default_factory=lambda: BestConfig(keep=True))
     data: DataConfig = field(default_factory=DataConfig)
     fid: FidConfig = field(default_factory=FidConfig)
+
+    earlier: ClassVar = {"schedule.kind": "constant", "loss": "logistic", "spectral": "false", "augment": "none"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +69,8 @@ class GanConfig(RunConfig):
         if self.r1 and (self.precision == "fp16" or self.compile):
             why = "compile, which differentiates once" if self.compile else "precision fp16, too narrow for it"
             raise ValueError(f"r1: expected 0 with {why}, got {self.r1}")
-        if unknown := [name for name in self.augment if name not in KINDS]:
-            raise ValueError(f"augment: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+        if self.augment != ["none"] and (unknown := [name for name in self.augment if name not in KINDS]):
+            raise ValueError(f"augment: expected some of {', '.join(KINDS)}, or none, got {', '.join(unknown)}")
         for channels in (self.width // 2, self.width // 4):
             self.norm.check_features(channels)
         if self.data.validation:
@@ -82,6 +86,11 @@ class GanConfig(RunConfig):
                 f"base_size: expected 0 or {' or '.join(map(str, allowed))} for images of {self.data.size}, "
                 f"got {self.base_size}"
             )
+
+    @property
+    def augmentations(self) -> list[str]:
+        """The kinds of changes that are made."""
+        return [name for name in self.augment if name in KINDS]
 
     @property
     def conditional(self) -> bool:

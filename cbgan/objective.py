@@ -79,10 +79,11 @@ class Objective:
         return noise(self.cfg, part.number, rows, self.device, self.method.env.rank, part.seed).chunk(2)
 
     def _seen(self, images: Tensor, part: Part, whose: str) -> Tensor:
-        if not self.cfg.augment:
+        kinds = self.cfg.augmentations
+        if not kinds:
             return images
         place = ("augment", whose, self.method.env.rank, part.number)
-        return augment(images, self.cfg.augment, generator(part.seed, *place, device=self.device))
+        return augment(images, kinds, generator(part.seed, *place, device=self.device))
 
 
 def gradient_variances(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

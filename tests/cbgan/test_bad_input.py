@@ -31,6 +31,7 @@ FLAGS = {
     "--r1 1 --precision fp16": ["r1", "expected 0 with precision fp16"],
     "--r1 1 --compile": ["r1", "expected 0 with compile", "1"],
     "--augment color flip": ["augment", "cutout", "flip"],
+    "--augment color none": ["augment", "color", "got none"],
     "--loss wasserstein": ["loss", "hinge", "wasserstein"],
     "--calibration_batches -1": ["calibration_batches", "0 or more", "-1"],
     "--norm.num_components 0": ["norm.num_components", "at least 1", "0"],

@@ -14,7 +14,7 @@ def test_a_pair_learns_one_model_and_measures_what_one_process_would(launch, tin
     pair = ["--epochs", "1", "--batch_size", "60", "--norm.init", "kmeans++", "--data.flip"]  # 8 steps of 2 x 60
     done = launch("cbgan.train", *tiny, *pair, "--name", "pair", processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("FID (classifier)") == 1  # one summary, not two
+    assert done.stdout.count("FID (classifier)  first") == 1  # one summary, not two
     folder = tmp_path / "cbgan" / "pair"
     state = final_state(folder)
     own = [rank["networks"]["g"]["norm3.running_mean"] for rank in state["ranks"]]

@@ -91,7 +91,8 @@ def conditional(tmp_path_factory, cache) -> Path:
     out = tmp_path_factory.mktemp("conditional")
     cbgan.train.main(["--norm.kind", "scb", "--norm.num_components", "10", "--width", "8", "--latent_dim", "8",
                       "--batch_size", "250", "--epochs", "1", "--ema", "0.5", "--fid.every", "1", "--fid.samples", "50",
-                      "--lr", "0.02", "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
+                      "--lr", "0.02", "--schedule.kind", "constant", "--spectral", "false",
+                      "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
     return out / "cbgan" / "run"
 
 

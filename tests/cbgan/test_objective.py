@@ -22,13 +22,13 @@ from common.training.opening import prepare
 from common.training.update import Part, StepGuard, Update
 
 CPU = torch.device("cpu")
-SMALL = {"width": 8, "latent_dim": 4, "batch_size": 16}
+SMALL = {"width": 8, "latent_dim": 4, "batch_size": 16, "loss": "logistic", "spectral": False, "augment": ["none"]}
 BY_CLASS = NormConfig(kind="scb", num_components=10)
 
 
 def started(**options: Any) -> tuple[Gan, Part, Update]:
     """Return a method with its networks, and the first part of its first step."""
-    cfg = GanConfig(**SMALL, **options)
+    cfg = GanConfig(**{**SMALL, **options})
     method, feed, parts = prepare(Gan, cfg, Gan.load(cfg), CPU, Env())
     guard = StepGuard(parts.networks.values(), ["loss/d", "loss/g"], CPU)
     update = Update(parts, guard, next(feed.epoch(0, 0, cfg.seed)), CPU, "fp32", None)

@@ -49,6 +49,7 @@ def test_the_papers_configurations_are_the_papers(kind):
     cfg = config(f"paper_{kind}.yaml")
     assert (cfg.data.name, cfg.epochs, cfg.lr, cfg.beta1, cfg.beta2, cfg.width) == ("cifar100", 200, 2e-4, 0, 0.9, 512)
     assert (cfg.fid.every, cfg.fid.extractor, cfg.fid.samples, cfg.fid.final_samples) == (10, "inception", 10000, 50000)
+    assert (cfg.schedule.kind, cfg.loss, cfg.spectral, cfg.augment, cfg.ema) == ("constant", "logistic", False, [], 0)
     assert cfg.norm.kind == kind
     assert cfg.norm.num_components == 3
     if kind == "ucb":
@@ -146,7 +147,9 @@ def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(tiny, t
 
 def test_a_dry_run_writes_nothing_and_states_the_cost(tiny, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
-    cbgan.train.main([*tiny, "--width", "512", "--batch_size", "8", "--norm.kind", "bn", "--dry_run"])
+    cbgan.train.main(
+        [*tiny, "--width", "512", "--batch_size", "8", "--norm.kind", "bn", "--spectral", "false", "--dry_run"]
+    )
     out = capsys.readouterr().out
     assert f"Generator: {3_812_355 - (128 - 16) * 512 * 16:,} parameters" in out  # tiny's latent has length 16
     assert "Discriminator: 5,864,449 parameters" in out
@@ -180,7 +183,7 @@ def test_a_signal_saves_the_step_and_prints_how_to_go_on(tiny, tmp_path, signum,
 
 def test_each_loss_sees_the_right_images_and_its_own_noise(cache):
     """Hold a step against the two losses written out: real before fake, and two draws of noise."""
-    cfg = GanConfig(width=16, latent_dim=16, cache=cache)
+    cfg = GanConfig(width=16, latent_dim=16, cache=cache, loss="logistic", spectral=False, augment=["none"])
     method, feed, parts = prepare(Gan, cfg, Gan.load(cfg), torch.device("cpu"), Env())
     losses: dict[str, Callable[[Part], torch.Tensor]] = {}
 

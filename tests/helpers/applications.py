@@ -46,7 +46,7 @@ APPLICATIONS = {
         Application(
             "cbgan", cbgan.train.Gan, cbgan.train.main,
             ("--width", "8", "--batch_size", "120", "--latent_dim", "16", "--fid.every", "1", "--fid.samples", "60",
-             "--fid.batch_size", "20", "--data.flip"), "d", "0.0002"),
+             "--fid.batch_size", "20", "--data.flip", "--schedule.kind", "constant"), "d", "0.001"),
         Application(
             "cbcls", cbcls.train.Classification, cbcls.train.main,
             ("--batch_size", "120", "--data.size", "8", "--data.flip"), "train", "0.001"),

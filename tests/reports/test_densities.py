@@ -74,6 +74,17 @@ def test_a_known_mixture_is_found_and_repeats():
             fit_mixture(values, wrong)
 
 
+def test_no_overlap_keeps_a_mixture_from_being_fitted():
+    """A fit of the greatest likelihood is no less likely than what the values were drawn from."""
+    g = torch.Generator().manual_seed(0)
+    drawn = Mixture(np.array([0.15, 0.5, 0.35]), np.array([-1.2, 0.0, 0.9]), np.array([1.1, 0.7, 1.3]))
+    weights, means, deviations = (torch.tensor(each) for each in (drawn.weights, drawn.means, drawn.deviations))
+    of = torch.multinomial(weights, 10_000, replacement=True, generator=g)
+    values = means[of] + deviations[of] * torch.randn(10_000, generator=g, dtype=torch.float64)
+    likely = [np.log(each.components(values.numpy()).sum(axis=0)).mean() for each in (fit_mixture(values, 3), drawn)]
+    assert likely[0] >= likely[1]
+
+
 def test_components_are_normal_densities_times_their_weights():
     mixture = Mixture(np.array([0.25, 0.75]), np.array([-1.0, 2.0]), np.array([0.5, 3.0]))
     x = np.linspace(-30, 30, 6001)

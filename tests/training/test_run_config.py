@@ -1,11 +1,12 @@
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import yaml
 
 from common.errors import UsageError
 from common.norms.config import NormConfig
-from common.training.config import RunConfig, resume_config, stored_yaml
+from common.training.config import RunConfig, resume_config, stored_config, stored_yaml
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "epochs: [", "log_every: x", "log_every: 0", "foo: 1", "{}\n---\n{}"])
@@ -54,3 +55,15 @@ def test_bad_settings_name_themselves(setting, value):
 def test_resuming_needs_a_name():
     with pytest.raises(ValueError, match="--name"):
         RunConfig(resume=True)
+
+
+def test_a_run_that_is_older_than_a_setting_did_what_was_done_then(tmp_path):
+    class Later(RunConfig):
+        earlier: ClassVar = {"ema": "0.5", "schedule.kind": "arc"}
+
+    (tmp_path / "config.yaml").write_text("lr: 0.25\nschedule: {kind: cosine}\n")  # one that had the second already
+    stored = stored_config(Later, tmp_path)
+    assert (stored.lr, stored.ema, stored.schedule.kind) == (0.25, 0.5, "cosine")
+    resumed = resume_config(Later, ["--name", "run", "--resume"], tmp_path)
+    assert (resumed.lr, resumed.ema, resumed.schedule.kind) == (0.25, 0.5, "cosine")
+    assert Later().ema == 0

@@ -90,7 +90,7 @@ def test_a_run_gives_its_options_to_the_networks():
     d = built(cfg).networks["d"]
     assert d.get_submodule("embedding").num_embeddings == 10
     assert "features.0.parametrizations.weight.original" in d.state_dict()
-    plain = built(GanConfig(width=16)).networks["d"]
+    plain = built(GanConfig(width=16, spectral=False)).networks["d"]
     assert plain.embedding is None
     assert "features.0.weight" in plain.state_dict()
 

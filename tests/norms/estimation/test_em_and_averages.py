@@ -281,6 +281,29 @@ def test_a_layers_averages_are_the_sums_written_out(average, groups):
     np.testing.assert_allclose(layer.log_var.exp(), var, rtol=1e-9)
 
 
+@pytest.mark.parametrize("average", ["em", "paper"])
+def test_a_nearly_empty_component_jumps_under_the_papers_rule_alone(average):
+    layer = UCBNorm(2, 2, average=average).double()
+    layer.mean[1, 0] = 6.0  # six deviations from what the first channel holds; in the second both are alive
+    x = torch.randn(64, 2, 8, 8, generator=generator(0, "x"), dtype=torch.float64)
+    mu, values = layer.mean[:, 0].numpy().copy(), x[:, 0].flatten().numpy()
+    log_p = -0.5 * (values - mu[:, None]) ** 2 / (1 + 1e-5)
+    tau = np.exp(log_p[1]) / np.exp(log_p).sum(0)
+    share, held = tau.mean(), (tau * values).sum() / tau.sum()
+    spread = (tau * (values - held) ** 2).sum() / tau.sum()
+    assert share < 3e-3
+    layer(x)
+    mean, var = layer.mean[1, 0].item(), layer.log_var[1, 0].exp().item()
+    if average == "paper":  # a tenth of the way to what a few locations are like, in mean and variance
+        assert mean == pytest.approx(6 - 0.1 * (6 - held), rel=1e-9)
+        mass = tau.sum()
+        assert var == pytest.approx(1 - 0.1 * (1 - spread * mass / max(mass - 1, mass / 2)), rel=1e-9)
+        assert mean < 5.8
+    else:  # by its share of them, of a weight that is a half or little less
+        assert 0 < 6 - mean < 0.1 * share / 0.45 * (6 - held)
+        assert var == pytest.approx(1, abs=0.02)
+
+
 def test_momentum_has_pytorchs_orientation():
     x = mixture_case((6, 4, 5), num=1)[0].float()
     still = UCBNorm(4, 3, momentum=0.0)
