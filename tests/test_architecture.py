@@ -8,15 +8,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 APPLICATIONS = ("cbgan", "cbda", "cbcls")
-LAYERS = {"common/norms", "common/norms/estimation", "common/norms/backends", "common/norms/kernels"}
+LAYERS = {
+    "common/norms",
+    "common/norms/estimation",
+    "common/norms/backends",
+    "common/norms/native",
+    "common/norms/kernels",
+}
 MAY_IMPORT = {
     # Everything may import common/errors.py and common/registry.py; what is not listed here is forbidden.
     "common/cli": set(),
     "common/machine": set(),
     "common/norms/backends": set(),
+    "common/norms/native": {"common/norms/backends"},
     "common/norms/kernels": {"common/norms/backends"},
-    "common/norms/estimation": {"common/norms/backends"},
-    "common/norms": {"common/norms/estimation", "common/norms/backends", "common/norms/kernels"},
+    "common/norms/estimation": {"common/norms/backends", "common/norms/native"},
+    "common/norms": {
+        "common/norms/estimation", "common/norms/backends", "common/norms/native", "common/norms/kernels",
+    },
     "common/norms/surgery": {"common/norms", "common/norms/estimation"},
     "common/norms/tools/timing": {*LAYERS, "common/norms/tools", "common/cli", "common/machine"},
     "common/norms/tools": {*LAYERS, "common/cli", "common/machine", "common/runs"},

@@ -13,6 +13,7 @@ import torch
 from common.errors import UsageError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -116,8 +117,7 @@ def set_determinism(deterministic: bool) -> None:
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Return the autocast context of a precision; float32 leaves everything as it is."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

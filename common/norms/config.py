@@ -4,9 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from . import checks
+from . import checks, functional
 from .factory import BUILT_IN, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
 
 
@@ -99,6 +100,15 @@ class NormConfig:
         missing = {name: defaults[name] for name in _FIELDS if name in defaults and getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
+    def backend_on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """Return what ``backend`` comes to on a device for large activations of a dtype: "auto" is what can run there.
+
+        On a CPU this compiles the loops of a mixture, unless they have been.
+        """
+        return functional.settled_backend(
+            self.backend, device, dtype, self.num_components if self.kind in _MIXTURES else 0
+        )
+
     def _given(self) -> dict[str, Any]:
         return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
 
@@ -106,6 +116,9 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
+
+
+_MIXTURES = ("mn", "ucb")
 
 
 def settings_of(kind: str) -> set[str]:

@@ -13,6 +13,7 @@ from .estimation.averages import Stored
 from .estimation.em import Fit
 from .kernels import em_operators
 from .kernels import operators as kernels
+from .native import loops
 from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
 
 
@@ -159,7 +160,7 @@ class MixtureNorm(MixtureLayer):
             *fit, found = operators.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)
             pairs = zip(self._stored(Fit(*fit)), self._last_fit(), strict=True)
             return Stored(*(torch.where(found, new, old.to(new.dtype)) for new, old in pairs))
-        return self._stored(em.refit(x, last, self.step, *how))
+        return self._stored(em.refit(x, last, self.step, *how, compiled=self._native(x)))
 
     def _last_fit(self) -> Stored:
         return Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
@@ -191,6 +192,12 @@ class MixtureNorm(MixtureLayer):
             y, state = self._normalise_fused(x, fit, "batch", 0.0)
             if state is not None:
                 self._move_fused(state, new)
+            return y
+        if x.numel() and self._native(x):
+            y, state = self._normalise_native(x, Stored(*(t.float().contiguous() for t in fit)), 0.0)
+            if new is not None:
+                self._store_fit(new, loops.moments_of(state, self.num_components, self.groups))
+            self._average_in_native(state)
             return y
         mixture = self._snapshot(fit.logits.log_softmax(0), fit.mean, fit.log_var.exp())
         y, moments = self._normalise(x, *mixture, "batch")

@@ -18,12 +18,18 @@ from .checks import (
     check_parameter,
 )
 from .kernels import cluster_operators, launch, operators
+from .native import loops
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
+LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
+"""Values of an activation from which "auto" takes compiled loops on a CPU."""
 
 
-def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_channels: int = 1) -> str:
-    """Return the backend that computes x; "auto" is triton where its kernels can run on a GPU, else eager.
+def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_channels: int = 1) -> str:
+    """Return the backend that computes x.
+
+    "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
+    the loops of ``native`` can and x is large enough; else eager.
 
     Raises:
         ValueError: backend is no backend, or one that cannot run here, with the reason.
@@ -38,11 +44,19 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 1, group_chann
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
-        return "eager"
-    reason = launch.refusal(x) or launch.mixture_refusal(num_components, group_channels)
+        pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
+        return "compiled" if pays and loops.serves(x, num_components) else "eager"
+    reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
     return "eager" if reason else "triton"
+
+
+def settled_backend(backend: str, device: torch.device, dtype: torch.dtype, num_components: int) -> str:
+    """Return what ``choose_backend`` makes of a backend for a large activation; no components stand for clusters."""
+    if backend != "auto":
+        return backend
+    return choose_backend(backend, torch.empty(max(LEAST_VALUES.values()), device=device, dtype=dtype), num_components)
 
 
 def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -189,6 +203,10 @@ def mixture_norm(
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
         return _empty(x, *parameters), moments if statistics == "batch" else None
     options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
+    given = log_lambda, mean, var
+    if backend == "compiled" and loops.serves(x, len(mean), *given, weight, bias):
+        y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)
+        return y.reshape(x.shape), None if statistics == "learned" else loops.moments_of(state, len(mean), groups)
     with torch.autocast(x.device.type, enabled=False):
         if backend in closed_form.BACKENDS:
             return closed_form.mixture_norm(

@@ -104,13 +104,17 @@ class NormLayer(nn.Module):
     def _channels_first(self, x: Tensor) -> Tensor:
         r"""Check x and return it as (N, C, \*)."""
         checks.check_input(x, self.num_features, self.channel_dim)
-        return x.movedim(self.channel_dim, 1)
+        return x if self.channel_dim == 1 else x.movedim(self.channel_dim, 1)
+
+    def _channels_back(self, y: Tensor) -> Tensor:
+        """Put the channels back where they were."""
+        return y if self.channel_dim == 1 else y.movedim(1, self.channel_dim)
 
     def _finish(self, y: Tensor) -> Tensor:
         """Apply the affine map and put the channels back."""
         if self.weight is not None and self.bias is not None:
             y = functional.affine(y, self.weight, self.bias)
-        return y.movedim(1, self.channel_dim)
+        return self._channels_back(y)
 
     def _options(self) -> dict[str, Any]:
         """Return option: (value, default)."""

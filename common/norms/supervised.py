@@ -141,7 +141,7 @@ class _SupervisedNorm(NormLayer):
             checks.check_cluster(cluster, x, self.num_clusters, lowest=0 if self.training else -1)
             options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
             y = kernels.stored_cluster_norm(x, cluster, self._tables(), self.weight, self.bias, **options)
-            return y.movedim(1, self.channel_dim)
+            return self._channels_back(y)
         mean, log_var = self.rows()
         y = functional.cluster_norm(
             x,

@@ -17,6 +17,7 @@ from .estimation.draws import generator
 from .estimation.em import Fit
 from .kernels import operators as kernels
 from .layer import DeviceLike, NormLayer, leaf
+from .native import loops
 
 Update = Literal["moving_average", "weight"]
 MixtureInit = Literal["uniform", "kmeans++"]
@@ -242,6 +243,33 @@ class MixtureLayer(NormLayer):
             return False
         return functional.choose_backend(self.backend, x, self.num_components, self._width) == "triton"
 
+    def _native(self, x: Tensor) -> bool:
+        r"""Say whether loops in C++ take x (N, C, \*) and the moving averages as they are; see ``native.loops``."""
+        if not x.numel() or self.mean.requires_grad or (self.training and sync.active(self.process_group) is not None):
+            return False
+        if functional.choose_backend(self.backend, x, self.num_components, self._width) != "compiled":
+            return False
+        stored = self._mixture()
+        served = loops.serves(x, self.num_components, *stored, self.weight, self.bias)
+        return served and all(t.is_contiguous() for t in stored)
+
+    def _normalise_native(
+        self, x: Tensor, stored: Stored, min_weight: float, statistics: Statistics = "batch"
+    ) -> tuple[Tensor, Tensor]:
+        """Return what ``loops.mixture_norm`` does."""
+        options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "min_weight": min_weight}
+        y, state = loops.mixture_norm(
+            reference.flatten(x), stored, self.weight, self.bias, statistics=statistics, stored=True, **options
+        )
+        return y.reshape(x.shape), state
+
+    @torch.no_grad()
+    def _average_in_native(self, state: Tensor, *, shared_variance: bool = False) -> None:
+        """Move the averages by the moments of a state."""
+        rule: Any = {"groups": self.groups, "momentum": self.momentum, "paper": self.average == "paper"}
+        rule |= {"min_weight": self.min_weight, "shared": shared_variance}
+        loops.move_averages(self._mixture(), state, **rule)
+
     def _normalise_fused(
         self, x: Tensor, stored: Stored, statistics: Statistics, min_weight: float
     ) -> tuple[Tensor, Tensor | None]:
@@ -314,9 +342,11 @@ class MixtureLayer(NormLayer):
             y = self._train(x)
         elif self._fused(x, "learned"):
             y, _ = self._normalise_fused(x, self._mixture(), "learned", self.min_weight)
+        elif self._native(x):
+            y, _ = self._normalise_native(x, self._mixture(), self.min_weight, "learned")
         else:
             y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
-        return y.movedim(1, self.channel_dim)
+        return self._channels_back(y)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -477,6 +507,12 @@ class UCBNorm(MixtureLayer):
                 self._average_in_fused(state, shared_variance=shared)
                 if self.reseed:
                     self._reseed_dead(x, kernels.moments_of(state, self.groups))
+            return y
+        if self.statistics == "batch" and self._native(x):
+            y, state = self._normalise_native(x, self._mixture(), self.min_weight)
+            self._average_in_native(state, shared_variance=shared)
+            if self.reseed:
+                self._reseed_dead(x, loops.moments_of(state, self.num_components, self.groups))
             return y
         mixture = self.log_weights(), self.mean, self.log_var.exp()
         if self.update == "moving_average":  # which moves the buffers before the backward pass needs them

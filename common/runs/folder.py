@@ -144,8 +144,9 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
         bits: device, processor, threads, backend, versions.
 
     Raises:
-        UsageError: if the number of processes is not the run's (they share its images and noise), if the file is
-            not as `environment_json` writes it, or if it cannot be written.
+        UsageError: if the number of processes is not the run's (they share its images and noise), if on the same kind
+            of device the layers would be computed by another backend, if the file is not as `environment_json` writes
+            it, or if it cannot be written.
     """
     sessions = _sessions(path)
     before, now = dict(flatten(sessions[-1])), dict(flatten(session))
@@ -154,6 +155,7 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
             f"world: the run used {before.get('world')}, this process has {now.get('world')}; start it with "
             f"torchrun --nproc-per-node {before.get('world')}"
         )
+    _refuse_backend(before, now)
     text = environment_json([*sessions, dict(session)])
     with _writable(path):
         write_text_atomic(path / "environment.json", text)
@@ -164,6 +166,24 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def _refuse_backend(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UsageError if a run would go on with another backend of its layers, but on another kind of device."""
+    had, has = before.get("backend"), now.get("backend")
+    if before.get("device") != now.get("device") or had == has or had in (None, "auto"):  # as older runs noted it
+        return
+    remedy = _REMEDIES.get(
+        (str(had), str(has)), "go on where the run's is to be had, or start a new run by another --name"
+    )
+    raise UsageError(f"backend: the run's layers were computed by {had}, here they would be by {has}; {remedy}")
+
+
+_REMEDIES = {
+    ("compiled", "eager"): "install the C++ compiler that the run had, or set CXX to it",
+    ("eager", "compiled"): "start it with CXX=none, which hides the C++ compiler that the run did not have",
+    ("triton", "eager"): "install triton, as the run had it",
+}
 
 
 def recorded_threads(path: Path) -> int | None:

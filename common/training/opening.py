@@ -14,7 +14,7 @@ from common.cli.arguments import flatten, parse, read, to_dict
 from common.data import Feed, ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
-from common.machine.device import keep_freed_memory, set_determinism, set_threads
+from common.machine.device import DTYPES, keep_freed_memory, set_determinism, set_threads
 from common.machine.dist import Env
 from common.runs.folder import (
     RunFolder,
@@ -97,7 +97,7 @@ class RunPlace:
 
     def __init__(self, method: Method[Any], cfg: RunConfig, device: torch.device, env: Env) -> None:
         self.method, self.cfg, self.env = method, cfg, env
-        self.session = environment(device, backend=cfg.norm.backend)
+        self.session = environment(device, backend=cfg.norm.backend_on(device, DTYPES[cfg.precision]))
         self._folder: RunFolder | None = None
         if cfg.resume:
             env.lead(self._reopen)

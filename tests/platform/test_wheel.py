@@ -55,6 +55,7 @@ def run(installed: dict[str, str], cwd: Path, *argv: str) -> subprocess.Complete
 
 def test_it_holds_every_module_and_configuration_and_nothing_else(wheel):
     expected = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    expected |= {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.cpp")}
     expected |= {f"{name}/py.typed" for name in PACKAGES}
     expected |= {f"{path.parent.name}/configs/{path.name}" for path in (ROOT / "configs").glob("*/*.yaml")}
     with zipfile.ZipFile(wheel) as archive:

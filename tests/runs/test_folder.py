@@ -130,7 +130,7 @@ def test_a_session_like_the_last_one_is_appended_without_a_word(tmp_path):
     assert sessions(tmp_path) == [session, session]
 
 
-ELSEWHERE = {"device": "cuda", "threads": 7, "backend": "triton", "python": "3.12.1", "versions.torch": "2.12.0",
+ELSEWHERE = {"device": "cuda", "threads": 7, "python": "3.12.1", "versions.torch": "2.12.0",
              "versions.triton": "3.4.0", "hardware.cpu": "B", "hardware.gpu": "C"}  # fmt: skip
 
 
@@ -151,6 +151,28 @@ def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path, field):
 def test_what_no_result_depends_on_goes_without_saying(tmp_path, field, value):
     write_sessions(tmp_path, SESSION)
     assert note_session(tmp_path, changed(field, value)) == []
+
+
+def test_another_backend_of_the_layers_is_refused_on_the_same_kind_of_device(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    with pytest.raises(
+        UsageError, match=r"^backend: the run's .* by eager, .* by compiled; start it with CXX=none"
+    ) as one:
+        note_session(tmp_path, changed("backend", "compiled"))
+    assert "\n" not in str(one.value)
+    assert sessions(tmp_path) == [SESSION]
+    write_sessions(tmp_path, changed("backend", "compiled"))
+    with pytest.raises(UsageError, match=r"^backend: .* by compiled, .* by eager; install the C\+\+ compiler"):
+        note_session(tmp_path, SESSION)
+
+
+def test_a_backend_that_comes_with_another_device_or_was_not_noted_goes_with_a_line(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    lines = note_session(tmp_path, changed("backend", "triton") | {"device": "cuda"})
+    assert [line.split(":")[0] for line in lines] == ["device", "backend"]
+    write_sessions(tmp_path, changed("backend", "auto"))
+    (line,) = note_session(tmp_path, SESSION)
+    assert line.startswith("backend: the run used auto, this process has eager; ")
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

@@ -35,7 +35,7 @@ class _Refuse(Function):
         )
 
 
-def _first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Compute a backward pass outside autograd and autocast, and refuse to differentiate its result.
 
     torch.autograd.function.once_differentiable would give an error that names no remedy, and none at all
@@ -102,7 +102,7 @@ class _ClusterNorm(Function):
         return _run(_cluster_forward, options, x, cluster, mean, s)
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx: Any, g: Tensor) -> tuple:
         options = ctx.options._replace(wanted=ctx.needs_input_grad[0])
         dx, dmean, ds = _run(_cluster_backward, options, g, *ctx.saved_tensors)
@@ -313,7 +313,7 @@ class _BatchMixture(Function):
         return y, mass, m, v
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
         x, tau, mass, m, v, *mixture = ctx.saved_tensors
         options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:4]))
@@ -359,7 +359,7 @@ class _LearnedMixture(Function):
         return _run(_learned_forward, options, x, *mixture)
 
     @staticmethod
-    @_first_derivative_only
+    @first_derivative_only
     def backward(ctx: Any, g: Tensor) -> tuple:
         options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:6]))
         return *_run(_learned_backward, options, g, *ctx.saved_tensors), None

@@ -1,4 +1,4 @@
-"""The passes written for torch.compile: the ``compiled`` backend.
+"""The passes written for torch.compile: the ``compiled`` backend, but for what ``native`` computes on a CPU.
 
 Forward and backward are a graph each. It is compiled once for a number of components, a dtype and a layout,
 and serves all batch sizes. Components are unrolled, so that one loop over memory serves many sums; sums go
@@ -38,12 +38,16 @@ KEEP_SINGLE: bool = False
 _graphs: dict[object, Callable[..., Any]] = {}
 
 
+def compiler() -> str:
+    """Return the command that compiles C++, whether or not there is one."""
+    return os.environ.get("CXX", "g++")
+
+
 def refusal(device: torch.device) -> str | None:
     """Say why this backend cannot run, or return None if it can."""
     if device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if not _on_path(compiler):
-            return f"needs a C++ compiler, but {compiler!r} is not on the PATH; install one or set CXX"
+        if not _on_path(compiler()):
+            return f"needs a C++ compiler, but {compiler()!r} is not on the PATH; install one or set CXX"
     elif device.type == "cuda" and not importlib.util.find_spec("triton"):
         return "needs the package triton on a GPU, which is not installed"
     return None

@@ -6,7 +6,7 @@ comes from a generator or a seed that is given.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from ..backends import eager, reference
 from ..backends.passes import Mixture
 from ..backends.reference import Moments
+from ..native import loops
 from . import draws
 from .draws import generator
 
@@ -145,9 +146,15 @@ def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, s
     return expectation_maximisation(points, fit, groups, eps, steps)
 
 
-def refit(x: Tensor, fit: Fit, step: Tensor | int, groups: int, seed: int, eps: float, steps: int) -> Fit:
-    r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws."""
-    return expectation_maximisation(sample_points(x, seed, "fit", step), fit, groups, eps, steps)
+def refit(
+    x: Tensor, fit: Fit, step: Tensor | int, groups: int, seed: int, eps: float, steps: int, *, compiled: bool = False
+) -> Fit:
+    r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws, by compiled loops or in torch."""
+    points = sample_points(x, seed, "fit", step)
+    if compiled and loops.serves(points, len(fit.mean), *fit):
+        rule: Any = {"groups": groups, "eps": eps, "empty": EMPTY, "steps": steps}
+        return Fit(*loops.fit_mixture(points, fit, variance_floor(points), **rule))
+    return expectation_maximisation(points, fit, groups, eps, steps)
 
 
 def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,9 +52,9 @@ TALL = {
     "mixture_sums_kernel": {4: Launch(1024, 4)},
     "mixture_bwd_kernel": {3: Launch(1024, 4)},
 }
-"""The same where channels share a posterior, in float32; a tile of a 2-byte type is twice as large. A thread reads 16
-bytes of a channel at once, and finds the posteriors of all its locations: of two channels, so that both share them. A
-tile has at least RUN positions, and more warps if it is larger for that."""
+"""The same where channels share a posterior, in float32; a tile of a 2-byte type is twice as large where registers
+suffice. A thread reads 16 bytes of a channel at once, and finds the posteriors of all its locations itself: of two
+channels, so that both share them. A tile has at least RUN positions, and more warps if it is larger for that."""
 RUN = 8
 """Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
 WIDEST = 256
@@ -353,7 +353,8 @@ def mixture_tiling(
         block_l = max(1, min(longest, entry.elements // block_c))
         tall, num_warps = _in_runs(TALL, kernel, walk, num_components), entry.num_warps
         if tall is not None and block_c <= WIDEST:
-            elements = tall.elements * 4 // itemsize
+            registers_suffice = not planes or kernel != "mixture_bwd_kernel"  # whose sums are two to five an element
+            elements = tall.elements * 4 // itemsize if registers_suffice else tall.elements
             block_l = min(longest, max(RUN, elements // block_c))
             num_warps = tall.num_warps * max(1, block_l * block_c // elements)
         most = max(most, LEAST_PROGRAMS // columns)

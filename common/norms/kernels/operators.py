@@ -364,8 +364,11 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
         options = (ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored, parameters)
         dx, affine, rows, log = direct.call(learned_backward, x, g, *saved, *options)
     found = [log, *rows] if parameters else [None, None, None]
-    found += list(affine) if affine.numel() else [None, None]
-    cast = (t if t is None or dtype is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True))
+    found += [affine[0], affine[1]] if affine.numel() else [None, None]
+    cast = [
+        t if t is None or dtype is None or t.dtype == dtype else t.to(dtype)
+        for t, dtype in zip(found, ctx.dtypes, strict=True)
+    ]
     return dx, *cast, None, None, None, None, None
 
 

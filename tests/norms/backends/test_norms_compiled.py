@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from common.norms import SCBNorm, UCBNorm, cluster_norm, mixture_norm
 from common.norms.backends import closed_form, compiled, sync
+from common.norms.native import loops
 
 needs_compiler = pytest.mark.skipif(
     compiled.refusal(torch.device("cpu")) is not None, reason="needs a C++ compiler on the PATH"
@@ -19,6 +20,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Run the passes as they are, without torch.compile: what they compute, cheap enough for many cases."""
+    monkeypatch.setattr(loops, "serves", lambda *_: False)
     monkeypatch.setattr(compiled, "run", lambda function, options, *tensors: function(compiled, options, *tensors))
 
 

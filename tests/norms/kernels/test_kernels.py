@@ -285,6 +285,8 @@ def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(ke
     assert (tiling.block_l, tiling.num_warps) == want
     half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
     assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
+    summed = launch.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
+    assert (summed.block_l == half.block_l) is (kernel != "mixture_bwd_kernel" or half.block_l == 8)
     for other in (49, 24):  # which Triton cannot read several of at once
         walk = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
         tiling = launch.mixture_tiling(kernel, walk, 1, 3)

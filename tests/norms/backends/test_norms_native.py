@@ -1,0 +1,257 @@
+"""The loops in C++: against the reference in float64, over layouts, threads and sizes, and when they are taken."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from norm_cases import assert_within_budget, mixture_case, mixture_run
+from torch import Tensor
+
+from common.norms import MixtureNorm, SCBNorm, UCBNorm, functional, mixture_norm
+from common.norms.backends import compiled
+from common.norms.backends.reference import Moments
+from common.norms.config import NormConfig
+from common.norms.estimation import averages, em
+from common.norms.estimation.averages import Rule, Stored
+from common.norms.estimation.em import Fit
+from common.norms.native import loops
+from common.norms.tools.agreement import error
+
+pytestmark = pytest.mark.skipif(loops.library(3) is None, reason="needs a C++ compiler on the PATH")
+CPU = torch.device("cpu")
+SHAPES = [(3, 1, 1), (9, 4), (3, 6, 5), (5, 4, 3, 7), (8, 32, 8, 8), (3, 18, 16, 16), (2, 3, 50, 41)]
+RESIDENT = {"planes": (2, 2, 400, 211), "rows": (1, 2, 230, 101)}
+"""Sizes beyond which a channel's posteriors are found twice in either pass."""
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def groupings(channels: int) -> set[int]:
+    return {1, channels, channels // 2 if channels % 2 == 0 else 1}
+
+
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loops_err_at_most_twice_as_much_as_plain_torch(shape, statistics):
+    """As the reference or as eager in float32, whichever errs more: one alone may be lucky, where roundings cancel."""
+    case = mixture_case(shape, num=3, dtype=torch.float32)
+    weight, bias = mixture_case((2, shape[1]), num=1, dtype=torch.float32)[0]
+    for groups in groupings(shape[1]):
+        options: Any = {"groups": groups, "statistics": statistics, "scale": "sqrt_k"}
+        exact, _ = mixture_run(case, torch.float64, "reference", weight=weight, bias=bias, **options)
+        plain, eager, ours = (
+            mixture_run(case, torch.float32, backend, weight=weight, bias=bias, **options)[0]
+            for backend in ("reference", "eager", "compiled")
+        )
+        worse = {name: max(plain[name], eager[name], key=lambda t, name=name: error(exact[name], t)) for name in exact}
+        assert_within_budget(exact, ours, worse)
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_loops_serve_any_number_of_components(num):
+    case = mixture_case((7, 6, 5, 5), num=num, dtype=torch.float32)
+    for groups in (1, 6):
+        exact, want = mixture_run(case, torch.float64, "reference", groups=groups)
+        plain, _ = mixture_run(case, torch.float32, "reference", groups=groups)
+        ours, got = mixture_run(case, torch.float32, "compiled", groups=groups)
+        assert_within_budget(exact, ours, plain)
+        assert want is not None
+        assert got is not None
+        for ours_of, exact_of in zip(got, want, strict=True):
+            torch.testing.assert_close(ours_of.double(), exact_of, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", RESIDENT)
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+def test_channels_too_long_for_a_cache_are_right_too(layout, statistics):
+    case = mixture_case(RESIDENT[layout], num=3, dtype=torch.float32)
+    if layout == "rows":
+        case = channels_last(case[0]), *case[1:4], channels_last(case[4])
+    options: Any = {"groups": 2, "statistics": statistics}
+    exact, _ = mixture_run(case, torch.float64, "reference", **options)
+    ours, _ = mixture_run(case, torch.float32, "compiled", **options)
+    for name, want in exact.items():
+        # Random walks of 1e5 roundings in the sums; the reference's own float32 sums err by as much.
+        torch.testing.assert_close(ours[name].double(), want, rtol=1e-5, atol=2e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (5, 18, 7, 3), (6, 32, 16, 16), RESIDENT["rows"]], ids=str)
+def test_layouts_and_threads_change_no_bit(shape):
+    x, log_lambda, mean, var, g = mixture_case(shape, num=3, dtype=torch.float32)
+    tables, found = [t.requires_grad_() for t in (log_lambda, mean, var)], {}
+    before = torch.get_num_threads()
+    try:
+        for groups in groupings(shape[1]):
+            results = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                for of in (lambda t: t, channels_last):
+                    own = of(x).requires_grad_()
+                    y, moments = mixture_norm(own, *tables, groups=groups, backend="compiled")
+                    assert y.movedim(1, -1).is_contiguous() == own.movedim(1, -1).is_contiguous()
+                    assert moments is not None
+                    for of_gradient in (lambda t: t, channels_last):
+                        gradients = torch.autograd.grad(y, [own, *tables], of_gradient(g), retain_graph=True)
+                        results.append((y.detach(), *moments, *gradients))
+            found[groups] = results
+    finally:
+        torch.set_num_threads(before)
+    for results in found.values():
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_other_strides_are_copied():
+    x, log_lambda, mean, var, _ = mixture_case((4, 6, 8), num=3, dtype=torch.float32)
+    sliced = torch.stack([x, x], dim=3)[..., 0]
+    assert not sliced.is_contiguous()
+    want, _ = mixture_norm(x, log_lambda, mean, var, backend="compiled")
+    assert torch.equal(mixture_norm(sliced, log_lambda, mean, var, backend="compiled")[0], want)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_moments_survive_an_offset_of_a_million(groups):
+    """As eager's do: half an ulp of 1e6 for the mean, two passes' accuracy for the variance."""
+    x, log_lambda, mean, var, g = mixture_case((16, 4, 320), num=3, dtype=torch.float32)
+    case = x + 1e6, log_lambda, mean + 1e6, var, g
+    _, want = mixture_run(case, torch.float64, "reference", groups=groups)
+    _, got = mixture_run(case, torch.float32, "compiled", groups=groups)
+    assert got is not None
+    assert want is not None
+    assert float((got.mean - want.mean).abs().max()) <= 0.0313
+    torch.testing.assert_close(got.var.double(), want.var, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_an_empty_component_adds_nothing(groups):
+    case = mixture_case((8, 4, 6), num=3, dtype=torch.float32)
+    case[2][2] = 1e4
+    got, moments = mixture_run(case, torch.float32, "compiled", groups=groups)
+    assert moments is not None
+    assert not moments.mass[2].any()
+    assert not moments.mean[2].any()
+    want, _ = mixture_run((case[0], *(t[:2] for t in case[1:4]), case[4]), torch.float64, "reference", groups=groups)
+    for name, value in want.items():
+        kept = got[name] if name in ("y", "dx") else got[name][:2]
+        torch.testing.assert_close(kept.double(), value, rtol=1e-4, atol=1e-5)
+        assert name in ("y", "dx") or not got[name][2].any()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("layer", [UCBNorm(4, 3), UCBNorm(4, 3, groups=1), MixtureNorm(4, 3, groups=4)], ids=repr)
+def test_a_value_that_is_not_finite_is_seen_and_moves_nothing(layer, wrong):
+    layer = type(layer)(4, 3, groups=layer.groups, backend="compiled")
+    layer(torch.randn(16, 4, 5))
+    before = {name: t.clone() for name, t in layer.state_dict().items() if name != "step"}
+    x = torch.randn(16, 4, 5)
+    x[3, 1, 2] = wrong
+    assert not layer(x).isfinite().all()
+    assert all(torch.equal(t, layer.state_dict()[name]) for name, t in before.items())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize(("average", "shared"), [("em", False), ("paper", False), ("em", True)])
+def test_averages_move_as_in_float64(average, shared, groups):
+    x, _, mean, var, _ = mixture_case((5, 6, 9), num=3, dtype=torch.float32)
+    stored = Stored(torch.tensor([0.3, -1.0, 0.1]), mean, var.log())
+    rule = Rule(0.2, average, 1e-3, shared)
+    options: Any = {"groups": groups, "eps": 1e-5, "scale": "paper", "statistics": "batch"}
+    _, state = loops.mixture_norm(x, stored, None, None, stored=True, min_weight=1e-3, **options)
+    moments = Moments(*(t.double() for t in loops.moments_of(state, 3, groups)))
+    want = averages.moved(Stored(*(t.double() for t in stored)), moments, rule)
+    numbers: Any = {"groups": groups, "momentum": 0.2, "paper": average == "paper", "min_weight": 1e-3}
+    loops.move_averages(stored, state, shared=shared, **numbers)
+    for name, value in zip(Stored._fields, want, strict=True):
+        torch.testing.assert_close(getattr(stored, name).double(), value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("count", [100, 4096])
+def test_a_fit_is_that_of_em_in_float64(count, groups):
+    points = mixture_case((count, 6), num=3, dtype=torch.float32)[0]
+    mean, var = mixture_case((3, 6), num=3, dtype=torch.float32)[2:4]
+    fit = Fit(torch.tensor([0.5, 0.3, 0.2]), mean, var)
+    exact = Fit(*(t.double() for t in fit))
+    want = em.expectation_maximisation(points.double(), exact, groups, 1e-5, 4)
+    floor = em.variance_floor(points)
+    got = loops.fit_mixture(points, fit, floor, groups=groups, eps=1e-5, empty=em.EMPTY, steps=4)
+    for ours, value in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), value, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fit.mean, mean)
+
+
+@pytest.mark.parametrize("kind", [UCBNorm, MixtureNorm])
+@pytest.mark.parametrize("groups", [None, 2, 1])
+def test_layers_train_and_evaluate_as_in_float64(kind, groups):
+    """Some batches, so that averages, fits and re-seeding are those of the batches before."""
+    layer, exact = (
+        kind(6, 3, groups=groups, backend="compiled"),
+        kind(6, 3, groups=groups, backend="reference").double(),
+    )
+    for seed in range(3):
+        x, *_, g = mixture_case((16, 6, 5, 5), num=1, seed=seed)
+        results = []
+        for each in (layer, exact):
+            own = x.to(each.mean.dtype).requires_grad_()
+            each.train()
+            y = each(own)
+            gradients = torch.autograd.grad(y, [own, *each.parameters()], g.to(y.dtype))
+            each.eval()
+            results.append([t.detach().double() for t in (y, *gradients, each(own), *each.buffers())])
+        for ours, want in zip(*results, strict=True):
+            torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+
+def test_there_is_no_second_derivative():
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    (dx,) = torch.autograd.grad(UCBNorm(3, 2, backend="compiled")(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        dx.sum().backward()
+
+
+def test_auto_takes_the_loops_from_a_size_on(monkeypatch):
+    def chosen(values: int, num: int = 3, dtype: torch.dtype = torch.float32) -> str:
+        return functional.choose_backend("auto", torch.empty(values, dtype=dtype), num)
+
+    least = functional.LEAST_VALUES["single"]
+    assert (chosen(least), chosen(least - 1)) == ("compiled", "eager")
+    assert chosen(least, num=loops.MOST_COMPONENTS + 1) == "eager"
+    assert chosen(least, dtype=torch.float64) == chosen(least, dtype=torch.bfloat16) == "eager"
+    assert NormConfig(kind="ucb").backend_on(CPU) == NormConfig(kind="mn").backend_on(CPU) == "compiled"
+    assert NormConfig(kind="scb").backend_on(CPU) == NormConfig(kind="ucb").backend_on(CPU, torch.bfloat16) == "eager"
+    assert NormConfig(kind="ucb", backend="reference").backend_on(CPU) == "reference"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert chosen(least) == NormConfig(kind="ucb").backend_on(CPU) == "eager"
+
+
+def test_a_compiler_that_fails_leaves_what_needs_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    x = torch.randn(64, 4, 8, 8)
+    assert functional.choose_backend("auto", x, 3) == "eager"
+    assert not loops.serves(x, 3)
+    assert compiled.refusal(CPU) is None  # torch.compile may have another way, and says what fails
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    loops._library.cache_clear()
+    try:
+        assert loops.library(1) is not None
+        (made,) = tmp_path.rglob("*.so")
+        when = made.stat().st_mtime_ns
+        loops._library.cache_clear()
+        assert loops.library(1) is not None
+        assert made.stat().st_mtime_ns == when
+    finally:
+        loops._library.cache_clear()
+
+
+def test_clusters_stay_eager():
+    """Which is as fast as BatchNorm without a compiler."""
+    layer, x = SCBNorm(4, 3), torch.randn(64, 4, 8, 8)
+    assert functional.choose_backend(layer.backend, x) == "eager"
