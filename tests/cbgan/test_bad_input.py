@@ -13,6 +13,7 @@ import cbgan.evaluate
 import cbgan.train
 from cbgan.config import GanConfig
 from common.cli.arguments import parse
+from common.norms.native import loops
 
 
 @pytest.fixture
@@ -151,6 +152,15 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_a_configuration_file_that_was_broken_since(run, tmp_path, capsys):
     (tmp_path / "cbgan" / "run" / "config.yaml").write_text("epochs: [")
     assert "config.yaml" in refused(capsys, cbgan.train.main, *run)
+
+
+@pytest.mark.skipif(loops.library(3) is None, reason="needs a C++ compiler on the PATH")
+def test_a_run_that_began_with_a_compiler_where_there_is_none(run, tmp_path, capsys, monkeypatch):
+    before = listing(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = refused(capsys, cbgan.train.main, *run)
+    assert line.startswith("error: backend: the run's layers were computed by compiled, here they would be by eager; ")
+    assert listing(tmp_path) == before
 
 
 def test_initial_weights_of_other_shapes_or_none(run, tiny, tmp_path, capsys):
