@@ -57,6 +57,8 @@ suffice. A thread reads 16 bytes of a channel at once, and finds the posteriors 
 channels, so that both share them. A tile has at least RUN positions, and more warps if it is larger for that."""
 RUN = 8
 """Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
+NARROWEST = 8
+"""Channels of a tile of a 2-byte type whose backward pass does not spill when it is twice as large."""
 WIDEST = 256
 """Channels of such a tile: with more it would spill."""
 DIVISOR = 16
@@ -158,10 +160,14 @@ def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
 def strided_walk(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, merge: bool) -> Walk:
     """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow.
 
-    Whether they do is the same for all batch sizes, so that each kernel is compiled once.
+    Whether they do is the same for all batch sizes, so that each kernel is compiled once: a single sample, whose stride
+    says nothing, is taken for one of many.
     """
     n, c, length = shape
-    if merge and all(length == 1 or sample == length * position for sample, _, position in strides):
+    if merge and all(
+        length == 1 or sample == length * position or (n == 1 and channel < position)
+        for sample, channel, position in strides
+    ):
         merged = tuple((0, channel, sample if length == 1 else position) for sample, channel, position in strides)
         return Walk(n, c, length, merged, flat=True)
     return Walk(n, c, length, tuple((sample, channel, position) for sample, channel, position in strides))
@@ -353,7 +359,8 @@ def mixture_tiling(
         block_l = max(1, min(longest, entry.elements // block_c))
         tall, num_warps = _in_runs(TALL, kernel, walk, num_components), entry.num_warps
         if tall is not None and block_c <= WIDEST:
-            registers_suffice = not planes or kernel != "mixture_bwd_kernel"  # whose sums are two to five an element
+            # Sums are two to five an element.
+            registers_suffice = kernel != "mixture_bwd_kernel" or (not planes and block_c >= NARROWEST)
             elements = tall.elements * 4 // itemsize if registers_suffice else tall.elements
             block_l = min(longest, max(RUN, elements // block_c))
             num_warps = tall.num_warps * max(1, block_l * block_c // elements)

@@ -51,6 +51,16 @@ def test_a_program_of_a_channel_takes_half_precision(dtype):
     assert_mixture_within_budget(case((3, 4, 2, 5), 3, dtype), groups=4, statistics="batch")
 
 
+def test_a_backward_of_many_programs_takes_the_state_that_one_program_left(monkeypatch):
+    """As at 16,384 locations in float32: x fits into the cache, and x and its gradient do not."""
+    monkeypatch.setattr(launch, "RESIDENT_BYTES", 3 * 5 * 4)
+    values = case((3, 4, 5), 3, torch.float32)
+    names = runs_by_channel(lambda: mixture_gradients(values, None, "triton", groups=4))
+    assert "mixture_channel_kernel" in names
+    assert "mixture_channel_bwd_kernel" not in names
+    assert_mixture_within_budget(values, groups=4, statistics="batch")
+
+
 @pytest.mark.parametrize(("num", "scale"), [(1, "sqrt_k"), (2, "paper"), (4, "sqrt_k")])
 def test_a_program_of_a_channel_takes_components_and_eps(num, scale):
     values = case((3, 4, 5), num, torch.float32)

@@ -205,6 +205,12 @@ def test_a_mixture_of_runs_of_positions(dtype, statistics):
     assert_mixture_within_budget(case((2, 20, 16), 3, dtype), groups=1, statistics=statistics)
 
 
+@pytest.mark.parametrize("groups", [1, 6])
+def test_a_mixture_of_a_single_sample(groups):
+    """Of forty locations: among nine a component holds next to none, and magnifies what posteriors are off by."""
+    assert_mixture_within_budget(case((1, 6, 40), 3, torch.float32, "channels_last"), groups=groups)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
 def test_mixture_takes_half_precision(dtype, statistics):

@@ -284,6 +284,9 @@ def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(ke
     tiling = launch.mixture_tiling(kernel, walk, 1, 3)
     assert (tiling.block_l, tiling.num_warps) == want
     half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
+    if kernel == "mixture_bwd_kernel" and channels < 8:  # registers do not suffice
+        assert half == tiling
+        return
     assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
     summed = launch.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
     assert (summed.block_l == half.block_l) is (kernel != "mixture_bwd_kernel" or half.block_l == 8)

@@ -103,6 +103,20 @@ def test_narrow_loads_are_seen():
     assert Code(launch(count=2), TEXT, 1000).wide == 0.5  # one of two
 
 
+@pytest.mark.parametrize("shape", [(256, 8, 8), (64, 112, 112)], ids=str)
+@pytest.mark.parametrize("name", ["UCBNorm", "UCBNorm, groups=1", "UCBNorm, update=weight", "SCBNorm"])
+def test_a_kernel_is_compiled_once_for_all_batch_sizes(name, shape):
+    """In training, where positions lie side by side; a single sample has strides of its own."""
+    pytest.importorskip("triton")
+    subject = next(s for s in counts.SUBJECTS if s.name == name)
+    keys: dict[str, set[str]] = {}
+    for samples in (64, 63, 37, 16, 1):
+        step = counts.record(subject, (samples, *shape), torch.float32)
+        for each in (*step.forward.kernels, *step.backward.kernels):
+            keys.setdefault(each.name, set()).add(machine_code.specialise(each, 90).key)
+    assert {kernel for kernel, found in keys.items() if len(found) > 1} == set()
+
+
 def test_launches_are_specialised_as_triton_does():
     """A size that is a multiple of 16 is told apart from others, and 1 is a constant; an address counts from memory."""
     pytest.importorskip("triton")
