@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import checks, functional
-from .factory import BUILT_IN, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
+from .factory import BUILT_IN, MIXTURES, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class NormConfig:
         On a CPU this compiles the loops of a mixture, unless they have been.
         """
         return functional.settled_backend(
-            self.backend, device, dtype, self.num_components if self.kind in _MIXTURES else 0
+            self.backend, device, dtype, self.num_components if self.kind in MIXTURES else 0
         )
 
     def _given(self) -> dict[str, Any]:
@@ -116,9 +116,6 @@ class NormConfig:
 _FIELDS = [
     field.name for field in dataclasses.fields(NormConfig) if field.name not in ("kind", "num_components", "backend")
 ]
-
-
-_MIXTURES = ("mn", "ucb")
 
 
 def settings_of(kind: str) -> set[str]:

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import checks
 from ..em_norm import MixtureNorm
-from ..factory import DomainBatchNorm, make_norm
+from ..factory import MIXTURES, DomainBatchNorm, make_norm
 from .forms import Form, form_of
 from .norm_act import NormAct
 from .routing import ROUTED
@@ -104,7 +104,7 @@ def convert_norms(
     for module, form in forms.items():
         new[module] = _converted(module, form, chosen[module] or "the model", kind, num_components, options)
     unknown = [name for module, name in chosen.items() if isinstance(module, nn.LayerNorm)]
-    if unknown and kind in ("mn", "ucb"):
+    if unknown and kind in MIXTURES:
         which = (unknown[0] or "the model") + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
         warnings.warn(
             f"{which}: a LayerNorm keeps no statistics for {kind!r} to start from, and takes them of each token: "
@@ -228,7 +228,7 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
         inherited["process_group"] = form.process_group
     if norm.affine and not options.get("affine", True):
         raise ValueError(f"affine: expected True, since {name} has a weight and bias to take over, got False")
-    if kind in ("mn", "ucb") and num > 1:
+    if kind in MIXTURES and num > 1:
         inherited["affine"] = True  # frozen where BatchNorm has none: for the gain, which nothing would hold otherwise
     full = inherited | options
     if kind != "dsbn" and full.get("momentum", 0) is None:
