@@ -19,6 +19,7 @@ from torch import nn
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
+from cbgan.export import checkpoint_of
 from cbgan.networks.dcgan import Generator
 from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.train import Gan
@@ -93,11 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     asked = read(EvaluateConfig, given, prog=_PROG)
-    path, which = asked["run"], asked["checkpoint"]
-    if (file := Path(which).expanduser()).is_file():
-        if path is not None and file.resolve().parent.parent != Path(path).expanduser().resolve():
-            raise UsageError(f"checkpoint: expected one of {path}, got {which}; leave --run out")
-        path, which = file, "last"
+    path, which = checkpoint_of(None if asked["run"] is None else Path(asked["run"]), asked["checkpoint"])
     if path is None or asked["images"] is not None:
         if path is not None:
             given += ["--run", str(path)]
@@ -110,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_grid(options)
         _measure_folder(options)
         return
-    stored = read_stored(GanConfig, Path(path).expanduser(), "g", which, average=not asked["raw"])
+    stored = read_stored(GanConfig, path.expanduser(), "g", which, average=not asked["raw"])
     options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
     _refuse_grid(options)
     _measure_run(options, stored)

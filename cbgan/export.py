@@ -163,6 +163,24 @@ def load_generator(
     return TrainedGenerator(network.eval().requires_grad_(False).to(device), cfg, classes, counts, epoch)
 
 
+def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:
+    """Return a path, None if none was given, and a checkpoint, as `load_generator` takes them.
+
+    Args:
+        run: a folder, or None.
+        checkpoint: last, best, a kept epoch, or a file, which needs no run.
+
+    Raises:
+        UsageError: if the file lies in the folder of another run, whose configuration is another's.
+    """
+    file = Path(checkpoint).expanduser()
+    if not file.is_file():
+        return run, checkpoint
+    if run is not None and file.resolve().parent.parent != run.expanduser().resolve():
+        raise UsageError(f"checkpoint: expected one of {run}, got {checkpoint}; leave --run out")
+    return file, "last"
+
+
 def _classes(stored: Stored[GanConfig]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return names and counts of the classes that a conditional run was trained on."""
     try:

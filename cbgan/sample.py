@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cbgan.evaluation import save_grid
-from cbgan.export import TrainedGenerator, load_generator
+from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
 from common.cli.arguments import parse
 from common.errors import UsageError
@@ -66,7 +66,7 @@ class SampleConfig:
     """auto, cpu, cuda or cuda:n."""
 
     def __post_init__(self) -> None:
-        if self.run is None and not Path(self.checkpoint).is_file():
+        if self.run is None and not Path(self.checkpoint).expanduser().is_file():
             raise ValueError("run: give the run's folder, --run runs/cbgan/NAME")
         least = 2 if self.what == "walk" else 1
         if self.count is not None and self.count < least:
@@ -81,14 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: if the generator cannot be read, has no such classes, or something is in the way of the result.
+        UsageError: if the generator cannot be read, is not of the run, has no such classes, or something is in the
+            way of the result.
     """
     cfg = parse(SampleConfig, argv, prog="python -m cbgan.sample")
     out = cfg.out or Path("generated" if cfg.what == "images" else "generated.png")
+    path, which = checkpoint_of(cfg.run, cfg.checkpoint)
+    assert path is not None  # as the configuration has it
     if cfg.export is None:
         _refuse_existing(cfg, out)
-    file = Path(cfg.checkpoint)
-    path, which = (file, "last") if file.is_file() else (cfg.run or file, cfg.checkpoint)
     generator = load_generator(path, resolve_device(cfg.device), checkpoint=which, raw=cfg.raw)
     generator.labels(1, cfg.classes)  # refuses what is no class, before anything is written
     if cfg.export is not None:

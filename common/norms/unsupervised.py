@@ -140,7 +140,8 @@ class MixtureLayer(NormLayer):
 
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
-        self._seed(x)
+        if not self._seen_initialized:
+            self._seed(x)
 
     @torch.no_grad()
     def _seed(self, x: Tensor) -> bool | Tensor:
@@ -277,15 +278,14 @@ class MixtureLayer(NormLayer):
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
         return kernels.stored_norm(x, stored, self.weight, self.bias, min_weight=min_weight, **options)
 
-    @torch.no_grad()
-    def _average_in_fused(self, state: Tensor, *, shared_variance: bool = False) -> None:
+    def _average_in_fused(self, stored: Stored, state: Tensor, *, shared_variance: bool = False) -> None:
         """Move the averages by the moments of a state under them."""
-        stored, none = self._mixture(), (None,) * 6
-        if all(t.is_contiguous() for t in stored):
-            rule = self.momentum, self.average == "paper", self.min_weight, shared_variance
-            kernels.averages_moved(stored, None, state, *none, *rule)
-        else:
-            self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
+        with torch.no_grad():
+            if all(t.is_contiguous() for t in stored):
+                rule = self.momentum, self.average == "paper", self.min_weight, shared_variance
+                kernels.averages_moved(stored, None, state, *(None,) * 6, *rule)
+            else:
+                self._average_in(kernels.moments_of(state, self.groups), shared_variance=shared_variance)
 
     def _mixture(self) -> Stored:
         return Stored(self.logits, self.mean, self.log_var)
@@ -502,9 +502,10 @@ class UCBNorm(MixtureLayer):
             self._check_training_batch(x)
         shared = self.variance == "shared"
         if self._fused(x, self.statistics):
-            y, state = self._normalise_fused(x, self._mixture(), self.statistics, self.min_weight)
+            stored = self._mixture()
+            y, state = self._normalise_fused(x, stored, self.statistics, self.min_weight)
             if state is not None and self.update == "moving_average":
-                self._average_in_fused(state, shared_variance=shared)
+                self._average_in_fused(stored, state, shared_variance=shared)
                 if self.reseed:
                     self._reseed_dead(x, kernels.moments_of(state, self.groups))
             return y

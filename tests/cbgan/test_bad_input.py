@@ -10,6 +10,7 @@ from refusals import refused
 
 import cbcls.train
 import cbgan.evaluate
+import cbgan.sample
 import cbgan.train
 from cbgan.config import GanConfig
 from common.cli.arguments import parse
@@ -206,6 +207,13 @@ def test_evaluating_what_does_not_fit(run, tmp_path, capsys):
     other.write_bytes(file.read_bytes())
     line = refused(capsys, cbgan.evaluate.main, *measure, "--checkpoint", str(other))
     assert line == f"error: checkpoint: expected one of {folder}, got {other}; leave --run out"
+    drawn = tmp_path / "drawn.png"
+    assert refused(capsys, cbgan.sample.main, *measure, "--checkpoint", str(other), "--out", str(drawn)) == line
+    assert not drawn.exists()
+    cbgan.sample.main([*measure, "--checkpoint", str(file), "--count", "2", "--out", str(drawn)])
+    assert drawn.is_file()
+    drawn.unlink()
+    capsys.readouterr()
     (tmp_path / "other" / "config.yaml").write_text((folder / "config.yaml").read_text() + "\nwidth: 16\n")
     line = refused(capsys, cbgan.evaluate.main, "--checkpoint", str(other))
     assert line.startswith(f"error: run: the weights in {other.parents[1]} are not of its config.yaml (")

@@ -97,12 +97,12 @@ def scb_forward(
     kernels, pointers = _kernels(), (x, cluster, mean, var, mean_row, var_row, weight, bias, y)
     sizes = *plan.sizes, *mean.stride(), *plan.strides
     launch.start(
-        kernels.scb_fwd_kernel, plan.grid, *pointers, *sizes, eps, -1 if unknown else lowest,
+        kernels.scb_fwd_kernel, plan.grid, pointers, (*sizes, eps, -1 if unknown else lowest),
         STORED=stored, UNKNOWN=unknown, **plan.blocks,
     )  # fmt: skip
     if unknown:
         launch.start(
-            kernels.scb_unknown_fwd_kernel, (len(x), plan.shares), *pointers, *sizes[1:], eps, kappa,
+            kernels.scb_unknown_fwd_kernel, (len(x), plan.shares), pointers, (*sizes[1:], eps, kappa),
             STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_fwd_kernel"], **plan.unknown,
         )  # fmt: skip
     return y
@@ -140,21 +140,21 @@ def scb_backward(
     kernels, pointers = _kernels(), (x, g, cluster, mean, var, mean_row, var_row, weight, dx)
     sizes = *plan.sizes, *mean.stride(), *plan.strides
     launch.start(
-        kernels.scb_bwd_kernel, plan.grid, *pointers, sums, *sizes, eps, -1 if unknown else lowest,
+        kernels.scb_bwd_kernel, plan.grid, (*pointers, sums), (*sizes, eps, -1 if unknown else lowest),
         STORED=stored, UNKNOWN=unknown, BY_SAMPLE=plan.by_sample, **plan.blocks,
     )  # fmt: skip
     if unknown:
         launch.start(
-            kernels.scb_unknown_bwd_kernel, plan.unknown_programs, *pointers, left, found, *sizes, eps, kappa,
+            kernels.scb_unknown_bwd_kernel, plan.unknown_programs, (*pointers, left, found), (*sizes, eps, kappa),
             STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_bwd_kernel"], **plan.unknown,
         )  # fmt: skip
     block_n, block_c = launch.sums_tile()
     launch.start(
         kernels.scb_rows_kernel,
         (num + bool(added.numel() or affine.numel()), launch.divide(channels, block_c)),
-        sums, left, found, cluster if plan.by_sample else None, var, var_row, weight, dmean, dvar,
-        added if added.numel() else None, affine if affine.numel() else None,
-        len(x), plan.rows, programs, num, channels, *var.stride(), *dmean.stride(), eps,
+        (sums, left, found, cluster if plan.by_sample else None, var, var_row, weight, dmean, dvar,
+         added if added.numel() else None, affine if affine.numel() else None),
+        (len(x), plan.rows, programs, num, channels, *var.stride(), *dmean.stride(), eps),
         STORED=stored, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return dx, dmean, dvar, added, affine
@@ -180,7 +180,7 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple:
         return (None,) * 13
     x, *rest = ctx.saved_tensors
     dx, dmean, dvar, *pairs = direct.call(scb_backward, x, g, *rest, *ctx.options)
-    more = [each for pair in pairs for each in (pair if pair.numel() else (None, None))]
+    more = [each for pair in pairs for each in (pair.unbind() if pair.numel() else (None, None))]
     return dx, None, dmean, dvar, *more, None, None, None, None, None
 
 

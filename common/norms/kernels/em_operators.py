@@ -20,7 +20,7 @@ def drawn_locations(x: Tensor, step: Tensor, limit: int, high: int, low: int) ->
     block_p, block_c = launch.draw_tile(channels)
     launch.start(
         em_kernels.draw_kernel, (launch.divide(limit, block_p), launch.divide(channels, block_c)),
-        x, step, points, samples, channels, length, *x.stride(), high, low,
+        (x, step, points), (samples, channels, length, *x.stride(), high, low),
         COUNT=limit, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return points
@@ -66,8 +66,8 @@ def fit_mixture(
         sums = operators.moment_sums(points, mixture, state, groups, eps, launch.NO_FLOOR, first)
         launch.start(
             em_kernels.em_step_kernel, (launch.divide(channels, block_c) + 1,),
-            sums, points, *mixture[1:], *new, sums.shape[1], channels, channels // groups, count, points.stride(1),
-            least, empty, min_weight,
+            (sums, points, *mixture[1:], *new),
+            (sums.shape[1], channels, channels // groups, count, points.stride(1), least, empty, min_weight),
             K=num, STORED=first, LAST=i == steps - 1, BLOCK_P=block_p, BLOCK_C=block_c,
             num_warps=launch.SUMS.num_warps,
         )  # fmt: skip

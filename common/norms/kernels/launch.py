@@ -120,14 +120,38 @@ def refuse(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('backend: the kernels have no second derivative; build the layer with backend="reference"')
 
 
-def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of its first tensor, whichever is current."""
-    device = arguments[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **constants)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **constants)
+COMPILED: dict[tuple, tuple[Any, tuple]] = {}
+"""What Triton made of a kernel for what it was launched with, and the values of its constants in order."""
+MOST_COMPILED = 4096
+"""Of them: each kernel has one for every size of an activation."""
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: tuple[float, ...], **constants: Any
+) -> None:
+    """Launch a kernel on the device of its first tensor, whichever is current.
+
+    The kernel's arguments are tensors, numbers and constants, in this order.
+
+    Triton takes several times as long to find out what it compiled for such arguments as to launch that. What it found
+    is therefore kept by all that it may depend on: types, whether tensors begin at a multiple of 16 bytes, numbers.
+    """
+    index = tensors[0].device.index  # pyright: ignore[reportOptionalMemberAccess]
+    if index is not None and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            start(kernel, grid, tensors, numbers, **constants)
+        return
+    kinds = [t if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors]
+    key = id(kernel), index, numbers, *map(type, numbers), *kinds, *constants.values()
+    found = COMPILED.get(key)
+    if found is not None:
+        compiled, rest = found
+        compiled[(*grid, 1, 1)](*tensors, *numbers, *rest)
+    elif (compiled := kernel[grid](*tensors, *numbers, **constants)) is not None:  # the interpreter compiles nothing
+        if len(COMPILED) >= MOST_COMPILED:
+            COMPILED.clear()
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        COMPILED[key] = compiled, tuple([constants[name] for name in names])
 
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:

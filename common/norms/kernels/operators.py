@@ -35,11 +35,10 @@ class Plan(NamedTuple):
     """N, C, D, L and strides; without D for a kernel whose programs are channels."""
     constants: dict[str, int]
 
-    def run(self, pointers: Sequence[Tensor | None], numbers: Sequence[float], **constants: bool) -> None:
-        """Launch the kernel on pointers, in its order."""
-        launch.start(
-            _kernels()[self.kernel], self.grid, *pointers, *self.sizes, *numbers, **self.constants, **constants
-        )
+    def run(self, tensors: Sequence[Tensor | None], numbers: Sequence[float], **constants: bool) -> None:
+        """Launch the kernel on tensors, in its order."""
+        numbers = (*self.sizes, *numbers)
+        launch.start(_kernels()[self.kernel], self.grid, tensors, numbers, **self.constants, **constants)
 
 
 def _plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0) -> Plan:
@@ -102,7 +101,8 @@ def _gather(
     launch.start(
         _kernels()[kernel],
         (*ahead, launch.divide(channels, block_c)),
-        sums, *pointers, programs, channels, *numbers,
+        (sums, *pointers),
+        (programs, channels, *numbers),
         K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
     )  # fmt: skip
 
@@ -187,8 +187,8 @@ def move_averages(
     launch.start(
         _kernels()["mixture_averages_kernel"],
         (launch.divide(channels, launch.PARAMETER_CHANNELS),),
-        state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var,
-        channels, momentum, min_weight,
+        (state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var),
+        (channels, momentum, min_weight),
         K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
         num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
@@ -278,7 +278,7 @@ def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, flo
     num, channels = shares.shape
     out = shares.new_empty(num)
     launch.start(
-        _kernels()["mixture_logits_kernel"], (1,), shares, log, state, out, channels, floor,
+        _kernels()["mixture_logits_kernel"], (1,), (shares, log, state, out), (channels, floor),
         K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
     )  # fmt: skip
     return out

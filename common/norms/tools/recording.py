@@ -232,16 +232,20 @@ def on_any_device() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced_kernels(run: Callable[..., None]) -> Iterator[None]:
-    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device."""
+def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
+    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device.
+
+    What it returns, if not None, is launched in its place from then on, as a compiled kernel.
+    """
     from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - an optional dependency
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
-    def replaced(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        run(self, grid, args, kwargs)
+    def replaced(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, grid, args, kwargs)
 
     with (
         on_any_device(),
+        mock.patch.object(launch, "COMPILED", {}),  # what was launched before is not launched past this
         mock.patch.object(JITFunction, "run", replaced),
         mock.patch.object(InterpretedFunction, "run", replaced),
     ):

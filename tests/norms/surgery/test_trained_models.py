@@ -90,13 +90,15 @@ def test_conversion_keeps_what_a_model_has_learned_and_reverting_restores_it(tra
     convert_norms(model, kind, **options)
     with clusters(torch.zeros(500, dtype=torch.long) if kind in CLUSTERED else None):
         found = logits(model, digits)
-    assert accuracy(found, digits) >= accuracy(want, digits) - 0.01
-    # 0.08 to 0.11 by machine and threads, as training ends elsewhere; lost statistics are off by hundreds.
-    assert off(found, want) <= (0.15 if kind in ("mn", "ucb") else 1e-4)
+    # Training ends elsewhere with each machine and number of threads. With eight seeds 0 to 7 of 500 images were lost,
+    # and logits were off by 0.07 to 0.15; lost statistics leave them off by hundreds, and 9 of 10 images wrong.
+    assert accuracy(found, digits) >= accuracy(want, digits) - (0.03 if kind in ("mn", "ucb") else 0.01)
+    assert off(found, want) <= (0.25 if kind in ("mn", "ucb") else 1e-4)
     if kind in ("mn", "ucb"):
         assert off(found, want) > 1e-3  # a mixture, not BatchNorm again
     if kind == "ucb":
-        assert information(model, digits) >= (0.05 if model.bn1.groups > 1 else 0.045)
+        # 0.048 to 0.065 and, jointly, 0.018 to 0.091 with those seeds; 0 where components have fallen together.
+        assert information(model, digits) >= (0.03 if model.bn1.groups > 1 else 0.01)
     revert_norms(model)
     assert torch.equal(logits(model, digits), want)
 
@@ -108,7 +110,7 @@ def test_a_converted_mixture_stays_a_mixture_in_training(model, digits, num):
     with torch.no_grad():
         for step in range(50):
             model(digits[0][(torch.arange(48) + 48 * step) % TRAINED])
-    assert information(model, digits) >= 0.05
+    assert information(model, digits) >= 0.03  # see above
 
 
 @pytest.mark.parametrize("num", [2, 3])

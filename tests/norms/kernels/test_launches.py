@@ -1,0 +1,216 @@
+"""A kernel that was compiled is launched again without asking Triton: with what Triton would launch, or not at all."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from common.norms.kernels import launch
+from common.norms.tools import counts
+from common.norms.tools.recording import replaced_kernels
+
+pytest.importorskip("triton")
+LAYERS = [subject for subject in counts.SUBJECTS if subject.name != "BatchNorm2d"]
+
+
+class Compiled:
+    """What Triton might have compiled: it notes what it is launched with."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        self.note = note
+
+    def __getitem__(self, grid: tuple) -> Callable[..., None]:
+        return lambda *arguments: self.note(grid, arguments)
+
+
+class Kernel:
+    """A kernel of one tensor, two more or None, two numbers and a constant, which Triton is asked to launch."""
+
+    arg_names = ("x", "a", "b", "c", "d", "FLAG")
+
+    def __init__(self, launched: Callable[..., Any]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
+        return self.launched
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    known: dict = {}
+    monkeypatch.setattr(launch, "COMPILED", known)
+    return known
+
+
+def alike(a: object, b: object) -> bool:
+    """Say whether two launches' arguments are the same, tensors by what a kernel is compiled for."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("subject", LAYERS, ids=lambda subject: subject.name)
+def test_a_layer_launches_again_what_triton_made_of_it_in_the_same_order(subject):
+    """The oracle is how Triton binds arguments: by the kernel's own signature, constants and all."""
+    asked, launches = [], []
+
+    def compile_anew(kernel, grid, args, kwargs):
+        constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        assert kwargs.keys() - constants.keys() <= {"num_warps"}
+        launches.append((grid, kernel.signature.bind(*args, **constants).args))
+        asked.append(kernel)
+        return Compiled(lambda *launched: launches.append(launched))
+
+    layer = subject.build(12, 3, "cpu").train(subject.training)
+    x = torch.randn(4, 12, 5, 5).requires_grad_()
+    cluster = {"none": (), "ids": (torch.tensor([0, 1, 2, 0]),), "unknown": (None,)}[subject.cluster]
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    with replaced_kernels(compile_anew):
+        steps = []
+        for _ in range(2):
+            torch.autograd.grad(layer(x, *cluster), inputs, torch.ones_like(x), allow_unused=True)
+            steps.append(launches[:])
+            launches.clear()
+    assert len(steps[0]) == len(steps[1]) >= len(asked) > 0
+    assert len(asked) == len(set(asked)) or subject.name == "MixtureNorm"  # whose first and last steps of EM are others
+    for (grid, first), (again, second) in zip(*steps, strict=True):
+        assert (*grid, 1, 1)[:3] == again[:3]
+        assert len(first) == len(second)
+        assert all(alike(a, b) for a, b in zip(first, second, strict=True))
+
+
+def specialised(arguments: tuple) -> tuple:
+    """Return what Triton compiles a kernel for, by Triton."""
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler.compiler import make_backend  # noqa: PLC0415
+    from triton.runtime.jit import native_specialize_impl  # noqa: PLC0415
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    return tuple(native_specialize_impl(backend, each, False, True, True) for each in arguments)
+
+
+def tensor(dtype: torch.dtype, first: int) -> Tensor:
+    return torch.zeros(80, dtype=torch.uint8)[first : first + 32].view(dtype)
+
+
+TENSORS = st.none() | st.builds(
+    tensor, st.sampled_from((torch.float32, torch.bfloat16, torch.int64)), st.sampled_from((0, 8, 16, 24))
+)
+NUMBERS = st.sampled_from((0, 1, 2, 16, 17, 32, 2**31, -1, 0.0, 1.0, 16.0, 0.5))
+
+
+@given(st.lists(st.tuples(TENSORS, TENSORS, NUMBERS, NUMBERS, st.booleans()), min_size=2, max_size=12))
+def test_what_triton_compiles_apart_is_never_launched_for_one_another(launches):
+    compiled, launched = [], []
+
+    def run(*arguments: Any, FLAG: bool, num_warps: int) -> Compiled:
+        found = specialised(arguments), FLAG, num_warps
+        compiled.append(found)
+        launched.append(found)
+        return Compiled(lambda *_: launched.append(found))
+
+    kernel, x = Kernel(run), torch.zeros(1)
+    launch.COMPILED.clear()
+    for a, b, c, d, flag in launches:
+        for _ in range(3):
+            launch.start(kernel, (1,), (x, a, b), (c, d), FLAG=flag, num_warps=4)
+            assert launched == [(specialised((x, a, b, c, d)), flag, 4)]
+            launched.clear()
+    assert len(compiled) <= len(launches)  # each for the first of three times at most
+
+
+def test_kernels_are_told_apart_and_forgotten_when_they_are_too_many(monkeypatch, nothing_compiled):
+    monkeypatch.setattr(launch, "MOST_COMPILED", 3)
+    asked, x = [], torch.zeros(1)
+
+    def named(name: str) -> Kernel:
+        return Kernel(lambda *_, **__: asked.append(name) or Compiled(lambda *_: None))
+
+    kernels = [named(name) for name in "abcd"]
+    for kernel in (*kernels[:3], *kernels[:3]):
+        launch.start(kernel, (1,), (x, None, None), (1, 2), FLAG=True)
+    assert asked == ["a", "b", "c"]
+    launch.start(kernels[3], (1,), (x, None, None), (1, 2), FLAG=True)
+    assert len(nothing_compiled) == 1
+    launch.start(kernels[0], (1,), (x, None, None), (1, 2), FLAG=True)
+    assert asked == ["a", "b", "c", "d", "a"]
+
+
+def test_the_interpreter_which_compiles_nothing_is_asked_each_time(nothing_compiled):
+    asked = []
+    for _ in range(2):
+        launch.start(Kernel(lambda *args, **_: asked.append(args)), (1,), (torch.zeros(1),), (7,), FLAG=True)
+    assert [args[1] for args in asked] == [7, 7]
+    assert not nothing_compiled
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors_whichever_is_current(monkeypatch):
+    current, ran = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    def compile_for(*_: Any, **__: Any) -> Compiled:
+        own = current[-1]
+        ran.append(("compiled", own))
+        return Compiled(lambda *_: ran.append((own, current[-1])))
+
+    kernel = Kernel(compile_for)
+    for index in (0, 1, 1, 0):
+        x: Any = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32, data_ptr=lambda: 16)
+        launch.start(kernel, (1,), (x, None, None), (1, 2), FLAG=True)
+        assert current == [0]
+    assert ran == [("compiled", 0), ("compiled", 1), (1, 1), (0, 0)]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_tritons_own_launcher_takes_what_it_compiled(tmp_path):
+    """A driver that does nothing stands in for CUDA's, for the rest of the process."""
+    code = """
+import torch
+from common.norms.kernels import launch, operators
+from common.norms.tools.timing.overhead import nothing_launched
+
+with nothing_launched():
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    arguments = (1,), (torch.zeros(3, 4), None, torch.zeros(8, 3, 4), torch.zeros(3)), (4, -5.0)
+    constants = {"K": 3, "STORED": True, "BLOCK_C": launch.ALL_CHANNELS, "num_warps": 4}
+    kernel = operators._kernels()["mixture_logits_kernel"]
+    launch.start(kernel, *arguments, **constants)
+    ((compiled, rest),) = launch.COMPILED.values()
+    assert type(compiled) is CompiledKernel and rest == (3, True, launch.ALL_CHANNELS), (compiled, rest)
+    run, launched = compiled.run, []
+    compiled._run = lambda *given: (launched.append(given), run(*given))
+    kernel[(1,)](*arguments[1], *arguments[2], **constants)
+    JITFunction.run = None
+    launch.start(kernel, *arguments, **constants)
+    (*asked, _), (*again, _) = ((*given[:6], *given[7:], given[6]) for given in launched)
+    assert all(a is b or a == b for a, b in zip(asked, again, strict=True)), launched  # all but a profiler's note
+print("launched")
+"""
+    root = Path(__file__).parents[3]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root, check=False
+    )
+    assert (done.stdout, done.returncode) == ("launched\n", 0), done.stderr[-3000:]
