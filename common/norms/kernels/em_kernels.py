@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .cluster_kernels import TINY, table_row
-from .mixture_kernels import at_least, variance_row
+from .mixture_tiles import at_least, variance_row
 from .parameter_kernels import merged
 
 WORD = tl.constexpr(2**32 - 1)

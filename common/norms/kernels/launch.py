@@ -95,7 +95,7 @@ PARAMETER_CHANNELS = 64
 ALL_CHANNELS = 512
 """Of all channels, how many a program looks at at once that has to see each."""
 STATE_PLANES = 8
-"""Tables (K, C) of a mixture and its moments that kernels hand on, see ``mixture_kernels``."""
+"""Tables (K, C) of a mixture and its moments that kernels hand on, see ``mixture_tiles``."""
 NO_FLOOR = -1e30
 """Of a log weight."""
 MOST_LOCATIONS = 2**31 - 2**16

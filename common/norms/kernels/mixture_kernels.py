@@ -1,16 +1,17 @@
 """The Triton kernels that walk over an activation for a mixture: moments, output, and the two passes backward.
 
-Each takes what a loop needs of the mixture as rows (1, BLOCK_C), one a component, before the loop: the mean, the
-scale and the constant of a log density in base 2, the weight of the output. ``moments`` finds them from the
-parameters and leaves them, as planes (K, C) of a *state*, to the kernels after it, since moving averages change the
-parameters meanwhile. Sums are kept at each place of a tile and added up across threads after the loop.
+``mixture_tiles`` has what they do with a tile. A program walks over several tiles of a block of channels; the first
+kernel leaves the mixture as a state to those after it, since moving averages change the parameters meanwhile.
 
-``cluster_kernels`` says what is common to all kernels, ``parameter_kernels`` has those that touch no activation.
-STORED: parameters are logits, mean and log-variance; otherwise log weights, mean and variance. FLAT: all locations of
-the batch are one step apart.
+Where channels have posteriors of their own and hold few locations, a program is a channel. It walks over all its
+locations twice, the second time where its multiprocessor's cache still holds them: an activation is read from memory
+once. A tile is BLOCK_S samples by BLOCK_L positions; offsets in a channel fit in 32 bits.
+
+``cluster_kernels`` says what is common to all kernels, ``parameter_kernels`` has those that touch no activation. FLAT:
+all locations of the batch are one step apart.
 """
 
-# ruff: noqa: RUF005, PLR0912, PLR0915, SIM108 - Triton compiles no stars in tuples, and folds branches on constants
+# ruff: noqa: RUF005, PLR0915, SIM108 - Triton compiles no stars in tuples, and folds branches on constants
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAssignmentType=false, reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
@@ -20,194 +21,39 @@ import triton
 import triton.language as tl
 
 from .cluster_kernels import LOG2_E, TINY, inverse_root, offsets, table_row
-
-# Planes of a state (PLANES, K, C): the mixture as the loops use it, and the batch's moments.
-MEAN = tl.constexpr(0)
-SCALE = tl.constexpr(1)  # -log2(e) / (2 s)
-CONSTANT = tl.constexpr(2)  # of a log density in base 2, a group's at each of its channels
-LOG_WEIGHT = tl.constexpr(3)  # log lambda before its floor
-MASS = tl.constexpr(4)  # a group's at each of its channels
-BATCH_MEAN = tl.constexpr(5)
-BATCH_VAR = tl.constexpr(6)
-OUTPUT = tl.constexpr(7)  # lambda^(-1/2) over the batch's deviation
-
-
-@triton.jit
-def at_least(value, floor):
-    """The greater of two, NaN where value is."""
-    return tl.where(value < floor, floor, value)
-
-
-@triton.jit
-def log_weights(log_ptr, floor, K: tl.constexpr, STORED: tl.constexpr):
-    """Tuple over k of log lambda, before its floor; without log_ptr it is the floor for all."""
-    logs = ()
-    for k in tl.static_range(K):
-        if log_ptr is None:
-            logs = logs + (floor,)
-        else:
-            logs = logs + (tl.load(log_ptr + k).to(tl.float32),)
-    if STORED and log_ptr is not None:
-        top = logs[0]
-        for k in tl.static_range(1, K):
-            top = tl.maximum(top, logs[k])
-        total = 0.0
-        for k in tl.static_range(K):
-            total += tl.exp(logs[k] - top)
-        given, logs = logs, ()
-        for k in tl.static_range(K):
-            logs = logs + (given[k] - (top + tl.log(total)),)
-    return logs
-
-
-@triton.jit
-def variance_row(var_ptr, k, c, C, end, STORED: tl.constexpr):
-    """A row of variances, (1, BLOCK_C)."""
-    var = table_row(var_ptr, k, c, C, end, 0.0)
-    return tl.exp(var) if STORED else var
-
-
-@triton.jit
-def _rows(ptr, plane: tl.constexpr, c, C, end, K: tl.constexpr):
-    """Tuple over k of rows of a plane (K, C)."""
-    rows = ()
-    for k in tl.static_range(K):
-        rows = rows + (table_row(ptr, plane * K + k, c, C, end, 0.0),)
-    return rows
-
-
-@triton.jit
-def _means(mean_ptr, state_ptr, c, C, end, K: tl.constexpr):
-    if state_ptr is None:
-        rows = _rows(mean_ptr, 0, c, C, end, K)
-    else:
-        rows = _rows(state_ptr, MEAN, c, C, end, K)
-    return rows
-
-
-@triton.jit
-def _scales(var_ptr, state_ptr, c, C, end, eps, K: tl.constexpr, STORED: tl.constexpr):
-    if state_ptr is None:
-        rows = ()
-        for k in tl.static_range(K):
-            s = variance_row(var_ptr, k, c, C, end, STORED) + eps
-            rows = rows + (tl.div_rn(-0.5 * LOG2_E, s),)
-    else:
-        rows = _rows(state_ptr, SCALE, c, C, end, K)
-    return rows
-
-
-@triton.jit
-def _constants(
-    log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K: tl.constexpr, JOINT: tl.constexpr, STORED: tl.constexpr
-):
-    """Log lambda - 1/2 sum log s in base 2, the part of a log density without x; 2 pi cancels."""
-    rows = ()
-    if state_ptr is None:
-        logs = log_weights(log_ptr, floor, K, STORED)
-        for k in tl.static_range(K):
-            log_s = tl.log2(variance_row(var_ptr, k, c, C, end, STORED) + eps)
-            log_s = tl.where((c < end)[None, :], log_s, 0.0)
-            if JOINT:
-                log_s = tl.sum(log_s, axis=1, keep_dims=True)
-            rows = rows + (at_least(logs[k], floor) * LOG2_E - 0.5 * log_s,)
-    elif JOINT:
-        first = state_ptr + CONSTANT * K * C + (end - D)
-        for k in tl.static_range(K):
-            rows = rows + (tl.full((1, 1), 1.0, tl.float32) * tl.load(first + k * C),)
-    else:
-        rows = _rows(state_ptr, CONSTANT, c, C, end, K)
-    return rows
-
-
-@triton.jit
-def output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K: tl.constexpr, STORED: tl.constexpr):
-    """Tuple over k of lambda^(-1/2) over the deviation, times kappa."""
-    if state_ptr is None:
-        rows = ()
-        logs = log_weights(log_ptr, floor, K, STORED)
-        for k in tl.static_range(K):
-            rstd = inverse_root(variance_row(var_ptr, k, c, C, end, STORED), eps)
-            rows = rows + (tl.exp(-0.5 * at_least(logs[k], floor)) * kappa * rstd,)
-    else:
-        rows = _rows(state_ptr, OUTPUT, c, C, end, K)
-    return rows
-
-
-@triton.jit
-def scaled(rows, weight_ptr, c, C, end, K: tl.constexpr):
-    """Rows times the affine map's weight, if there is one."""
-    result = rows
-    if weight_ptr is not None:
-        weight = table_row(weight_ptr, 0, c, C, end, 0.0)
-        result = ()
-        for k in tl.static_range(K):
-            result = result + (rows[k] * weight,)
-    return result
-
-
-@triton.jit
-def _densities(x, mean, scale, constant, K: tl.constexpr, JOINT: tl.constexpr):
-    """Densities of a tile over the greatest of them, a tuple over k, and one over their sum.
-
-    Each is (BLOCK_L, 1) if JOINT, else (BLOCK_L, BLOCK_C). One over the sum is the square of its inverse root, which
-    is one instruction: off by 3e-7 at most.
-    """
-    log_p = ()
-    for k in tl.static_range(K):
-        u = x - mean[k]
-        q = u * u * scale[k]
-        if JOINT:
-            q = tl.sum(q, axis=1, keep_dims=True)
-        log_p = log_p + (q + constant[k],)
-    top = log_p[0]
-    for k in tl.static_range(1, K):
-        top = tl.maximum(top, log_p[k])
-    densities = (tl.exp2(log_p[0] - top),)
-    total = densities[0]
-    for k in tl.static_range(1, K):
-        density = tl.exp2(log_p[k] - top)
-        densities = densities + (density,)
-        total += density
-    root = tl.rsqrt(total)
-    return densities, root * root
-
-
-@triton.jit
-def _posteriors(x, inside, mean, scale, constant, K: tl.constexpr, JOINT: tl.constexpr):
-    """Eq. 6 for a tile: a tuple over k of tau, 0 outside if that is given."""
-    densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
-    if inside is not None:
-        inverse = tl.where(inside, inverse, 0.0)
-    tau = ()
-    for k in tl.static_range(K):
-        tau = tau + (densities[k] * inverse,)
-    return tau
-
-
-@triton.jit
-def _zeros(K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(K):
-        sums = sums + (tl.zeros((BLOCK_L, BLOCK_C), tl.float32),)
-    return sums
-
-
-@triton.jit
-def _totals(sums, K: tl.constexpr):
-    """Add a tuple of tiles up over their locations, (1, BLOCK_C) or (1, 1) each."""
-    totals = ()
-    for k in tl.static_range(K):
-        totals = totals + (tl.sum(sums[k], axis=0, keep_dims=True),)
-    return totals
-
-
-@triton.jit
-def _store_rows(ptr, plane: tl.constexpr, rows, c, C, end, K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Write a tuple over k of (1, BLOCK_C) or (1, 1) into a plane (K, C)."""
-    for k in tl.static_range(K):
-        value = tl.broadcast_to(rows[k], (1, BLOCK_C))
-        tl.store(ptr + (plane * K + k) * C + c[None, :], value, mask=(c < end)[None, :])
+from .mixture_tiles import (
+    BATCH_MEAN,
+    BATCH_VAR,
+    CONSTANT,
+    LOG_WEIGHT,
+    MASS,
+    MEAN,
+    OUTPUT,
+    SCALE,
+    at_least,
+    constant_rows,
+    first_moments,
+    log_weights,
+    mean_rows,
+    moment_gradients,
+    more_gradients,
+    more_moments,
+    normalised,
+    output_rows,
+    plane_rows,
+    posteriors,
+    precisions,
+    read_tile,
+    scale_rows,
+    scaled,
+    store_rows,
+    through_components,
+    through_posteriors,
+    total_moments,
+    totals,
+    variance_gradient,
+    zero_tiles,
+)
 
 
 @triton.jit
@@ -275,11 +121,6 @@ def _at(n, c, i, sn, sc, sl, FLAT: tl.constexpr):
     return at
 
 
-@triton.jit
-def _read(ptr, mask):
-    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["N"])
 def mixture_moments_kernel(
     x_ptr, log_ptr, mean_ptr, var_ptr, sums_ptr, state_ptr,
@@ -289,69 +130,43 @@ def mixture_moments_kernel(
 ):  # fmt: skip
     """Mass, mean and sum of squares about it (Eqs. 6, 8 and 9) of each program's locations: (3, programs, K, C).
 
-    Sums are about pivots: each component's mean in the program's first tile, which is no further from its mean over
-    all tiles than its deviation allows, outliers included. The means that are left are relative to the batch's first
-    location, which all programs share, so that a common offset costs no digits.
+    The means that are left are relative to the batch's first location, which all programs share.
     """
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    mean = _means(mean_ptr, None, c, C, end, K)
-    scale = _scales(var_ptr, None, c, C, end, eps, K, STORED)
-    constant = _constants(log_ptr, var_ptr, None, c, C, D, end, eps, floor, K, JOINT, STORED)
+    mean = mean_rows(mean_ptr, None, c, C, end, K)
+    scale = scale_rows(var_ptr, None, c, C, end, eps, K, STORED)
+    constant = constant_rows(log_ptr, var_ptr, None, c, C, D, end, eps, floor, K, JOINT, STORED)
     if tl.program_id(0) == 0:
-        _store_rows(state_ptr, MEAN, mean, c, C, end, K, BLOCK_C)
-        _store_rows(state_ptr, SCALE, scale, c, C, end, K, BLOCK_C)
-        _store_rows(state_ptr, CONSTANT, constant, c, C, end, K, BLOCK_C)
+        store_rows(state_ptr, MEAN, mean, c, C, end, K, BLOCK_C)
+        store_rows(state_ptr, SCALE, scale, c, C, end, K, BLOCK_C)
+        store_rows(state_ptr, CONSTANT, constant, c, C, end, K, BLOCK_C)
         logs = log_weights(log_ptr, floor, K, STORED)
         for k in tl.static_range(K):
             at = state_ptr + (LOG_WEIGHT * K + k) * C + c
             tl.store(at, tl.zeros((BLOCK_C,), tl.float32) + logs[k], mask=c < end)
-    pilot = _read(x_ptr + c.to(tl.int64) * x_sc, c < end)[None, :]
+    pilot = read_tile(x_ptr + c.to(tl.int64) * x_sc, c < end)[None, :]
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
 
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
     i, inside = _locations(block, N, L, FLAT, BLOCK_L)
     mask = inside & (c < end)[None, :]
-    x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
-    tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
-    count = tl.sum(inside.to(tl.float32), axis=0, keep_dims=True)
-    centre = tl.sum(tl.where(inside, x - pilot, 0.0), axis=0, keep_dims=True) / count
-    pivot, mass, first, second = (), (), (), ()
-    for k in tl.static_range(K):
-        here = tl.sum(tau[k], axis=0, keep_dims=True)
-        away = tl.sum(tau[k] * (x - pilot - centre), axis=0, keep_dims=True)
-        pivot_k = pilot + (centre + away / tl.maximum(here, TINY))
-        u = x - pivot_k
-        tu = tau[k] * u
-        pivot = pivot + (pivot_k,)
-        mass = mass + (tau[k],)
-        first = first + (tu,)
-        second = second + (tu * u,)
+    x = tl.where(mask, read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+    tau = posteriors(x, inside, mean, scale, constant, K, JOINT)
+    pivot, mass, first, second = first_moments(x, inside, tau, pilot, K)
 
     for _ in range(tl.program_id(0) + tl.num_programs(0), tiles, tl.num_programs(0)):
         n, block = _next(n, block, samples, rest, blocks, FLAT)
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
-        x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
-        tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
-        new_mass, new_first, new_second = (), (), ()
-        for k in tl.static_range(K):
-            u = x - pivot[k]
-            tu = tau[k] * u
-            new_mass = new_mass + (mass[k] + tau[k],)
-            new_first = new_first + (first[k] + tu,)
-            new_second = new_second + (second[k] + tu * u,)
-        mass, first, second = new_mass, new_first, new_second
+        x = tl.where(mask, read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+        tau = posteriors(x, inside, mean, scale, constant, K, JOINT)
+        mass, first, second = more_moments(mass, first, second, x, tau, pivot, K)
 
-    mass, first, second = _totals(mass, K), _totals(first, K), _totals(second, K)
-    means, squares = (), ()
-    for k in tl.static_range(K):
-        distance = first[k] / tl.maximum(mass[k], TINY)
-        means = means + ((pivot[k] - pilot) + distance,)
-        squares = squares + (at_least(second[k] - first[k] * distance, 0.0),)
-    _store_rows(_program_plane(sums_ptr, 0, C, K), 0, mass, c, C, end, K, BLOCK_C)
-    _store_rows(_program_plane(sums_ptr, 1, C, K), 0, means, c, C, end, K, BLOCK_C)
-    _store_rows(_program_plane(sums_ptr, 2, C, K), 0, squares, c, C, end, K, BLOCK_C)
+    mass, means, squares = total_moments(mass, first, second, pivot, pilot, K)
+    store_rows(_program_plane(sums_ptr, 0, C, K), 0, mass, c, C, end, K, BLOCK_C)
+    store_rows(_program_plane(sums_ptr, 1, C, K), 0, means, c, C, end, K, BLOCK_C)
+    store_rows(_program_plane(sums_ptr, 2, C, K), 0, squares, c, C, end, K, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -363,12 +178,12 @@ def mixture_apply_kernel(
 ):  # fmt: skip
     """Eq. 7 and the affine map; without a state Eq. 15, where the parameters take the moments' place."""
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    mean = _means(mean_ptr, state_ptr, c, C, end, K)
-    scale = _scales(var_ptr, state_ptr, c, C, end, eps, K, STORED)
-    constant = _constants(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
+    mean = mean_rows(mean_ptr, state_ptr, c, C, end, K)
+    scale = scale_rows(var_ptr, state_ptr, c, C, end, eps, K, STORED)
+    constant = constant_rows(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
     output = output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K, STORED)
     weight = scaled(output, weight_ptr, c, C, end, K)
-    middle = mean if state_ptr is None else _rows(state_ptr, BATCH_MEAN, c, C, end, K)
+    middle = mean if state_ptr is None else plane_rows(state_ptr, BATCH_MEAN, c, C, end, K)
     shift = tl.zeros((1, BLOCK_C), tl.float32)
     if bias_ptr is not None:
         shift = table_row(bias_ptr, 0, c, C, end, 0.0)
@@ -378,12 +193,9 @@ def mixture_apply_kernel(
     for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
-        x = _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
-        densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
-        y = densities[0] * ((x - middle[0]) * weight[0])
-        for k in tl.static_range(1, K):
-            y += densities[k] * ((x - middle[k]) * weight[k])
-        tl.store(y_ptr + _at(n, c, i, y_sn, y_sc, y_sl, FLAT), y * inverse + shift, mask=mask)
+        x = read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
+        y = normalised(x, mean, scale, constant, middle, weight, shift, K, JOINT)
+        tl.store(y_ptr + _at(n, c, i, y_sn, y_sc, y_sl, FLAT), y, mask=mask)
         n, block = _next(n, block, samples, rest, blocks, FLAT)
 
 
@@ -396,31 +208,35 @@ def mixture_sums_kernel(
 ):  # fmt: skip
     """Sums of tau g and tau g (x - m) over each program's locations: (2, programs, K, C)."""
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    mean = _means(None, state_ptr, c, C, end, K)
-    scale = _scales(None, state_ptr, c, C, end, 0.0, K, False)
-    constant = _constants(None, None, state_ptr, c, C, D, end, 0.0, 0.0, K, JOINT, False)
-    middle = _rows(state_ptr, BATCH_MEAN, c, C, end, K)
+    mean = mean_rows(None, state_ptr, c, C, end, K)
+    scale = scale_rows(None, state_ptr, c, C, end, 0.0, K, False)
+    constant = constant_rows(None, None, state_ptr, c, C, D, end, 0.0, 0.0, K, JOINT, False)
+    middle = plane_rows(state_ptr, BATCH_MEAN, c, C, end, K)
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
-    sum_g, sum_gu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
+    sum_g, sum_gu = zero_tiles(K, BLOCK_L, BLOCK_C), zero_tiles(K, BLOCK_L, BLOCK_C)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
     for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
         # Outside is where posteriors are numbers, whatever the mean: times a gradient of 0 they add nothing.
-        x = tl.where(mask, _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
-        g = _read(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
-        densities, inverse = _densities(x, mean, scale, constant, K, JOINT)
-        g *= inverse
-        new_g, new_gu = (), ()
-        for k in tl.static_range(K):
-            h = densities[k] * g
-            new_g = new_g + (sum_g[k] + h,)
-            new_gu = new_gu + (sum_gu[k] + h * (x - middle[k]),)
-        sum_g, sum_gu = new_g, new_gu
+        x = tl.where(mask, read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask), mean[0])
+        g = read_tile(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
+        sum_g, sum_gu = more_gradients(sum_g, sum_gu, x, g, mean, scale, constant, middle, K, JOINT)
         n, block = _next(n, block, samples, rest, blocks, FLAT)
-    _store_rows(_program_plane(sums_ptr, 0, C, K), 0, _totals(sum_g, K), c, C, end, K, BLOCK_C)
-    _store_rows(_program_plane(sums_ptr, 1, C, K), 0, _totals(sum_gu, K), c, C, end, K, BLOCK_C)
+    store_rows(_program_plane(sums_ptr, 0, C, K), 0, totals(sum_g, K), c, C, end, K, BLOCK_C)
+    store_rows(_program_plane(sums_ptr, 1, C, K), 0, totals(sum_gu, K), c, C, end, K, BLOCK_C)
+
+
+@triton.jit
+def _more_shares(sum_h, sum_hu, x, g, tau, middle, K: tl.constexpr):
+    """Sums of tau g and tau g (x - middle) with one tile more, of posteriors that are at hand."""
+    new_h, new_hu = (), ()
+    for k in tl.static_range(K):
+        share = tau[k] * g
+        new_h = new_h + (sum_h[k] + share,)
+        new_hu = new_hu + (sum_hu[k] + share * (x - middle[k]),)
+    return new_h, new_hu
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -439,86 +255,188 @@ def mixture_bwd_kernel(
     """
     BATCH: tl.constexpr = state_ptr is not None
     c, end = _channels(C, D, JOINT, BLOCK_C)
-    mean = _means(mean_ptr, state_ptr, c, C, end, K)
-    scale = _scales(var_ptr, state_ptr, c, C, end, eps, K, STORED)
-    constant = _constants(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
+    mean = mean_rows(mean_ptr, state_ptr, c, C, end, K)
+    scale = scale_rows(var_ptr, state_ptr, c, C, end, eps, K, STORED)
+    constant = constant_rows(log_ptr, var_ptr, state_ptr, c, C, D, end, eps, floor, K, JOINT, STORED)
     output = output_rows(log_ptr, var_ptr, state_ptr, c, C, end, eps, floor, kappa, K, STORED)
     weight = scaled(output, weight_ptr, c, C, end, K)
-    precision = ()
-    for k in tl.static_range(K):
-        precision = precision + (scale[k] * (-2.0 / LOG2_E),)
+    precision = precisions(scale, K)
+    middle, dm, dv, dvv = mean, None, None, None
     if BATCH:
-        middle = _rows(state_ptr, BATCH_MEAN, c, C, end, K)
-        dm = _rows(coefficients_ptr, 0, c, C, end, K)
-        dv = _rows(coefficients_ptr, 1, c, C, end, K)
-        dvv = _rows(coefficients_ptr, 2, c, C, end, K)
-    else:
-        middle = mean
-    sum_z = _zeros(K, BLOCK_L, 1 if JOINT else BLOCK_C)
-    sum_zu, sum_zuu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
-    sum_h, sum_hu = _zeros(K, BLOCK_L, BLOCK_C), _zeros(K, BLOCK_L, BLOCK_C)
+        middle = plane_rows(state_ptr, BATCH_MEAN, c, C, end, K)
+        dm = plane_rows(coefficients_ptr, 0, c, C, end, K)
+        dv = plane_rows(coefficients_ptr, 1, c, C, end, K)
+        dvv = plane_rows(coefficients_ptr, 2, c, C, end, K)
+    sum_z = zero_tiles(K, BLOCK_L, 1 if JOINT else BLOCK_C)
+    sum_zu, sum_zuu = zero_tiles(K, BLOCK_L, BLOCK_C), zero_tiles(K, BLOCK_L, BLOCK_C)
+    sum_h, sum_hu = zero_tiles(K, BLOCK_L, BLOCK_C), zero_tiles(K, BLOCK_L, BLOCK_C)
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
     for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
-        x = _read(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
-        g = _read(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
+        x = read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
+        g = read_tile(g_ptr + _at(n, c, i, g_sn, g_sc, g_sl, FLAT), mask)
         if DENSITY or DIRECT:
             x = tl.where(mask, x, mean[0])
-            tau = _posteriors(x, inside, mean, scale, constant, K, JOINT)
+            tau = posteriors(x, inside, mean, scale, constant, K, JOINT)
         else:
-            tau = _posteriors(x, None, mean, scale, constant, K, JOINT)
-        dx = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        dtau = ()
-        new_h, new_hu = (), ()
-        for k in tl.static_range(K):
-            u = x - middle[k]
-            if BATCH:
-                curved = dv[k] * u
-                q = g * weight[k] + dm[k] + curved
-                product = q * u - dvv[k]
-                dx += tau[k] * (q + curved)
-            else:
-                h = g * weight[k]
-                product = h * u
-                dx += tau[k] * h
-            if DIRECT:
-                share = tau[k] * g
-                new_h = new_h + (sum_h[k] + share,)
-                new_hu = new_hu + (sum_hu[k] + share * u,)
-            if JOINT:
-                product = tl.sum(product, axis=1, keep_dims=True)
-            dtau = dtau + (product,)
-        # Relative to the first, which costs no more, and keeps what posteriors lack of a sum of 1 out of differences.
-        centre = tl.zeros_like(tau[0])
-        for k in tl.static_range(1, K):
-            centre += tau[k] * (dtau[k] - dtau[0])
-        new_z, new_zu, new_zuu = (), (), ()
-        for k in tl.static_range(K):
-            if k == 0:
-                z = -tau[0] * centre
-            else:
-                z = tau[k] * ((dtau[k] - dtau[0]) - centre)
-            u = (x - mean[k]) * precision[k]
-            zu = z * u
-            dx -= zu
-            if DENSITY:
-                new_z = new_z + (sum_z[k] + z,)
-                new_zu = new_zu + (sum_zu[k] + zu,)
-                new_zuu = new_zuu + (sum_zuu[k] + zu * u,)
+            tau = posteriors(x, None, mean, scale, constant, K, JOINT)
+        dx, dtau = through_components(x, g, tau, middle, weight, dm, dv, dvv, K, JOINT, BATCH)
+        if DIRECT:
+            sum_h, sum_hu = _more_shares(sum_h, sum_hu, x, g, tau, middle, K)
+        dx, new_z, new_zu, new_zuu = through_posteriors(
+            dx, sum_z, sum_zu, sum_zuu, x, tau, dtau, mean, precision, K, DENSITY
+        )
         if DENSITY:
             sum_z, sum_zu, sum_zuu = new_z, new_zu, new_zuu
-        if DIRECT:
-            sum_h, sum_hu = new_h, new_hu
         tl.store(dx_ptr + _at(n, c, i, dx_sn, dx_sc, dx_sl, FLAT), dx, mask=mask)
         n, block = _next(n, block, samples, rest, blocks, FLAT)
     if DENSITY:
-        _store_rows(_program_plane(sums_ptr, 0, C, K), 0, _totals(sum_z, K), c, C, end, K, BLOCK_C)
-        _store_rows(_program_plane(sums_ptr, 1, C, K), 0, _totals(sum_zu, K), c, C, end, K, BLOCK_C)
-        _store_rows(_program_plane(sums_ptr, 2, C, K), 0, _totals(sum_zuu, K), c, C, end, K, BLOCK_C)
+        store_rows(_program_plane(sums_ptr, 0, C, K), 0, totals(sum_z, K), c, C, end, K, BLOCK_C)
+        store_rows(_program_plane(sums_ptr, 1, C, K), 0, totals(sum_zu, K), c, C, end, K, BLOCK_C)
+        store_rows(_program_plane(sums_ptr, 2, C, K), 0, totals(sum_zuu, K), c, C, end, K, BLOCK_C)
     if DIRECT:
         before: tl.constexpr = 3 if DENSITY else 0
-        _store_rows(_program_plane(sums_ptr, before, C, K), 0, _totals(sum_h, K), c, C, end, K, BLOCK_C)
-        _store_rows(_program_plane(sums_ptr, before + 1, C, K), 0, _totals(sum_hu, K), c, C, end, K, BLOCK_C)
+        store_rows(_program_plane(sums_ptr, before, C, K), 0, totals(sum_h, K), c, C, end, K, BLOCK_C)
+        store_rows(_program_plane(sums_ptr, before + 1, C, K), 0, totals(sum_hu, K), c, C, end, K, BLOCK_C)
+
+
+@triton.jit
+def _of_channel(tile, blocks, N, L, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A tile's samples and positions, and which of its locations are there, (BLOCK_S * BLOCK_L, 1) each."""
+    at = tl.arange(0, BLOCK_S * BLOCK_L)[:, None]
+    n = tile // blocks * BLOCK_S + at // BLOCK_L
+    i = tile % blocks * BLOCK_L + at % BLOCK_L
+    return n, i, (n < N) & (i < L)
+
+
+@triton.jit(do_not_specialize=["N"])
+def mixture_channel_kernel(
+    x_ptr, log_ptr, mean_ptr, var_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr,
+    N, C, L, x_sn, x_sc, x_sl, y_sn, y_sc, y_sl, eps, floor, kappa,
+    K: tl.constexpr, STORED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Eqs. 6 to 9 and an affine map: y, and the state."""
+    c = tl.program_id(0) + tl.arange(0, 1)
+    mean = mean_rows(mean_ptr, None, c, C, C, K)
+    scale = scale_rows(var_ptr, None, c, C, C, eps, K, STORED)
+    constant = constant_rows(log_ptr, var_ptr, None, c, C, 1, C, eps, floor, K, False, STORED)
+    x_ptr += tl.program_id(0).to(tl.int64) * x_sc
+    y_ptr += tl.program_id(0).to(tl.int64) * y_sc
+    pilot = tl.load(x_ptr).to(tl.float32)
+    blocks = tl.cdiv(L, BLOCK_L)
+    tiles = tl.cdiv(N, BLOCK_S) * blocks
+
+    n, i, inside = _of_channel(0, blocks, N, L, BLOCK_S, BLOCK_L)
+    x = tl.where(inside, read_tile(x_ptr + n * x_sn + i * x_sl, inside), mean[0])
+    tau = posteriors(x, inside, mean, scale, constant, K, False)
+    pivot, mass, first, second = first_moments(x, inside, tau, pilot, K)
+    for tile in range(1, tiles):
+        n, i, inside = _of_channel(tile, blocks, N, L, BLOCK_S, BLOCK_L)
+        x = tl.where(inside, read_tile(x_ptr + n * x_sn + i * x_sl, inside), mean[0])
+        tau = posteriors(x, inside, mean, scale, constant, K, False)
+        mass, first, second = more_moments(mass, first, second, x, tau, pivot, K)
+
+    mass, means, squares = total_moments(mass, first, second, pivot, pilot, K)
+    logs = log_weights(log_ptr, floor, K, STORED)
+    middle, spread, output, log_rows = (), (), (), ()
+    for k in tl.static_range(K):
+        v = squares[k] / tl.maximum(mass[k], TINY)
+        middle = middle + (tl.where(mass[k] == 0.0, 0.0, pilot + means[k]),)
+        spread = spread + (v,)
+        output = output + (tl.exp(-0.5 * at_least(logs[k], floor)) * kappa * inverse_root(v, eps),)
+        log_rows = log_rows + (tl.zeros((1, 1), tl.float32) + logs[k],)
+    store_rows(state_ptr, MEAN, mean, c, C, C, K, 1)
+    store_rows(state_ptr, SCALE, scale, c, C, C, K, 1)
+    store_rows(state_ptr, CONSTANT, constant, c, C, C, K, 1)
+    store_rows(state_ptr, LOG_WEIGHT, log_rows, c, C, C, K, 1)
+    store_rows(state_ptr, MASS, mass, c, C, C, K, 1)
+    store_rows(state_ptr, BATCH_MEAN, middle, c, C, C, K, 1)
+    store_rows(state_ptr, BATCH_VAR, spread, c, C, C, K, 1)
+    store_rows(state_ptr, OUTPUT, output, c, C, C, K, 1)
+
+    weight = scaled(output, weight_ptr, c, C, C, K)
+    shift = tl.zeros((1, 1), tl.float32)
+    if bias_ptr is not None:
+        shift = table_row(bias_ptr, 0, c, C, C, 0.0)
+    for tile in range(tiles):
+        n, i, inside = _of_channel(tile, blocks, N, L, BLOCK_S, BLOCK_L)
+        x = read_tile(x_ptr + n * x_sn + i * x_sl, inside)
+        y = normalised(x, mean, scale, constant, middle, weight, shift, K, False)
+        tl.store(y_ptr + n * y_sn + i * y_sl, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def mixture_channel_bwd_kernel(
+    x_ptr, g_ptr, state_ptr, weight_ptr, dx_ptr, out_ptr, affine_ptr,
+    N, C, L, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps,
+    K: tl.constexpr, STORED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Gradients dx and of the affine map, (2, C), and if there is an out those of mean and variance, (3, K, C).
+
+    The third plane is each channel's share in the gradients of the log weights.
+    """
+    c = tl.program_id(0) + tl.arange(0, 1)
+    mean = mean_rows(None, state_ptr, c, C, C, K)
+    scale = scale_rows(None, state_ptr, c, C, C, 0.0, K, False)
+    constant = constant_rows(None, None, state_ptr, c, C, 1, C, 0.0, 0.0, K, False, False)
+    middle = plane_rows(state_ptr, BATCH_MEAN, c, C, C, K)
+    output = plane_rows(state_ptr, OUTPUT, c, C, C, K)
+    x_ptr += tl.program_id(0).to(tl.int64) * x_sc
+    g_ptr += tl.program_id(0).to(tl.int64) * g_sc
+    dx_ptr += tl.program_id(0).to(tl.int64) * dx_sc
+    blocks = tl.cdiv(L, BLOCK_L)
+    tiles = tl.cdiv(N, BLOCK_S) * blocks
+
+    sum_g, sum_gu = zero_tiles(K, BLOCK_S * BLOCK_L, 1), zero_tiles(K, BLOCK_S * BLOCK_L, 1)
+    for tile in range(tiles):
+        n, i, inside = _of_channel(tile, blocks, N, L, BLOCK_S, BLOCK_L)
+        # Outside is where posteriors are numbers, whatever the mean: times a gradient of 0 they add nothing.
+        x = tl.where(inside, read_tile(x_ptr + n * x_sn + i * x_sl, inside), mean[0])
+        g = read_tile(g_ptr + n * g_sn + i * g_sl, inside)
+        sum_g, sum_gu = more_gradients(sum_g, sum_gu, x, g, mean, scale, constant, middle, K, False)
+    sum_g, sum_gu = totals(sum_g, K), totals(sum_gu, K)
+
+    weight = scaled(output, weight_ptr, c, C, C, K)
+    mass = plane_rows(state_ptr, MASS, c, C, C, K)
+    spread = plane_rows(state_ptr, BATCH_VAR, c, C, C, K)
+    dweight, dbias = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    dm, dv, dvv, direct = (), (), (), ()
+    for k in tl.static_range(K):
+        dm_k, dv_k, dvv_k, direct_k = moment_gradients(weight[k], sum_g[k], sum_gu[k], mass[k], spread[k], eps)
+        dm = dm + (dm_k,)
+        dv = dv + (dv_k,)
+        dvv = dvv + (dvv_k,)
+        direct = direct + (direct_k,)
+        dweight += output[k] * sum_gu[k]
+        dbias += sum_g[k]
+    if affine_ptr is not None:
+        tl.store(affine_ptr + c[None, :], dweight)
+        tl.store(affine_ptr + C + c[None, :], dbias)
+
+    precision = precisions(scale, K)
+    sum_z = zero_tiles(K, BLOCK_S * BLOCK_L, 1)
+    sum_zu, sum_zuu = zero_tiles(K, BLOCK_S * BLOCK_L, 1), zero_tiles(K, BLOCK_S * BLOCK_L, 1)
+    for tile in range(tiles):
+        n, i, inside = _of_channel(tile, blocks, N, L, BLOCK_S, BLOCK_L)
+        x = tl.where(inside, read_tile(x_ptr + n * x_sn + i * x_sl, inside), mean[0])
+        g = read_tile(g_ptr + n * g_sn + i * g_sl, inside)
+        tau = posteriors(x, inside, mean, scale, constant, K, False)
+        dx, dtau = through_components(x, g, tau, middle, weight, dm, dv, dvv, K, False, True)
+        dx, new_z, new_zu, new_zuu = through_posteriors(
+            dx, sum_z, sum_zu, sum_zuu, x, tau, dtau, mean, precision, K, out_ptr is not None
+        )
+        if out_ptr is not None:
+            sum_z, sum_zu, sum_zuu = new_z, new_zu, new_zuu
+        tl.store(dx_ptr + n * dx_sn + i * dx_sl, dx, mask=inside)
+    if out_ptr is not None:
+        sum_z, sum_zu, sum_zuu = totals(sum_z, K), totals(sum_zu, K), totals(sum_zuu, K)
+        dvar, share = (), ()
+        for k in tl.static_range(K):
+            dvar = dvar + (variance_gradient(sum_z[k], sum_zuu[k], (-0.5 * LOG2_E) / scale[k], eps, STORED),)
+            share = share + (sum_z[k] - 0.5 * direct[k],)
+        store_rows(out_ptr, 0, sum_zu, c, C, C, K, 1)
+        store_rows(out_ptr, 1, dvar, c, C, C, K, 1)
+        store_rows(out_ptr, 2, share, c, C, C, K, 1)

@@ -21,9 +21,9 @@ from . import launch
 
 @functools.cache
 def _kernels() -> dict[str, Any]:
-    from . import channel_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
+    from . import mixture_kernels, parameter_kernels  # noqa: PLC0415
 
-    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__, **channel_kernels.__dict__}
+    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__}
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 """The Triton kernels of a mixture that touch no activation: they add up what programs left, and move averages.
 
-``mixture_kernels`` has the planes of a state; a program here is a block of channels, and of most one component.
+``mixture_tiles`` has the planes of a state; a program here is a block of channels, and of most one component.
 """
 
 # ruff: noqa: RUF005, PLR0912, PLR0915 - Triton compiles no stars in tuples, and folds branches on constants
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .cluster_kernels import LOG2_E, TINY, inverse_root
-from .mixture_kernels import (
+from .mixture_tiles import (
     BATCH_MEAN,
     BATCH_VAR,
     LOG_WEIGHT,
@@ -22,7 +22,9 @@ from .mixture_kernels import (
     SCALE,
     at_least,
     log_weights,
+    moment_gradients,
     output_rows,
+    variance_gradient,
     variance_row,
 )
 
@@ -206,8 +208,7 @@ def mixture_coefficients_kernel(
 ):  # fmt: skip
     """What the pass for dx needs: out (4, K, C), and gradients of the affine map, (2, C).
 
-    Planes of out are the gradients of the batch's mean and variance for a unit of mass, the second times the variance,
-    and the sum of g times a component's part of y.
+    Planes of out are ``moment_gradients``.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     weight = tl.full((BLOCK_C,), 1.0, tl.float32)
@@ -219,14 +220,13 @@ def mixture_coefficients_kernel(
         sum_gu = _column(sums_ptr, 1, k, c, P, K, C, BLOCK_P)
         v = _row(state_ptr, BATCH_VAR, k, c, C, 1.0, K)
         output = _row(state_ptr, OUTPUT, k, c, C, 0.0, K)
-        part = output * weight
-        mass = tl.maximum(_row(state_ptr, MASS, k, c, C, 1.0, K), TINY)
-        dv = -0.5 * (part * sum_gu / mass) / (v + eps)  # a sum over no mass is 0: it comes before what may be infinite
+        mass = _row(state_ptr, MASS, k, c, C, 1.0, K)
+        dm, dv, dvv, direct = moment_gradients(output * weight, sum_g, sum_gu, mass, v, eps)
         out = out_ptr + k * C + c
-        tl.store(out, -(part * sum_g / mass), mask=c < C)
+        tl.store(out, dm, mask=c < C)
         tl.store(out + K * C, dv, mask=c < C)
-        tl.store(out + 2 * K * C, dv * v, mask=c < C)
-        tl.store(out + 3 * K * C, part * sum_gu, mask=c < C)
+        tl.store(out + 2 * K * C, dvv, mask=c < C)
+        tl.store(out + 3 * K * C, direct, mask=c < C)
         dweight += output * sum_gu
         dbias += sum_g
     if affine_ptr is not None:
@@ -270,9 +270,7 @@ def mixture_gradients_kernel(
             z = _column(sums_ptr, 0, k, c, P, K, C, BLOCK_P)
             dmean = _column(sums_ptr, 1, k, c, P, K, C, BLOCK_P) - direct
             zuu = _column(sums_ptr, 2, k, c, P, K, C, BLOCK_P)
-            dvar = 0.5 * (zuu - (z + direct_u if state_ptr is None else z) / s)
-            if STORED:
-                dvar *= s - eps
+            dvar = variance_gradient(z + direct_u if state_ptr is None else z, zuu, s, eps, STORED)
             out = out_ptr + k * C + c
             tl.store(out, dmean, mask=c < C)
             tl.store(out + K * C, dvar, mask=c < C)
