@@ -25,6 +25,7 @@ import triton.language as tl
 TINY = tl.constexpr(1.1754944e-38)  # the least normal float32
 LEAST = tl.constexpr(-3.4e38)  # below every log density, and finite
 LOG2_E = tl.constexpr(1.4426950408889634)
+IDS = tl.constexpr(32)  # that a program looks at at once
 
 
 @triton.jit
@@ -281,15 +282,18 @@ def _unknown_gradients(
 def scb_unknown_bwd_kernel(
     x_ptr, g_ptr, cluster_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, dx_ptr, left_ptr, found_ptr,
     N, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl, dx_sn, dx_sc, dx_sl, eps, kappa,
-    STORED: tl.constexpr, BLOCK_S: tl.constexpr, UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
+    STORED: tl.constexpr, UNKNOWN_L: tl.constexpr, UNKNOWN_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of Eq. 12; a program is (block of samples, share of the positions).
+    """Gradients of Eq. 12; a program (p of P, share of the positions) takes samples p, p + P and so on.
 
-    What it leaves is (2, shares, blocks, K + 1, C), written where found (shares, blocks) says so.
+    What it leaves is (2, shares, P, K + 1, C), written where found (shares, P) says so.
     """
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    found = tl.sum((tl.load(cluster_ptr + s, mask=s < N, other=0) == -1).to(tl.int32), axis=0)
+    unknown = tl.zeros((IDS,), tl.int32)
+    for start in range(tl.program_id(0), N, tl.num_programs(0) * IDS):
+        s = start + tl.num_programs(0) * tl.arange(0, IDS)
+        unknown += (tl.load(cluster_ptr + s, mask=s < N, other=0) == -1).to(tl.int32)
+    found = tl.sum(unknown, axis=0)
     tl.store(found_ptr + program, found)
     if found > 0:
         left = left_ptr + program * (K + 1) * C
@@ -298,9 +302,9 @@ def scb_unknown_bwd_kernel(
         for row in range(K + 1):
             tl.store(left + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
             tl.store(left + plane + row * C + wide, tl.zeros((UNKNOWN_C,), tl.float32), mask=wide < C)
-        for j in range(BLOCK_S):
-            n = tl.program_id(0) * BLOCK_S + j
-            if tl.load(cluster_ptr + n, mask=n < N, other=0) == -1:
+        for sample in range(tl.program_id(0), N, tl.num_programs(0)):
+            n = tl.cast(sample, tl.int32)
+            if tl.load(cluster_ptr + n) == -1:
                 _unknown_gradients(
                     x_ptr, g_ptr, mean_ptr, var_ptr, mean_row_ptr, var_row_ptr, weight_ptr, dx_ptr, left,
                     plane, n, K, C, L, stride_k, stride_c, x_sn, x_sc, x_sl, g_sn, g_sc, g_sl,

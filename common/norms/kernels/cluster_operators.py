@@ -52,7 +52,8 @@ class Plan(NamedTuple):
     """The blocks of the kernels that take samples of unknown clusters."""
     shares: int
     """Programs of such a sample."""
-    unknown_blocks: tuple[int, int, int]
+    unknown_programs: tuple[int, int]
+    """Over (samples, shares), of the kernel that leaves sums of such samples."""
 
 
 def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
@@ -75,9 +76,9 @@ def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, i
         {**tiling.blocks, "num_warps": entry.num_warps},
         tiling.by_sample,
         tiling.rows * (1 if tiling.by_sample else num),
-        {"UNKNOWN_L": length, "UNKNOWN_C": channels, "num_warps": launch.UNKNOWN_WARPS},
+        {"UNKNOWN_L": length, "UNKNOWN_C": channels},
         launch.unknown_shares(walk),
-        launch.unknown_blocks(walk, num),
+        launch.unknown_programs(walk, num),
     )
 
 
@@ -102,7 +103,7 @@ def scb_forward(
     if unknown:
         launch.start(
             kernels.scb_unknown_fwd_kernel, (len(x), plan.shares), pointers, (*sizes[1:], eps, kappa),
-            STORED=stored, **plan.unknown,
+            STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_fwd_kernel"], **plan.unknown,
         )  # fmt: skip
     return y
 
@@ -130,8 +131,7 @@ def scb_backward(
     added, affine = _pair(mean_row, x), _pair(weight, x)
     num, channels = mean.shape
     plan = _plan((x, g, dx), num, sums=True)
-    block_s, *blocks = plan.unknown_blocks
-    programs = blocks[0] * blocks[1] if unknown else 0
+    programs = math.prod(plan.unknown_programs) if unknown else 0
     sums = x.new_empty(2, plan.rows, channels, dtype=torch.float32)
     left = found = None
     if unknown:
@@ -145,8 +145,8 @@ def scb_backward(
     )  # fmt: skip
     if unknown:
         launch.start(
-            kernels.scb_unknown_bwd_kernel, tuple(blocks), (*pointers, left, found), (*sizes, eps, kappa),
-            STORED=stored, BLOCK_S=block_s, **plan.unknown,
+            kernels.scb_unknown_bwd_kernel, plan.unknown_programs, (*pointers, left, found), (*sizes, eps, kappa),
+            STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_bwd_kernel"], **plan.unknown,
         )  # fmt: skip
     block_n, block_c = launch.sums_tile()
     launch.start(

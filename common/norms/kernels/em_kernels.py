@@ -50,7 +50,7 @@ def draw_kernel(
     tl.store(out_ptr + p[:, None] * C + c[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["P", "count"])
+@triton.jit(do_not_specialize=["P", "count", "x_sc"])
 def em_step_kernel(
     sums_ptr, x_ptr, mean_ptr, var_ptr, new_log_ptr, new_mean_ptr, new_var_ptr,
     P, C, D, count, x_sc, least, empty, min_weight,

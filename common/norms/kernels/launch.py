@@ -27,8 +27,8 @@ SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
 UNKNOWN = 2048
 """Elements in a tile of all channels of a sample whose cluster is unknown."""
-UNKNOWN_WARPS = 8
-"""Of the kernels that take such samples: with fewer, registers do not suffice."""
+UNKNOWN_WARPS = {"scb_unknown_fwd_kernel": 8, "scb_unknown_bwd_kernel": 16}
+"""Of the kernels that take such samples: of so many threads the registers suffice."""
 MAX_UNKNOWN_CHANNELS = 2048
 """Channels of such a sample: a tile holds them all, and must not spill."""
 SECTOR = 32
@@ -77,7 +77,13 @@ MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
 SUMS_SHARE = 0.06
 """Of an activation's bytes: the sums that a pass may leave and read again."""
 LEAST_PROGRAMS = 132
-"""A multiprocessor each of an H100, whatever sums that leaves where channels share a posterior."""
+"""A multiprocessor each of an H100, whatever sums that leaves: of a small batch they are small."""
+NOMINAL = 64
+"""Samples of the batch, the benchmark's smallest, for which columns of channels are narrow enough to fill the device.
+
+They are as wide for every other batch, so that a kernel has one code for all. That costs: of a smaller batch the sums
+that are left may be more than ``SUMS_SHARE``, though no more than of this one; in a larger one columns may be narrower
+than they need be, down to 32 bytes of a location, or 16 in a 2-byte type where a pass leaves sums."""
 PROGRAMS = 1024
 """Enough for every multiprocessor of today's devices; not asked of the device, so that sums keep their order."""
 CHANNEL_BLOCK = 64
@@ -272,14 +278,19 @@ def cluster_tiling(entry: Launch, walk: Walk, num_clusters: int, itemsize: int, 
                 block_s, by_sample = max(wanted, block_s), False
                 block_l, block_c = _beside(entry, walk, block_s, block_l, block_c)
                 most = max(1, int(block_s * rows / num_clusters))
-    least = max(SUMS_CHANNELS, SECTOR // itemsize)
-    while True:
-        blocks = divide(walk.samples, block_s) * divide(walk.channels, block_c)
-        shares = max(1, min(divide(walk.positions, block_l), PROGRAMS // blocks, most))
-        if blocks * shares >= LEAST_PROGRAMS or not walk.channels_adjacent or block_c <= least:
-            return ClusterTiling(walk, block_s, block_l, block_c, shares, by_sample)
+
+    def blocks(samples: int) -> int:
+        return divide(samples, block_s) * divide(walk.channels, block_c)
+
+    def shares(blocks: int, most: int) -> int:
+        return max(1, min(divide(walk.positions, block_l), PROGRAMS // blocks, most))
+
+    least = max(SUMS_CHANNELS, SECTOR // itemsize) if walk.channels_adjacent else block_c
+    while block_c > least and blocks(NOMINAL) * shares(blocks(NOMINAL), most) < LEAST_PROGRAMS:
         block_c //= 2  # narrower columns are more of them, which leave no more sums
         block_l = min(power_of_two(walk.positions), entry.elements // (block_s * block_c))
+    count = blocks(walk.samples)
+    return ClusterTiling(walk, block_s, block_l, block_c, shares(count, max(most, LEAST_PROGRAMS // count)), by_sample)
 
 
 def _beside(entry: Launch, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
@@ -300,15 +311,14 @@ def unknown_shares(walk: Walk) -> int:
     return max(1, min(divide(walk.positions, unknown_tile(walk)[0]), PROGRAMS // walk.samples))
 
 
-def unknown_blocks(walk: Walk, num_clusters: int) -> tuple[int, int, int]:
-    """Return BLOCK_S and programs over (blocks of samples, shares of the positions), for what leaves sums if unknown.
+def unknown_programs(walk: Walk, num_clusters: int) -> tuple[int, int]:
+    """Return programs over (samples, shares of their positions), for what leaves sums if a sample is unknown.
 
     There is room for sums of each program, whether or not it leaves any: all of it is no larger than x in float32.
     """
     most = max(1, min(LEAST_PROGRAMS, walk.samples * walk.positions // (2 * (num_clusters + 1))))
-    block_s = power_of_two(divide(walk.samples, most))
-    blocks = divide(walk.samples, block_s)
-    return block_s, blocks, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // blocks))
+    programs = divide(walk.samples, divide(walk.samples, most))  # all of them with as many samples, but the last
+    return programs, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // programs))
 
 
 def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
@@ -374,9 +384,14 @@ def mixture_tiling(
     """
     entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
     width, locations = walk.channels // groups, walk.samples * walk.positions
-    most = PROGRAMS
-    if planes:
-        most = max(1, int(SUMS_SHARE * itemsize * locations / (2 * 4 * planes * num_components)))
+
+    def that_may_leave_sums(samples: int) -> int:
+        if not planes:
+            return PROGRAMS
+        share = SUMS_SHARE * itemsize * samples * walk.positions
+        return max(1, int(share / (2 * 4 * planes * num_components)))
+
+    most = that_may_leave_sums(walk.samples)
     if width > 1:
         block_c, columns = power_of_two(width), groups
         longest = entry.elements if walk.flat else power_of_two(walk.positions)
@@ -388,15 +403,16 @@ def mixture_tiling(
             elements = tall.elements * 4 // itemsize if registers_suffice else tall.elements
             block_l = min(longest, max(RUN, elements // block_c))
             num_warps = tall.num_warps * max(1, block_l * block_c // elements)
-        most = max(most, LEAST_PROGRAMS // columns)
     else:
         entry = _in_runs(LONG, kernel, walk, num_components) or entry
         block_l, block_c = tile(entry, walk)
-        while block_c > SUMS_CHANNELS and most * divide(walk.channels, block_c) < LEAST_PROGRAMS:
+        usual = that_may_leave_sums(NOMINAL)
+        while block_c > SUMS_CHANNELS and usual * divide(walk.channels, block_c) < LEAST_PROGRAMS:
             block_c //= 2  # narrower columns are more of them, which leave no more sums
             block_l *= 2 if walk.flat else 1
         num_warps = max(1, entry.num_warps * block_l * block_c // entry.elements)  # as many elements a thread
         columns = divide(walk.channels, block_c)
+    most = max(most, LEAST_PROGRAMS // columns)
     tiles = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
     most = min(most, max(1, PROGRAMS // columns))
     programs = divide(tiles, divide(tiles, most))  # all of them with as many tiles, but the last

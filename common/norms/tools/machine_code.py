@@ -1,5 +1,6 @@
 """A launch compiled for a GPU that need not be there, as the launch itself would be, and what its instructions are."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -42,14 +43,22 @@ class Specialised(NamedTuple):
     options: Any
 
 
-def specialise(launch: Launch, arch: int) -> Specialised:
-    """Specialise a launch's kernel, as the launch does, for compute capability ``arch`` (90 is sm_90)."""
+@functools.cache
+def _binder(function: Any, arch: int) -> tuple[Any, Any]:
+    """Return what a kernel is compiled by for compute capability ``arch``, and what binds arguments to it."""
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - an optional dependency
-    from triton.compiler import ASTSource, make_backend  # noqa: PLC0415
+    from triton.compiler import make_backend  # noqa: PLC0415
     from triton.runtime.jit import create_function_from_signature  # noqa: PLC0415
 
-    function, backend = launch.function, make_backend(GPUTarget("cuda", arch, WARP))
-    bind = create_function_from_signature(function.signature, function.params, backend)
+    backend = make_backend(GPUTarget("cuda", arch, WARP))
+    return backend, create_function_from_signature(function.signature, function.params, backend)
+
+
+def specialise(launch: Launch, arch: int) -> Specialised:
+    """Specialise a launch's kernel, as the launch does, for compute capability ``arch`` (90 is sm_90)."""
+    from triton.compiler import ASTSource  # noqa: PLC0415 - an optional dependency
+
+    function, (backend, bind) = launch.function, _binder(launch.function, arch)
     given = {name: Pointer(value) if isinstance(value, Tensor) else value for name, value in launch.arguments.items()}
     bound, specialization, options = bind(**given, **launch.options)
     key = f"{function.__name__} {specialization} {options}"

@@ -103,18 +103,41 @@ def test_narrow_loads_are_seen():
     assert Code(launch(count=2), TEXT, 1000).wide == 0.5  # one of two
 
 
-@pytest.mark.parametrize("shape", [(256, 8, 8), (64, 112, 112)], ids=str)
-@pytest.mark.parametrize("name", ["UCBNorm", "UCBNorm, groups=1", "UCBNorm, update=weight", "SCBNorm"])
-def test_a_kernel_is_compiled_once_for_all_batch_sizes(name, shape):
-    """In training, where positions lie side by side; a single sample has strides of its own."""
+SUBJECTS = {subject.name: subject for subject in counts.SUBJECTS if subject.name != "BatchNorm2d"}
+FITTED = "MixtureNorm"
+"""It fits a mixture to a small batch as it is, and to locations drawn from a large one."""
+
+
+def codes_by_batch(subject, shape, dtype, layout) -> dict[str, set[frozenset[str]]]:
+    """What is compiled of each kernel for a step of one batch or another."""
     pytest.importorskip("triton")
-    subject = next(s for s in counts.SUBJECTS if s.name == name)
-    keys: dict[str, set[str]] = {}
-    for samples in (64, 63, 37, 16, 1):
-        step = counts.record(subject, (samples, *shape), torch.float32)
+    found: dict[str, set[frozenset[str]]] = {}
+    for samples in (1000, 64, 63, 16, 2, 1):
+        if samples == shape[1] == 1:  # a layer in training refuses a single value
+            continue
+        keys: dict[str, set[str]] = {}
+        step = counts.record(subject, (samples, *shape), dtype, layout)
         for each in (*step.forward.kernels, *step.backward.kernels):
             keys.setdefault(each.name, set()).add(machine_code.specialise(each, 90).key)
-    assert {kernel for kernel, found in keys.items() if len(found) > 1} == set()
+        for kernel, which in keys.items():
+            found.setdefault(kernel, set()).add(frozenset(which))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(256, 8, 8), (64, 112, 112), (255, 7, 7), (512, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != FITTED])
+def test_a_kernel_is_compiled_once_for_all_batch_sizes(name, layout, shape):
+    """A single sample has strides of its own; a layer may launch one kernel in several ways, but all in each step."""
+    for dtype in (torch.float32, torch.bfloat16):
+        codes = codes_by_batch(SUBJECTS[name], shape, dtype, layout)
+        assert {kernel for kernel, each in codes.items() if len(each) > 1} == set()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_moments_that_mixtures_are_fitted_to_are_compiled_twice(layout):
+    codes = codes_by_batch(SUBJECTS[FITTED], (256, 8, 8), torch.float32, layout)
+    assert {kernel: len(each) for kernel, each in codes.items() if len(each) > 1} == {"mixture_moments_kernel": 2}
 
 
 def test_launches_are_specialised_as_triton_does():
