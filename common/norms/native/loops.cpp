@@ -4,9 +4,10 @@
 // whose names are used here too: m and v are a batch's moments, r = (v + eps)^(-1/2), tau posteriors.
 //
 // What is looped over is a plane: the values of one channel side by side. Activations in any layout are brought into
-// planes, padded to whole vectors, chunk by chunk, in cache, and back. A single channel has posteriors of its own and is
-// finished before the next one begins, so that memory is read once in either pass; groups of channels share theirs, and
-// take two walks. Sums over a chunk are added up in float64. Which thread computes what changes no number.
+// planes, padded to whole vectors, chunk by chunk, in cache, and back; where channels lie side by side and share
+// posteriors, most loops take squares of them, or rows. A single channel has posteriors of its own and is finished before
+// the next one begins, so that memory is read once in either pass; groups of channels share theirs, and take two walks.
+// Sums over a chunk are added up in float64. Which layout it is and which thread computes what changes no number.
 
 #include <algorithm>
 #include <cmath>
@@ -113,20 +114,35 @@ inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_s
     for (int i = 0; i < W; ++i) store(to + i * to_stride, a[i]);
 }
 
-// Turn a rectangle: to[j][i] = from[i][j] for i < n and j < m.
+// Rows are asked for so many locations before they are read or written: later they would be waited for.
+constexpr int64_t AHEAD = 64;
+inline void ask_rows(const float* from, int64_t c, int64_t rows) {
+    for (int64_t i = AHEAD; i < AHEAD + rows; ++i) __builtin_prefetch(from + i * c, 0, 2);
+}
+inline void ask_written(float* to, int64_t c, int64_t rows) {
+    for (int64_t i = AHEAD; i < AHEAD + rows; ++i) __builtin_prefetch(to + i * c, 1, 2);
+}
+
+// Turn a rectangle: to[j][i] = from[i][j] for i < n and j < m. Rows of an activation are walked over in their order and
+// asked for ahead: those that are read or, if WRITTEN, those that are written to.
+template <bool WRITTEN>
 inline void turn_all(const float* from, int64_t from_stride, int64_t n, int64_t m, float* to, int64_t to_stride) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        int64_t j = 0;
-        for (; j + W <= m; j += W) {
-            for (int64_t ii = i + W; ii < i + 2 * W; ++ii) __builtin_prefetch(from + ii * from_stride + j);
-            turn(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
-        }
-        for (; j < m; ++j)
-            for (int64_t ii = i; ii < i + W; ++ii) to[j * to_stride + ii] = from[ii * from_stride + j];
-    }
-    for (; i < n; ++i)
-        for (int64_t j = 0; j < m; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    const auto square = [&](int64_t i, int64_t j) {
+        if constexpr (WRITTEN)
+            ask_written(to + j * to_stride + i, to_stride, W);
+        else
+            ask_rows(from + i * from_stride + j, from_stride, W);
+        turn(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+    };
+    const int64_t whole_n = n / W * W, whole_m = m / W * W;
+    if constexpr (WRITTEN)
+        for (int64_t j = 0; j < whole_m; j += W)
+            for (int64_t i = 0; i < whole_n; i += W) square(i, j);
+    else
+        for (int64_t i = 0; i < whole_n; i += W)
+            for (int64_t j = 0; j < whole_m; j += W) square(i, j);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = i < whole_n ? whole_m : 0; j < m; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
 template <class Move> inline void segments(const Shape& s, int64_t channel, int64_t start, int64_t n, Move move) {
@@ -149,7 +165,7 @@ inline void copy(float* to, const float* from, int64_t n) {
 void take(const float* t, const Shape& s, int64_t channel, int64_t channels, int64_t start, int64_t n, float* to,
           int64_t stride) {
     if (s.rows)
-        turn_all(t + start * s.c + channel, s.c, n, channels, to, stride);
+        turn_all<false>(t + start * s.c + channel, s.c, n, channels, to, stride);
     else
         for (int64_t j = 0; j < channels; ++j)
             segments(s, channel + j, start, n,
@@ -162,7 +178,7 @@ void take(const float* t, const Shape& s, int64_t channel, int64_t channels, int
 void put(const float* from, int64_t stride, float* t, const Shape& s, int64_t channel, int64_t channels, int64_t start,
          int64_t n) {
     if (s.rows)
-        turn_all(from, stride, channels, n, t + start * s.c + channel, s.c);
+        turn_all<true>(from, stride, channels, n, t + start * s.c + channel, s.c);
     else
         for (int64_t j = 0; j < channels; ++j)
             segments(s, channel + j, start, n,
@@ -308,14 +324,18 @@ struct Joined {
     }
 };
 
-// y = sum_k tau_k r_k (x - m_k) + bias, where r has all factors.
+// y = sum_k tau_k r_k (x - m_k) + bias, where r has all factors; numbers of a channel, or vectors of one each.
+template <class P, class T> inline V output(V value, const T* tau, const P* m, const P* r, P bias) {
+    V sum = V{} + bias;
+    for (int k = 0; k < K; ++k) sum += (value - m[k]) * (tau[k] * r[k]);
+    return sum;
+}
 inline void plane_output(const float* x, const float* tau, int64_t stride, int64_t n, const float* m, const float* r,
                          float bias, float* y) {
     for (int64_t i = 0; i < n; i += W) {
-        const V value = load(x + i);
-        V sum = V{} + bias;
-        for (int k = 0; k < K; ++k) sum += (value - m[k]) * (load(tau + k * stride + i) * r[k]);
-        store(y + i, sum);
+        V t[K];
+        for (int k = 0; k < K; ++k) t[k] = load(tau + k * stride + i);
+        store(y + i, output(load(x + i), t, m, r, bias));
     }
 }
 
@@ -382,66 +402,215 @@ void single_gradients(const float* x, const float* g, const float* tau, int64_t 
         }
 }
 
-// Gradients z (K planes) of the log densities of a group of channels, from dtau.
+// dtau of a channel, added to its group's; and from all of it the gradients z of log densities, K planes.
+inline void add_posterior_gradient(const Coefficients& q, V value, V gradient, V* d) {
+    for (int k = 0; k < K; ++k) {
+        const V u = value - q.m[k];
+        d[k] += u * (gradient * q.r[k] + q.dm[k] + u * q.dv[k]);
+    }
+}
+inline void finish_posterior_gradient(const float* tau, int64_t stride, const float* constant, V* d, float* z,
+                                      int64_t z_stride) {
+    V t[K], average = {};
+    for (int k = 0; k < K; ++k) {
+        t[k] = load(tau + k * stride);
+        d[k] -= constant[k];
+        average += t[k] * d[k];
+    }
+    for (int k = 0; k < K; ++k) store(z + k * z_stride, t[k] * (d[k] - average));
+}
 void group_posterior_gradients(const float* x, int64_t x_stride, const float* g, int64_t g_stride, int64_t channels,
                                const float* tau, int64_t stride, int64_t n, const Coefficients* q,
                                const float* constant, float* z, int64_t z_stride) {
     constexpr int R = K <= 4 ? 2 : 1;
-    const auto finish = [&](int64_t i, V* d) {
-        V t[K], average = {};
-        for (int k = 0; k < K; ++k) {
-            t[k] = load(tau + k * stride + i);
-            d[k] -= constant[k];
-            average += t[k] * d[k];
-        }
-        for (int k = 0; k < K; ++k) store(z + k * z_stride + i, t[k] * (d[k] - average));
-    };
-    const auto add = [&](const Coefficients& q, V value, V gradient, V* d) {
-        for (int k = 0; k < K; ++k) {
-            const V u = value - q.m[k];
-            d[k] += u * (gradient * q.r[k] + q.dm[k] + u * q.dv[k]);
-        }
-    };
     int64_t i = 0;
     for (; i + R * W <= padded(n); i += R * W) {
         V d[R][K] = {};
         for (int64_t c = 0; c < channels; ++c)
-            for (int r = 0; r < R; ++r)
-                add(q[c], load(x + c * x_stride + i + r * W), load(g + c * g_stride + i + r * W), d[r]);
-        for (int r = 0; r < R; ++r) finish(i + r * W, d[r]);
+            for (int r = 0; r < R; ++r) {
+                const int64_t at = i + r * W;
+                add_posterior_gradient(q[c], load(x + c * x_stride + at), load(g + c * g_stride + at), d[r]);
+            }
+        for (int r = 0; r < R; ++r)
+            finish_posterior_gradient(tau + i + r * W, stride, constant, d[r], z + i + r * W, z_stride);
     }
     for (; i < n; i += W) {
         V d[K] = {};
-        for (int64_t c = 0; c < channels; ++c) add(q[c], load(x + c * x_stride + i), load(g + c * g_stride + i), d);
-        finish(i, d);
+        for (int64_t c = 0; c < channels; ++c)
+            add_posterior_gradient(q[c], load(x + c * x_stride + i), load(g + c * g_stride + i), d);
+        finish_posterior_gradient(tau + i, stride, constant, d, z + i, z_stride);
     }
 }
 
-// dx of one of a group's channels.
+// dx of one of a group's channels: what is direct of it, with twice dv, and less what goes through posteriors.
+template <class P, class T>
+inline V group_gradient(V value, V gradient, const T* tau, const T* z, const P* m, const P* r, const P* dm,
+                        const P* twice_dv, const P* mu, const P* precision, V* through, V* up) {
+    V direct = {};
+    for (int k = 0; k < K; ++k) {
+        const V twice = (value - m[k]) * twice_dv[k];
+        direct += tau[k] * (gradient * r[k] + dm[k] + twice);
+        up[k] = (value - mu[k]) * precision[k];
+        through[k] = z[k] * up[k];
+        direct -= through[k];
+    }
+    return direct;
+}
 template <bool WANTED>
 void group_gradients(const float* x, const float* g, const float* tau, int64_t stride, const float* z,
                      int64_t z_stride, int64_t n, const Coefficients& q, float* dx, float* zu_sum, float* zuu_sum) {
     V zu[K] = {}, zuu[K] = {};
+    float twice_dv[K];
+    for (int k = 0; k < K; ++k) twice_dv[k] = 2 * q.dv[k];
     for (int64_t i = 0; i < n; i += W) {
-        const V value = load(x + i), gradient = load(g + i);
-        V direct = {};
+        V t[K], its_z[K], through[K], up[K];
         for (int k = 0; k < K; ++k) {
-            const V twice = (value - q.m[k]) * (2 * q.dv[k]);
-            direct += load(tau + k * stride + i) * (gradient * q.r[k] + q.dm[k] + twice);
-            const V up = (value - q.mu[k]) * q.precision[k], through = load(z + k * z_stride + i) * up;
-            direct -= through;
-            if constexpr (WANTED) {
-                zu[k] += through;
-                zuu[k] += through * up;
-            }
+            t[k] = load(tau + k * stride + i);
+            its_z[k] = load(z + k * z_stride + i);
         }
-        store(dx + i, direct);
+        store(dx + i, group_gradient(load(x + i), load(g + i), t, its_z, q.m, q.r, q.dm, twice_dv, q.mu, q.precision,
+                                     through, up));
+        if constexpr (WANTED)
+            for (int k = 0; k < K; ++k) {
+                zu[k] += through[k];
+                zuu[k] += through[k] * up[k];
+            }
     }
     if constexpr (WANTED)
         for (int k = 0; k < K; ++k) {
             zu_sum[k] = total(zu[k]);
             zuu_sum[k] = total(zuu[k]);
         }
+}
+
+// ---- The same where the channels of a location lie side by side: what is written is not turned, and what is read a
+// square at a time, while its memory is asked for ----
+
+// Call at(j, load, store) for vectors of a group's channels, the last of which may be a part of one.
+template <class At> inline void across(int64_t width, At at) {
+    int64_t j = 0;
+    for (; j + W <= width; j += W)
+        at(j, [](const float* p) { return load(p); }, [](float* p, V v) { store(p, v); });
+    if (const int64_t rest = width - j)
+        at(j,
+           [=](const float* p) {
+               V v = {};
+               std::memcpy(&v, p, 4 * rest);
+               return v;
+           },
+           [=](float* p, V v) { std::memcpy(p, &v, 4 * rest); });
+}
+
+constexpr int64_t BESIDE = 8;  // locations for which a vector of channels' numbers are read once
+
+// y at n locations c apart; tables (2 K + 1, c) are m, r and the bias from the group's first channel on, which are read up
+// to a whole vector beyond its last.
+void row_output(const float* x, const float* tau, int64_t stride, int64_t n, int64_t width, int64_t c,
+                const float* tables, float* y) {
+    for (int64_t start = 0; start < n; start += BESIDE)
+        across(width, [&](int64_t j, auto load_some, auto store_some) {
+            V q[2 * K + 1];
+            for (int i = 0; i < 2 * K + 1; ++i) q[i] = load(tables + i * c + j);
+            ask_rows(x + start * c + j, c, BESIDE);
+            ask_written(y + start * c + j, c, BESIDE);
+            for (int64_t i = start; i < std::min(start + BESIDE, n); ++i) {
+                float t[K];
+                for (int k = 0; k < K; ++k) t[k] = tau[k * stride + i];
+                store_some(y + i * c + j, output(load_some(x + i * c + j), t, q, q + K, q[2 * K]));
+            }
+        });
+}
+
+// A square of channels' planes of W locations in an L1 cache, of rows c apart; zero beyond so many of either.
+inline void square(const float* from, int64_t c, int64_t locations, int64_t channels, float* to) {
+    if (locations >= W && channels >= W)
+        turn(from, c, to, W);
+    else
+        for (int64_t j = 0; j < std::min<int64_t>(channels, W); ++j)
+            for (int64_t i = 0; i < W; ++i) to[j * W + i] = i < locations ? from[i * c + j] : 0.0f;
+}
+
+// plane_gradient_sums of a group's channels; m (K planes, c apart), sums (2 K planes of width), and as room 2 K W floats
+// a channel.
+void row_gradient_sums(const float* x, const float* g, const float* tau, int64_t stride, int64_t n, int64_t width,
+                       int64_t c, const float* m, float* sums, float* room) {
+    constexpr int64_t R = 4;  // squares for which a channel's sums are read once
+    alignas(64) float values[R * W * W], gradients[R * W * W];
+    std::fill(room, room + 2 * K * W * width, 0.0f);
+    for (int64_t start = 0; start < n; start += R * W)
+        for (int64_t j = 0; j < width; j += W) {
+            const int64_t squares = std::min(R, (n - start + W - 1) / W), channels = std::min<int64_t>(W, width - j);
+            for (int64_t r = 0; r < squares; ++r) {
+                const int64_t i = start + r * W, at = i * c + j;
+                square(x + at, c, n - i, channels, values + r * W * W);
+                square(g + at, c, n - i, channels, gradients + r * W * W);
+                ask_rows(x + at, c, W);
+                ask_rows(g + at, c, W);
+            }
+            for (int64_t channel = 0; channel < channels; ++channel) {
+                float* const own = room + (j + channel) * 2 * K * W;
+                V sum_g[K], sum_gu[K];
+                for (int k = 0; k < K; ++k) {
+                    sum_g[k] = load(own + k * W);
+                    sum_gu[k] = load(own + (K + k) * W);
+                }
+                for (int64_t r = 0; r < squares; ++r) {
+                    const int64_t at = (r * W + channel) * W;
+                    const V value = load(values + at), gradient = load(gradients + at);
+                    for (int k = 0; k < K; ++k) {
+                        const V weighted = load(tau + k * stride + start + r * W) * gradient;
+                        sum_g[k] += weighted;
+                        sum_gu[k] += weighted * (value - m[k * c + j + channel]);
+                    }
+                }
+                for (int k = 0; k < K; ++k) {
+                    store(own + k * W, sum_g[k]);
+                    store(own + (K + k) * W, sum_gu[k]);
+                }
+            }
+        }
+    for (int64_t j = 0; j < width; ++j)
+        for (int i = 0; i < 2 * K; ++i) sums[i * width + j] = total(load(room + (j * 2 * K + i) * W));
+}
+
+// group_posterior_gradients from rows.
+void row_posterior_gradients(const float* x, const float* g, int64_t width, int64_t c, const float* tau, int64_t stride,
+                             int64_t n, const Coefficients* q, const float* constant, float* z, int64_t z_stride) {
+    alignas(64) float values[W * W], gradients[W * W];
+    for (int64_t i = 0; i < n; i += W) {
+        V d[K] = {};
+        for (int64_t j = 0; j < width; j += W) {
+            const int64_t at = i * c + j, channels = std::min<int64_t>(W, width - j);
+            square(x + at, c, n - i, channels, values);
+            square(g + at, c, n - i, channels, gradients);
+            ask_rows(x + at, c, W);
+            ask_rows(g + at, c, W);
+            for (int64_t channel = 0; channel < channels; ++channel)
+                add_posterior_gradient(q[j + channel], load(values + channel * W), load(gradients + channel * W), d);
+        }
+        finish_posterior_gradient(tau + i, stride, constant, d, z + i, z_stride);
+    }
+}
+
+// dx at n locations c apart; tables (6 K, c) likewise: m, r, dm, twice dv, mu and the precision.
+void row_gradients(const float* x, const float* g, const float* tau, int64_t stride, const float* z, int64_t z_stride,
+                   int64_t n, int64_t width, int64_t c, const float* tables, float* dx) {
+    for (int64_t start = 0; start < n; start += BESIDE)
+        across(width, [&](int64_t j, auto load_some, auto store_some) {
+            V q[6 * K], through[K], up[K];
+            for (int i = 0; i < 6 * K; ++i) q[i] = load(tables + i * c + j);
+            ask_written(dx + start * c + j, c, BESIDE);
+            for (int64_t i = start; i < std::min(start + BESIDE, n); ++i) {
+                float t[K], its_z[K];
+                for (int k = 0; k < K; ++k) {
+                    t[k] = tau[k * stride + i];
+                    its_z[k] = z[k * z_stride + i];
+                }
+                const int64_t at = i * c + j;
+                store_some(dx + at, group_gradient(load_some(x + at), load_some(g + at), t, its_z, q, q + K, q + 2 * K,
+                                                   q + 3 * K, q + 4 * K, q + 5 * K, through, up));
+            }
+        });
 }
 
 // ---- Layers ----
@@ -642,11 +811,14 @@ void forward_groups(const float* x, float* y, float* tau, const Shape& s, const 
     const int64_t width = s.c / o.groups;
     const Cut cut(s, width);
     const int64_t items = o.groups * cut.count, sums = K * (1 + 2 * width);
-    // densities of all channels, constants of groups, then each item's masses, means and sums of squares
-    float* const tables = shared_buffer.take(2 * K * s.c + K * o.groups + (o.learned ? 0 : items * sums));
+    // densities of all channels, constants of groups, m, r and bias (2 K + 1, C) with room to read a vector, then each
+    // item's masses, means and sums of squares
+    float* const tables =
+        shared_buffer.take(2 * K * s.c + K * o.groups + (2 * K + 1) * s.c + W + (o.learned ? 0 : items * sums));
     Density* const q = reinterpret_cast<Density*>(tables);
     float* const constants = tables + 2 * K * s.c;
-    float* const found = constants + K * o.groups;
+    float* const factors = constants + K * o.groups;
+    float* const found = factors + (2 * K + 1) * s.c + W;
 #pragma omp parallel num_threads(threads_for(s, o.threads))
     {
         float* const buffer = own_buffer.take(width * cut.planes + K * cut.planes);
@@ -692,18 +864,38 @@ void forward_groups(const float* x, float* y, float* tau, const Shape& s, const 
                 }
             }
         }
+#pragma omp for schedule(static)
+        for (int64_t channel = 0; channel < s.c; ++channel) {
+            float m[K], r[K], *const own = factors + channel;
+            output_factors(state, s.c, channel, weight, o, m, r);
+            for (int k = 0; k < K; ++k) {
+                own[k * s.c] = m[k];
+                own[(K + k) * s.c] = r[k];
+            }
+            own[2 * K * s.c] = bias ? bias[channel] : 0.0f;
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
             const int64_t first = item / cut.count * width, chunk = item % cut.count, n = cut.n(chunk);
-            const Planes p(x, s, cut, chunk, first, width, buffer);
             float mass[K], m[K], r[K];
             float* t = tau + item * K * cut.planes;
+            if (s.rows) {
+                if (o.learned) posterior(item, Planes(x, s, cut, chunk, first, width, buffer), t = some, mass);
+                const int64_t at = cut.at(chunk) * s.c + first;
+                row_output(x + at, t, cut.planes, n, width, s.c, factors + first, y + at);
+                continue;
+            }
+            const Planes p(x, s, cut, chunk, first, width, buffer);
             if (o.learned) posterior(item, p, t = some, mass);
             Target target(y, s, cut, chunk, first, buffer);
             for (int64_t j = 0; j < width; ++j) {
-                output_factors(state, s.c, first + j, weight, o, m, r);
-                const float shift = bias ? bias[first + j] : 0.0f;
-                plane_output(p.data + j * p.stride, t, cut.planes, n, m, r, shift, target.data + j * target.stride);
+                const float* const own = factors + first + j;
+                for (int k = 0; k < K; ++k) {
+                    m[k] = own[k * s.c];
+                    r[k] = own[(K + k) * s.c];
+                }
+                plane_output(p.data + j * p.stride, t, cut.planes, n, m, r, own[2 * K * s.c],
+                             target.data + j * target.stride);
             }
             target.finish(s, cut, chunk, first, width);
         }
@@ -850,7 +1042,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     const int64_t items = o.groups * cut.count, sums = K * (1 + 2 * width), again = o.learned ? K * cut.planes : 0;
     constexpr int64_t FLOATS = sizeof(Coefficients) / sizeof(float);
     float* const shared =
-        shared_buffer.take(FLOATS * s.c + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
+        shared_buffer.take(2 * FLOATS * s.c + W + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
     Coefficients* const q = reinterpret_cast<Coefficients*>(shared);
     double* const each = reinterpret_cast<double*>(shared + FLOATS * s.c);  // of dtau's constants, (C, K)
     double *const all_g = each + K * s.c, *const all_gu = all_g + K * s.c;  // over the batch, (C, K)
@@ -858,6 +1050,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     float* const constants = reinterpret_cast<float*>(density + s.c);
     float* const found = constants + K * o.groups;
     float* const posterior = found + items * sums;  // found again where it was not kept
+    float* const rows = posterior + items * again;  // of row_gradients, with room to read a vector
     const auto tau_of = [&](int64_t item) { return o.learned ? posterior + item * again : tau + item * K * cut.planes; };
     const auto total_of = [&](int64_t channel, int64_t plane, double* sum) {  // over chunks, of planes in found
         const int64_t group = channel / width, j = channel % width;
@@ -867,8 +1060,8 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     };
 #pragma omp parallel num_threads(threads_for(s, o.threads))
     {
-        float* const values = own_buffer.take((2 * width + K) * cut.planes);
-        float *const gradients = values + width * cut.planes, *const z = gradients + width * cut.planes;
+        float* const z = own_buffer.take(K * cut.planes + std::max(2 * width * cut.planes, 2 * K * W * width));
+        float *const values = z + K * cut.planes, *const gradients = values + width * cut.planes;
         if (o.learned) {
 #pragma omp for schedule(static)
             for (int64_t group = 0; group < o.groups; ++group)
@@ -877,8 +1070,14 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
             const int64_t first = item / cut.count * width, chunk = item % cut.count;
-            const Planes px(x, s, cut, chunk, first, width, values), pg(g, s, cut, chunk, first, width, gradients);
             float* const kept = found + item * sums + K;
+            if (s.rows && !o.learned) {
+                const int64_t at = cut.at(chunk) * s.c + first;
+                row_gradient_sums(x + at, g + at, tau_of(item), cut.planes, cut.n(chunk), width, s.c, state.m + first,
+                                  kept, values);
+                continue;
+            }
+            const Planes px(x, s, cut, chunk, first, width, values), pg(g, s, cut, chunk, first, width, gradients);
             if (o.learned) {
                 float mass[K];
                 posteriors(px.data, px.stride, width, density + first, constants + K * (item / cut.count), cut.n(chunk),
@@ -903,6 +1102,8 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
             total_of(channel, 0, sum_g);
             total_of(channel, 1, sum_gu);
             coefficients(state, s.c, channel, mass, sum_g, sum_gu, weight, o, out, q[channel], each + K * channel);
+            const float* const own = reinterpret_cast<const float*>(q + channel);
+            for (int i = 0; i < FLOATS; ++i) rows[i * s.c + channel] = own[i] * (i / K == 3 ? 2 : 1);
         }
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < o.groups; ++group)
@@ -914,8 +1115,18 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
             const int64_t group = item / cut.count, first = group * width, chunk = item % cut.count, n = cut.n(chunk);
-            const Planes px(x, s, cut, chunk, first, width, values), pg(g, s, cut, chunk, first, width, gradients);
             const float* const t = tau_of(item);
+            if (s.rows && !WANTED) {
+                const int64_t at = cut.at(chunk) * s.c + first;
+                for (int64_t i = 0; i < n; i += W) {  // while its rows are in cache
+                    const int64_t some = std::min<int64_t>(W, n - i), its = at + i * s.c;
+                    row_posterior_gradients(x + its, g + its, width, s.c, t + i, cut.planes, some, q + first,
+                                            constants + K * group, z, W);
+                    row_gradients(x + its, g + its, t + i, cut.planes, z, W, some, width, s.c, rows + first, dx + its);
+                }
+                continue;
+            }
+            const Planes px(x, s, cut, chunk, first, width, values), pg(g, s, cut, chunk, first, width, gradients);
             group_posterior_gradients(px.data, px.stride, pg.data, pg.stride, width, t, cut.planes, n, q + first,
                                       constants + K * group, z, cut.planes);
             float* const kept = found + item * sums;

@@ -1,5 +1,6 @@
 """The loops in C++: against the reference in float64, over layouts, threads and sizes, and when they are taken."""
 
+import itertools
 import shutil
 from typing import Any
 
@@ -78,30 +79,38 @@ def test_channels_too_long_for_a_cache_are_right_too(layout, statistics):
         torch.testing.assert_close(ours[name].double(), want, rtol=1e-5, atol=2e-6 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("shape", [(9, 4), (5, 18, 7, 3), (6, 32, 16, 16), RESIDENT["rows"]], ids=str)
-def test_layouts_and_threads_change_no_bit(shape):
+@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("shape", [(9, 4), (5, 18, 7, 3), (3, 40, 5, 5), (6, 32, 16, 16), RESIDENT["rows"]], ids=str)
+def test_layouts_and_threads_change_no_bit(shape, statistics):
     x, log_lambda, mean, var, g = mixture_case(shape, num=3, dtype=torch.float32)
-    tables, found = [t.requires_grad_() for t in (log_lambda, mean, var)], {}
+    affine = [t.requires_grad_() for t in mixture_case((2, shape[1]), num=1, dtype=torch.float32)[0].clone()]
+    tables, found = [log_lambda, mean, var], []
     before = torch.get_num_threads()
-    try:
-        for groups in groupings(shape[1]):
-            results = []
-            for threads in (1, 3):
+    for groups in groupings(shape[1]):
+        options: Any = {"groups": groups, "statistics": statistics, "weight": affine[0], "bias": affine[1]}
+        results = []
+        try:
+            for threads, of, of_gradient, learnt in itertools.product(
+                (1, 3), (lambda t: t, channels_last), (lambda t: t, channels_last), (True, False)
+            ):
                 torch.set_num_threads(threads)
-                for of in (lambda t: t, channels_last):
-                    own = of(x).requires_grad_()
-                    y, moments = mixture_norm(own, *tables, groups=groups, backend="compiled")
-                    assert y.movedim(1, -1).is_contiguous() == own.movedim(1, -1).is_contiguous()
-                    assert moments is not None
-                    for of_gradient in (lambda t: t, channels_last):
-                        gradients = torch.autograd.grad(y, [own, *tables], of_gradient(g), retain_graph=True)
-                        results.append((y.detach(), *moments, *gradients))
-            found[groups] = results
-    finally:
-        torch.set_num_threads(before)
-    for results in found.values():
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+                own, given = of(x).requires_grad_(), [t.detach().requires_grad_(learnt) for t in tables]
+                y, moments = mixture_norm(own, *given, backend="compiled", **options)
+                assert y.movedim(1, -1).is_contiguous() == own.movedim(1, -1).is_contiguous()
+                gradients = torch.autograd.grad(y, [own, *affine, *(given if learnt else [])], of_gradient(g))
+                results.append((y.detach(), *(moments or ()), *gradients))
+        finally:
+            torch.set_num_threads(before)
+        found.append(results)
+    more = 3 if statistics == "batch" else 0  # moments
+    for results in found:
+        with_mixture, without = ([each for each in results if len(each) == count + more] for count in (7, 4))
+        assert len(with_mixture) == len(without) == 8
+        for alike in (with_mixture, without):
+            for other in alike[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(alike[0], other, strict=True))
+        want, dx = with_mixture[0][1 + more], without[0][1 + more]  # rounded elsewhere, where sums are not needed
+        torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 def test_other_strides_are_copied():
