@@ -55,6 +55,10 @@ TALL = {
 """The same where channels share a posterior, in float32; a tile of a 2-byte type is twice as large where registers
 suffice. A thread reads 16 bytes of a channel at once, and finds the posteriors of all its locations itself: of two
 channels, so that both share them. A tile has at least RUN positions, and more warps if it is larger for that."""
+EIGHT = {0: (3, 2), 2: (3, 3)}
+"""The most components for which a thread of the backward pass has registers for eight channels that lie side by side,
+16 bytes of a 2-byte type: by planes of sums, of channels with posteriors of their own and of those that share one. Of
+each component and channel it holds eight numbers, or four where the batch's moments carry no gradient."""
 RUN = 8
 """Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
 NARROWEST = 8
@@ -373,6 +377,13 @@ def _in_runs(table: dict[str, dict[int, Launch]], kernel: str, walk: Walk, num_c
     return next((entry for limit, entry in table.get(kernel, {}).items() if num_components <= limit), None)
 
 
+def _eight(walk: Walk, width: int, num_components: int, planes: int, itemsize: int) -> bool:
+    """Say whether threads of the backward pass take eight channels at once."""
+    runs = walk.channels if width == 1 else width
+    most = EIGHT.get(planes, (0, 0))[width > 1]
+    return itemsize == 2 and walk.channels_adjacent and runs % DIVISOR == 0 and num_components <= most
+
+
 def mixture_tiling(
     kernel: str, walk: Walk, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
 ) -> Tiling:
@@ -388,6 +399,8 @@ def mixture_tiling(
     """
     entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
     width, locations = walk.channels // groups, walk.samples * walk.positions
+    if kernel == "mixture_bwd_kernel" and _eight(walk, width, num_components, planes, itemsize):
+        entry = Launch(entry.elements, max(1, entry.num_warps // 2))
 
     def that_may_leave_sums(samples: int) -> int:
         if not planes:

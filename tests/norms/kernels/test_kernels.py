@@ -338,6 +338,32 @@ def test_threads_read_several_positions_of_a_channel_at_once():
 
 
 @pytest.mark.parametrize(
+    ("width", "planes", "num", "itemsize", "want"),
+    [
+        (1, 0, 3, 2, 4),
+        (1, 2, 3, 2, 4),
+        (64, 2, 3, 2, 4),
+        (64, 0, 2, 2, 4),
+        # registers do not suffice
+        (64, 0, 3, 2, 8),
+        (1, 0, 4, 2, 8),
+        (1, 5, 3, 2, 8),
+        # four channels are 16 bytes, and 8 have no place in a group of 8
+        (1, 0, 3, 4, 8),
+        (8, 0, 2, 2, 8),
+    ],
+)
+def test_threads_read_eight_channels_of_half_precision_at_once_where_registers_suffice(
+    width, planes, num, itemsize, want
+):
+    walk = launch.walk((torch.empty(64, 12544, 64, device="meta").mT,), merge=True)
+    tiling = launch.mixture_tiling("mixture_bwd_kernel", walk, 64 // width, num, planes=planes, itemsize=itemsize)
+    assert (tiling.block_l * tiling.block_c, tiling.num_warps) == (1024, want)
+    other = launch.walk((torch.empty(64, 12544, 60, device="meta").mT,), merge=True)
+    assert launch.mixture_tiling("mixture_bwd_kernel", other, 60, num, planes=planes, itemsize=2).num_warps == 8
+
+
+@pytest.mark.parametrize(
     ("shape", "want"),
     [
         ((64, 256, 64), (64, 2)),
