@@ -29,6 +29,7 @@ from common.data import DataConfig, Decoding, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
+from common.machine.paths import expanded
 from common.metrics.fid import Fid, FidConfig
 from common.runs.log import METRICS, read_metrics
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_grid(options)
         _measure_folder(options)
         return
-    stored = read_stored(GanConfig, path.expanduser(), "g", which, average=not asked["raw"])
+    stored = read_stored(GanConfig, expanded(path, "run"), "g", which, average=not asked["raw"])
     options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
     _refuse_grid(options)
     _measure_run(options, stored)

@@ -17,6 +17,7 @@ from common.data import to_uint8
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 from common.machine.device import autocast
+from common.machine.paths import expanded
 
 PROGRAM = "generator.pt2"
 """The generator as torch.export has it, for code that knows nothing of this project."""
@@ -173,10 +174,11 @@ def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:
     Raises:
         UsageError: if the file lies in the folder of another run, whose configuration is another's.
     """
-    file = Path(checkpoint).expanduser()
-    if not file.is_file():
+    file = expanded(checkpoint, "checkpoint")
+    named = checkpoint in ("last", "best") or checkpoint.isdecimal()  # whatever files there are of such names
+    if named or not file.is_file():
         return run, checkpoint
-    if run is not None and file.resolve().parent.parent != run.expanduser().resolve():
+    if run is not None and file.resolve().parent.parent != expanded(run, "run").resolve():
         raise UsageError(f"checkpoint: expected one of {run}, got {checkpoint}; leave --run out")
     return file, "last"
 

@@ -66,7 +66,7 @@ class SampleConfig:
     """auto, cpu, cuda or cuda:n."""
 
     def __post_init__(self) -> None:
-        if self.run is None and not Path(self.checkpoint).expanduser().is_file():
+        if self.run is None and checkpoint_of(None, self.checkpoint)[0] is None:
             raise ValueError("run: give the run's folder, --run runs/cbgan/NAME")
         least = 2 if self.what == "walk" else 1
         if self.count is not None and self.count < least:

@@ -23,6 +23,7 @@ from common.cli.configurations import with_own_files
 from common.cli.fields import names_of
 from common.cli.plugins import MissingPlugin, load_plugins
 from common.errors import UsageError
+from common.machine.paths import expanded
 
 T = TypeVar("T")
 
@@ -243,10 +244,10 @@ def _expectation(message: str) -> str:
     return " ".join(message.split())
 
 
-def _expand(value: Any) -> Any:
+def _expand(value: Any, name: str) -> Any:
     if isinstance(value, list):
-        return [_expand(each) for each in value]
-    return value.expanduser() if isinstance(value, Path) else value
+        return [_expand(each, name) for each in value]
+    return expanded(value, name) if isinstance(value, Path) else value
 
 
 def _printable(text: str) -> str:
@@ -336,7 +337,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         elif value is None and types.NoneType not in (hint, *typing.get_args(hint)):
             raise UsageError(f"{name}: expected {_type_name(str(hint))}, got null")
         else:
-            arguments[field.name] = _expand(value)
+            arguments[field.name] = _expand(value, name)
     try:
         return cls(**arguments)
     except ValueError as error:

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from common.errors import UsageError
+from common.machine.paths import expanded
 
 
 def configurations(application: str) -> dict[str, Path]:
@@ -37,7 +38,7 @@ def with_own_files(argv: Sequence[str], application: str) -> list[str]:
 
 
 def _file(given: str, application: str, own: dict[str, Path]) -> str:
-    path = Path(given).expanduser()
+    path = expanded(given, "config")
     if not own or path.is_file():
         return given
     if given in own:

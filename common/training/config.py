@@ -11,6 +11,7 @@ from common.cli.fields import MAY_CHANGE, changeable
 from common.cli.plugins import MissingPlugin
 from common.errors import UsageError
 from common.machine.device import Precision
+from common.machine.paths import expanded
 from common.norms.config import NormConfig
 from common.runs.folder import missing_plugins
 
@@ -255,7 +256,7 @@ def _read_run(cls: type[RunConfig], path: Path) -> list[str]:
 def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
     """Return what files and flags say, by dotted name, whether or not it makes a configuration; no nulls."""
     values = {name: value for name, value in flatten(read(cls, given)) if value is not None and name != "config"}
-    return {name: str(value.expanduser()) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: str(expanded(value, name)) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:

@@ -16,6 +16,7 @@ from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import DTYPES, keep_freed_memory, set_determinism, set_threads
 from common.machine.dist import Env
+from common.machine.paths import expanded
 from common.runs.folder import (
     RunFolder,
     environment,
@@ -38,7 +39,7 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
     """
     prog = f"python -m {kind.application}.{kind.command}"
     given = read(kind.config, argv, prog=prog)  # a resumed run's flags make sense beside its config.yaml only
-    parent, threads = Path(given["out"]).expanduser() / kind.application, None
+    parent, threads = expanded(given["out"], "out") / kind.application, None
     resume, name = given["resume"], given["name"]
     if resume == "auto" and name is not None:
         resume = (parent / name / "config.yaml").is_file()

@@ -13,6 +13,7 @@ import cbgan.evaluate
 import cbgan.sample
 import cbgan.train
 from cbgan.config import GanConfig
+from cbgan.export import checkpoint_of
 from common.cli.arguments import parse
 from common.norms.native import loops
 
@@ -192,7 +193,7 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"
 
 
-def test_evaluating_what_does_not_fit(run, tmp_path, capsys):
+def test_evaluating_and_sampling_what_does_not_fit(run, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "cbgan" / "run"
     before = listing(folder)
     measure = ("--run", str(folder))
@@ -213,7 +214,19 @@ def test_evaluating_what_does_not_fit(run, tmp_path, capsys):
     cbgan.sample.main([*measure, "--checkpoint", str(file), "--count", "2", "--out", str(drawn)])
     assert drawn.is_file()
     drawn.unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cbgan.sample.main(["--checkpoint", f"~/cbgan/run/checkpoints/{file.name}", "--count", "2", "--out", str(drawn)])
+    assert drawn.is_file()
+    drawn.unlink()
     capsys.readouterr()
+    line = "error: checkpoint: expected a path, got ~nobody_9/last.pt, and there is no such user"
+    for command in (cbgan.sample.main, cbgan.evaluate.main):
+        assert refused(capsys, command, "--checkpoint", "~nobody_9/last.pt") == line
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("last", "best", "10"):  # files of such names in the folder where a command happens to run
+        Path(name).touch()
+        assert checkpoint_of(folder, name) == (folder, name)
     (tmp_path / "other" / "config.yaml").write_text((folder / "config.yaml").read_text() + "\nwidth: 16\n")
     line = refused(capsys, cbgan.evaluate.main, "--checkpoint", str(other))
     assert line.startswith(f"error: run: the weights in {other.parents[1]} are not of its config.yaml (")

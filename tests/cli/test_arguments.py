@@ -61,6 +61,10 @@ def test_a_configuration_survives_its_yaml(tmp_path):
 def test_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert parse(Outer, ["--root", "~/images"]).root == Path("/home/somebody/images")
+    with pytest.raises(UsageError, match=r"^root: expected a path, got ~nobody_9/images, and there is no such user$"):
+        parse(Outer, ["--root", "~nobody_9/images"])
+    with pytest.raises(UsageError, match=r"^config: expected a path, got ~nobody_9/a.yaml, and there is no such user$"):
+        parse(Outer, ["--config", "~nobody_9/a.yaml"])
 
 
 BAD_FLAGS = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from common.data.reading.image_folder import check_folder, images_below, read_photograph
 from common.errors import UsageError
 from common.machine import seeding
+from common.machine.paths import expanded
 
 SMALLEST_SAMPLE = 427
 """Shorter side in pixels of scikit-learn's two photographs, which are 427 x 640."""
@@ -66,7 +67,7 @@ def photographs(source: str, name: str, size: int) -> Photographs:
             is taken.
     """
     if source != "sklearn":
-        return _Folder(Path(source).expanduser(), size)
+        return _Folder(expanded(source, "data.blend"), size)
     if size > SMALLEST_SAMPLE:
         raise UsageError(
             f"data.size: {name} cuts patches from photographs, expected at most {SMALLEST_SAMPLE}, got {size}"

@@ -152,7 +152,8 @@ def start(
     The kernel's arguments are tensors, numbers and constants, in this order.
 
     Triton takes several times as long to find out what it compiled for such arguments as to launch that. What it found
-    is therefore kept by all that it may depend on: types, whether tensors begin at a multiple of 16 bytes, numbers.
+    is therefore kept by all that it may depend on: types, where tensors begin between multiples of 16 bytes, and whole
+    numbers.
     """
     index = tensors[0].device.index  # pyright: ignore[reportOptionalMemberAccess]
     if index is not None and index != torch.cuda.current_device():
@@ -160,12 +161,15 @@ def start(
             start(kernel, grid, tensors, numbers, **constants)
         return
     kinds = [t if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors]
-    key = id(kernel), index, numbers, *map(type, numbers), *kinds, *constants.values()
+    whole = [n if n.__class__ is int else n.__class__ for n in numbers]  # of floats Triton looks at the type alone
+    key = id(kernel), index, *whole, *kinds, *constants.values()
     found = COMPILED.get(key)
     if found is not None:
         compiled, rest = found
         compiled[(*grid, 1, 1)](*tensors, *numbers, *rest)
-    elif (compiled := kernel[grid](*tensors, *numbers, **constants)) is not None:  # the interpreter compiles nothing
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants)
+    if hasattr(compiled, "__getitem__"):  # not None, of the interpreter, nor what is still being compiled
         if len(COMPILED) >= MOST_COMPILED:
             COMPILED.clear()
         names = kernel.arg_names[len(tensors) + len(numbers) :]

@@ -4,10 +4,10 @@
 // whose names are used here too: m and v are a batch's moments, r = (v + eps)^(-1/2), tau posteriors.
 //
 // What is looped over is a plane: the values of one channel side by side. Activations in any layout are brought into
-// planes, padded to whole vectors, chunk by chunk, in cache, and back; where channels lie side by side and share
-// posteriors, most loops take squares of them, or rows. A single channel has posteriors of its own and is finished before
-// the next one begins, so that memory is read once in either pass; groups of channels share theirs, and take two walks.
-// Sums over a chunk are added up in float64. Which layout it is and which thread computes what changes no number.
+// planes, padded to whole vectors, chunk by chunk, in cache, and back; where many channels lie side by side and share
+// posteriors, most loops take squares of them, or rows. A single channel has posteriors of its own and is finished
+// before the next one begins, so that memory is read once in either pass; groups of channels share theirs, and take two
+// walks. Sums over a chunk are added up in float64. Which layout it is and which thread computes what changes no number.
 
 #include <algorithm>
 #include <cmath>
@@ -486,29 +486,21 @@ void group_gradients(const float* x, const float* g, const float* tau, int64_t s
 // ---- The same where the channels of a location lie side by side: what is written is not turned, and what is read a
 // square at a time, while its memory is asked for ----
 
-// Call at(j, load, store) for vectors of a group's channels, the last of which may be a part of one.
+// Whether that pays: of few channels a vector is mostly empty.
+inline bool by_rows(const Shape& s, int64_t width) { return s.rows && width >= W; }
+
+// Call at(j) for vectors of a group's channels, the last of which may have some in common with the one before.
 template <class At> inline void across(int64_t width, At at) {
-    int64_t j = 0;
-    for (; j + W <= width; j += W)
-        at(j, [](const float* p) { return load(p); }, [](float* p, V v) { store(p, v); });
-    if (const int64_t rest = width - j)
-        at(j,
-           [=](const float* p) {
-               V v = {};
-               std::memcpy(&v, p, 4 * rest);
-               return v;
-           },
-           [=](float* p, V v) { std::memcpy(p, &v, 4 * rest); });
+    for (int64_t j = 0; j < width; j += W) at(std::min(j, width - W));
 }
 
 constexpr int64_t BESIDE = 8;  // locations for which a vector of channels' numbers are read once
 
-// y at n locations c apart; tables (2 K + 1, c) are m, r and the bias from the group's first channel on, which are read up
-// to a whole vector beyond its last.
+// y at n locations c apart; tables (2 K + 1, c) are m, r and the bias from the group's first channel on.
 void row_output(const float* x, const float* tau, int64_t stride, int64_t n, int64_t width, int64_t c,
                 const float* tables, float* y) {
     for (int64_t start = 0; start < n; start += BESIDE)
-        across(width, [&](int64_t j, auto load_some, auto store_some) {
+        across(width, [&](int64_t j) {
             V q[2 * K + 1];
             for (int i = 0; i < 2 * K + 1; ++i) q[i] = load(tables + i * c + j);
             ask_rows(x + start * c + j, c, BESIDE);
@@ -516,38 +508,38 @@ void row_output(const float* x, const float* tau, int64_t stride, int64_t n, int
             for (int64_t i = start; i < std::min(start + BESIDE, n); ++i) {
                 float t[K];
                 for (int k = 0; k < K; ++k) t[k] = tau[k * stride + i];
-                store_some(y + i * c + j, output(load_some(x + i * c + j), t, q, q + K, q[2 * K]));
+                store(y + i * c + j, output(load(x + i * c + j), t, q, q + K, q[2 * K]));
             }
         });
 }
 
-// A square of channels' planes of W locations in an L1 cache, of rows c apart; zero beyond so many of either.
-inline void square(const float* from, int64_t c, int64_t locations, int64_t channels, float* to) {
-    if (locations >= W && channels >= W)
+// W channels' planes of W locations in an L1 cache, from rows c apart; zero beyond so many locations.
+inline void square(const float* from, int64_t c, int64_t locations, float* to) {
+    if (locations >= W)
         turn(from, c, to, W);
     else
-        for (int64_t j = 0; j < std::min<int64_t>(channels, W); ++j)
+        for (int64_t j = 0; j < W; ++j)
             for (int64_t i = 0; i < W; ++i) to[j * W + i] = i < locations ? from[i * c + j] : 0.0f;
 }
 
-// plane_gradient_sums of a group's channels; m (K planes, c apart), sums (2 K planes of width), and as room 2 K W floats
-// a channel.
+// plane_gradient_sums of a group's channels: m (K planes, c apart), sums (2 K planes of width); room is 2 K W floats a
+// channel.
 void row_gradient_sums(const float* x, const float* g, const float* tau, int64_t stride, int64_t n, int64_t width,
                        int64_t c, const float* m, float* sums, float* room) {
     constexpr int64_t R = 4;  // squares for which a channel's sums are read once
     alignas(64) float values[R * W * W], gradients[R * W * W];
     std::fill(room, room + 2 * K * W * width, 0.0f);
     for (int64_t start = 0; start < n; start += R * W)
-        for (int64_t j = 0; j < width; j += W) {
-            const int64_t squares = std::min(R, (n - start + W - 1) / W), channels = std::min<int64_t>(W, width - j);
+        for (int64_t next = 0; next < width; next += W) {
+            const int64_t squares = std::min(R, (n - start + W - 1) / W), j = std::min(next, width - W);
             for (int64_t r = 0; r < squares; ++r) {
                 const int64_t i = start + r * W, at = i * c + j;
-                square(x + at, c, n - i, channels, values + r * W * W);
-                square(g + at, c, n - i, channels, gradients + r * W * W);
+                square(x + at, c, n - i, values + r * W * W);
+                square(g + at, c, n - i, gradients + r * W * W);
                 ask_rows(x + at, c, W);
                 ask_rows(g + at, c, W);
             }
-            for (int64_t channel = 0; channel < channels; ++channel) {
+            for (int64_t channel = next - j; channel < W; ++channel) {
                 float* const own = room + (j + channel) * 2 * K * W;
                 V sum_g[K], sum_gu[K];
                 for (int k = 0; k < K; ++k) {
@@ -579,24 +571,24 @@ void row_posterior_gradients(const float* x, const float* g, int64_t width, int6
     alignas(64) float values[W * W], gradients[W * W];
     for (int64_t i = 0; i < n; i += W) {
         V d[K] = {};
-        for (int64_t j = 0; j < width; j += W) {
-            const int64_t at = i * c + j, channels = std::min<int64_t>(W, width - j);
-            square(x + at, c, n - i, channels, values);
-            square(g + at, c, n - i, channels, gradients);
+        for (int64_t next = 0; next < width; next += W) {
+            const int64_t j = std::min(next, width - W), at = i * c + j;
+            square(x + at, c, n - i, values);
+            square(g + at, c, n - i, gradients);
             ask_rows(x + at, c, W);
             ask_rows(g + at, c, W);
-            for (int64_t channel = 0; channel < channels; ++channel)
+            for (int64_t channel = next - j; channel < W; ++channel)
                 add_posterior_gradient(q[j + channel], load(values + channel * W), load(gradients + channel * W), d);
         }
         finish_posterior_gradient(tau + i, stride, constant, d, z + i, z_stride);
     }
 }
 
-// dx at n locations c apart; tables (6 K, c) likewise: m, r, dm, twice dv, mu and the precision.
+// dx at n locations c apart; tables (6 K, c) are m, r, dm, twice dv, mu and the precision.
 void row_gradients(const float* x, const float* g, const float* tau, int64_t stride, const float* z, int64_t z_stride,
                    int64_t n, int64_t width, int64_t c, const float* tables, float* dx) {
     for (int64_t start = 0; start < n; start += BESIDE)
-        across(width, [&](int64_t j, auto load_some, auto store_some) {
+        across(width, [&](int64_t j) {
             V q[6 * K], through[K], up[K];
             for (int i = 0; i < 6 * K; ++i) q[i] = load(tables + i * c + j);
             ask_written(dx + start * c + j, c, BESIDE);
@@ -607,8 +599,8 @@ void row_gradients(const float* x, const float* g, const float* tau, int64_t str
                     its_z[k] = z[k * z_stride + i];
                 }
                 const int64_t at = i * c + j;
-                store_some(dx + at, group_gradient(load_some(x + at), load_some(g + at), t, its_z, q, q + K, q + 2 * K,
-                                                   q + 3 * K, q + 4 * K, q + 5 * K, through, up));
+                store(dx + at, group_gradient(load(x + at), load(g + at), t, its_z, q, q + K, q + 2 * K, q + 3 * K,
+                                              q + 4 * K, q + 5 * K, through, up));
             }
         });
 }
@@ -811,14 +803,14 @@ void forward_groups(const float* x, float* y, float* tau, const Shape& s, const 
     const int64_t width = s.c / o.groups;
     const Cut cut(s, width);
     const int64_t items = o.groups * cut.count, sums = K * (1 + 2 * width);
-    // densities of all channels, constants of groups, m, r and bias (2 K + 1, C) with room to read a vector, then each
-    // item's masses, means and sums of squares
+    // densities of all channels, constants of groups, m, r and bias (2 K + 1, C), then each item's masses, means and sums
+    // of squares
     float* const tables =
-        shared_buffer.take(2 * K * s.c + K * o.groups + (2 * K + 1) * s.c + W + (o.learned ? 0 : items * sums));
+        shared_buffer.take(2 * K * s.c + K * o.groups + (2 * K + 1) * s.c + (o.learned ? 0 : items * sums));
     Density* const q = reinterpret_cast<Density*>(tables);
     float* const constants = tables + 2 * K * s.c;
     float* const factors = constants + K * o.groups;
-    float* const found = factors + (2 * K + 1) * s.c + W;
+    float* const found = factors + (2 * K + 1) * s.c;
 #pragma omp parallel num_threads(threads_for(s, o.threads))
     {
         float* const buffer = own_buffer.take(width * cut.planes + K * cut.planes);
@@ -879,7 +871,7 @@ void forward_groups(const float* x, float* y, float* tau, const Shape& s, const 
             const int64_t first = item / cut.count * width, chunk = item % cut.count, n = cut.n(chunk);
             float mass[K], m[K], r[K];
             float* t = tau + item * K * cut.planes;
-            if (s.rows) {
+            if (by_rows(s, width)) {
                 if (o.learned) posterior(item, Planes(x, s, cut, chunk, first, width, buffer), t = some, mass);
                 const int64_t at = cut.at(chunk) * s.c + first;
                 row_output(x + at, t, cut.planes, n, width, s.c, factors + first, y + at);
@@ -1042,7 +1034,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     const int64_t items = o.groups * cut.count, sums = K * (1 + 2 * width), again = o.learned ? K * cut.planes : 0;
     constexpr int64_t FLOATS = sizeof(Coefficients) / sizeof(float);
     float* const shared =
-        shared_buffer.take(2 * FLOATS * s.c + W + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
+        shared_buffer.take(2 * FLOATS * s.c + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
     Coefficients* const q = reinterpret_cast<Coefficients*>(shared);
     double* const each = reinterpret_cast<double*>(shared + FLOATS * s.c);  // of dtau's constants, (C, K)
     double *const all_g = each + K * s.c, *const all_gu = all_g + K * s.c;  // over the batch, (C, K)
@@ -1050,7 +1042,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     float* const constants = reinterpret_cast<float*>(density + s.c);
     float* const found = constants + K * o.groups;
     float* const posterior = found + items * sums;  // found again where it was not kept
-    float* const rows = posterior + items * again;  // of row_gradients, with room to read a vector
+    float* const rows = posterior + items * again;  // tables of row_gradients
     const auto tau_of = [&](int64_t item) { return o.learned ? posterior + item * again : tau + item * K * cut.planes; };
     const auto total_of = [&](int64_t channel, int64_t plane, double* sum) {  // over chunks, of planes in found
         const int64_t group = channel / width, j = channel % width;
@@ -1071,7 +1063,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
         for (int64_t item = 0; item < items; ++item) {
             const int64_t first = item / cut.count * width, chunk = item % cut.count;
             float* const kept = found + item * sums + K;
-            if (s.rows && !o.learned) {
+            if (by_rows(s, width) && !o.learned) {
                 const int64_t at = cut.at(chunk) * s.c + first;
                 row_gradient_sums(x + at, g + at, tau_of(item), cut.planes, cut.n(chunk), width, s.c, state.m + first,
                                   kept, values);
@@ -1116,7 +1108,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
         for (int64_t item = 0; item < items; ++item) {
             const int64_t group = item / cut.count, first = group * width, chunk = item % cut.count, n = cut.n(chunk);
             const float* const t = tau_of(item);
-            if (s.rows && !WANTED) {
+            if (by_rows(s, width) && !WANTED) {
                 const int64_t at = cut.at(chunk) * s.c + first;
                 for (int64_t i = 0; i < n; i += W) {  // while its rows are in cache
                     const int64_t some = std::min<int64_t>(W, n - i), its = at + i * s.c;

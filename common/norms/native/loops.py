@@ -60,7 +60,7 @@ def _library(num_components: int, command: str) -> ctypes.CDLL | None:
     try:
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where there is no home
         folder = Path(tempfile.mkdtemp(prefix="cluster-based-norm-"))
     path = folder / name
     try:

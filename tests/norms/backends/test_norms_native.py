@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,10 +81,15 @@ def test_channels_too_long_for_a_cache_are_right_too(layout, statistics):
         torch.testing.assert_close(ours[name].double(), want, rtol=1e-5, atol=2e-6 * float(want.abs().max()))
 
 
+LAYOUTS = [(9, 4), (5, 18, 7, 3), (3, 40, 5, 5), (6, 36, 16, 16), (6, 32, 16, 16), RESIDENT["rows"]]
+
+
 @pytest.mark.parametrize("statistics", ["batch", "learned"])
-@pytest.mark.parametrize("shape", [(9, 4), (5, 18, 7, 3), (3, 40, 5, 5), (6, 32, 16, 16), RESIDENT["rows"]], ids=str)
-def test_layouts_and_threads_change_no_bit(shape, statistics):
-    x, log_lambda, mean, var, g = mixture_case(shape, num=3, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("shape", "num"), [*((shape, 3) for shape in LAYOUTS), *((LAYOUTS[2], num) for num in (1, 2, 5, 8))], ids=str
+)
+def test_layouts_and_threads_change_no_bit(shape, num, statistics):
+    x, log_lambda, mean, var, g = mixture_case(shape, num=num, dtype=torch.float32)
     affine = [t.requires_grad_() for t in mixture_case((2, shape[1]), num=1, dtype=torch.float32)[0].clone()]
     tables, found = [log_lambda, mean, var], []
     before = torch.get_num_threads()
@@ -111,6 +118,48 @@ def test_layouts_and_threads_change_no_bit(shape, statistics):
                 assert all(torch.equal(a, b) for a, b in zip(alike[0], other, strict=True))
         want, dx = with_mixture[0][1 + more], without[0][1 + more]  # rounded elsewhere, where sums are not needed
         torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
+def test_loops_read_and_write_no_memory_but_what_they_are_given(tmp_path):
+    """Under a sanitizer, with buffers that are made anew, and fresh memory full of zeros or of what is no number."""
+    source = loops.SOURCE.read_text(encoding="utf-8")
+    for kept, fresh in (
+        ("if (n > size) {", "{"),
+        ("static_cast<float*>(std::aligned_alloc(64, (4 * n + 63) / 64 * 64))", "exactly(n)"),
+    ):
+        assert source.count(kept) == 1
+        source = source.replace(kept, fresh)
+    (tmp_path / "loops.cpp").write_text(source, encoding="utf-8")
+    program, main = str(tmp_path / "program"), str(Path(__file__).with_name("loops_memory.cpp"))
+    options = (
+        *loops.OPTIONS,
+        "-O1",
+        "-fopenmp",
+        "-fsanitize=address",
+        "-DCOMPONENTS=5",
+        f'-DLOOPS="{tmp_path}/loops.cpp"',
+    )
+    done = subprocess.run(
+        [compiled.compiler(), *options, main, "-o", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "libasan" in done.stderr:
+        pytest.skip("the compiler has no address sanitizer")
+    assert done.returncode == 0, done.stderr
+    told = []
+    for byte in (0, 255):
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "ASAN_OPTIONS": f"max_malloc_fill_size=1000000000:malloc_fill_byte={byte}",
+        }
+        ran = subprocess.run([str(program)], capture_output=True, text=True, env=environment, check=False)
+        assert ran.returncode == 0, ran.stderr[:3000]
+        told.append(ran.stdout.splitlines())
+    assert told[0] == told[1]
+    assert len(told[0]) == 15 * 8 * 2
+    assert told[0][::2] == told[0][1::2]  # planes and rows
 
 
 def test_other_strides_are_copied():

@@ -5,15 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 from torch import Tensor
 
 from common.norms.kernels import launch
@@ -104,30 +102,45 @@ def tensor(dtype: torch.dtype, first: int) -> Tensor:
     return torch.zeros(80, dtype=torch.uint8)[first : first + 32].view(dtype)
 
 
-TENSORS = st.none() | st.builds(
-    tensor, st.sampled_from((torch.float32, torch.bfloat16, torch.int64)), st.sampled_from((0, 8, 16, 24))
+TENSORS = (
+    None,
+    *(tensor(dtype, first) for dtype in (torch.float32, torch.bfloat16, torch.int64) for first in (0, 8, 16, 24)),
 )
-NUMBERS = st.sampled_from((0, 1, 2, 16, 17, 32, 2**31, -1, 0.0, 1.0, 16.0, 0.5))
+NUMBERS = (0, 1, 2, 16, 17, 32, 2**31, -1, 0.0, 1.0, 16.0, 0.5)
+BASE = (TENSORS[1], TENSORS[2], 2, 0.5, True)
 
 
-@given(st.lists(st.tuples(TENSORS, TENSORS, NUMBERS, NUMBERS, st.booleans()), min_size=2, max_size=12))
-def test_what_triton_compiles_apart_is_never_launched_for_one_another(launches):
+def one_changed() -> Iterator[tuple]:
+    """Yield what a kernel might be launched with: each with one argument that is another than in the base."""
+    for place, values in enumerate((TENSORS, TENSORS, NUMBERS, NUMBERS, (True, False))):
+        for value in values:
+            yield *BASE[:place], value, *BASE[place + 1 :]
+
+
+def test_what_triton_compiles_apart_is_never_launched_for_one_another():
+    """Every two of one kind of argument meet, since all are launched again and again in one process."""
     compiled, launched = [], []
 
     def run(*arguments: Any, FLAG: bool, num_warps: int) -> Compiled:
         found = specialised(arguments), FLAG, num_warps
         compiled.append(found)
-        launched.append(found)
-        return Compiled(lambda *_: launched.append(found))
+        launched.append((found, arguments))
+        return Compiled(lambda _, again: launched.append((found, (*again[:-1],))))
 
     kernel, x = Kernel(run), torch.zeros(1)
-    launch.COMPILED.clear()
-    for a, b, c, d, flag in launches:
-        for _ in range(3):
-            launch.start(kernel, (1,), (x, a, b), (c, d), FLAG=flag, num_warps=4)
-            assert launched == [(specialised((x, a, b, c, d)), flag, 4)]
-            launched.clear()
-    assert len(compiled) <= len(launches)  # each for the first of three times at most
+    for several in (list(one_changed()), list(one_changed())[::-1]):
+        launch.COMPILED.clear()
+        for num_warps in (4, 8, 4):
+            for a, b, c, d, flag in several:
+                launch.start(kernel, (1,), (x, a, b), (c, d), FLAG=flag, num_warps=num_warps)
+                ((found, arguments),) = launched
+                assert found == (specialised((x, a, b, c, d)), flag, num_warps)
+                assert all(given is own for given, own in zip(arguments, (x, a, b, c, d), strict=True))
+                launched.clear()
+    before = len(compiled)
+    launch.start(kernel, (1,), (x, *BASE[:2]), (2, 0.625), FLAG=True, num_warps=4)  # a float of another value
+    assert len(compiled) == before
+    assert launched[-1][1][-1] == 0.625
 
 
 def test_kernels_are_told_apart_and_forgotten_when_they_are_too_many(monkeypatch, nothing_compiled):
@@ -147,10 +160,12 @@ def test_kernels_are_told_apart_and_forgotten_when_they_are_too_many(monkeypatch
     assert asked == ["a", "b", "c", "d", "a"]
 
 
-def test_the_interpreter_which_compiles_nothing_is_asked_each_time(nothing_compiled):
+@pytest.mark.parametrize("made", [None, object()], ids=["the interpreter", "still being compiled"])
+def test_where_nothing_is_compiled_yet_triton_is_asked_each_time(made, nothing_compiled):
     asked = []
+    kernel = Kernel(lambda *args, **_: asked.append(args) or made)
     for _ in range(2):
-        launch.start(Kernel(lambda *args, **_: asked.append(args)), (1,), (torch.zeros(1),), (7,), FLAG=True)
+        launch.start(kernel, (1,), (torch.zeros(1),), (7,), FLAG=True)
     assert [args[1] for args in asked] == [7, 7]
     assert not nothing_compiled
 
