@@ -73,7 +73,7 @@ def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, i
         tiling.grid,
         (walk.samples, num, walk.channels, walk.positions),
         tuple(s for each in walk.strides for s in each),
-        {**tiling.blocks, "num_warps": entry.num_warps},
+        {**tiling.blocks, "num_warps": tiling.num_warps},
         tiling.by_sample,
         tiling.rows * (1 if tiling.by_sample else num),
         {"UNKNOWN_L": length, "UNKNOWN_C": channels},

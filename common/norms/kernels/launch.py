@@ -27,21 +27,35 @@ SCB_FORWARD = Launch(2048, 4)
 SCB_BACKWARD = Launch(2048, 4)
 UNKNOWN = 2048
 """Elements in a tile of all channels of a sample whose cluster is unknown."""
-UNKNOWN_WARPS = {"scb_unknown_fwd_kernel": 8, "scb_unknown_bwd_kernel": 16}
+UNKNOWN_WARPS = {"scb_unknown_fwd_kernel": 4, "scb_unknown_bwd_kernel": 16}
 """Of the kernels that take such samples: of so many threads the registers suffice."""
 MAX_UNKNOWN_CHANNELS = 2048
 """Channels of such a sample: a tile holds them all, and must not spill."""
+READ = 16
+"""Bytes that a thread reads at once at most."""
+WARP = 32
+"""Threads."""
 SECTOR = 32
 """Bytes that memory is read in at least."""
 SUMS = Launch(2048, 4)
 """Of the kernels that add up what programs left."""
 MIXTURE = {
-    "mixture_moments_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
-    "mixture_apply_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
-    "mixture_sums_kernel": {2: Launch(1024, 4), 4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_moments_kernel": {4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_apply_kernel": {4: Launch(1024, 4), 8: Launch(512, 8)},
+    "mixture_sums_kernel": {4: Launch(1024, 4), 8: Launch(512, 8)},
     "mixture_bwd_kernel": {4: Launch(1024, 8), 8: Launch(256, 8)},
 }
 """By the most components an entry is for: posteriors of all of them are held at once."""
+MANY = {
+    "mixture_moments_kernel": Launch(512, 4),
+    "mixture_apply_kernel": Launch(512, 4),
+    "mixture_sums_kernel": Launch(512, 4),
+    "mixture_bwd_kernel": Launch(512, 8),
+}
+"""In place of the last of each where threads read several neighbours at once: these share an address, which leaves
+registers for twice as many, but of a backward pass that leaves as many sums as it can."""
+MOST_PLANES = 5
+"""Sums that a pass leaves at most, of each component and channel."""
 
 LONG = {"mixture_bwd_kernel": {4: Launch(1024, 4)}}
 """In place of the former where each channel has its own posterior, positions lie side by side, and threads read several
@@ -244,6 +258,7 @@ class ClusterTiling:
     """Programs of a block of samples and one of channels."""
     by_sample: bool
     """Whether sums are left of each sample, or of each cluster in a block of samples."""
+    num_warps: int
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -295,10 +310,17 @@ def cluster_tiling(entry: Launch, walk: Walk, num_clusters: int, itemsize: int, 
 
     least = max(SUMS_CHANNELS, SECTOR // itemsize) if walk.channels_adjacent else block_c
     while block_c > least and blocks(NOMINAL) * shares(blocks(NOMINAL), most) < LEAST_PROGRAMS:
-        block_c //= 2  # narrower columns are more of them, which leave no more sums
-        block_l = min(power_of_two(walk.positions), entry.elements // (block_s * block_c))
+        narrow = block_c // 2  # narrower columns are more of them, which leave no more sums
+        longer = min(power_of_two(walk.positions), entry.elements // (block_s * narrow))
+        if block_s * longer * narrow < READ // itemsize * WARP * entry.num_warps:
+            break  # where there are few positions, a tile would have less than threads read at once
+        block_l, block_c = longer, narrow
     count = blocks(walk.samples)
-    return ClusterTiling(walk, block_s, block_l, block_c, shares(count, max(most, LEAST_PROGRAMS // count)), by_sample)
+    num_warps = entry.num_warps
+    if block_s > 1 and walk.channels_adjacent and walk.channels % DIVISOR:
+        num_warps *= 2  # each element has an address of its own, for which registers would not suffice
+    most = max(most, LEAST_PROGRAMS // count)
+    return ClusterTiling(walk, block_s, block_l, block_c, shares(count, most), by_sample, num_warps)
 
 
 def _beside(entry: Launch, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
@@ -377,11 +399,9 @@ def _in_runs(table: dict[str, dict[int, Launch]], kernel: str, walk: Walk, num_c
     return next((entry for limit, entry in table.get(kernel, {}).items() if num_components <= limit), None)
 
 
-def _eight(walk: Walk, width: int, num_components: int, planes: int, itemsize: int) -> bool:
-    """Say whether threads of the backward pass take eight channels at once."""
-    runs = walk.channels if width == 1 else width
-    most = EIGHT.get(planes, (0, 0))[width > 1]
-    return itemsize == 2 and walk.channels_adjacent and runs % DIVISOR == 0 and num_components <= most
+def _neighbours(walk: Walk, channels: int) -> bool:
+    """Say whether threads read several neighbours in memory at once, of so many channels or of the positions."""
+    return (channels if walk.channels_adjacent else walk.positions) % DIVISOR == 0
 
 
 def mixture_tiling(
@@ -399,7 +419,12 @@ def mixture_tiling(
     """
     entry = next(entry for limit, entry in MIXTURE[kernel].items() if num_components <= limit)
     width, locations = walk.channels // groups, walk.samples * walk.positions
-    if kernel == "mixture_bwd_kernel" and _eight(walk, width, num_components, planes, itemsize):
+    backward = kernel == "mixture_bwd_kernel"
+    runs = _neighbours(walk, walk.channels if width == 1 else width)
+    if num_components > min(MIXTURE[kernel]) and runs and not (backward and planes == MOST_PLANES):
+        entry = MANY[kernel]
+    eight = backward and itemsize == 2 and walk.channels_adjacent and runs
+    if eight and num_components <= EIGHT.get(planes, (0, 0))[width > 1]:
         entry = Launch(entry.elements, max(1, entry.num_warps // 2))
 
     def that_may_leave_sums(samples: int) -> int:
@@ -416,7 +441,7 @@ def mixture_tiling(
         tall, num_warps = _in_runs(TALL, kernel, walk, num_components), entry.num_warps
         if tall is not None and block_c <= WIDEST:
             # Sums are two to five an element.
-            registers_suffice = kernel != "mixture_bwd_kernel" or (not planes and block_c >= NARROWEST)
+            registers_suffice = not backward or (not planes and block_c >= NARROWEST)
             elements = tall.elements * 4 // itemsize if registers_suffice else tall.elements
             block_l = min(longest, max(RUN, elements // block_c))
             num_warps = tall.num_warps * max(1, block_l * block_c // elements)

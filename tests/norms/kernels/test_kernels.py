@@ -123,6 +123,8 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
             continue
         walk = launch.walk((x,), merge=False)
         elements = next(entry.elements for most, entry in launch.MIXTURE[kernel].items() if num <= most)
+        if num > 4 and (channels if adjacent == "channels" else positions) % 16 == 0:
+            elements = launch.MANY[kernel].elements
         for planes in (5, 0):
             tiling = launch.mixture_tiling(kernel, walk, channels // width, num, planes=planes, itemsize=2)
             assert tiling.joint == (width > 1)
@@ -280,6 +282,7 @@ def test_every_launch_is_one_that_triton_takes():
         for each in table.values()
         for entry in each.values()
     ]
+    tables += launch.MANY.values()
     for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, launch.CHANNEL, *tables):
         for number in (entry.elements, entry.num_warps):
             assert number.bit_count() == 1
@@ -337,6 +340,23 @@ def test_threads_read_several_positions_of_a_channel_at_once():
         assert launch.mixture_tiling("mixture_bwd_kernel", walk, 64, 3).num_warps == want
 
 
+@pytest.mark.parametrize("kernel", launch.MIXTURE)
+@pytest.mark.parametrize("adjacent", ["positions", "channels"])
+@pytest.mark.parametrize("groups", [1, 64])
+def test_threads_hold_twice_as_much_of_eight_components_where_they_read_neighbours(kernel, adjacent, groups):
+    def threads(channels, positions):
+        x = torch.empty(64, channels, positions, device="meta")
+        walk = launch.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=True)
+        tiling = launch.mixture_tiling(kernel, walk, min(groups, channels), 8)
+        return tiling.block_l * tiling.block_c / (32 * tiling.num_warps)
+
+    assert threads(64, 256) == (2 if kernel == "mixture_bwd_kernel" else 4)
+    assert threads(63, 49) == threads(64, 256) / 2
+    walk = launch.walk((torch.empty(64, 64, 256, device="meta"),), merge=True)
+    five = launch.mixture_tiling(kernel, walk, groups, 8, planes=5)
+    assert (five.block_l * five.block_c == 512) is (kernel != "mixture_bwd_kernel")
+
+
 @pytest.mark.parametrize(
     ("width", "planes", "num", "itemsize", "want"),
     [
@@ -380,6 +400,22 @@ def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
     programs, shares = launch.unknown_programs(walk, 3)
     assert (programs, shares) == want
     assert programs * shares <= max(1, shape[0] * shape[2] // 8)
+
+
+def test_clusters_of_vectors_have_tiles_of_as_much_as_threads_read_at_once():
+    """Columns of 8 channels would have 2 numbers for each of 128 threads, of 32 samples."""
+    for itemsize, want in ((4, (32, 1, 16)), (2, (32, 1, 32))):
+        walk = launch.walk((torch.empty(64, 512, 1, device="meta"),), merge=False)
+        tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, 3, itemsize, sums=False)
+        assert tuple(tiling.blocks.values()) == want
+
+
+@pytest.mark.parametrize(("channels", "adjacent", "want"), [(255, True, 8), (256, True, 4), (255, False, 4)])
+def test_clusters_of_small_maps_have_more_threads_where_each_element_has_an_address(channels, adjacent, want):
+    x = torch.empty(64, channels, 49, device="meta")
+    walk = launch.walk((x.mT.contiguous().mT if adjacent else x,), merge=False)
+    tiling = launch.cluster_tiling(launch.SCB_BACKWARD, walk, 3, 2, sums=True)
+    assert (tiling.block_s, tiling.num_warps) == (16, want)
 
 
 @pytest.mark.parametrize("adjacent", ["positions", "channels"])
