@@ -35,6 +35,7 @@ using std::int64_t;
 template <int N> struct Vector { typedef float Type __attribute__((vector_size(4 * N))); };
 typedef Vector<W>::Type V;
 typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 constexpr int64_t CHUNK = 2048;        // values of a channel, which with their posteriors nearly fill an L1 cache
@@ -198,7 +199,7 @@ inline V power_of_two(V t) {
     p = p * rest + 0.24022647913626965f;
     p = p * rest + 0.6931472028551028f;
     p = p * rest + 1.0f;
-    const V power = (V)((I)p + ((I)whole << 23));
+    const V power = (V)((U)p + ((U)whole << 23));  // overflows where it is not taken
     return t < -100.0f ? V{} : power;
 }
 
