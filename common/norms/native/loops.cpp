@@ -566,23 +566,21 @@ void row_gradient_sums(const float* x, const float* g, const float* tau, int64_t
         for (int i = 0; i < 2 * K; ++i) sums[i * width + j] = total(load(room + (j * 2 * K + i) * W));
 }
 
-// group_posterior_gradients from rows.
+// group_posterior_gradients from rows of up to W locations; z (K planes of W).
 void row_posterior_gradients(const float* x, const float* g, int64_t width, int64_t c, const float* tau, int64_t stride,
-                             int64_t n, const Coefficients* q, const float* constant, float* z, int64_t z_stride) {
+                             int64_t n, const Coefficients* q, const float* constant, float* z) {
     alignas(64) float values[W * W], gradients[W * W];
-    for (int64_t i = 0; i < n; i += W) {
-        V d[K] = {};
-        for (int64_t next = 0; next < width; next += W) {
-            const int64_t j = std::min(next, width - W), at = i * c + j;
-            square(x + at, c, n - i, values);
-            square(g + at, c, n - i, gradients);
-            ask_rows(x + at, c, W);
-            ask_rows(g + at, c, W);
-            for (int64_t channel = next - j; channel < W; ++channel)
-                add_posterior_gradient(q[j + channel], load(values + channel * W), load(gradients + channel * W), d);
-        }
-        finish_posterior_gradient(tau + i, stride, constant, d, z + i, z_stride);
+    V d[K] = {};
+    for (int64_t next = 0; next < width; next += W) {
+        const int64_t j = std::min(next, width - W);
+        square(x + j, c, n, values);
+        square(g + j, c, n, gradients);
+        ask_rows(x + j, c, W);
+        ask_rows(g + j, c, W);
+        for (int64_t channel = next - j; channel < W; ++channel)
+            add_posterior_gradient(q[j + channel], load(values + channel * W), load(gradients + channel * W), d);
     }
+    finish_posterior_gradient(tau, stride, constant, d, z, W);
 }
 
 // dx at n locations c apart; tables (6 K, c) are m, r, dm, twice dv, mu and the precision.
@@ -1114,7 +1112,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
                 for (int64_t i = 0; i < n; i += W) {  // while its rows are in cache
                     const int64_t some = std::min<int64_t>(W, n - i), its = at + i * s.c;
                     row_posterior_gradients(x + its, g + its, width, s.c, t + i, cut.planes, some, q + first,
-                                            constants + K * group, z, W);
+                                            constants + K * group, z);
                     row_gradients(x + its, g + its, t + i, cut.planes, z, W, some, width, s.c, rows + first, dx + its);
                 }
                 continue;
