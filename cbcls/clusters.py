@@ -1,10 +1,5 @@
 """Find a cluster for each image of a data set: ``python -m cbcls.clusters --data.name cifar10 --num_clusters 3``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbcls.clusters")  # before torch is loaded, since it settles how threads wait; does not return
-
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,6 +10,7 @@ from typing import Any
 import torch
 
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.data import DataConfig, ImageSet, Splits, load
 from common.data.clusters import write_clusters
 from common.data.image_set import resize
@@ -167,3 +163,7 @@ def _described(images: ImageSet) -> str:
 
     told = mutual_info_score(images.labels.numpy(), images.clusters.numpy())
     return f"{text}; the cluster tells {told:.3f} nats of the class"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Measure a trained classifier, and audit what it is told: ``python -m cbcls.evaluate --run runs/cbcls/NAME``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbcls.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +14,7 @@ from cbcls.export import TrainedClassifier, load_model
 from cbcls.train import Classification
 from common.classification.measured import draw, measured
 from common.cli.arguments import flatten, parse, shown, to_dict
+from common.cli.command import run_command
 from common.cli.fields import changeable
 from common.data import ImageSet
 from common.data.clusters import clusters_origin
@@ -196,3 +192,7 @@ def _unlike(ours: ClassifierConfig, theirs: ClassifierConfig) -> Iterator[tuple[
     for name, value in flatten(to_dict(ours.resolved())):
         if name not in aside and not name.startswith("norm.") and other.get(name) != value:
             yield name, value, other.get(name)
+
+
+if __name__ == "__main__":
+    run_command(main)

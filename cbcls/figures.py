@@ -1,10 +1,5 @@
 """Draw what trained classifiers make of images: ``python -m cbcls.figures --kind embedding --runs runs/cbcls/NAME``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbcls.figures")  # before torch is loaded, since it settles how threads wait; does not return
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +16,7 @@ from cbcls.networks.classifier import Classifier
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.machine.device import resolve_device
@@ -276,3 +272,7 @@ def _labelling(batch: Batch, colour: str) -> Labelling:
         there = ", ".join(name for name, (found, _) in known.items() if found is not None)
         raise UsageError(f"colour: the images of {batch.model.cfg.data.name} have no {colour}; expected {there}")
     return numbers, names
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Classify a folder of images by a trained model: ``python -m cbcls.predict --run R --images FOLDER``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbcls.predict")  # before torch is loaded, since it settles how threads wait; does not return
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +8,7 @@ from cbcls.export import load_model
 from common.classification.predictions import PredictionFiles
 from common.classification.stored import check_free
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.machine.device import resolve_device
 
 
@@ -65,3 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.export is not None:
         model.save(cfg.export)
         print(f"model      {cfg.export}")
+
+
+if __name__ == "__main__":
+    run_command(main)

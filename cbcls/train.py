@@ -1,10 +1,5 @@
 """Train a classifier and measure it: ``python -m cbcls.train``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbcls.train")  # before torch is loaded, since it settles how threads wait; does not return
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +12,7 @@ from torch.optim import Optimizer
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows
 from cbcls.models import build_classifier
+from common.cli.command import run_command
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
@@ -124,3 +120,7 @@ class Classification(Method[ClassifierConfig]):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     train(Classification, argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Adapt a classifier from one domain to another by AdaMatch: ``python -m cbda.adamatch``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbda.adamatch")  # before torch is loaded, since it settles how threads wait; does not return
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
 from cbda.evaluation import HEADLINE, Evaluation, check_choice, choosable, closing_rows
 from cbda.models import build_networks
+from common.cli.command import run_command
 from common.data import ImageSet, Stream
 from common.machine.dist import Env
 from common.networks.pixels import pixels_of
@@ -128,3 +124,7 @@ class AdaMatch(Method[AdaMatchConfig]):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     train(AdaMatch, argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Measure an adapted model in both domains: ``python -m cbda.evaluate --run runs/cbda/NAME``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbda.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +15,7 @@ from cbda.export import AdaptedModel, load_model
 from cbda.networks.divergence import collect_activation, divergences
 from common.classification.measured import draw, measured
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
@@ -126,3 +122,7 @@ def _measured(logits: Tensor, labels: Tensor | None, classes: Sequence[str]) -> 
         "density": neighbourhood_density(logits),
     }
     return values if labels is None else values | measured(labels, logits, classes)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Classify a folder of images by an adapted model: ``python -m cbda.predict --run R --images FOLDER``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbda.predict")  # before torch is loaded, since it settles how threads wait; does not return
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +10,7 @@ from cbda.export import AdaptedModel, load_model
 from common.classification.predictions import PredictionFiles
 from common.classification.stored import check_free
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.machine.device import resolve_device
 
 
@@ -81,3 +77,7 @@ def _predict(model: AdaptedModel, cfg: PredictConfig, files: PredictionFiles) ->
     print(f"classified {len(images):,} images as {cfg.cluster}, {int(above.sum()):,} above the threshold "
           f"{model.threshold:.3f}")  # fmt: skip
     files.write(images, logits, model.classes, columns)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,6 +1,74 @@
 """Look at weak and strong views of a data set: ``python -m cbda.show --name digits_m``."""
 
-from common.cli.command import start
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.cli.arguments import parse
+from common.cli.command import run_command
+from common.data import DataConfig, load
+from common.data.augmentation import strong, weak
+from common.data.config import fields_without_prefix
+from common.errors import UsageError
+from common.machine.atomic import write_atomic
+from common.machine.seeding import permutation
+from common.reports.sheet import captioned_sheet
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig(DataConfig):
+    """Draw some training images of a data set with weak and strong views of them, as training sees them."""
+
+    seed: int = 0
+    """Of the run whose views are drawn."""
+    epoch: int = 0
+    """Which pass over the images, counted from 0."""
+    out: Path = Path(".")
+    """Folder for the sheet, views-NAME.png."""
+    force: bool = False
+    """Write over a sheet that is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("seed", "epoch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: if a setting is wrong, the data cannot be loaded, or a sheet is in the way.
+    """
+    with fields_without_prefix():
+        _show(parse(ViewsConfig, argv, prog="python -m cbda.show"))
+
+
+def _show(config: ViewsConfig) -> None:
+    path = config.out / f"views-{config.name}.png"
+    if path.exists() and not config.force:
+        raise UsageError(f"out: {path} exists; choose another folder, or write over it with --force")
+    images = load(config).train
+    index = permutation(len(images), config.seed, "shown")[:_SHOWN]
+    shown, rows = images.images[index], []
+    # The keys are those of the first stream of a run, so that a sheet shows what training sees.
+    for name, view, position in (("weak", weak, ()), ("strong", strong, ("view", 1))):
+        made = view(config.size, config.flip)
+        for epoch in range(config.epoch, config.epoch + 3):
+            rows.append((f"{name}, epoch {epoch}", made(shown, index, config.seed, *position, epoch)))
+    rows = [("plain", shown), *rows]
+    captions = [name for name, row in rows for _ in row]
+    sheet = captioned_sheet(torch.cat([row for _, row in rows]), captions, columns=len(index))
+    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
+    print(f"sheet  {path}")
+
 
 if __name__ == "__main__":
-    start("common.reports.views")
+    run_command(main)

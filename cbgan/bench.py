@@ -1,10 +1,5 @@
 """Time training steps of GANs that differ in their layers alone: ``python -m cbgan.bench``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbgan.bench")  # before torch is loaded, since it settles how threads wait; does not return
-
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +11,12 @@ from cbgan.config import GanConfig
 from cbgan.networks.losses import Loss
 from cbgan.train import Gan
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.data import ImageSet
 from common.machine.device import resolve_device, set_threads
 from common.machine.dist import Env
+from common.norms.bench import compare, head, line, machine, quantiles
 from common.norms.config import NormConfig
-from common.norms.tools.bench import compare, head, line, machine, quantiles
 from common.training.opening import prepare
 from common.training.steps import Steps, Timed
 
@@ -130,3 +126,7 @@ def shares(steps: Steps, rounds: int) -> dict[str, float]:
         for name, seconds in (parts | {"rest": whole - sum(parts.values())}).items():
             seen[name].append(seconds / whole)
     return {name: quantiles(values)[1] for name, values in seen.items()}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,10 +1,5 @@
 """Measure a generator or a folder of images: ``python -m cbgan.evaluate``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbgan.evaluate")  # before torch is loaded, since it settles how threads wait; does not return
-
 import errno
 import hashlib
 import json
@@ -20,11 +15,12 @@ from torch import nn
 from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
 from cbgan.export import checkpoint_of
+from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.networks.dcgan import Generator
-from cbgan.reports.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.train import Gan
 from common.classification.stored import Stored, read_stored
 from common.cli.arguments import parse, read, to_dict, to_yaml
+from common.cli.command import run_command
 from common.data import DataConfig, Decoding, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
@@ -233,3 +229,7 @@ def _digest(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbgan.config import GanConfig
+from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
-from cbgan.reports.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast

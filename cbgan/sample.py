@@ -1,10 +1,5 @@
 """Draw what a trained generator makes: ``python -m cbgan.sample --run runs/cbgan/NAME``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbgan.sample")  # before torch is loaded, since it settles how threads wait; does not return
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +14,7 @@ from cbgan.evaluation import save_grid
 from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
 from common.cli.arguments import parse
+from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 from common.machine.device import resolve_device
@@ -163,3 +159,7 @@ def _write_walk(generator: TrainedGenerator, cfg: SampleConfig, count: int, out:
 
 def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+if __name__ == "__main__":
+    run_command(main)

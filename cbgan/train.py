@@ -1,10 +1,5 @@
 """Train a DCGAN and measure it: ``python -m cbgan.train``."""
 
-from common.cli.command import start
-
-if __name__ == "__main__":
-    start("cbgan.train")  # before torch is loaded, since it settles how threads wait; does not return
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ from cbgan.evaluation import Evaluation, calibrated
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
 from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
+from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.fid import other_split
@@ -129,3 +125,7 @@ class Gan(Method[GanConfig]):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     train(Gan, argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

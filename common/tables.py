@@ -1,6 +1,296 @@
-"""Print a table of what runs logged in the end: ``python -m common.tables``, see `common.reports.tables`."""
+"""Print a table of what runs logged in the end: ``python -m common.tables``."""
 
-from common.cli.command import start
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from common.cli.arguments import parse, shown
+from common.cli.command import run_command
+from common.errors import UsageError
+from common.machine.atomic import write_text_atomic
+from common.reports.records import LoggedRun, differing, group_by_seed, read_run, refuse_unlike
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Print a Markdown table of what runs logged; runs that differ by their seed alone share a row."""
+
+    runs: list[Path] = field(default_factory=list)
+    """Folders of finished runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
+    settings: list[str] = field(default_factory=lambda: ["norm.kind"])
+    """Settings that tell the rows apart, for instance norm.kind norm.groups; of those that mean something to a run."""
+    tags: list[str] = field(default_factory=list)
+    """Logged values, a column each, for instance metric/accuracy loss/test."""
+    last: int = 1
+    """Take the mean of so many last logged values of each run: more steady where they jump from epoch to epoch."""
+    at: list[int] = field(default_factory=list)
+    """Epochs, for instance 25 50: of each value the last at the end of that epoch, and the best so far."""
+    out: Path | None = None
+    """Write the table to this file too, as its ending says: .csv, .tex (LaTeX) or .md."""
+    force: bool = False
+    """Replace a file that exists."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: name at least one run's folder, --runs runs/cbgan/NAME")
+        if not self.tags:
+            raise ValueError("tags: name at least one logged value, --tags loss/test")
+        if self.last < 1:
+            raise ValueError(f"last: expected at least 1, got {self.last}")
+        if min(self.at, default=0) < 0:
+            raise ValueError(f"at: expected epochs from 0 on, got {min(self.at)}")
+        if self.out is not None and self.out.suffix not in _FORMATS:
+            raise ValueError(f"out: expected a file that ends in {', '.join(_FORMATS)}, got {self.out}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value over seeds.
+
+    Attributes:
+        mean: over the runs of a row.
+        deviation: the standard deviation over them (divisor n - 1); None of a single run, or where one is not finite.
+    """
+
+    mean: float
+    deviation: float | None
+
+    def text(self, sign: str = "±") -> str:
+        """Return "0.6167 ± 0.13"."""
+        if self.deviation is None:
+            return f"{self.mean:.4g}"
+        return f"{self.mean:.4g} {sign} {self.deviation:.2g}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is printed or written.
+
+    Attributes:
+        settings: names of the columns that tell rows apart.
+        columns: names of those with values.
+        rows: the settings' values, the seeds, and a cell for each column, None where no run of the row has it.
+        notes: what a cell is, and where the numbers come from.
+    """
+
+    settings: list[str]
+    columns: list[str]
+    rows: list[tuple[tuple[str, ...], str, list[Cell | None]]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """Return the table and its notes in Markdown."""
+        head = [*self.settings, "seeds", *self.columns]
+        lines = [_row(head), _row(["---"] * len(head))]
+        lines += [_row([*name, seeds, *("-" if c is None else c.text() for c in cells)])
+                  for name, seeds, cells in self.rows]  # fmt: skip
+        return "\n".join([*lines, "", *self.notes]) + "\n"
+
+    def csv(self) -> str:
+        """Return the table as comma-separated values, mean and deviation as columns of their own, unrounded."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            [*self.settings, "seeds", *(f"{c} {what}" for c in self.columns for what in ("mean", "deviation"))]
+        )
+        for name, seeds, cells in self.rows:
+            numbers = [(None, None) if cell is None else (cell.mean, cell.deviation) for cell in cells]
+            writer.writerow([*name, seeds, *(number for pair in numbers for number in pair)])
+        return text.getvalue()
+
+    def latex(self) -> str:
+        """Return the table as a LaTeX tabular, which needs no package; the notes are comments."""
+        head = [*self.settings, "seeds", *self.columns]
+        body = [[*map(_latex, (*name, seeds)), *("--" if c is None else _latex_number(c) for c in cells)]
+                for name, seeds, cells in self.rows]  # fmt: skip
+        lines = [f"\\begin{{tabular}}{{{'l' * (len(self.settings) + 1)}{'r' * len(self.columns)}}}", "\\hline"]
+        lines += [" & ".join(map(_latex, head)) + r" \\", "\\hline"]
+        lines += [" & ".join(cells) + r" \\" for cells in body]
+        return "\n".join([*lines, "\\hline", "\\end{tabular}", *(f"% {note}" for note in self.notes)]) + "\n"
+
+
+_FORMATS: dict[str, Callable[[Table], str]] = {".csv": Table.csv, ".tex": Table.latex, ".md": Table.markdown}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: if a folder is no finished run, settings and tags do not fit the runs, their values do not
+            compare, or a file is in the way.
+    """
+    cfg = parse(TablesConfig, argv, prog="python -m common.tables")
+    if cfg.out is not None and cfg.out.exists() and not cfg.force:
+        raise UsageError(f"out: {cfg.out} exists; add --force to replace it, or take another --out")
+    made = table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last, cfg.at)
+    if cfg.out is not None:
+        try:
+            write_text_atomic(cfg.out, _FORMATS[cfg.out.suffix](made))
+        except OSError as error:
+            raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
+    print(made.markdown(), end="")
+    if cfg.out is not None:
+        print(f"written: {cfg.out}")
+
+
+def table(
+    runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str], last: int = 1, at: Sequence[int] = ()
+) -> Table:
+    """Return a table with a row for each choice of settings and a column for each tag, or two for each epoch of ``at``.
+
+    A run counts with the mean of its ``last`` last values of a tag. A setting that means nothing to any run's layer
+    has no column, and "-" in the rows of those it means nothing to.
+
+    Raises:
+        UsageError: if a run is unfinished (without ``at``) or did not come so far, no run knows a setting or tag, runs
+            of a row do not all have a tag, rows differ in a setting that is not named, or values do not compare.
+    """
+    for run in runs:
+        if not at:
+            _check_finished(run)
+    for name in settings:
+        if not any(name in run.settings or name in run.unused for run in runs):
+            raise UsageError(f"settings: {runs[0].path} has no {name}; it has {', '.join(runs[0].settings)}")
+    for tag in tags:
+        if not any(_has(run, tag) for run in runs):
+            runs[0].require(tag)
+    settings = [name for name in settings if not all(name in run.unused for run in runs)]
+    rows: dict[tuple[str, ...], list[LoggedRun]] = {}
+    for group in group_by_seed(runs):
+        first = group[0]
+        name = tuple("-" if each in first.unused else shown(first.settings.get(each)) for each in settings)
+        if name in rows:
+            one = rows[name][0]
+            differ = ", ".join(differing([one, first]))
+            raise UsageError(f"settings: {one.path} and {first.path} differ in {differ}; name it too")
+        rows[name] = group
+    refuse_unlike(runs, tags, settings)
+    columns = [column for tag in tags for column in _columns(tag, last, at)]
+    filled = [
+        (name, " ".join(str(run.seed) for run in group), [_cell(group, tag, take) for _, tag, take in columns])
+        for name, group in rows.items()
+    ]
+    unnamed = [name for name in differing(runs) if name not in settings]
+    also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
+    return Table(settings, [title for title, _, _ in columns], filled, [*_notes(runs, last, at), *also])
+
+
+_Take = Callable[[LoggedRun], float]
+
+
+def _columns(tag: str, last: int, at: Sequence[int]) -> list[tuple[str, str, _Take]]:
+    """Return title, tag and the value of a run of each of a tag's columns."""
+    if not at:
+        return [(tag, tag, lambda run: fmean(run.values(tag)[-last:]))]
+    columns: list[tuple[str, str, _Take]] = []
+    for epoch in at:
+        columns.append((f"{tag} at {epoch}", tag, lambda run, e=epoch: fmean(run.values(tag, e)[-last:])))
+        if (best := _best_of(tag)) is not None:
+            columns.append(
+                (f"{tag} best to {epoch}", tag, lambda run, e=epoch, best=best: _finite(best, run.values(tag, e)))
+            )
+    return columns
+
+
+def _best_of(tag: str) -> Callable[[Iterable[float]], float] | None:
+    """Return what finds the best of a tag's values: losses and distances shall be low, other metrics high."""
+    if tag.startswith(("loss/", "metric/kid_", "metric/copies_")) or "fid" in tag:
+        return min
+    return max if tag.startswith("metric/") else None
+
+
+def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return best(finite) if finite else math.nan
+
+
+def _check_finished(run: LoggedRun) -> None:
+    wanted = run.settings.get("epochs")
+    if isinstance(wanted, int) and run.epochs < wanted:
+        raise UsageError(f"runs: {run.path} is not finished, it has {run.epochs} of {wanted} epochs")
+
+
+def _has(run: LoggedRun, tag: str) -> bool:
+    return any(tag in line for line in run.lines)
+
+
+def _cell(group: Sequence[LoggedRun], tag: str, take: _Take) -> Cell | None:
+    if not any(_has(run, tag) for run in group):
+        return None
+    values = [take(run) for run in group]
+    mean = fmean(values)
+    return Cell(mean, None if len(values) == 1 or math.isnan(mean) else stdev(values))
+
+
+def _notes(runs: Sequence[LoggedRun], last: int, at: Sequence[int]) -> list[str]:
+    """Say what a cell is, and from which code and machine it comes."""
+    taken = "its last value" if last == 1 else f"the mean of its {last} last values"
+    until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
+    return [
+        f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds.",
+        origin(runs),
+    ]
+
+
+def origin(runs: Sequence[LoggedRun]) -> str:
+    """Say from which training, data, code and machine the numbers of runs come."""
+    sessions = [session for run in runs for session in run.sessions]
+    hardware = [session.get("hardware") or {} for session in sessions]
+    machines = [
+        f"{each.get('gpu') or each.get('cpu')}, {session.get('threads')} of {each.get('cores')} cores"
+        for session, each in zip(sessions, hardware, strict=True)
+    ]
+    facts = {
+        "epochs": (run.settings.get("epochs") for run in runs),
+        "data": map(_data, runs),
+        "commit": (session.get("commit") for session in sessions),
+        "torch": ((session.get("versions") or {}).get("torch") for session in sessions),
+        "hardware": machines,
+    }
+    return "; ".join(f"{name}: {_distinct(values)}" for name, values in facts.items()) + "."
+
+
+def _data(run: LoggedRun) -> str | None:
+    """Return "imagefolder in photos/train and photos/test": the data set, and the folders where it was.
+
+    Of two domains both: "digits to digits_m".
+    """
+    found = []
+    for place in ("data", "source", "target"):
+        name, *folders = (run.settings.get(f"{place}.{key}") for key in ("name", "root", "test_root"))
+        there = " and ".join(str(folder) for folder in folders if folder is not None)
+        found += [f"{name} in {there}" if there else str(name)] if name is not None else []
+    return " to ".join(found) or None
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys("unknown" if value is None else str(value) for value in values)) or "unknown"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    sign: f"\\{sign}" for sign in "&%$#_{}"
+}
+
+
+def _latex_number(cell: Cell) -> str:
+    powers = re.sub(r"e([+-][0-9]+)", lambda match: rf" \cdot 10^{{{int(match[1])}}}", cell.text(r"\pm"))
+    return f"${powers}$"
+
+
+def _latex(text: str) -> str:
+    """Escape what LaTeX would take for a command."""
+    return re.sub(r"[\\~^&%$#_{}]", lambda match: _LATEX[match[0]], text)
+
 
 if __name__ == "__main__":
-    start("common.reports.tables")
+    run_command(main)

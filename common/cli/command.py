@@ -47,17 +47,7 @@ class StopRequest:
 
 
 def start(module: str) -> NoReturn:
-    """Run ``main`` of a module as a command; to be called before anything loads torch.
-
-    OpenMP's threads wait for each other by spinning, which costs little on an idle machine and nearly everything on
-    one whose cores others use too: they spin shorter here, unless the user has said how they shall wait. OpenMP reads
-    this once, when torch loads it; where a package has loaded torch before its command could speak, the process
-    starts over.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "100000"
-        if "torch" in sys.modules:
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    """Run ``main`` of a module as a command."""
     run_command(lambda: importlib.import_module(module).main())
 
 

@@ -1,11 +1,15 @@
 """Which images a run uses."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from common.cli.fields import MAY_CHANGE, named
 from common.data.names import DATA_SETS, OPTIONAL
+from common.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +71,12 @@ class DataConfig:
                     f"data.{name}: expected {'null' if default is None else default}, since {self.name} takes "
                     f"none (taken by {others}), got {value}"
                 )
+
+
+@contextmanager
+def fields_without_prefix() -> Iterator[None]:
+    """Let a UsageError name data's fields as this command's flags do, not as a training command's, ``data.``."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(re.sub(r"(^|--|or set )data\.", r"\1", str(error))) from None

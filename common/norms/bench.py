@@ -1,6 +1,282 @@
-"""Time the layers against BatchNorm: ``python -m common.norms.bench``, see `common.norms.tools.bench`."""
+"""Time the layers against BatchNorm: ``python -m common.norms.bench``."""
 
-from common.cli.command import start
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from common.cli.arguments import parse
+from common.cli.command import run_command
+from common.errors import UsageError
+from common.machine.device import resolve_device, set_threads
+from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
+from common.norms.kernels import launch
+from common.runs.folder import environment
+
+SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
+GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
+"""Where there is memory and time for a map as large as a classifier's first."""
+FORWARD, BOTH, EVALUATION = "forward", "both", "evaluation"
+TIMED: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...], tuple[str, ...]]] = {
+    "cpu": (SHAPES, (torch.float32,), (FORWARD, BOTH)),
+    "cuda": (GPU_SHAPES, (torch.float32, torch.bfloat16), (EVALUATION, FORWARD, BOTH)),
+}
+"""What is timed, by a device's type: shapes, precisions of activations, passes."""
+COMPONENTS = 3
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+def layers(channels: int, backend: str) -> dict[str, nn.Module]:
+    """Return the layers that are compared with BatchNorm, in training mode."""
+    return {
+        "SCB": SCBNorm(channels, COMPONENTS, backend=backend),
+        "UCB joint": UCBNorm(channels, COMPONENTS, groups=1, backend=backend),
+        "UCB channel-wise": UCBNorm(channels, COMPONENTS, backend=backend),
+    }
+
+
+def arguments(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Return what a layer takes of x (N, C, *): x alone, or x and a cluster for each sample, all of them in turn."""
+    if not isinstance(layer, SCBNorm | SCBNormBase):
+        return (x,)
+    return x, torch.arange(len(x), device=x.device) % layer.num_clusters
+
+
+def step(layer: nn.Module, x: Tensor, g: Tensor, *, backward: bool) -> Callable[[], object]:
+    """Return one run of a layer on x (N, C, *), with or without its backward pass for the gradient g."""
+    given = arguments(layer, x)
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return layer(*given)
+
+    return (lambda: torch.autograd.grad(layer(*given), inputs, g)) if backward else forward
+
+
+def milliseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Return the mean time of a run over some repeats."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3 / repeats
+
+
+def compare(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time every run in turn, round after round, so that a change of the machine's pace meets all alike."""
+    repeats = {name: max(1, round(10 / milliseconds(run, 2, device))) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(milliseconds(run, repeats[name], device))
+    return times
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Return the 20, 50 and 80 % quantiles."""
+    ordered = sorted(values)
+    low, middle, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
+    return low, middle, high
+
+
+def case(
+    shape: tuple[int, ...],
+    layout: str,
+    device: torch.device,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Return an activation and an output gradient."""
+    x, g = (torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    return x.requires_grad_(backward), g
+
+
+def time_row(
+    shape: tuple[int, ...],
+    layout: str,
+    backends: list[str],
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[str]:
+    """Yield a row for each kind of pass that is timed on the device: BatchNorm's time, and ratios to it."""
+    for passes in TIMED[device.type][2]:
+        backward = passes == BOTH
+        x, g = case(shape, layout, device, backward=backward, dtype=dtype)
+        bench: dict[str, nn.Module] = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
+        for backend in backends:
+            bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
+        for layer in bench.values():
+            layer.to(device).train(passes != EVALUATION)
+        runs = {name: step(layer, x, g, backward=backward) for name, layer in bench.items()}
+        times = compare(runs, rounds, device)
+        base = times.pop("BatchNorm2d")
+        name = layout if dtype == torch.float32 else f"{layout}, {str(dtype).removeprefix('torch.')}"
+        cells = ["x".join(map(str, shape)), name, passes]
+        cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(base)))
+        for measured in times.values():
+            ratios = [a / b for a, b in zip(measured, base, strict=True)]
+            cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(ratios)))
+        yield line(cells)
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Return the bytes that autograd keeps for a run's backward pass, each storage counted once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that a run holds at once beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = most = 0
+    # The events of the profiler's own table leave out what an operator allocates inside.
+    for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+            most = max(most, held)
+    return most
+
+
+def memory_row(shape: tuple[int, ...], backends: list[str], device: torch.device) -> str:
+    """Return a row of memory: kept for the backward pass and held at most, in sizes of the activation."""
+    x, g = case(shape, "NCHW", device)
+    cells = ["x".join(map(str, shape))]
+    bench = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
+    for backend in backends:
+        bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
+    for layer in bench.values():
+        run = step(layer.to(device), x, g, backward=True)
+        run()  # what is made once, such as compiled code, is not counted
+        sizes = (amount / x.nbytes for amount in (saved_bytes(run), peak_bytes(run, device)))
+        cells.append(" / ".join(f"{size:.2f}" for size in sizes))
+    return line(cells)
+
+
+def line(cells: list[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head(titles: Sequence[str]) -> str:
+    """Return the two lines that a Markdown table begins with."""
+    return f"{line(list(titles))}\n|{'---|' * len(titles)}"
+
+
+def check_triton(interpreted: str, absent: str) -> None:
+    """Raise UsageError where kernels would be interpreted or Triton is not installed, with why that does not do."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError(f"TRITON_INTERPRET: expected it unset, since interpreted kernels {interpreted}, got 1")
+    if not launch.INSTALLED:
+        raise UsageError(f"triton: expected it to be installed, since {absent}")
+
+
+def end(missed: Sequence[str], summary: str) -> NoReturn:
+    """Print what was missed and a summary, and leave with status 1 if anything was."""
+    print(*(f"missed: {each}" for each in missed), sep="\n")
+    print(f"\n{summary}")
+    sys.exit(bool(missed))
+
+
+def machine(device: torch.device) -> str:
+    """Return on what numbers are measured, and of which code."""
+    found = environment(device)
+    hardware, versions = found["hardware"], found["versions"]
+    code = f"torch {versions['torch']}, Python {found['python']}, commit {found['commit']}"
+    return f"{hardware['gpu'] or hardware['cpu']}, {found['threads']} threads, {code}"
+
+
+def runnable(device: torch.device) -> list[str]:
+    """Return the backends in closed form that can run on a device."""
+    return [backend for backend in ("eager", "compiled", "triton") if refusal(backend, device) is None]
+
+
+def refusal(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Say why a backend cannot run on the device in a precision, or return None if it can."""
+    try:
+        functional.choose_backend(backend, torch.empty(0, device=device, dtype=dtype), COMPONENTS)
+    except ValueError as refused:
+        return str(refused).removeprefix("backend: ")
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Print Markdown tables of the layers' time and memory, as ratios to nn.BatchNorm2d and to the activation's size.
+
+    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32; on a
+    GPU in bfloat16 and in evaluation too, and of a larger map. Layers are at their defaults. Memory is what autograd
+    keeps for the backward pass / what forward and backward hold at most.
+    """
+
+    backends: list[str] = field(default_factory=list)
+    """How the layers compute: eager compiled triton reference; none given is all that can run but the reference."""
+    rounds: int = 11
+    """Times that every layer is measured, in turn."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda or cuda:n."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected 0 or more, got {self.threads}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        UsageError: a device or backend that is none, or cannot be used here.
+    """
+    cfg = parse(BenchConfig, argv, prog="python -m common.norms.bench")
+    device = resolve_device(cfg.device)
+    for backend in cfg.backends:
+        if reason := refusal(backend, device):
+            raise UsageError(f"backends: {reason}")
+    set_threads(cfg.threads)
+    backends = cfg.backends or runnable(device)
+    shapes, dtypes, _ = TIMED[device.type]
+    others = ", unless said otherwise" if len(dtypes) > 1 else ""
+    print(f"{machine(device)}, K={COMPONENTS}, float32, training mode{others}\n")
+    titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
+    print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
+    print("|" + "---|" * (4 + len(titles)))
+    for shape, layout, dtype in itertools.product(shapes, LAYOUTS, dtypes):
+        for row in time_row(shape, layout, backends, cfg.rounds, device, dtype):
+            print(row, flush=True)
+    print("\n" + line(["shape", "BatchNorm2d", *titles]))
+    print("|" + "---|" * (2 + len(titles)))
+    for shape in shapes:
+        print(memory_row(shape, backends, device), flush=True)
+
 
 if __name__ == "__main__":
-    start("common.norms.tools.bench")
+    run_command(main)

@@ -10,4 +10,4 @@ def test_defaults_are_those_of_the_page():
     assert_documented("cbgan.evaluate.EvaluateConfig", run=Path("run"))
     assert_documented("cbgan.sample.SampleConfig", run=Path("run"))
     assert_documented("cbgan.bench.BenchConfig")
-    assert_documented("cbgan.reports.comparison.CompareConfig", runs=[Path("run")])
+    assert_documented("cbgan.compare.CompareConfig", runs=[Path("run")])

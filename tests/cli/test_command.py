@@ -6,15 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from common.cli import commands
 from common.cli.command import StopRequest, run_command
 from common.errors import NonFiniteError, Stopped, UsageError
-
-ROOT = Path(__file__).parents[2]
 
 
 def ended(capsys, error: BaseException | None) -> tuple[object, list[str]]:
@@ -183,89 +181,58 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_before(capsys, signum)
     assert capsys.readouterr().err.count(signal.Signals(signum).name) == 1
 
 
-# A package that loads torch before its command can speak, as the layers' does, and one that does not. Their torch is a
-# file that says what it finds when it is loaded.
-FILES = {
-    "torch.py": "import os\nprint('torch', os.getpid(), os.environ.get('GOMP_SPINCOUNT'))\n",
-    "early/__init__.py": "import torch\n",
-    "late/__init__.py": "",
-}
-MAIN = 'from common.cli.command import start\n\nif __name__ == "__main__":\n    start("{package}.work")\n'
-WORK = """
-import json, os, sys, torch
-def main():
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    print(json.dumps([sys.argv[1:], sys.warnoptions, sys.flags.utf8_mode, [os.environ.get(name) for name in names]]))
-    sys.exit(7)
+# Where another torch is found first, which says what it finds when it is loaded, and ends the process with status 7.
+TORCH = """
+import json, os
+names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+print(json.dumps([os.environ.get(name) for name in names]), flush=True)
+os._exit(7)
 """
 ARGUMENTS = ["--a b", "", "'\"$HOME`*", "-W", "é\n", "--", "-m"]
+COMMANDS = sorted(
+    f"{package}.{name}" for package in ("common", "cbgan", "cbcls", "cbda") for name in commands.commands(package)
+)
 
 
 @pytest.fixture
-def started(tmp_path):
-    for package in ("early", "late"):
-        FILES[f"{package}/__main__.py"] = MAIN.format(package=package)
-        FILES[f"{package}/work.py"] = WORK
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+def loading_torch(tmp_path):
+    (tmp_path / "torch.py").write_text(TORCH)
 
-    def run(package: str, **settings: str) -> tuple[list[list[str]], list]:
+    def run(*argv: str, **settings: str) -> list:
         env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
-        command = [sys.executable, "-W", "error", "-X", "utf8", "-m", package, *ARGUMENTS]
+        command = [sys.executable, "-W", "error", "-X", "utf8", *argv]
         done = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=False)
-        assert done.returncode == 7, done.stderr
-        assert done.stderr == ""
-        *loads, result = done.stdout.splitlines()
-        return [line.split()[1:] for line in loads], json.loads(result)
+        assert (done.returncode, done.stderr) == (7, ""), done.stderr
+        return json.loads(done.stdout)
 
     return run
 
 
-@pytest.mark.parametrize("package", ["early", "late"])
-def test_threads_spin_shorter_before_torch_is_loaded_and_the_command_line_is_kept(started, package):
-    loads, (arguments, warnings, utf8, environment) = started(package)
-    assert loads[-1][1] == "100000"
-    assert len(loads) == (2 if package == "early" else 1)
-    assert len({process for process, _ in loads}) == 1  # started over in its place, not as a child
-    assert arguments == ARGUMENTS
-    assert warnings == ["error"]
-    assert utf8 == 1
-    assert environment == ["100000", None]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_threads_of_a_command_spin_shorter_from_before_torch_is_loaded(loading_torch, command):
+    assert loading_torch("-m", command, *ARGUMENTS) == ["100000", None]
 
 
-@pytest.mark.parametrize("package", ["early", "late"])
+def test_so_do_those_of_a_command_that_is_started_in_another_form(loading_torch):
+    assert loading_torch("-m", "common", "norms.doctor", *ARGUMENTS) == ["100000", None]
+    assert loading_torch("-mcbgan.train") == ["100000", None]
+
+
 @pytest.mark.parametrize(("setting", "value"), [("GOMP_SPINCOUNT", "7"), ("GOMP_SPINCOUNT", ""),
                                                 ("OMP_WAIT_POLICY", "PASSIVE")])  # fmt: skip
-def test_how_threads_wait_stays_as_the_user_has_said(started, package, setting, value):
-    loads, (arguments, _, _, environment) = started(package, **{setting: value})
-    assert len(loads) == 1
-    assert arguments == ARGUMENTS
-    assert environment == [value if name == setting else None for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")]
+def test_how_threads_wait_stays_as_the_user_has_said(loading_torch, setting, value):
+    found = loading_torch("-m", "common.norms.doctor", **{setting: value})
+    assert found == [value if name == setting else None for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")]
 
 
-def commands() -> list[str]:
-    """Return the modules that call `start` when they are run."""
-    files = [path for folder in ("common", "cbgan", "cbcls", "cbda") for path in (ROOT / folder).rglob("*.py")]
-    found = [path.relative_to(ROOT).with_suffix("") for path in files if "\n    start(" in path.read_text("utf-8")]
-    return sorted(".".join(path.parts) for path in found)
-
-
-def test_importing_a_command_settles_nothing():
-    assert {"cbgan.train", "cbcls.train", "cbda.adamatch", "common.norms.doctor"} <= set(commands())
-    script = f"import os, {', '.join(commands())}\nprint([name for name in os.environ if name[:4] in ('GOMP', 'OMP_')])"
-    env = {name: value for name, value in os.environ.items() if name[:4] not in ("GOMP", "OMP_")}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_a_command_whose_package_loads_torch_answers_a_mistyped_flag():
-    command = [sys.executable, "-W", "error", "-m", "common.norms.doctor", "--mistyped", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --mistyped: no such option")
-    assert done.stderr.count("\n") == 1
+def test_importing_settles_nothing(loading_torch, tmp_path):
+    assert {"cbgan.train", "cbcls.train", "cbda.adamatch", "common.data", "common.norms.doctor"} <= set(COMMANDS)
+    for name in ("common.norms", "cbgan.train"):
+        assert loading_torch("-c", f"import {name}", "-m", "cbgan.train") == [None, None]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import common.norms")
+    assert loading_torch("-m", "mine", *ARGUMENTS) == [None, None]
 
 
 @pytest.mark.parametrize(("error", "status"), [(UsageError("lr: no"), 2), (NonFiniteError("loss"), 3)])

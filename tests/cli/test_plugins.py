@@ -11,7 +11,7 @@ from refusals import refused
 import cbcls.train
 import cbgan.evaluate
 import cbgan.train
-import common.reports.data_set
+import common.data.__main__
 from common.cli.plugins import GROUP, _owner, installed_plugins, load_plugins
 from common.data.names import DATA_SETS
 from common.errors import UsageError
@@ -169,7 +169,7 @@ def test_help_and_the_look_at_data_know_a_plugin(place, tmp_path, capsys, monkey
         cbcls.train.main(["--plugins", "plugin_of_tests", "--help"])
     assert ",none,grouped}" in "".join(capsys.readouterr().out.split())
     monkeypatch.chdir(tmp_path)
-    common.reports.data_set.main(["--plugins", "plugin_of_tests", "--name", "stripes", "--size", "8"])
+    common.data.__main__.main(["--plugins", "plugin_of_tests", "--name", "stripes", "--size", "8"])
     assert "240 images" in capsys.readouterr().out
     assert list(Path().glob("contact-stripes-*.png"))
 

@@ -16,17 +16,17 @@ from cbcls.predict import PredictConfig as ClassifierPredictConfig
 from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
+from cbda.show import ViewsConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
-from common.norms.tools.bench import BenchConfig
+from common.figures import FiguresConfig
+from common.norms.bench import BenchConfig
+from common.norms.doctor import DoctorConfig
 from common.norms.tools.costs import CostsConfig
-from common.norms.tools.doctor import DoctorConfig
-from common.reports.figures import FiguresConfig
-from common.reports.paper.page import ReportConfig
-from common.reports.tables import TablesConfig
-from common.reports.views import ViewsConfig
+from common.report import ReportConfig
+from common.tables import TablesConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from common.norms import make_norm
+from common.norms.agreement import budget, cluster_results, error, mixture_case, mixture_results
 from common.norms.backends.reference import Moments
-from common.norms.tools.agreement import budget, cluster_results, error, mixture_case, mixture_results
 
 __all__ = ["GRADIENTS", "any_norm", "assert_within_budget", "cluster_run", "mixture_case", "mixture_run"]
 

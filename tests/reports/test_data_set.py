@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from common.data import DataConfig, ImageSet, load
+from common.data.__main__ import contact_sheet, main, moments
 from common.errors import UsageError
-from common.reports.data_set import contact_sheet, main, moments
 
 
 def table(text):
@@ -61,7 +61,7 @@ def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys)
 
 
 def test_moments_are_those_of_numpy_in_each_channel(monkeypatch):
-    monkeypatch.setattr("common.reports.data_set._CHUNK", 3)
+    monkeypatch.setattr("common.data.__main__._CHUNK", 3)
     images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[:, 1] //= 3
     mean, deviation = moments(images)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import common.reports.figures
+import common.figures
 from common.cli.command import run_command
 from common.machine.seeding import generator
 from common.reports.figures import Curves, curve_panels, curves, grid
@@ -104,7 +104,7 @@ def test_bytes_repeat_whatever_the_program_has_set_and_leave_it_alone(tmp_path):
 
 def test_importing_chooses_no_backend():
     code = (
-        "import matplotlib, sys, common.reports.figures; assert 'matplotlib.pyplot' not in sys.modules; "
+        "import matplotlib, sys, common.figures; assert 'matplotlib.pyplot' not in sys.modules; "
         "import matplotlib.pyplot; print(matplotlib.get_backend())"
     )
     done = subprocess.run(
@@ -201,7 +201,7 @@ def test_the_command_joins_runs_that_differ_by_seed_alone(tmp_path, capsys):
     names = {"ucb-seed0": 0, "ucb-seed1": 1, "odd": 2}
     runs = [make_run(tmp_path, name, seed=seed) for name, seed in names.items()]
     other = make_run(tmp_path, "bn-seed0", seed=0, kind="bn")
-    common.reports.figures.main(["--runs", *runs[:2], other, "--out", f"{tmp_path}/fid"])
+    common.figures.main(["--runs", *runs[:2], other, "--out", f"{tmp_path}/fid"])
     told = capsys.readouterr().out.splitlines()
     assert told == [
         f"ucb: {runs[0]}, {runs[1]}",
@@ -211,7 +211,7 @@ def test_the_command_joins_runs_that_differ_by_seed_alone(tmp_path, capsys):
     text = (tmp_path / "fid.svg").read_text()
     for words in ("ucb (n = 2)", "bn (n = 1)", "real test images (3)", TAG):
         assert words in text
-    common.reports.figures.main(["--runs", *runs, "--out", f"{tmp_path}/all.svg"])
+    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/all.svg"])
     assert "ucb-seed0, ucb-seed1, odd (n = 3)" in (tmp_path / "all.svg").read_text()
 
 
@@ -222,7 +222,7 @@ def test_several_values_have_a_panel_each_and_one_legend(tmp_path):
         with Path(run, "metrics.jsonl").open("a") as file:
             file.write('{"step": 0, "epoch": 0, "loss/test": 2.0}\n{"step": 80, "epoch": 10, "loss/test": 1.0}\n')
     argv = ["--runs", *runs, other, "--out", f"{tmp_path}/f", "--tag", TAG, "loss/test", "--title", "both"]
-    common.reports.figures.main(argv)
+    common.figures.main(argv)
     text = (tmp_path / "f.svg").read_text()
     shown = [line.strip() for line in re.findall(r"<!--(.*?)-->", text)]
     for words, count in ((TAG, 1), ("loss/test", 1), ("ucb (n = 2)", 1), ("bn (n = 1)", 1), ("both", 1), ("epoch", 2)):
@@ -249,14 +249,14 @@ def test_the_legend_names_what_differs(tmp_path, capsys):
     for run, norm in zip(runs, norms.values(), strict=True):
         Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{{norm}}}\ncache: /{Path(run).name}\n")
     out = ["--out", f"{tmp_path}/f", "--force"]
-    common.reports.figures.main(["--runs", *runs, *out])
+    common.figures.main(["--runs", *runs, *out])
     names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
     assert names == [
         "ucb, norm.groups null",
         "ucb, norm.groups 1",
         "bn",
     ]  # neither components nor groups mean it a thing
-    common.reports.figures.main(["--runs", *runs, *out, "--label", "joint", "1", "BatchNorm"])
+    common.figures.main(["--runs", *runs, *out, "--label", "joint", "1", "BatchNorm"])
     names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
     assert names == ["joint", "1", "BatchNorm"]
     for label in ("joint (n = 1)", "BatchNorm (n = 1)"):
@@ -270,7 +270,7 @@ def test_lines_that_differ_by_place_alone_are_told_apart_by_it(tmp_path, capsys)
     runs = [make_run(tmp_path, name, seed=0) for name in ("a", "b")]
     for run in runs:
         Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{kind: bn}}\ndevice: {Path(run).name}\n")
-    common.reports.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
+    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["device a", "device b"]
 
 
@@ -284,12 +284,12 @@ def test_unlike_runs_are_refused_as_tables_do(tmp_path, capsys):
     argv[1:3] = runs
     assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(capsys, *argv)
     assert not list(tmp_path.glob("f.*"))
-    common.reports.figures.main([*argv, "--tag", "loss/d", "--x", "step"])  # which does not depend on it
+    common.figures.main([*argv, "--tag", "loss/d", "--x", "step"])  # which does not depend on it
 
 
 def refused(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit) as left:
-        run_command(lambda: common.reports.figures.main(argv))
+        run_command(lambda: common.figures.main(argv))
     captured = capsys.readouterr()
     assert left.value.code == 2
     assert len(captured.err.splitlines()) == 1
@@ -331,5 +331,5 @@ def test_an_existing_figure_is_replaced_only_by_force(tmp_path, capsys):
     assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, *argv)
     assert (tmp_path / "f.svg").read_text() == "mine"
     assert not (tmp_path / "f.png").exists()
-    common.reports.figures.main([*argv, "--force", "--tag", "loss/d", "--x", "step"])
+    common.figures.main([*argv, "--force", "--tag", "loss/d", "--x", "step"])
     assert "loss/d" in (tmp_path / "f.svg").read_text()

@@ -6,10 +6,10 @@ import pytest
 from settings import assert_documented
 
 NEEDED = {
-    "common.reports.data_set.InspectConfig": {},
-    "common.reports.figures.FiguresConfig": {"runs": [Path("run")], "out": Path("figure")},
-    "common.reports.paper.page.ReportConfig": {"runs": [Path("run")]},
-    "common.reports.tables.TablesConfig": {"runs": [Path("run")], "tags": ["loss/d"]},
+    "common.data.__main__.InspectConfig": {},
+    "common.figures.FiguresConfig": {"runs": [Path("run")], "out": Path("figure")},
+    "common.report.ReportConfig": {"runs": [Path("run")]},
+    "common.tables.TablesConfig": {"runs": [Path("run")], "tags": ["loss/d"]},
 }
 
 

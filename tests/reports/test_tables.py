@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import common.reports.tables
+import common.tables
 from common.cli.command import run_command
 
 
@@ -41,7 +41,7 @@ def runs(tmp_path) -> list[str]:
 
 def test_rows_are_means_over_seeds_of_what_was_logged_last(runs, capsys):
     argv = ["--runs", *runs, "--settings", "norm.kind", "norm.groups", "--tags", "metric/accuracy", "health/usage"]
-    common.reports.tables.main(argv)
+    common.tables.main(argv)
     deviation = {"ucb": statistics.stdev([0.5, 0.6, 0.75]), "usage": statistics.stdev([1e-9, 0.2, 0.1])}
     assert capsys.readouterr().out.splitlines() == [
         "| norm.kind | norm.groups | seeds | metric/accuracy | health/usage |",
@@ -59,17 +59,17 @@ def test_what_rows_differ_in_without_being_named_is_told_but_for_what_a_layer_ha
     grouped = make_run(tmp_path, "e", seed=0, norm=norm, accuracy=0.5)
     plain = make_run(tmp_path, "f", seed=0, norm="{kind: bn, num_components: 9, update: null}", accuracy=0.5)
     tags = ["--tags", "metric/accuracy"]
-    common.reports.tables.main(["--runs", grouped, plain, *tags])
+    common.tables.main(["--runs", grouped, plain, *tags])
     assert "differ in" not in capsys.readouterr().out
     other = make_run(tmp_path, "g", seed=0, norm="{kind: mn, groups: 1, num_components: 3}", accuracy=0.5, lr=1)
-    common.reports.tables.main(["--runs", other, grouped, plain, *tags])
+    common.tables.main(["--runs", other, grouped, plain, *tags])
     assert capsys.readouterr().out.splitlines()[-1] == "The rows differ in norm.groups too."
-    common.reports.tables.main(["--runs", plain, *tags, "--settings", "norm.num_components", "norm.kind"])
+    common.tables.main(["--runs", plain, *tags, "--settings", "norm.num_components", "norm.kind"])
     assert capsys.readouterr().out.splitlines()[0] == "| norm.kind | seeds | metric/accuracy |"
 
 
 def test_a_run_counts_with_the_mean_of_its_last_values(runs, capsys):
-    common.reports.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--last", "2"])
+    common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--last", "2"])
     out = capsys.readouterr().out
     deviation = statistics.stdev([0.25, 0.3, 0.375])
     assert f"| ucb | 0 1 2 | 0.3083 ± {deviation:.2g} |" in out  # the accuracy before the last was 0
@@ -78,7 +78,7 @@ def test_a_run_counts_with_the_mean_of_its_last_values(runs, capsys):
 
 def test_a_value_that_was_not_finite_stays_visible(tmp_path, runs, capsys):
     last = make_run(tmp_path, "e", seed=1, norm="{kind: bn, groups: null}", accuracy=None)
-    common.reports.tables.main(["--runs", *runs, last, "--tags", "metric/accuracy"])
+    common.tables.main(["--runs", *runs, last, "--tags", "metric/accuracy"])
     assert "| bn | 0 1 | nan |" in capsys.readouterr().out
 
 
@@ -103,7 +103,7 @@ def columns(out: str) -> dict[str, str]:
 def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
     first = long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95])
     tags = ["--tags", "metric/accuracy", "loss/train"]
-    common.reports.tables.main(["--runs", first, *tags, "--at", "1", "3"])  # of a run that is not finished
+    common.tables.main(["--runs", first, *tags, "--at", "1", "3"])  # of a run that is not finished
     out = capsys.readouterr().out
     assert columns(out) == {
         "norm.kind": "bn", "seeds": "0",
@@ -114,7 +114,7 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
     }  # fmt: skip
     assert "its last value by the end of epoch 1 or 3 and its best so far" in out
     second = long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4])
-    common.reports.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "3", "--last", "3"])
+    common.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "3", "--last", "3"])
     got = columns(capsys.readouterr().out)
     assert got["metric/accuracy at 3"] == "nan"  # one of its last three was not finite
     assert got["metric/accuracy best to 3"] == f"0.65 ± {statistics.stdev([0.9, 0.4]):.2g}"
@@ -128,7 +128,7 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
 def test_the_folder_of_the_data_is_named(tmp_path, capsys):
     data = "name: imagefolder, root: photos/train, test_root: photos/test"
     run = long_run(tmp_path, "a", seed=0, accuracies=[0.5], data=data)
-    common.reports.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
+    common.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
     assert "data: imagefolder in photos/train and photos/test; " in capsys.readouterr().out
 
 
@@ -136,13 +136,13 @@ def test_both_domains_are_named(tmp_path, capsys):
     run = long_run(tmp_path, "a", seed=0, accuracies=[0.5], data="size: 32")
     with Path(run, "config.yaml").open("a") as config:
         config.write("source: {name: digits}\ntarget: {name: imagefolder, root: photos}\n")
-    common.reports.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
+    common.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "1"])
     assert "data: digits to imagefolder in photos; " in capsys.readouterr().out
 
 
 def test_a_csv_holds_unrounded_means_and_deviations(tmp_path, runs, capsys):
     argv = ["--runs", *runs, "--tags", "metric/accuracy", "health/usage"]
-    common.reports.tables.main([*argv, "--out", f"{tmp_path}/t.csv"])
+    common.tables.main([*argv, "--out", f"{tmp_path}/t.csv"])
     assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path}/t.csv"
     with open(tmp_path / "t.csv", newline="") as file:
         ucb, bn = csv.DictReader(file)
@@ -156,7 +156,7 @@ def test_a_csv_holds_unrounded_means_and_deviations(tmp_path, runs, capsys):
 
 def test_latex_escapes_what_it_would_take_for_commands(tmp_path, runs, capsys):
     odd = make_run(tmp_path, "odd", seed=0, norm="{kind: 'a_b&50%$#{}~^\\c', groups: null}", accuracy=2e-9)
-    common.reports.tables.main(["--runs", *runs, odd, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.tex"])
+    common.tables.main(["--runs", *runs, odd, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.tex"])
     lines = (tmp_path / "t.tex").read_text().splitlines()
     deviation = statistics.stdev([0.5, 0.6, 0.75])
     assert lines[:6] == [
@@ -173,10 +173,10 @@ def test_latex_escapes_what_it_would_take_for_commands(tmp_path, runs, capsys):
     assert all(line.startswith("% ") for line in lines[9:])
     tag = make_run(tmp_path, "tag", seed=0, norm="{kind: bn}", accuracy=1.0)
     Path(tag, "metrics.jsonl").write_text('{"step": 1, "epoch": 2, "metric/macro_f1": 0.5}\n')
-    common.reports.tables.main(["--runs", tag, "--tags", "metric/macro_f1", "--out", f"{tmp_path}/u.tex"])
+    common.tables.main(["--runs", tag, "--tags", "metric/macro_f1", "--out", f"{tmp_path}/u.tex"])
     assert r"metric/macro\_f1" in (tmp_path / "u.tex").read_text()
     capsys.readouterr()
-    common.reports.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.md"])
+    common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.md"])
     assert capsys.readouterr().out == (tmp_path / "t.md").read_text() + f"written: {tmp_path}/t.md\n"
 
 
@@ -185,7 +185,7 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
     argv = ["--runs", *runs, "--tags", "metric/accuracy", "--out", f"{tmp_path}/t.csv"]
     assert f"out: {tmp_path}/t.csv exists; add --force" in refused(capsys, *argv)
     assert (tmp_path / "t.csv").read_text() == "mine"
-    common.reports.tables.main([*argv, "--force"])
+    common.tables.main([*argv, "--force"])
     assert (tmp_path / "t.csv").read_text().startswith("norm.kind,")
     line = refused(capsys, *argv[:-1], f"{tmp_path}/t.xlsx")
     assert f"out: expected a file that ends in .csv, .tex, .md, got {tmp_path}/t.xlsx" in line
@@ -213,12 +213,12 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     # Accuracy does not depend on how FID is measured, nor a value on what was held out of training by another seed;
     # a classifier trained anew has other weights, and what one of them does not know is not compared.
     for name, tags in (("n_real", accuracy), ("content_train", accuracy), ("extractor_id", fid), ("resize", fid)):
-        common.reports.tables.main(["--runs", first, others[name], *tags])
-    common.reports.tables.main(["--runs", first, others["content_test"], "--tags", "loss/train"])
+        common.tables.main(["--runs", first, others[name], *tags])
+    common.tables.main(["--runs", first, others["content_test"], "--tags", "loss/train"])
     Path(others["content_test"], "config.yaml").write_text("seed: 0\nepochs: 2\nnorm: {kind: bn}\ndata: {name: svhn}\n")
     argv = ["--runs", first, others["content_test"], *accuracy, "--settings", "data.name"]
     capsys.readouterr()
-    common.reports.tables.main(argv)  # rows of two data sets
+    common.tables.main(argv)  # rows of two data sets
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
 
 
@@ -243,13 +243,13 @@ def test_floors_that_differ_are_refused(tmp_path, capsys):
     for tag in ("metric/fid_x", "metric/fid_x_test"):
         line = refused(capsys, "--runs", *runs, "--tags", tag)
         assert f"runs: metric/fid_x_floor is 3 in {runs[0]} and 4 in {runs[1]}" in line
-    common.reports.tables.main(["--runs", runs[0], runs[2], "--tags", "metric/fid_x"])  # another machine's rounding
+    common.tables.main(["--runs", runs[0], runs[2], "--tags", "metric/fid_x"])  # another machine's rounding
 
 
 def refused(capsys, *argv: str) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        run_command(lambda: common.reports.tables.main(argv))
+        run_command(lambda: common.tables.main(argv))
     captured = capsys.readouterr()
     assert left.value.code == 2
     assert len(captured.err.splitlines()) == 1

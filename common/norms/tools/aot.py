@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from common.cli.arguments import parse
-from common.norms.tools import bench, counts
+from common.norms import bench
+from common.norms.tools import counts
 from common.norms.tools.machine_code import Code, compile_launch, disassembled, specialise
 from common.norms.tools.recording import Launch
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from common.cli.arguments import parse
 from common.machine.device import resolve_device, set_threads
-from common.norms.factory import make_norm
-from common.norms.tools.bench import (
+from common.norms.bench import (
     arguments,
     case,
     compare,
@@ -22,6 +21,7 @@ from common.norms.tools.bench import (
     saved_bytes,
     step,
 )
+from common.norms.factory import make_norm
 
 PLACES = {
     "third normalization of the shallow CNN": (256, 128, 8, 8),

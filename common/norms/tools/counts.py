@@ -11,9 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from common.cli.arguments import parse
 from common.errors import UsageError
-from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, bench
 from common.norms.kernels import launch
-from common.norms.tools import bench
 from common.norms.tools.recording import Launch, recording
 
 COMPONENTS = 3

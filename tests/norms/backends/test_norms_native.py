@@ -12,6 +12,7 @@ from norm_cases import assert_an_offset_costs_no_moments, assert_within_budget, 
 from torch import Tensor
 
 from common.norms import MixtureNorm, SCBNorm, UCBNorm, functional, mixture_norm
+from common.norms.agreement import error
 from common.norms.backends import compiled
 from common.norms.backends.reference import Moments
 from common.norms.config import NormConfig
@@ -19,7 +20,6 @@ from common.norms.estimation import averages, em
 from common.norms.estimation.averages import Rule, Stored
 from common.norms.estimation.em import Fit
 from common.norms.native import loops
-from common.norms.tools.agreement import error
 
 pytestmark = pytest.mark.skipif(loops.library(3) is None, reason="needs a C++ compiler on the PATH")
 CPU = torch.device("cpu")

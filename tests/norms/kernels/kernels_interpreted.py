@@ -11,8 +11,8 @@ import triton.language as tl
 from norm_cases import GRADIENTS, assert_within_budget, mixture_case
 
 from common.norms import cluster_norm, mixture_norm
+from common.norms.agreement import budget, error
 from common.norms.kernels import cluster_kernels, cluster_operators, launch, mixture_kernels, parameter_kernels
-from common.norms.tools.agreement import budget, error
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from common.norms.tools import bench, costs
+from common.norms import bench
+from common.norms.tools import costs
 
 CPU = torch.device("cpu")
 

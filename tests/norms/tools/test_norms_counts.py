@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.norms.tools import bench, counts
+from common.norms import bench
+from common.norms.tools import counts
 from common.norms.tools.recording import Launch, bytes_of, recording
 
 pytest.importorskip("triton")

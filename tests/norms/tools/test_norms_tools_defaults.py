@@ -7,9 +7,9 @@ from settings import assert_documented
 @pytest.mark.parametrize(
     "name",
     [
-        "common.norms.tools.bench.BenchConfig",
+        "common.norms.bench.BenchConfig",
         "common.norms.tools.costs.CostsConfig",
-        "common.norms.tools.doctor.DoctorConfig",
+        "common.norms.doctor.DoctorConfig",
         "common.norms.tools.aot.AotConfig",
         "common.norms.tools.counts.CountsConfig",
         "common.norms.tools.timing.overhead.OverheadConfig",

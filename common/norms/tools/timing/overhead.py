@@ -18,7 +18,8 @@ from torch import nn
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.machine.device import set_threads
-from common.norms.tools import bench, counts
+from common.norms import bench
+from common.norms.tools import counts
 from common.norms.tools.recording import on_any_device, replaced_kernels
 
 SHAPE = (2, 16, 2, 2)

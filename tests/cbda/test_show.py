@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 from refusals import refused
 
+from cbda.show import main
 from common.data import DataConfig, Feed, Stream, load
 from common.data.augmentation import strong, weak
 from common.machine.seeding import permutation
-from common.reports.views import main
 
 
 def tiles(path) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from common.cli.command import run_command
-from common.reports.paper.page import main
-from common.reports.paper.published import PUBLISHED
+from common.report import main
+from common.reports.published import PUBLISHED
 
 SHALLOW = {"model": {"name": "shallow_cnn"}, "data": {"name": "cifar10"}, "lr": 0.001, "epochs": 100,
            "batch_size": 256, "weight_decay": 1e-4, "optimizer": "adamw"}  # fmt: skip

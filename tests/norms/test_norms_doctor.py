@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from common.norms import functional
+from common.norms import doctor, functional
 from common.norms.backends import closed_form
-from common.norms.tools import doctor
 
 doctor_timed = doctor.TIMED
 NAMES = [check.name for check in doctor.checks()]

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from refusals import refused
 
-import cbgan.reports.comparison
-from cbgan.reports.comparison import _series, samples, training_hours
+import cbgan.compare
+from cbgan.compare import _series, samples, training_hours
 from common.reports.records import read_run
 
 FID = "metric/fid_classifier"
@@ -81,7 +81,7 @@ def test_samples_are_the_last_of_the_first_run_of_each_line_beside_real_ones(run
 
 def test_three_figures_and_a_table_are_made(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    cbgan.reports.comparison.main([*runs, "--out", str(out)])
+    cbgan.compare.main([*runs, "--out", str(out)])
     names = [f"{name}.{kind}" for name in ("fid-epoch", "fid-time", "samples") for kind in ("png", "svg")]
     assert sorted(path.name for path in out.iterdir()) == names
     text = (out / "fid-epoch.svg").read_text()
@@ -95,9 +95,9 @@ def test_three_figures_and_a_table_are_made(runs, tmp_path, capsys):
         "| bn | 0 | 6 | 6 | 0.0002083 |",
     ]
     assert lines[-1].startswith(f"written: {out / 'fid-epoch.png'}, ")
-    line = refused(capsys, cbgan.reports.comparison.main, "--runs", *runs, "--out", str(out))
+    line = refused(capsys, cbgan.compare.main, "--runs", *runs, "--out", str(out))
     assert line.startswith(f"error: out: {out / 'fid-epoch.png'} exists; add --force")
-    cbgan.reports.comparison.main([*runs, "--out", str(out), "--force", "--label", "A", "B", "--log_y"])
+    cbgan.compare.main([*runs, "--out", str(out), "--force", "--label", "A", "B", "--log_y"])
     assert "| A | 0 1 |" in capsys.readouterr().out
 
 
@@ -111,14 +111,14 @@ def test_three_figures_and_a_table_are_made(runs, tmp_path, capsys):
 )
 def test_unlike_protocols_are_refused_by_the_name_of_what_differs(tmp_path, capsys, other, what):
     pair = [make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, **other)]
-    line = refused(capsys, cbgan.reports.comparison.main, *pair, "--out", str(tmp_path / "out"))
+    line = refused(capsys, cbgan.compare.main, *pair, "--out", str(tmp_path / "out"))
     assert what.format(*pair) in line
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):
     def line(*flags: str) -> str:
-        return refused(capsys, cbgan.reports.comparison.main, *flags, "--out", str(tmp_path / "out"))
+        return refused(capsys, cbgan.compare.main, *flags, "--out", str(tmp_path / "out"))
 
     assert "runs: name the runs' folders" in line()
     assert "is not a run's folder" in line(str(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import UsageError
-from common.norms.tools import bench
+from common.norms import bench
 
 
 def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from common.data.names import DATA_SETS
 from common.norms.factory import kinds
-from common.reports.paper.published import PUBLISHED, Published
+from common.reports.published import PUBLISHED, Published
 
 TABLE_V = """
 cifar10

@@ -1,1 +1,0 @@
-"""How generators' measurements are told and shown."""

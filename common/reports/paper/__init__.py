@@ -1,1 +1,0 @@
-"""What the paper published, and a page of runs beside it."""

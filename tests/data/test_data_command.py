@@ -1,9 +1,0 @@
-"""Commands start where their page says."""
-
-import pytest
-from commands import assert_starts
-
-
-@pytest.mark.parametrize(("file", "module"), [("common/data/__main__.py", "common.reports.data_set")])
-def test_a_command_starts_its_module(file, module, monkeypatch):
-    assert_starts(file, module, monkeypatch)
