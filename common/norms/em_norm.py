@@ -1,20 +1,21 @@
 """Mixture Normalization: UCB-Norm's transforms under a mixture that EM fits to the batch."""
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .backends import capture, direct, reference
-from .backends.reference import Moments
+from .backends.reference import Moments, Scale
 from .estimation import averages, draws, em, operators
-from .estimation.averages import Stored
+from .estimation.averages import Average, Stored
 from .estimation.em import Fit
 from .kernels import em_operators
 from .kernels import operators as kernels
+from .layer import DeviceLike
 from .native import loops
-from .unsupervised import MixtureInit, MixtureLayer, MixtureOptions, shows_shared_options
+from .unsupervised import MixtureInit, MixtureLayer
 
 
 class MixtureNorm(MixtureLayer):
@@ -32,9 +33,9 @@ class MixtureNorm(MixtureLayer):
         init: "kmeans++", or means from "uniform" U(-1, 1) as the first fit's start.
         refit_every: training batches between fits.
         em_steps: EM steps of a fit.
-        options: as UCBNorm describes them: average, scale, momentum, min_weight, eps, affine, channel_dim,
-            backend, device and dtype; seed, here of the sampled locations too; process_group, here None, since
-            each rank uses its own statistics.
+        average, scale, momentum, min_weight, eps, affine, channel_dim, backend, device, dtype: as UCBNorm describes.
+        process_group: None, since each rank uses its own statistics.
+        seed: as UCBNorm describes, and of the sampled locations.
 
     Shape:
         x (N, C, \*) float; output as x. Buffers ``logits`` (K,), ``mean`` and ``log_var`` (K, C) of
@@ -53,7 +54,6 @@ class MixtureNorm(MixtureLayer):
     fit_mean: Tensor
     fit_log_var: Tensor
 
-    @shows_shared_options
     def __init__(
         self,
         num_features: int,
@@ -63,14 +63,43 @@ class MixtureNorm(MixtureLayer):
         init: MixtureInit = "kmeans++",
         refit_every: int = 1,
         em_steps: int = 10,
-        **options: Unpack[MixtureOptions],
+        average: Average = "em",
+        scale: Scale = "paper",
+        momentum: float = 0.1,
+        min_weight: float | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = 1,
+        process_group: object = None,
+        seed: int = 0,
+        backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        if (process_group := options.get("process_group")) is not None:
+        if process_group is not None:
             raise ValueError(
                 "process_group: expected None, since MixtureNorm fits each rank's batch by an EM of its own and has no "
                 f"synchronised one (UCBNorm has), got {process_group!r}"
             )
-        super().__init__(num_features, num_components, False, groups=groups, init=init, **options)
+        super().__init__(
+            num_features,
+            num_components,
+            False,
+            groups=groups,
+            init=init,
+            average=average,
+            scale=scale,
+            momentum=momentum,
+            min_weight=min_weight,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            process_group=process_group,
+            seed=seed,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
         checks.check_size("refit_every", refit_every)
         checks.check_size("em_steps", em_steps)
         self.refit_every, self.em_steps = refit_every, em_steps

@@ -207,7 +207,22 @@ class _Kind(NamedTuple):
     options: dict[str, Any]
 
 
-_KINDS: dict[str, _Kind] = {}
+def _options_of(build: Callable[..., object]) -> dict[str, Any]:
+    """Return what has a default in the signature of a layer or a function, with the default."""
+    return {p.name: p.default for p in inspect.signature(build).parameters.values() if p.default is not p.empty}
+
+
+_KINDS = {
+    "bn": _Kind(lambda channels, _, **options: BatchNorm(channels, **options), False, _options_of(BatchNorm)),
+    "in": _Kind(lambda channels, _, **options: InstanceNorm(channels, **options), False, _options_of(InstanceNorm)),
+    "dsbn": _Kind(DomainBatchNorm, True, _options_of(BatchNorm)),
+    "mn": _Kind(MixtureNorm, False, _options_of(MixtureNorm)),
+    "scb": _Kind(SCBNorm, True, _options_of(SCBNorm)),
+    "scb_base": _Kind(SCBNormBase, True, _options_of(SCBNormBase)),
+    "ucb": _Kind(UCBNorm, False, _options_of(UCBNorm)),
+    "none": _Kind(lambda *_: NoNorm(), False, {}),
+}
+BUILT_IN, WITHOUT_COMPONENTS, MIXTURES = tuple(_KINDS), ("bn", "in", "none"), ("mn", "ucb")
 
 
 def register_norm(name: str, build: Callable[..., nn.Module], *, takes_clusters: bool = False) -> None:
@@ -284,47 +299,3 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
     if not isinstance(layer, nn.Module):
         raise ValueError(f"kind: expected {kind} to make a torch.nn.Module, got {type(layer).__name__}")
     return layer
-
-
-def _with_options_of(layer: type[nn.Module]) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Show in the signature of a function of two sizes the options of the layer that it hands its own on to."""
-
-    def shows(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        sizes = [p for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [p for p in inspect.signature(layer).parameters.values() if p.default is not p.empty]
-        keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in options]
-        vars(build)["__signature__"] = inspect.Signature([*sizes, *keywords])
-        return build
-
-    return shows
-
-
-@_with_options_of(BatchNorm)
-def _batch(num_features: int, _num_components: int, **options: Any) -> nn.Module:
-    return BatchNorm(num_features, **options)
-
-
-@_with_options_of(InstanceNorm)
-def _instance(num_features: int, _num_components: int, **options: Any) -> nn.Module:
-    return InstanceNorm(num_features, **options)
-
-
-@_with_options_of(BatchNorm)
-def _by_domain(num_features: int, num_components: int, **options: Any) -> nn.Module:
-    return DomainBatchNorm(num_features, num_components, **options)
-
-
-def _none(_num_features: int, _num_components: int) -> nn.Module:
-    return NoNorm()
-
-
-register_norm("bn", _batch)
-register_norm("in", _instance)
-register_norm("dsbn", _by_domain, takes_clusters=True)
-register_norm("mn", MixtureNorm)
-register_norm("scb", SCBNorm, takes_clusters=True)
-register_norm("scb_base", SCBNormBase, takes_clusters=True)
-register_norm("ucb", UCBNorm)
-register_norm("none", _none)
-BUILT_IN = kinds()
-WITHOUT_COMPONENTS, MIXTURES = ("bn", "in", "none"), ("mn", "ucb")

@@ -1,9 +1,8 @@
 """UCB-Norm, and what it shares with Mixture Normalization: a mixture that is stored, seeded and averaged."""
 
-import inspect
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +32,6 @@ CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
 
 
-class MixtureOptions(TypedDict, total=False):
-    """What UCBNorm and MixtureNorm share; ``MixtureLayer`` has the defaults, and ``UCBNorm`` says what they mean."""
-
-    average: Average
-    scale: Scale
-    momentum: float
-    min_weight: float | None
-    eps: float
-    affine: bool
-    channel_dim: int
-    process_group: object
-    seed: int
-    backend: str
-    device: DeviceLike
-    dtype: torch.dtype | None
-
-
 class MixtureLayer(NormLayer):
     """What UCBNorm and MixtureNorm share: the stored mixture, its seeding and averages, and evaluation."""
 
@@ -66,18 +48,18 @@ class MixtureLayer(NormLayer):
         *,
         groups: int | None,
         init: MixtureInit,
-        average: Average = "em",
-        scale: Scale = "paper",
-        momentum: float = 0.1,
-        min_weight: float | None = None,
-        eps: float = 1e-5,
-        affine: bool = True,
-        channel_dim: int = 1,
-        process_group: object = None,
-        seed: int = 0,
-        backend: str = "auto",
-        device: DeviceLike = None,
-        dtype: torch.dtype | None = None,
+        average: Average,
+        scale: Scale,
+        momentum: float,
+        min_weight: float | None,
+        eps: float,
+        affine: bool,
+        channel_dim: int,
+        process_group: object,
+        seed: int,
+        backend: str,
+        device: DeviceLike,
+        dtype: torch.dtype | None,
     ) -> None:
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
@@ -365,15 +347,6 @@ class MixtureLayer(NormLayer):
         return self.num_components
 
 
-def shows_shared_options(init: Callable[..., None]) -> Callable[..., None]:
-    """Show in a layer's signature what it takes as ``**options``: for help and for ``default_options``."""
-    own, shared = (inspect.signature(f).parameters for f in (init, MixtureLayer.__init__))
-    named = [p for p in own.values() if p.kind is not p.VAR_KEYWORD]
-    shown = inspect.Signature([*named, *(shared[name] for name in MixtureOptions.__annotations__)])
-    vars(init)["__signature__"] = shown
-    return init
-
-
 def _moved(_: Any, rule: averages.Rule, *tensors: Tensor) -> Stored:
     return averages.moved(Stored(*tensors[:3]), Moments(*tensors[3:]), rule)
 
@@ -437,7 +410,6 @@ class UCBNorm(MixtureLayer):
 
     usage: Tensor
 
-    @shows_shared_options
     def __init__(
         self,
         num_features: int,
@@ -449,7 +421,18 @@ class UCBNorm(MixtureLayer):
         init: MixtureInit = "uniform",
         variance: Variance = "component",
         reseed: float = 0.0,
-        **options: Unpack[MixtureOptions],
+        average: Average = "em",
+        scale: Scale = "paper",
+        momentum: float = 0.1,
+        min_weight: float | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = 1,
+        process_group: object = None,
+        seed: int = 0,
+        backend: str = "auto",
+        device: DeviceLike = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_choice("update", update, get_args(Update))
         checks.check_choice("statistics", statistics, get_args(Statistics))
@@ -460,9 +443,27 @@ class UCBNorm(MixtureLayer):
             raise ValueError("variance: 'shared' needs update='moving_average', got update='weight'")
         if reseed and update == "weight":
             raise ValueError(f"reseed: {reseed} needs update='moving_average', got update='weight'")
-        if reseed and options.get("process_group") is not None:
+        if reseed and process_group is not None:
             raise ValueError(f"reseed: expected 0 with a process_group, whose ranks draw apart, got {reseed}")
-        super().__init__(num_features, num_components, update == "weight", groups=groups, init=init, **options)
+        super().__init__(
+            num_features,
+            num_components,
+            update == "weight",
+            groups=groups,
+            init=init,
+            average=average,
+            scale=scale,
+            momentum=momentum,
+            min_weight=min_weight,
+            eps=eps,
+            affine=affine,
+            channel_dim=channel_dim,
+            process_group=process_group,
+            seed=seed,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
         if not 0 <= reseed < 1 / num_components:
             raise ValueError(f"reseed: expected at least 0 and less than 1 / {num_components}, got {reseed}")
         self.update: Update = update
