@@ -102,3 +102,11 @@ def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) ->
         if low < lowest or high >= num_clusters:
             wrong = low if low < lowest else high
             raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
+
+
+def check_cluster_or_unknown(cluster: object, x: Tensor, num_clusters: int, allow_unknown: bool) -> None:
+    """Check as ``check_cluster``; -1 and None stand for unknown clusters where these are allowed, as in evaluation."""
+    if cluster is not None:
+        check_cluster(cluster, x, num_clusters, lowest=-1 if allow_unknown else 0)
+    elif not allow_unknown:
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")

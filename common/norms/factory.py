@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +142,9 @@ class DomainBatchNorm(nn.Module):
         order = cluster.argsort(stable=True)
         counts = torch.bincount(cluster, minlength=len(self.domains)).tolist()
         shares = x[order].split(counts)
+        for share in shares:  # before the statistics of any domain move
+            if len(share):
+                first._check_input_dim(share)
         done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
         return torch.cat(done)[order.argsort()]
 
@@ -277,6 +280,14 @@ def default_options(kind: str) -> dict[str, Any]:
     return dict(_KINDS[kind].options)
 
 
+def check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown kind, or an option that its layer does not have."""
+    known = default_options(kind)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known) or 'none'}")
+
+
 def make_norm(kind: str, num_features: int, num_components: int, **options: Any) -> nn.Module:
     """Make the normalization layer of a kind.
 
@@ -291,10 +302,7 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
     Raises:
         ValueError: an unknown kind, an option that the layer does not have, or a kind whose layer is none.
     """
-    known = default_options(kind)
-    for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"{name}: {value!r} is no option of kind {kind!r}; it has {', '.join(known) or 'none'}")
+    check_options(kind, options)
     layer = _KINDS[kind].build(num_features, num_components, **options)
     if not isinstance(layer, nn.Module):
         raise ValueError(f"kind: expected {kind} to make a torch.nn.Module, got {type(layer).__name__}")

@@ -9,7 +9,7 @@ from .backends import closed_form, compiled, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
-    check_cluster,
+    check_cluster_or_unknown,
     check_device,
     check_eps,
     check_groups,
@@ -120,18 +120,16 @@ def cluster_norm(
     """
     _check_tensors(x, mean, var)
     check_eps(eps)
-    backend = choose_backend(backend, x)
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
+    check_cluster_or_unknown(cluster, x, len(mean), allow_unknown)
+    backend = choose_backend(backend, x)
     any_unknown = False
     if cluster is not None:
-        check_cluster(cluster, x, len(mean), -1 if allow_unknown else 0)
         if not allow_unknown and backend != "triton":
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
         unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
-    elif not allow_unknown:
-        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")
     if x.numel() == 0:
         return _empty(x, mean, var)
     options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}

@@ -132,13 +132,12 @@ class _SupervisedNorm(NormLayer):
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
         checks.check_device("x", x, self.initialized.device, "the layer")
+        checks.check_cluster_or_unknown(cluster, x, self.num_clusters, allow_unknown=not self.training)
         if self.statistics == "batch" and x.numel():
             x = self._standardise(x)
         if self.training and cluster is not None and x.numel() and self._may_seed():
-            checks.check_cluster(cluster, x, self.num_clusters, lowest=0)
             self._seed(x, cluster)
         if cluster is not None and self._fused(x):
-            checks.check_cluster(cluster, x, self.num_clusters, lowest=0 if self.training else -1)
             options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
             y = kernels.stored_cluster_norm(x, cluster, self._tables(), self.weight, self.bias, **options)
             return self._channels_back(y)

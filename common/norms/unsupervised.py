@@ -498,9 +498,9 @@ class UCBNorm(MixtureLayer):
             self.usage.copy_(em.component_shares(points, fit, self.groups, self.eps))
 
     def _train(self, x: Tensor) -> Tensor:
-        self.seed_from(x)
         if self.statistics == "batch":
             self._check_training_batch(x)
+        self.seed_from(x)
         shared = self.variance == "shared"
         if self._fused(x, self.statistics):
             stored = self._mixture()

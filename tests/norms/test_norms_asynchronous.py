@@ -10,8 +10,6 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case
 
-from common.norms import functional
-
 LAYERS = {
     "ucb": ("ucb", {}),
     "ucb joint, plain average": ("ucb", {"groups": 1, "average": "paper"}),
@@ -29,9 +27,8 @@ SHAPE = (6, 4, 20, 40)  # 4,800 locations, more than a fit takes
 
 @pytest.fixture(autouse=True)
 def meta_as_a_gpu(monkeypatch):
-    """Leave out what exists on a GPU but not on meta, autocast, and what runs on the CPU alone, the check of ids."""
+    """Leave out what exists on a GPU but not on meta."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(functional, "check_cluster", lambda *_, **__: None)
 
 
 def on_meta(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:

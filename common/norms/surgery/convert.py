@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import checks
 from ..em_norm import MixtureNorm
-from ..factory import MIXTURES, DomainBatchNorm, make_norm
+from ..factory import MIXTURES, DomainBatchNorm, check_options, make_norm
 from .forms import Form, form_of
 from .norm_act import NormAct
 from .routing import ROUTED
@@ -233,9 +233,9 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
     full = inherited | options
     if kind != "dsbn" and full.get("momentum", 0) is None:
         raise ValueError(f"momentum: expected a number, since {name} averages over all batches (None)")
-    layer = make_norm(kind, norm.num_features, num, **full)
-    if kind in ROUTED:
-        layer = ROUTED[kind](norm.num_features, num, **full)
+    check_options(kind, full)
+    args = norm.num_features, num
+    layer = ROUTED[kind](*args, **full) if kind in ROUTED else make_norm(kind, *args, **full)
     assert norm.running_mean is not None
     layer.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
     warm_start(layer, norm, options)
