@@ -1,4 +1,7 @@
-"""What the layers and functions refuse: one line that starts with the argument's name."""
+"""What the layers and functions refuse: one line with the argument's name, what it should be, and what it is.
+
+Each check once, in the layer or function that makes it: which backend computes, and in which mode, comes after.
+"""
 
 import math
 from typing import Any
@@ -7,132 +10,196 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case
 
-from common.norms import checks, cluster_norm, mixture_norm
+from common.norms import checks, cluster_norm, functional, mixture_norm
 
-CLUSTERED = {"dsbn": "num_domains", "scb": "num_clusters", "scb_base": "num_clusters"}
-MIXTURES = {"mn": "num_components", "ucb": "num_components"}
-AVERAGING = ("bn", "in", "dsbn", *MIXTURES)
-OWN = ("scb", "scb_base", *MIXTURES)  # share nothing with torch's layers
-KINDS = ("bn", "in", "dsbn", *OWN)
-
+CLUSTERED = ("dsbn", "scb")
+KINDS = ("bn", "in", "mn", "ucb", *CLUSTERED)
 X = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([0, 1, 2, 0, 1, 2])
 
-NOT_SIZES = (0, -1, True, 2.0, math.nan, "2", None)
+NO_NUMBER = (True, 2.0, math.nan, "2", None)
 NOT_EPS = (0, -1e-5, math.nan, math.inf, True, "1e-5", None)
-NOT_MOMENTUM = (-0.1, 1.1, math.nan, math.inf, True, "0.1")
-OPTIONS: list[tuple[str, tuple[str, ...], tuple[Any, ...]]] = [
-    ("num_features", KINDS, NOT_SIZES),
-    ("eps", KINDS, NOT_EPS),
-    ("momentum", AVERAGING, NOT_MOMENTUM),
-    ("channel_dim", OWN, (0, True, 1.0)),
-    ("backend", OWN, ("cuda", "", None)),
-    ("init", OWN, ("first", None)),
-    ("groups", tuple(MIXTURES), (0, 3, -2, True, 2.0, math.nan, "2")),
-    ("average", tuple(MIXTURES), ("mean",)),
-    ("scale", tuple(MIXTURES), ("one",)),
-    ("process_group", tuple(MIXTURES), ("all", 3)),
-    ("process_group", ("mn",), ("world",)),
-    ("update", ("ucb",), ("ema",)),
-    ("statistics", ("ucb",), ("running", "learned")),  # by default, averages move
-    ("refit_every", ("mn",), NOT_SIZES),
-    ("em_steps", ("mn",), NOT_SIZES),
-    ("unknown_scale", ("scb", "scb_base"), ("none",)),
-    ("unknown_posterior", ("scb", "scb_base"), ("batch",)),
-    ("colour", KINDS, (3,)),
-]
+NOT_GROUPS = (0, 3, -2, True, 2.0, math.nan, "2")
+POSITIVE = "a positive, finite number"
+BACKENDS = "one of 'auto', 'reference', 'eager', 'compiled', 'triton'"
+GROUP = "None, 'world' or a group that this rank belongs to"
 
 
-def assert_names(caught: pytest.ExceptionInfo[Exception], name: str) -> None:
+def refusal(error: type[Exception], function: Any, *args: Any, **options: Any) -> str:
+    """Return the message, of one line, with which a function refuses arguments."""
+    with pytest.raises(error) as caught:
+        function(*args, **options)
     line = str(caught.value)
-    assert line.startswith(f"{name}: ")
     assert "\n" not in line
+    return line
+
+
+def assert_refused_unchanged(layer: Any, error: type[Exception], message: str, *args: Any) -> None:
+    """Assert that a layer refuses its input in these words, and is afterwards what it was before."""
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert refusal(error, layer, *args) == message
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} after {message}"
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value"),
+    ("kind", "name", "values", "expected"),
     [
-        pytest.param(kind, name, value, id=f"{kind} {name}={value!r}")
-        for name, kinds, values in OPTIONS
-        for kind in kinds
-        for value in values
+        ("ucb", "num_features", NO_NUMBER, "a whole number"),
+        ("ucb", "num_features", (0, -1), "at least 1"),
+        ("bn", "num_features", (0,), "at least 1"),
+        ("in", "num_features", (0,), "at least 1"),
+        ("ucb", "eps", NOT_EPS, POSITIVE),
+        ("bn", "eps", (0,), POSITIVE),
+        ("in", "eps", (0,), POSITIVE),
+        ("ucb", "momentum", (-0.1, 1.1, math.nan, math.inf, True, "0.1", None), "0 to 1"),
+        ("scb", "momentum", (2,), "0 to 1"),
+        ("bn", "momentum", (2,), "0 to 1"),
+        ("in", "momentum", (2,), "0 to 1"),
+        ("ucb", "dtype", (torch.int64, torch.complex64, "float32"), "a floating-point torch.dtype or None"),
+        ("bn", "dtype", (torch.int64,), "a floating-point torch.dtype or None"),
+        ("in", "dtype", (torch.int64,), "a floating-point torch.dtype or None"),
+        ("ucb", "channel_dim", (0, True, 1.0), "a dimension other than the batch's"),
+        ("ucb", "backend", ("cuda", "", None), BACKENDS),
+        ("ucb", "groups", NOT_GROUPS, "a divisor of 4"),
+        ("ucb", "update", ("ema",), "one of 'moving_average', 'weight'"),
+        ("ucb", "statistics", ("running",), "one of 'batch', 'learned'"),
+        ("ucb", "average", ("mean",), "one of 'em', 'paper'"),
+        ("ucb", "scale", ("one",), "one of 'paper', 'sqrt_k'"),
+        ("ucb", "init", ("data", None), "one of 'uniform', 'kmeans++'"),
+        ("ucb", "variance", ("tied",), "one of 'component', 'shared'"),
+        ("ucb", "min_weight", (0, 0.4, math.nan), "more than 0 and at most 1 / 3"),
+        ("ucb", "reseed", (-0.1, 0.5, math.nan), "at least 0 and less than 1 / 3"),
+        ("ucb", "process_group", ("all", 3), GROUP),
+        ("mn", "refit_every", (0,), "at least 1"),
+        ("mn", "em_steps", (0,), "at least 1"),
+        ("scb", "statistics", ("running",), "one of 'learned', 'batch'"),
+        ("scb", "init", ("uniform",), "one of 'identity', 'data'"),
+        ("scb", "unknown_scale", ("none",), "one of 'match', 'paper'"),
+        ("scb", "unknown_posterior", ("batch",), "one of 'location', 'sample'"),
     ],
 )
-def test_an_option(kind, name, value):
-    options = {"num_features": 4, "num_components": 3, name: value}
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the name is asserted below
-        any_norm(kind, **options)
-    assert_names(caught, name)
+def test_an_option_of_a_layer(kind, name, values, expected):
+    for value in values:
+        options = {"num_features": 4, "num_components": 3, name: value}
+        assert refusal(ValueError, any_norm, kind, **options) == f"{name}: expected {expected}, got {value!r}"
 
 
-@pytest.mark.parametrize(("kind", "name"), {**CLUSTERED, **MIXTURES}.items())
-@pytest.mark.parametrize("value", NOT_SIZES, ids=repr)
-def test_the_number_of_components(kind, name, value):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        any_norm(kind, 4, value)
-    assert_names(caught, name)
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ucb", "num_components"), ("scb", "num_clusters"), ("dsbn", "num_domains")]
+)
+def test_the_number_of_components(kind, name):
+    assert refusal(ValueError, any_norm, kind, 4, 0) == f"{name}: expected at least 1, got 0"
 
 
-def test_an_unknown_kind():
-    with pytest.raises(ValueError, match=r"^kind: expected one of bn, in,.*, got batchnorm$"):
-        any_norm("batchnorm", 4, 3)
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("batchnorm", {}, "kind: expected one of bn, in, dsbn, mn, scb, scb_base, ucb, none, got batchnorm"),
+        ("bn", {"groups": 1}, "groups: 1 is no option of kind 'bn'; it has eps, momentum, affine, track_running_stats"),
+        ("mn", {"reseed": 0.1}, "reseed: 0.1 is no option of kind 'mn'; it has groups, init, refit_every, em_steps"),
+        ("none", {"eps": 0.1}, "eps: 0.1 is no option of kind 'none'; it has none"),
+        ("ucb", {"statistics": "learned"}, "statistics: 'learned' needs update='weight', got update='moving_average'"),
+        (
+            "ucb",
+            {"variance": "shared", "update": "weight"},
+            "variance: 'shared' needs update='moving_average', got update='weight'",
+        ),
+        (
+            "ucb",
+            {"reseed": 0.01, "update": "weight"},
+            "reseed: 0.01 needs update='moving_average', got update='weight'",
+        ),
+        (
+            "ucb",
+            {"reseed": 0.01, "process_group": "world"},
+            "reseed: expected 0 with a process_group, whose ranks draw apart, got 0.01",
+        ),
+        (
+            "ucb",
+            {"process_group": "world", "backend": "reference"},
+            "process_group: expected None with backend='reference', got 'world'",
+        ),
+        (
+            "mn",
+            {"process_group": "world"},
+            "process_group: expected None, since MixtureNorm fits each rank's batch by an EM of its own and has no "
+            "synchronised one (UCBNorm has), got 'world'",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(kind, options, message):
+    assert refusal(ValueError, any_norm, kind, 4, 3, **options).startswith(message)
 
 
-def test_an_unknown_option_is_told_the_known_ones():
-    with pytest.raises(ValueError, match=r"^colour: 3 is no option of kind 'ucb'; it has groups, update"):
-        any_norm("ucb", 4, 3, colour=3)
+WRONG_X = (
+    (X[:, :3], "x: expected 4 channels in dimension 1, got (6, 3, 5)"),
+    (X[0, :, 0], "x: expected 4 channels in dimension 1, got (4,)"),
+    (X.long(), "x: expected a floating-point tensor, got torch.int64 (6, 4, 5)"),
+    (X.bool(), "x: expected a floating-point tensor, got torch.bool (6, 4, 5)"),
+    (X.to(torch.complex64), "x: expected a floating-point tensor, got torch.complex64 (6, 4, 5)"),
+    (X.tolist(), "x: expected a floating-point tensor, got list"),
+    (None, "x: expected a floating-point tensor, got NoneType"),
+)
+ELSEWHERE = (X.to("meta"), "x: expected a tensor on cpu, as the layer, got one on meta")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.fixture
+def before_dispatch(monkeypatch):
+    """Fail where anything asks for a backend."""
+    monkeypatch.setattr(functional, "choose_backend", lambda *_: pytest.fail("a backend was chosen first"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_input_of_a_layer(kind, before_dispatch):
+    layer = any_norm(kind, 4, 3, affine=True)
+    for x, message in (*WRONG_X, ELSEWHERE):
+        assert_refused_unchanged(layer, ValueError, message, x, *([IDS] if kind in CLUSTERED else []))
+
+
 @pytest.mark.parametrize(
-    "x",
-    [X[:, :3], X[0, :, 0], X.long(), X.bool(), X.to(torch.complex64), X.to("meta"), X.tolist(), None],
-    ids=["3 channels", "1-d", "int64", "bool", "complex", "another device", "list", "None"],
+    ("kind", "options"), [("bn", {"affine": True}), ("bn", {"affine": False}), ("dsbn", {}), ("scb", {}), ("ucb", {})]
 )
-def test_x(kind, x, training):
-    layer = any_norm(kind, 4, 3, affine=True).train(training)
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        layer(x, *([IDS] if kind in CLUSTERED else []))
-    assert_names(caught, "x")
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+def test_a_layer_on_another_device(kind, options):
+    """Any question to the meta device is an error of its own, so none was asked."""
+    layer = any_norm(kind, 4, 3, **options).to("meta")
+    message = "x: expected a tensor on meta, as the layer, got one on cpu"
+    assert refusal(ValueError, layer, X, *([IDS] if kind in CLUSTERED else [])) == message
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_channels_in_another_dimension():
+    for dim, shape in ((2, X.shape), (-1, (6, 5)), (-1, (5,)), (-3, X.shape), (3, X.shape)):
+        message = f"x: expected 6 channels in dimension {dim}, got {tuple(shape)}"
+        assert refusal(ValueError, any_norm("ucb", 6, 3, channel_dim=dim), torch.zeros(shape)) == message
+
+
 @pytest.mark.parametrize(
-    ("kind", "affine"), [(kind, affine) for kind in KINDS for affine in (True, False) if affine or kind != "in"]
+    ("kind", "options", "expected"),
+    [
+        ("bn", {}, "more than one value per channel to take statistics of"),
+        ("in", {}, "more than one position to take statistics of"),
+        ("scb", {"statistics": "batch"}, "more than one value per channel in training"),
+        ("mn", {}, "more than one value per channel in training"),
+        ("ucb", {}, "more than one value per channel in training"),
+        ("ucb", {"init": "kmeans++"}, "more than one value per channel in training"),
+    ],
 )
-def test_a_layer_on_another_device(kind, training, affine):
-    """Any question to the meta device is an error of its own, so none was asked; plain "in" is on no device."""
-    layer = any_norm(kind, 4, 3, affine=affine).train(training).to("meta")
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        layer(X, *([IDS] if kind in CLUSTERED else []))
-    assert_names(caught, "x")
+def test_one_value_per_channel_in_training(kind, options, expected):
+    layer = any_norm(kind, 4, 3, **options)
+    for x in (X[:1, :, 0], X[:1, :, :1]):
+        message = f"x: expected {expected}, got {tuple(x.shape)}"
+        assert_refused_unchanged(layer, ValueError, message, x, *([IDS[:1]] if kind in CLUSTERED else []))
 
 
-@pytest.mark.parametrize("dim", [2, -1])
-@pytest.mark.parametrize("kind", OWN)
-def test_x_with_other_channel_dimensions(kind, dim):
-    layer = any_norm(kind, 4, 3, channel_dim=dim)
-    for x in (X, X[:, 0], X[0, 0]):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011
-            layer(x, *([IDS] if kind in CLUSTERED else []))
-        assert_names(caught, "x")
-
-
-@pytest.mark.parametrize("kind", OWN)
-def test_the_batch_cannot_be_the_channels(kind):
-    with pytest.raises(ValueError, match=r"^x: expected 6 channels in dimension -3, got \(6, 4, 5\)$"):
-        any_norm(kind, 6, 3, channel_dim=-3)(X, *([IDS] if kind in CLUSTERED else []))
+def test_a_domain_with_one_value_per_channel_in_training():
+    message = "x: expected more than one value per channel to take statistics of, got (1, 4)"
+    assert_refused_unchanged(any_norm("dsbn", 4, 3), ValueError, message, X[..., 0], torch.tensor([0, 0, 0, 0, 2, 0]))
 
 
 @pytest.mark.parametrize("kind", ["bn", "in"])
 def test_one_value_per_channel_where_no_statistics_are_kept(kind):
     layer = any_norm(kind, 4, 3, track_running_stats=False).eval()
-    with pytest.raises(ValueError, match=r"^x: expected more than one .* to take statistics of, got \(1, 4, 1\)$"):
-        layer(X[:1, :, :1])
+    assert "to take statistics of, got (1, 4, 1)" in refusal(ValueError, layer, X[:1, :, :1])
     kept = any_norm(kind, 4, 3, track_running_stats=True).eval()
     assert kept(X[:1, :, :1]).isfinite().all()
 
@@ -142,52 +209,43 @@ def test_one_value_per_channel_is_enough_where_training_takes_no_statistics():
     assert torch.equal(layer(X[:1, :, :1]), layer.eval()(X[:1, :, :1]))
 
 
-@pytest.mark.parametrize("kind", AVERAGING)
-def test_one_value_per_channel_in_training(kind):
-    layer = any_norm(kind, 4, 3)
-    for x in (X[:1, :, 0], X[:1, :, :1]):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011
-            layer(x, *([IDS[:1]] if kind in CLUSTERED else []))
-        assert_names(caught, "x")
+@pytest.mark.parametrize(("kind", "options"), [("dsbn", {}), ("scb", {}), ("scb", {"statistics": "batch"})])
+def test_the_clusters_of_a_layer(kind, options, before_dispatch):
+    layer = any_norm(kind, 4, 3, **options)
+    for ids, found in (
+        (IDS[:5], "torch.int64 (5,)"),
+        (IDS[:, None], "torch.int64 (6, 1)"),
+        (IDS.int(), "torch.int32 (6,)"),
+        (IDS.float(), "torch.float32 (6,)"),
+        (IDS.bool(), "torch.bool (6,)"),
+        (IDS.tolist(), "list"),
+        (0, "int"),
+    ):
+        assert_refused_unchanged(layer, ValueError, f"cluster: expected an int64 tensor (6,), got {found}", X, ids)
+    message = "cluster: expected a tensor on cpu, as x, got one on meta"
+    assert_refused_unchanged(layer, ValueError, message, X, IDS.to("meta"))
+    missing = "got NoneType" if kind == "dsbn" else "in training, got None"
+    missing = f"cluster: expected an int64 tensor (6,){' ' if kind == 'scb' else ', '}{missing}"
+    assert_refused_unchanged(layer.train(kind != "dsbn"), ValueError, missing, X)  # SCB in evaluation: unknown
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", CLUSTERED)
 @pytest.mark.parametrize(
-    "ids",
-    [IDS[:5], IDS[:, None], IDS.int(), IDS.float(), IDS.bool(), IDS.to("meta"), IDS.tolist(), 0],
-    ids=["5", "2-d", "int32", "float", "bool", "another device", "list", "a number"],
+    ("kind", "options", "training", "wrong"),
+    [
+        ("dsbn", {}, True, (3, -1)),
+        ("dsbn", {}, False, (3, -1)),
+        ("scb", {}, True, (3, -1, -2)),
+        ("scb", {}, False, (3, -2)),
+        ("scb", {"init": "data"}, True, (3,)),
+        ("scb", {"statistics": "batch"}, True, (3,)),
+    ],
 )
-def test_cluster(kind, ids, training):
-    layer = any_norm(kind, 4, 3).train(training)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        layer(X, ids)
-    assert_names(caught, "cluster")
-
-
-@pytest.mark.parametrize("kind", CLUSTERED)
-def test_no_cluster(kind):
-    layer = any_norm(kind, 4, 3).train(kind != "dsbn")  # SCB takes it as unknown in evaluation
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        layer(X)
-    assert_names(caught, "cluster")
-
-
-@pytest.mark.parametrize("kind", CLUSTERED)
-@pytest.mark.parametrize(("wrong", "training"), [(3, True), (3, False), (-2, True), (-2, False), (-1, True)])
-def test_an_id_beyond_range(kind, wrong, training):
-    layer = any_norm(kind, 4, 3).train(training)
+def test_an_id_beyond_range(kind, options, training, wrong, before_dispatch):
+    layer = any_norm(kind, 4, 3, **options).train(training)
     lowest = 0 if training or kind == "dsbn" else -1
-    with pytest.raises(IndexError, match=f"^cluster: expected ids from {lowest} to 2, got {wrong}$"):
-        layer(X, torch.tensor([0, 1, 2, wrong, 0, 1]))
-
-
-@pytest.mark.parametrize("kind", ["scb", "scb_base"])
-def test_no_cluster_is_seeded_beside_an_id_beyond_range(kind):
-    layer = any_norm(kind, 4, 3, init="data")
-    with pytest.raises(IndexError, match=r"^cluster: expected ids"):
-        layer(X, torch.tensor([0, 1, 2, 3, 0, 1]))
-    assert not layer.initialized.any()
+    for value in wrong:
+        message = f"cluster: expected ids from {lowest} to 2, got {value}"
+        assert_refused_unchanged(layer, IndexError, message, X, torch.tensor([0, 1, 2, value, 0, 1]))
 
 
 def test_ids_on_other_devices_are_not_asked_for():
@@ -209,62 +267,81 @@ def test_an_id_that_nobody_may_ask_about_gives_a_row_of_nan(monkeypatch):
 
 
 CASE: dict[str, Any] = dict(zip(("x", "log_lambda", "mean", "var"), mixture_case((6, 4, 5), num=3), strict=False))
+MEAN, VAR, LOG_LAMBDA = CASE["mean"], CASE["var"], CASE["log_lambda"]
 FUNCTIONS = {
     "cluster": lambda log_lambda, x, mean, var, cluster=IDS, **options: cluster_norm(x, cluster, mean, var, **options),
     "mixture": mixture_norm,
 }
-BOTH, MIXTURE = ("cluster", "mixture"), ("mixture",)
-
-
-@pytest.mark.parametrize("backend", ["reference", "eager", "auto"])
-@pytest.mark.parametrize(
-    ("function", "name", "value"),
-    [
-        pytest.param(function, name, value, id=f"{function} {name} {i}")
-        for name, functions, values in (
-            ("x", BOTH, [X[:, :3], X[0, :, 0], X.long(), X.to(torch.complex64), None]),
-            ("mean", BOTH, [CASE["mean"][0], CASE["mean"][:0], CASE["mean"].long(), CASE["mean"].to("meta"), None]),
-            ("var", BOTH, [CASE["var"][:2], CASE["var"].T, CASE["var"].long(), CASE["var"].to("meta"), 1.0]),
-            (
-                "log_lambda",
-                MIXTURE,
-                [torch.zeros(2), torch.zeros(3, 1), torch.arange(3), CASE["mean"].to("meta")[:, 0], None],
-            ),
-            ("cluster", ("cluster",), [IDS[:5], IDS.int(), IDS.to("meta"), IDS.tolist()]),
-            ("eps", BOTH, NOT_EPS),
-            ("groups", MIXTURE, (0, 3, -2, True, 2.0, math.nan, "2", None)),
-            ("scale", MIXTURE, ("one", None)),
-            ("statistics", MIXTURE, ("running",)),
-            ("unknown_scale", ("cluster",), ("none",)),
-            ("unknown_posterior", ("cluster",), ("batch",)),
-        )
-        for function in functions
-        for i, value in enumerate(values)
-    ],
+WRONG_MEAN = (
+    (MEAN[0], "mean: expected a floating-point (K, C) with K of at least 1, got torch.float64 (4,)"),
+    (MEAN[:0], "mean: expected a floating-point (K, C) with K of at least 1, got torch.float64 (0, 4)"),
+    (MEAN.long(), "mean: expected a floating-point (K, C) with K of at least 1, got torch.int64 (3, 4)"),
+    (None, "mean: expected a floating-point (K, C) with K of at least 1, got NoneType"),
+    (MEAN.to("meta"), "mean: expected a tensor on cpu, as x, got one on meta"),
 )
-def test_an_argument_of_a_function(function, name, value, backend):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        FUNCTIONS[function](**(CASE | {name: value}), backend=backend)
-    assert_names(caught, name)
+WRONG_VAR = (
+    (VAR[:2], "var: expected a floating-point (3, 4), got torch.float64 (2, 4)"),
+    (VAR.T, "var: expected a floating-point (3, 4), got torch.float64 (4, 3)"),
+    (VAR.long(), "var: expected a floating-point (3, 4), got torch.int64 (3, 4)"),
+    (1.0, "var: expected a floating-point (3, 4), got float"),
+    (VAR.to("meta"), "var: expected a tensor on cpu, as x, got one on meta"),
+)
+ARGUMENTS = {
+    "cluster": {
+        "x": WRONG_X,
+        "mean": WRONG_MEAN,
+        "var": WRONG_VAR,
+        "eps": [(value, f"eps: expected {POSITIVE}, got {value!r}") for value in NOT_EPS],
+        "unknown_scale": [("none", "unknown_scale: expected one of 'match', 'paper', got 'none'")],
+        "unknown_posterior": [("batch", "unknown_posterior: expected one of 'location', 'sample', got 'batch'")],
+        "cluster": [
+            (IDS[:5], "cluster: expected an int64 tensor (6,), got torch.int64 (5,)"),
+            (IDS.to("meta"), "cluster: expected a tensor on cpu, as x, got one on meta"),
+        ],
+    },
+    "mixture": {
+        "x": WRONG_X,
+        "mean": WRONG_MEAN,
+        "var": WRONG_VAR,
+        "log_lambda": [
+            (LOG_LAMBDA[:2], "log_lambda: expected a floating-point (3,), got torch.float64 (2,)"),
+            (LOG_LAMBDA[:, None], "log_lambda: expected a floating-point (3,), got torch.float64 (3, 1)"),
+            (None, "log_lambda: expected a floating-point (3,), got NoneType"),
+            (LOG_LAMBDA.to("meta"), "log_lambda: expected a tensor on cpu, as x, got one on meta"),
+        ],
+        "weight": [
+            (torch.ones(3), "weight: expected a floating-point (4,), got torch.float32 (3,)"),
+            (torch.ones(4), "weight: expected together with bias, got only weight"),
+        ],
+        "bias": [
+            (torch.ones(3), "bias: expected a floating-point (4,), got torch.float32 (3,)"),
+            (torch.ones(4), "weight: expected together with bias, got only bias"),
+        ],
+        "eps": [(value, f"eps: expected {POSITIVE}, got {value!r}") for value in NOT_EPS],
+        "groups": [(value, f"groups: expected a divisor of 4, got {value!r}") for value in (*NOT_GROUPS, None)],
+        "scale": [(value, f"scale: expected one of 'paper', 'sqrt_k', got {value!r}") for value in ("one", None)],
+        "statistics": [("running", "statistics: expected one of 'batch', 'learned', got 'running'")],
+    },
+}
 
 
-@pytest.mark.parametrize("function", BOTH)
-def test_an_unknown_backend(function):
-    with pytest.raises(ValueError, match=r"^backend: expected one of 'auto', 'reference', .*, got 'cuda'$"):
-        FUNCTIONS[function](**CASE, backend="cuda")
+@pytest.mark.parametrize(("function", "name"), [(f, name) for f, names in ARGUMENTS.items() for name in names])
+def test_an_argument_of_a_function(function, name, before_dispatch):
+    for value, message in ARGUMENTS[function][name]:
+        assert refusal(ValueError, FUNCTIONS[function], **(CASE | {name: value})) == message
 
 
-@pytest.mark.parametrize(("given", "missing"), [("weight", "bias"), ("bias", "weight")])
-def test_half_of_an_affine_map(given, missing):
-    arguments = dict[str, Any](CASE, **{given: torch.ones(4)})
-    with pytest.raises(ValueError, match=f"^weight: expected together with bias, got only {given}$"):
-        mixture_norm(**arguments)
-    with pytest.raises(ValueError, match=rf"^{missing}: expected a floating-point \(4,\), got torch.float32 \(3,\)$"):
-        mixture_norm(**dict[str, Any](arguments, **{missing: torch.ones(3)}))
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_an_unknown_backend_of_a_function(function):
+    message = f"backend: expected {BACKENDS}, got 'cuda'"
+    assert refusal(ValueError, FUNCTIONS[function], **CASE, backend="cuda") == message
 
 
-def test_ids_of_a_function():
-    with pytest.raises(IndexError, match=r"^cluster: expected ids from -1 to 2, got 3$"):
-        FUNCTIONS["cluster"](**CASE, cluster=torch.tensor([0, 1, 2, 3, -1, 0]))
-    with pytest.raises(ValueError, match=r"^cluster: expected an int64 tensor \(6,\) in training, got None$"):
-        FUNCTIONS["cluster"](**CASE, cluster=None, allow_unknown=False)
+def test_ids_of_a_function(before_dispatch):
+    cluster, wrong = FUNCTIONS["cluster"], torch.tensor([0, 1, 2, 3, -1, 0])
+    message = "cluster: expected ids from -1 to 2, got 3"
+    assert refusal(IndexError, cluster, **CASE, cluster=wrong) == message
+    message = "cluster: expected ids from 0 to 2, got -1"
+    assert refusal(IndexError, cluster, **CASE, cluster=wrong, allow_unknown=False) == message
+    message = "cluster: expected an int64 tensor (6,) in training, got None"
+    assert refusal(ValueError, cluster, **CASE, cluster=None, allow_unknown=False) == message
