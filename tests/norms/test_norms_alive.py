@@ -34,9 +34,8 @@ def train(layer: UCBNorm, draw, steps: int = 120) -> None:
             layer(draw(step))
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("average", ["em", "paper"])
-def test_a_dead_component_comes_back_if_told_to(seed, average):
+@pytest.mark.parametrize(("average", "seed"), [("em", 0), ("em", 1), ("paper", 2)])
+def test_a_dead_component_comes_back_if_told_to(average, seed):
     def start(reseed: float) -> UCBNorm:
         layer = UCBNorm(2, 3, groups=1, average=average, reseed=reseed, seed=seed)
         layer.mean.copy_(torch.cat([CENTRES[:2], torch.full((1, 2), 1e3)]))
@@ -105,23 +104,22 @@ def test_a_moved_component_starts_with_the_variance_of_the_living_and_an_even_sh
     np.testing.assert_allclose(layer.logits.softmax(0), usage, rtol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_best_additions_are_chosen_group_by_group(seed):
-    candidates = mixture_case((3, 5, 4), num=1, seed=seed)[0]  # (K, B, C), K = 3
-    _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=seed + 1)
-    new_var, eps = var[:1] / 10, 0.3
-    got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
-
+def test_the_best_additions_are_chosen_group_by_group():
     def density(at: Tensor, centre: Tensor, s: Tensor) -> Tensor:
         return torch.exp(-0.5 * ((at - centre) ** 2 / s).sum(-1)) / (2 * math.pi * s.prod(-1).sqrt())
 
-    for group in (slice(0, 2), slice(2, 4)):
-        points = candidates[..., group].reshape(15, 2)
-        old = density(points[:, None], mean[:, group], var[:, group] + eps) @ log_lambda.exp()
-        new = density(points[:, None], points, new_var[:, group] + eps) / 3  # (point, candidate)
-        gain = ((old[:, None] + new).log() - old[:, None].log()).sum(0).view(3, 5)
-        for k, best in enumerate(gain.argmax(1).tolist()):
-            assert torch.equal(got[k, group], candidates[k, best, group])
+    for seed in range(4):
+        candidates = mixture_case((3, 5, 4), num=1, seed=seed)[0]  # (K, B, C), K = 3
+        _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=seed + 1)
+        new_var, eps = var[:1] / 10, 0.3
+        got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
+        for group in (slice(0, 2), slice(2, 4)):
+            points = candidates[..., group].reshape(15, 2)
+            old = density(points[:, None], mean[:, group], var[:, group] + eps) @ log_lambda.exp()
+            new = density(points[:, None], points, new_var[:, group] + eps) / 3  # (point, candidate)
+            gain = ((old[:, None] + new).log() - old[:, None].log()).sum(0).view(3, 5)
+            for k, best in enumerate(gain.argmax(1).tolist()):
+                assert torch.equal(got[k, group], candidates[k, best, group])
 
 
 def test_drawn_locations_are_those_of_x():
@@ -160,8 +158,7 @@ def test_each_batch_draws_locations_of_its_own():
     assert len({tuple(mean) for mean in moved}) > 1
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("average", ["em", "paper"])
+@pytest.mark.parametrize(("average", "groups"), [("em", 4), ("paper", 1)])
 def test_a_shared_variance_is_the_mean_by_weight(average, groups):
     options = {"groups": groups, "average": average}
     layer, plain = (UCBNorm(4, 3, variance=v, **options).double() for v in ("shared", "component"))
@@ -200,9 +197,3 @@ def test_the_floor_of_the_weights_can_be_set(make):
 def test_the_configuration_knows_them():
     layer = NormConfig(min_weight=0.1, variance="shared", reseed=0.05).build(4)
     assert repr(layer) == "UCBNorm(4, 3, variance='shared', reseed=0.05, min_weight=0.1)"
-    with pytest.raises(ValueError, match=r"norm.reseed: expected at least 0 and less than 1 / 3, got 2"):
-        NormConfig(reseed=2)
-    with pytest.raises(ValueError, match=r"norm.variance: shared means nothing to norm.kind mn"):
-        NormConfig(kind="mn", variance="shared")
-    with pytest.raises(ValueError, match=r"norm.min_weight: expected more than 0 and at most 1 / 3, got 0.5"):
-        NormConfig(kind="mn", min_weight=0.5)

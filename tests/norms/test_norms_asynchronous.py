@@ -11,13 +11,11 @@ import torch
 from norm_cases import any_norm, mixture_case
 
 LAYERS = {
-    "ucb": ("ucb", {}),
     "ucb joint, plain average": ("ucb", {"groups": 1, "average": "paper"}),
     "ucb seeded": ("ucb", {"init": "kmeans++"}),
     "ucb reseed": ("ucb", {"groups": 2, "reseed": 0.01, "variance": "shared"}),
     "ucb weight": ("ucb", {"update": "weight"}),
     "ucb learned": ("ucb", {"update": "weight", "statistics": "learned"}),
-    "mn": ("mn", {}),
     "mn, each channel, refit": ("mn", {"groups": None, "refit_every": 2}),
     "scb": ("scb", {}),
     "scb_base": ("scb_base", {"init": "data"}),
@@ -51,7 +49,7 @@ def test_a_training_step_asks_the_device_for_nothing(case):
 
 
 def test_after_a_state_is_loaded_it_asks_once():
-    layer, args = on_meta("mn")
+    layer, args = on_meta("mn, each channel, refit")
     layer.load_state_dict(layer.state_dict())
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         layer(*args)

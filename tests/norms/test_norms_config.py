@@ -15,21 +15,25 @@ KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("given", "message"),
     [
-        *(("num_components", value) for value in (0, -1, True, 2.0, math.nan)),
-        *(("groups", value) for value in (0, -1, True, 2.0, math.nan)),
-        *(("eps", value) for value in (0, -1.0, math.nan, math.inf, True)),
-        *(("momentum", value) for value in (-0.1, 1.1, math.nan, math.inf)),
-        ("kind", "batchnorm"),
-        ("backend", "cuda"),
-        ("statistics", "learned"),  # by default, averages move
+        ({"kind": "batchnorm"}, "kind: expected one of bn, in, .*, got batchnorm"),
+        ({"num_components": 0}, "num_components: expected at least 1, got 0"),
+        ({"num_components": True}, "num_components: expected a whole number, got True"),
+        ({"groups": 0}, "groups: expected at least 1, got 0"),
+        ({"groups": 2.0}, "groups: expected a whole number, got 2.0"),
+        ({"eps": math.nan}, "eps: expected a positive, finite number, got nan"),
+        ({"kind": "bn", "eps": math.nan}, "eps: expected a positive, finite number, got nan"),
+        ({"kind": "dsbn", "momentum": math.nan}, "momentum: expected 0 to 1, got nan"),
+        ({"backend": "cuda"}, "backend: expected one of 'auto', .*, got 'cuda'"),
+        ({"statistics": "learned"}, "statistics: 'learned' needs update='weight', got update='moving_average'"),
+        ({"reseed": 2}, "reseed: expected at least 0 and less than 1 / 3, got 2"),
+        ({"kind": "mn", "variance": "shared"}, "variance: shared means nothing to norm.kind mn; leave it out"),
     ],
 )
-def test_wrong_values_are_named(name, value):
-    wrong: dict[str, Any] = {name: value}
-    with pytest.raises(ValueError, match=rf"^norm\.{name}: expected |^norm\.{name}: 'learned' needs"):
-        NormConfig(**wrong)
+def test_wrong_values_are_named(given, message):
+    with pytest.raises(ValueError, match=rf"^norm\.{message}$"):
+        NormConfig(**given)
 
 
 SETTINGS: dict[str, Any] = {
@@ -39,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["in", "dsbn", "scb", "ucb"])
 def test_settings_that_mean_something_are_those_a_kind_does_not_refuse(kind):
     meant = settings_of(kind)
     for name, value in SETTINGS.items():
@@ -55,18 +59,7 @@ def test_settings_that_mean_something_are_those_a_kind_does_not_refuse(kind):
     assert {"kind", "backend"} <= meant <= {"kind", "backend", "num_components", *SETTINGS}
 
 
-@pytest.mark.parametrize("kind", ["bn", "in", "dsbn"])
-def test_torchs_layers_are_checked_too(kind):
-    with pytest.raises(ValueError, match=r"^norm\.eps: expected a positive, finite number, got nan$"):
-        NormConfig(kind=kind, eps=math.nan)
-    with pytest.raises(ValueError, match=r"^norm\.momentum: expected 0 to 1, got nan$"):
-        NormConfig(kind=kind, momentum=math.nan)
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["eps .nan", "eps .inf", "momentum .nan", "groups true", "num_components true", "num_components 2.0"],
-)
+@pytest.mark.parametrize("flag", ["eps .nan", "groups true", "num_components 2.0"])
 def test_a_command_line_is_told_in_one_line(flag):
     name, value = flag.split()
     with pytest.raises(UsageError) as caught:
@@ -75,11 +68,11 @@ def test_a_command_line_is_told_in_one_line(flag):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_validation_makes_nothing_of_the_size_asked_for(kind):
+def test_validation_makes_nothing_of_the_size_asked_for():
     """So many components would not fit into any memory, and so many domains would take hours to make."""
-    groups = 10**14 if kind in ("mn", "ucb") else None
-    assert NormConfig(kind=kind, num_components=10**14, groups=groups).groups == groups
+    for kind in KINDS:
+        groups = 10**14 if kind in ("mn", "ucb") else None
+        assert NormConfig(kind=kind, num_components=10**14, groups=groups).groups == groups
 
 
 def test_the_layer_has_the_seed_and_the_backend_asked_for():
@@ -95,14 +88,14 @@ def test_groups_are_held_against_the_channels_when_the_layer_is_made():
             act(4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resolved_names_what_the_layer_has_by_default(kind):
-    config = NormConfig(kind=kind)
-    layer, resolved = config.build(6), config.resolved()
-    for name, value in vars(resolved).items():
-        if name in ("kind", "num_components") or value is None:
-            continue
-        owner = layer.domains[0] if isinstance(layer, DomainBatchNorm) else layer
-        assert getattr(owner, name, "auto") == value, name
-    assert resolved.eps == 1e-5
-    assert resolved.build(6).state_dict().keys() == layer.state_dict().keys()
+def test_resolved_names_what_the_layer_has_by_default():
+    for kind in KINDS:
+        config = NormConfig(kind=kind)
+        layer, resolved = config.build(6), config.resolved()
+        for name, value in vars(resolved).items():
+            if name in ("kind", "num_components") or value is None:
+                continue
+            owner = layer.domains[0] if isinstance(layer, DomainBatchNorm) else layer
+            assert getattr(owner, name, "auto") == value, f"{kind} {name}"
+        assert resolved.eps == 1e-5
+        assert resolved.build(6).state_dict().keys() == layer.state_dict().keys()

@@ -42,9 +42,8 @@ def test_drift_is_the_distance_to_the_batch():
     assert moved == pytest.approx(0.25 * 2 / math.sqrt(2), abs=0.1)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_identical_components_carry_no_information(groups):
-    layer = UCBNorm(2, 2, groups=groups)
+def test_identical_components_carry_no_information():
+    layer = UCBNorm(2, 2)
     layer.mean.zero_()
     found = health(layer, mixture_case((50, 2), num=1, dtype=torch.float32)[0])
     assert found.usage == pytest.approx((0.5, 0.5))
@@ -210,11 +209,14 @@ def network(**options) -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"init": "kmeans++", "update": "weight"}, {"reseed": 0.3, "momentum": 1.0}],
-    ids=["average", "weight", "reseed"],
+    ("training", "options"),
+    [
+        (False, {}),
+        (True, {"init": "kmeans++", "update": "weight"}),
+        (True, {"reseed": 0.3, "momentum": 1.0}),
+    ],
+    ids=["eval", "weight", "reseed"],
 )
 def test_collecting_changes_nothing(training, options):
     torch.manual_seed(0)
@@ -262,10 +264,9 @@ def test_collected_health_is_that_of_the_layers_own_input():
     assert tags["health/1/dead_channels"] == found["1"].dead_channels
 
 
-@pytest.mark.parametrize("dim", [1, -1])
-def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it(dim):
-    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0].movedim(1, dim)
-    layer, twin = (UCBNorm(4, 3, init="kmeans++", channel_dim=dim, momentum=momentum) for momentum in (0.1, 0.0))
+def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it():
+    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0].movedim(1, -1)
+    layer, twin = (UCBNorm(4, 3, init="kmeans++", channel_dim=-1, momentum=momentum) for momentum in (0.1, 0.0))
     with collect_health(layer) as found, torch.no_grad():
         layer(x)
     twin(x)

