@@ -142,6 +142,9 @@ COMPILED: dict[tuple, tuple[Any, tuple]] = {}
 """What Triton made of a kernel for what it was launched with, and the values of its constants in order."""
 MOST_COMPILED = 4096
 """Of them: each kernel has one for every size of an activation."""
+FP_FUSION = True
+"""Whether the compiler may fuse a product and a sum, which rounds once and not twice: said at every launch, since
+Triton 3.9 is the last in which this is the default."""
 
 
 def start(
@@ -168,7 +171,7 @@ def start(
         compiled, rest = found
         compiled[(*grid, 1, 1)](*tensors, *numbers, *rest)
         return
-    compiled = kernel[grid](*tensors, *numbers, **constants)
+    compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=FP_FUSION, **constants)
     if hasattr(compiled, "__getitem__"):  # not None, of the interpreter, nor what is still being compiled
         if len(COMPILED) >= MOST_COMPILED:
             COMPILED.clear()

@@ -65,7 +65,8 @@ def test_a_layer_launches_again_what_triton_made_of_it_in_the_same_order(subject
 
     def compile_anew(kernel, grid, args, kwargs):
         constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-        assert kwargs.keys() - constants.keys() <= {"num_warps"}
+        assert kwargs.keys() - constants.keys() == {"num_warps", "enable_fp_fusion"}
+        assert kwargs["enable_fp_fusion"] is True  # Triton's default is another from 3.10 on
         launches.append((grid, kernel.signature.bind(*args, **constants).args))
         asked.append(kernel)
         return Compiled(lambda *launched: launches.append(launched))
@@ -121,7 +122,7 @@ def test_what_triton_compiles_apart_is_never_launched_for_one_another():
     """Every two of one kind of argument meet, since all are launched again and again in one process."""
     compiled, launched = [], []
 
-    def run(*arguments: Any, FLAG: bool, num_warps: int) -> Compiled:
+    def run(*arguments: Any, FLAG: bool, num_warps: int, **_: Any) -> Compiled:
         found = specialised(arguments), FLAG, num_warps
         compiled.append(found)
         launched.append((found, arguments))
@@ -215,7 +216,7 @@ with nothing_launched():
     assert type(compiled) is CompiledKernel and rest == (3, True, launch.ALL_CHANNELS), (compiled, rest)
     run, launched = compiled.run, []
     compiled._run = lambda *given: (launched.append(given), run(*given))
-    kernel[(1,)](*arguments[1], *arguments[2], **constants)
+    kernel[(1,)](*arguments[1], *arguments[2], enable_fp_fusion=launch.FP_FUSION, **constants)
     JITFunction.run = None
     launch.start(kernel, *arguments, **constants)
     (*asked, _), (*again, _) = ((*given[:6], *given[7:], given[6]) for given in launched)
