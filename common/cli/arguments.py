@@ -1,7 +1,7 @@
 """Configuration: dataclass defaults, then YAML files, then flags; the later one wins.
 
-jsonargparse reads files and flags and checks types; this module turns each of its complaints into one line that
-names the field, the value and what would be right, and builds the (frozen, nested) dataclasses.
+jsonargparse reads files and flags and checks types; this module makes each of its complaints one line, which names the
+file, and for a misspelt name the nearest one, and builds the (frozen, nested) dataclasses.
 """
 
 import argparse
@@ -57,15 +57,6 @@ def _warn_once(line: str) -> None:
 
 
 set_loader("yaml", _read_any_yaml, exceptions=(yaml.YAMLError,))
-
-_TYPE_NAMES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "Path": "a path",
-    "NoneType": "null",
-}
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None) -> T:
@@ -175,19 +166,21 @@ class _Parser(ArgumentParser):
     _file: object = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        line = _MISFIT if type(ex) is KeyError else _one_line(message, known)
-        if match := re.search(r"(\S+): expected .*, got NestedArg\(key='([^']*)'", line):  # of --epochs.x 3
-            name = f"--{match[1]}.{match[2]}"
-            line = f"{name}: no such option{_hint(name, known)}"
+        line = _MISFIT if type(ex) is KeyError else " ".join(message.split())
+        if match := re.match(r"unrecognized arguments: ([^ =]+)", line):
+            line = f"{match[1]}: no such option{_hint(match[1], self._names('--'))}"
+        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)  # int
+        line = re.sub(r'Parser key "([^"]+)"', r"\1", line)
         raise UsageError(f"config: {self._file}: {line}" if self._file else line) from None
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         before, self._file = self._file, cfg_path
         try:
-            values = super().parse_path(cfg_path, *args, **kwargs)
-            self._refuse_unknown_groups(yaml.safe_load(Path(cfg_path).read_text(encoding="utf-8")))
-            return values
+            values = _read_any_yaml(Path(cfg_path).read_text(encoding="utf-8"))
+            if not isinstance(values, Mapping):
+                self.error(f"expected settings as 'name: value' lines, got {shown(values)}")
+            self._refuse_unknown(values)
+            return super().parse_path(cfg_path, *args, **kwargs)
         except UsageError:
             raise
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, TypeError, ValueError) as error:
@@ -195,53 +188,19 @@ class _Parser(ArgumentParser):
         finally:
             self._file = before
 
-    def _refuse_unknown_groups(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        """Refuse a misspelt group that is empty, which jsonargparse drops without a word."""
-        known = [option[2:] for action in self._actions for option in action.option_strings]
+    def _refuse_unknown(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuse misspelt names; jsonargparse names no file, and drops a group that is empty without a word."""
+        known = self._names()
         for key, value in values.items():
+            name = f"{prefix}{key}"
+            if name not in known:
+                self.error(f"{name}: no such setting{_hint(name, known)}")
             if isinstance(value, Mapping):
-                if not any(name.startswith(f"{prefix}{key}.") for name in known):
-                    self.error(f"Option '{prefix}{key}' is not accepted")
-                self._refuse_unknown_groups(value, f"{prefix}{key}.")
+                self._refuse_unknown(value, f"{name}.")
 
-
-def _one_line(message: str, known: Sequence[str]) -> str:
-    """Reword a jsonargparse message as one line: field, value, what would be right."""
-    if match := re.match(r"unrecognized arguments: (\S+)", message):
-        name = match[1].split("=")[0]
-        hint = _hint(name, known) if name.startswith("-") else _option_for(match[1], known)
-        return f"{name}: no such option{hint}"
-    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
-        name = f"{match[1]}.{match[2]}"
-        return f"{name}: no such setting{_hint(name, [option[2:] for option in known])}"
-    if match := re.search(r"Option '([^']+)' is not accepted", message):
-        return f"{match[1]}: no such setting{_hint(match[1], [option[2:] for option in known])}"
-    if match := re.match(r"argument --(\S+): expected (?:one|at least one) argument", message):
-        return f"{match[1]}: a value is missing after --{match[1]}"
-    if match := re.search(r"Unexpected config: (.*)", message, re.DOTALL):
-        got = " ".join(match[1].split()) or "an empty file"
-        return f"expected settings as 'name: value' lines, got {got}"
-    if match := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
-        return f"{match[1]}: {_expectation(match[2])}"
-    return " ".join(message.split())
-
-
-def _expectation(message: str) -> str:
-    if match := re.match(r"Expected an? (.*)\. Got value: (.*)", message, re.DOTALL):
-        return f"expected {_type_name(match[1])}, got {match[2].strip()}"
-    wanted = re.findall(r"^\s*- Expected an? (.*?)\.?$", message, re.MULTILINE)
-    given = re.search(r"Given value: (.*)", message)
-    if match := re.search(r"Subtypes: \[(.*)\]", message):
-        wanted = re.findall(r"<class '[^']+'>|typing\.Literal\[[^\]]*\]", match[1]) or wanted
-    if wanted and given:
-        return f"expected {' or '.join(_type_name(name) for name in wanted)}, got {given[1]}"
-    if match := re.match(r"Unable to load config '(.*?)'", message, re.DOTALL):
-        return f"expected settings such as {{name: value}} or a YAML file, got {match[1]}"
-    if match := re.match(r"File does not exist: '(.*)'", message):
-        return f"no file {match[1]}"
-    if match := re.match(r"Path is not a file: '(.*)'", message):
-        return f"{match[1]} is a folder, expected a YAML file"
-    return " ".join(message.split())
+    def _names(self, dashes: str = "") -> list[str]:
+        options = [option for action in self._actions for option in action.option_strings]
+        return [dashes + option[2:] for option in options if option.startswith("--")]
 
 
 def _expand(value: Any, name: str) -> Any:
@@ -262,28 +221,14 @@ def shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _type_name(text: str) -> str:
-    if match := re.match(r"typing\.Literal\[(.*)\]", text):
-        return "one of " + ", ".join(part.strip().strip("'") for part in match[1].split(","))
-    name = text.removeprefix("<class '").removesuffix("'>").split(".")[-1]
-    return _TYPE_NAMES.get(name, text)
-
-
 def _hint(name: str, known: Sequence[str]) -> str:
-    return f"; did you mean {' or '.join(near)}?" if (near := _near(name, known)) else "; see --help"
-
-
-def _near(name: str, known: Sequence[str]) -> list[str]:
-    """Return the few known names that a wrong one may stand for: another spelling, a part, or initials of one."""
-    parts = _parts(name)
-    spelt = {other: _likeness(parts, _parts(other)) for other in known}
-    if spelt and max(spelt.values()) >= _LIKE:
-        return [max(spelt, key=lambda other: spelt[other])]
-    text = ".".join(parts)
-    last = [other for other in known if _parts(other)[-1] == text]  # kind, of norm.kind
-    initials = [other for other in known if len(text) > 1 and _initials(other) == text]
-    begins = [other for other in known if len(text) > 1 and ".".join(_parts(other)).startswith(text)]
-    return next((found for found in (last, initials, begins) if 0 < len(found) <= _MOST_HINTS), [])
+    """Return the few known names that a wrong one may stand for: another spelling, or the beginning or end of one."""
+    words = _words(name)
+    alike = {other: _likeness(words, _words(other)) for other in known}
+    near = [max(alike, key=lambda other: alike[other])]
+    if alike[near[0]] < _LIKE:
+        near = [other for other in known if words in (_words(other)[: len(words)], _words(other)[-len(words) :])]
+    return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= _MOST_HINTS else "; see --help"
 
 
 _LIKE = 0.75
@@ -291,36 +236,16 @@ _LIKE = 0.75
 _MOST_HINTS = 3
 
 
-def _parts(name: str) -> list[str]:
-    """Return ["fid", "batch_size"] of --fid.batch-size."""
-    return name.lstrip("-").replace("-", "_").split(".")
+def _words(name: str) -> list[str]:
+    """Return ["fid", "batch", "size"] of --fid.batch-size."""
+    return re.split(r"[-_.]", name.lstrip("-"))
 
 
-def _initials(name: str) -> str:
-    return "".join(word[:1] for word in re.split(r"[._]", ".".join(_parts(name))))
-
-
-def _likeness(parts: list[str], others: list[str]) -> float:
-    """Return how alike two names are, 0 to 1: as much as the part in which they are least so."""
-    if len(parts) != len(others):
-        return float("_".join(parts) == "_".join(others))
-    pairs = zip(parts, others, strict=True)
-    return min(difflib.SequenceMatcher(None, part, other).ratio() for part, other in pairs)
-
-
-def _option_for(value: str, known: Sequence[str]) -> str:
-    """Return a hint at the option that a value was probably meant for, which was given without any."""
-    path = Path(value)
-    for option in ("--run", "--runs"):
-        if option in known:
-            return f"; did you mean {option} {value}?"
-    if path.suffix in (".yaml", ".yml"):
-        return f"; did you mean --config {value}?"
-    if "--resume" in known and len(path.parts) > 2:
-        out = path.parent.parent
-        place = "" if out == Path("runs") else f" --out {out}"
-        return f"; did you mean --name {path.name} --resume{place}?"
-    return "; see --help"
+def _likeness(words: list[str], others: list[str]) -> float:
+    """Return how alike two names are, 0 to 1: as much as the words in which they are least so."""
+    if len(words) != len(others):
+        return 0.0
+    return min(difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(words, others, strict=True))
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -335,7 +260,7 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
                 raise UsageError(f"{name}: expected a group of settings ({inner}), got {shown(value)}")
             arguments[field.name] = _build(typing.cast(type, hint), value, f"{name}.")
         elif value is None and types.NoneType not in (hint, *typing.get_args(hint)):
-            raise UsageError(f"{name}: expected {_type_name(str(hint))}, got null")
+            raise UsageError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got null")
         else:
             arguments[field.name] = _expand(value, name)
     try:

@@ -56,7 +56,7 @@ FLAGS = {
     "--norm.kind bn --norm.init uniform": ["norm.init", "uniform", "bn"],
     "--calibration_batches 0": ["calibration_batches", "at least 1", "0"],
     "--epochs 0": ["epochs", "at least 1", "0"],
-    "--epochs many": ["epochs", "whole number", "many"],
+    "--epochs many": ["epochs", "int", "many"],
     "--batch_size 1": ["batch_size", "at least 2", "1"],
     "--batch_size 2000": ["batch_size", "60", "2000"],
     "--lr 0": ["lr", "more than 0"],

@@ -44,7 +44,7 @@ FLAGS = {
     "--norm.init identity": ["norm.init", "identity"],
     "--norm.momentum 2": ["norm.momentum", "0 to 1", "2"],
     "--epochs -1": ["epochs", "at least 1", "-1"],
-    "--epochs many": ["epochs", "whole number", "many"],
+    "--epochs many": ["epochs", "int", "many"],
     "--batch_size 1": ["batch_size", "at least 2", "1"],
     "--batch_size 2000": ["batch_size", "1000", "2000"],
     "--width 20": ["width", "multiple of 8", "20"],
@@ -86,7 +86,7 @@ def test_bad_flags(tiny, tmp_path, capsys, flags):
 
 FILES = {
     "epochs: [1": ["bad.yaml"],
-    "epochs: ten": ["epochs", "whole number", "ten"],
+    "epochs: ten": ["epochs", "int", "ten"],
     "norm: ucb": ["norm", "ucb"],
     "norm: {kinds: ucb}": ["norm.kinds", "norm.kind"],
 }
