@@ -17,10 +17,12 @@ from cbda.config import AdaMatchConfig
 from cbda.evaluate import EvaluateConfig as AdaptationEvaluateConfig
 from cbda.predict import PredictConfig
 from cbda.show import ViewsConfig
+from cbgan.bench import BenchConfig as GanBenchConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from cbgan.sample import SampleConfig
 from common.cli.arguments import parse
+from common.data.__main__ import InspectConfig
 from common.figures import FiguresConfig
 from common.norms.bench import BenchConfig
 from common.norms.doctor import DoctorConfig
@@ -41,8 +43,10 @@ CONFIGURATIONS = {
     "cbda.predict": PredictConfig,
     "cbda.show": ViewsConfig,
     "cbgan.train": GanConfig,
+    "cbgan.bench": GanBenchConfig,
     "cbgan.evaluate": EvaluateConfig,
     "cbgan.sample": SampleConfig,
+    "common.data": InspectConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
     "common.norms.costs": CostsConfig,
@@ -56,9 +60,6 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("python -m ")]
-
-
-COMMANDS = [(page.name, line) for page in PAGES for line in commands(page)]
 
 
 FOLDERS = r"(?:common|cbgan|cbda|cbcls|configs|docs|tests)"
@@ -85,19 +86,6 @@ def exists(name: str, page: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page):
-    assert [name for name in sorted(named(page)) if not exists(name, page)] == []
-
-
-def test_names_that_are_not_there_are_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("`common/nowhere.py` `common.norms.nothing(x)` `common.nowhere` [x](gone.md#part) [y](https://z)")
-    names = {"common/nowhere.py", "common.norms.nothing", "common.nowhere", "./gone.md"}
-    assert named(page) == names
-    assert not any(exists(name, page) for name in names)
-
-
 def check(line: str) -> None:
     """Read a command's settings as the command would."""
     _, _, module, *flags = shlex.split(line, comments=True)
@@ -114,15 +102,26 @@ def check(line: str) -> None:
         parse(CONFIGURATIONS[module], flags)
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_a_command_shown_parses(page, line, monkeypatch, capsys):
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_what_a_page_names_is_there_and_its_commands_parse(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    check(line)
+    assert [name for name in sorted(named(page)) if not exists(name, page)] == []
+    for line in commands(page):
+        check(line)
+
+
+def test_names_that_are_not_there_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`common/nowhere.py` `common.norms.nothing(x)` `common.nowhere` [x](gone.md#part) [y](https://z)")
+    names = {"common/nowhere.py", "common.norms.nothing", "common.nowhere", "./gone.md"}
+    assert named(page) == names
+    assert not any(exists(name, page) for name in names)
 
 
 def test_there_are_commands_to_check_and_wrong_ones_are_found(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert {"README.md", "getting-started.md", "configuration.md", "results.md"} <= {page for page, _ in COMMANDS}
+    names = {"README.md", "getting-started.md", "configuration.md", "results.md"}
+    assert names <= {page.name for page in PAGES if commands(page)}
     for wrong in ("cbgan.trian", "cbgan.train --epohcs 3", "common.figures --config nowhere.yaml"):
         with pytest.raises(Exception, match=r"cbgan\.trian|--epochs|nowhere"):
             check(f"python -m {wrong}  # a remark")
