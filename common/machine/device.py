@@ -66,43 +66,22 @@ def keep_freed_memory() -> bool:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Return how many processors' time this process's control groups allow it; None where they set no limit.
 
+    Read are the process's group of version 2 with the groups above it, whose limits hold too, and the top group of
+    version 1, which in a container is the container's own.
+
     Args:
         root: what holds ``proc`` and ``sys``.
     """
-    top = root / "sys/fs/cgroup"
-    quotas = []
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounted = top / "cpu" if controllers else top  # version 1 has a tree for each controller, version 2 one
-        # A parent's limit holds for its children. Inside a container the path can be the host's, which is not there,
-        # and the top the container's own group; a path that leads out of what is mounted leaves the top alone.
-        group = mounted if ".." in path.split("/") else mounted / path.lstrip("/")
-        quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(mounted)]
-    return min((quota for quota in quotas if quota is not None), default=None)
+    top, version_1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/cpu"
+    group = top / _text(root / "proc/self/cgroup").rpartition("0::/")[2].removesuffix("\n")
+    limits = [_text(folder / "cpu.max").split() for folder in (group, *group.parents)]
+    limits.append([*_text(version_1 / "cpu.cfs_quota_us").split(), *_text(version_1 / "cpu.cfs_period_us").split()])
+    quotas = [int(limit[0]) / int(limit[1]) for limit in limits if limit and limit[0] not in ("max", "-1")]
+    return min(quotas, default=None)
 
 
-def _quota(group: Path) -> float | None:
-    """Read the microseconds of processor time in a period, and the period's: in version 2 from one file."""
-    words = _words(group / "cpu.max") or [
-        *_words(group / "cpu.cfs_quota_us"),
-        *_words(group / "cpu.cfs_period_us"),
-    ]
-    if len(words) != 2 or words[0] in ("max", "-1"):
-        return None
-    return int(words[0]) / int(words[1])
-
-
-def _words(file: Path) -> list[str]:
-    return " ".join(_lines(file)).split()
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def set_determinism(deterministic: bool) -> None:
