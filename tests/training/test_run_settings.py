@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 from refused_settings import assert_refuses, assert_takes
 
 from common.training.config import BestConfig, GuardConfig, RunConfig, ScheduleConfig
@@ -60,17 +59,18 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "values"), TAKEN)
-def test_a_range_holds_its_ends(cls, values):
-    assert_takes(cls, values)
+def test_a_range_holds_its_ends():
+    for cls, values in TAKEN:
+        assert_takes(cls, values)
 
 
-@pytest.mark.parametrize(("cls", "values", "line"), REFUSED)
-def test_beyond_them_a_line_names_field_range_and_value(cls, values, line):
-    assert_refuses(cls, values, line)
+def test_beyond_them_a_line_names_field_range_and_value():
+    for cls, values, line in REFUSED:
+        assert_refuses(cls, values, line)
 
 
-@pytest.mark.parametrize(("values", "used"), [({}, False), ({"keep": True}, True), ({"patience": 1}, True),
-                                              ({"by": "loss/test", "oracle": True}, False)])  # fmt: skip
-def test_epochs_are_chosen_where_the_choice_is_used(values, used):
-    assert BestConfig(**values).used is used
+def test_epochs_are_chosen_where_the_choice_is_used():
+    assert not BestConfig().used
+    assert BestConfig(keep=True).used
+    assert BestConfig(patience=1).used
+    assert not BestConfig(by="loss/test", oracle=True).used
