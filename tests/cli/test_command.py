@@ -49,10 +49,10 @@ def test_each_end_has_its_status_and_one_line(capsys):
     assert line.startswith("error: device: out of memory (CUDA out of memory); ")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EIO, "a fault")])
-def test_a_fault_of_the_program_keeps_its_traceback(error):
-    with pytest.raises(type(error), match="a fault"):
-        run_command(lambda: exec("raise error", {"error": error}))
+def test_a_fault_of_the_program_keeps_its_traceback():
+    for error in (RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EIO, "a fault")):
+        with pytest.raises(type(error), match="a fault"):
+            run_command(lambda error=error: exec("raise error", {"error": error}))
 
 
 def chained(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
@@ -88,12 +88,11 @@ FULL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FULL)
-def test_a_full_disk_is_one_line_and_status_4(capsys, case):
-    error, start = FULL[case]
-    status, (line,) = ended(capsys, error)
-    assert status == 4
-    assert line.startswith(start)
+def test_a_full_disk_is_one_line_and_status_4(capsys):
+    for case, (error, start) in FULL.items():
+        status, (line,) = ended(capsys, error)
+        assert status == 4, case
+        assert line.startswith(start), case
 
 
 def test_errors_that_caused_each_other_in_a_circle_come_to_an_end(capsys):
@@ -102,11 +101,11 @@ def test_errors_that_caused_each_other_in_a_circle_come_to_an_end(capsys):
     assert ended(capsys, first) == (2, ["error: first"])
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_file_that_may_not_be_used_is_one_line_and_status_2(capsys, code):
-    status, (line,) = ended(capsys, full(code, "/runs/a.pt"))
-    assert status == 2
-    assert line.startswith(f"error: /runs/a.pt: {os.strerror(code)}")
+def test_a_file_that_may_not_be_used_is_one_line_and_status_2(capsys):
+    for code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        status, (line,) = ended(capsys, full(code, "/runs/a.pt"))
+        assert status == 2
+        assert line.startswith(f"error: /runs/a.pt: {os.strerror(code)}")
 
 
 @pytest.mark.parametrize(("code", "reported"), [(errno.ENOSPC, False), (errno.EIO, True)])
@@ -136,8 +135,7 @@ run_command(lambda: print("x" * {count}))
 """
 
 
-@pytest.mark.parametrize("count", [1, 100_000])
-@pytest.mark.parametrize("errors", ["kept", "full"])
+@pytest.mark.parametrize(("count", "errors"), [(1, "kept"), (100_000, "kept"), (1, "full")])
 def test_a_full_disk_under_what_is_printed(count, errors):
     with open("/dev/full", "w") as nowhere:
         done = subprocess.run(
@@ -219,11 +217,10 @@ def test_so_do_those_of_a_command_that_is_started_in_another_form(loading_torch)
     assert loading_torch("-mcbgan.train") == ["100000", None]
 
 
-@pytest.mark.parametrize(("setting", "value"), [("GOMP_SPINCOUNT", "7"), ("GOMP_SPINCOUNT", ""),
-                                                ("OMP_WAIT_POLICY", "PASSIVE")])  # fmt: skip
-def test_how_threads_wait_stays_as_the_user_has_said(loading_torch, setting, value):
-    found = loading_torch("-m", "common.norms.doctor", **{setting: value})
-    assert found == [value if name == setting else None for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")]
+def test_how_threads_wait_stays_as_the_user_has_said(loading_torch):
+    assert loading_torch("-m", "common.norms.doctor", GOMP_SPINCOUNT="7") == ["7", None]
+    assert loading_torch("-m", "common.norms.doctor", GOMP_SPINCOUNT="") == ["", None]
+    assert loading_torch("-m", "common.norms.doctor", OMP_WAIT_POLICY="PASSIVE") == [None, "PASSIVE"]
 
 
 def test_importing_settles_nothing(loading_torch, tmp_path):

@@ -136,25 +136,23 @@ def test_a_broken_entry_point_is_one_line_that_names_its_package(entry_point, pl
     assert line.endswith("; entry point mine of tests-plugin; repair or remove that")
 
 
-@pytest.mark.parametrize("name", ["modules/plugin_of_tests.py", "./plugin_of_tests", "a b", ".relative", ""])
-def test_no_path_is_imported(place, tmp_path, capsys, name):
-    line = refused(capsys, cbcls.train.main, *flags(tmp_path, "--plugins", name))
-    assert "plugins: expected modules by name" in line
+def test_no_path_is_imported(place, tmp_path, capsys):
+    for name in ("modules/plugin_of_tests.py", "./plugin_of_tests", "a b", ".relative", ""):
+        line = refused(capsys, cbcls.train.main, *flags(tmp_path, "--plugins", name))
+        assert "plugins: expected modules by name" in line
     assert "plugin_of_tests" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("def broken(:", "invalid syntax"),
-        ("from common.norms import nothing", "cannot import name 'nothing'"),
-        (PLUGIN.replace('"grouped"', '"ucb"'), "name: ucb is taken; the kinds are"),
-    ],
-)
-def test_a_plugin_that_cannot_be_imported_is_one_line(place, tmp_path, capsys, text, reason):
-    (place / "plugin_of_tests.py").write_text(text)
-    line = refused(capsys, cbcls.train.main, *flags(tmp_path, "--plugins", "plugin_of_tests"))
-    assert line.startswith(f"error: plugins: plugin_of_tests cannot be imported ({reason}")
+def test_a_plugin_that_cannot_be_imported_is_one_line(place, tmp_path, capsys):
+    texts = {
+        "invalid syntax": "def broken(:",
+        "cannot import name 'nothing'": "from common.norms import nothing",
+        "name: ucb is taken; the kinds are": PLUGIN.replace('"grouped"', '"ucb"'),
+    }
+    for number, (reason, text) in enumerate(texts.items()):
+        (place / f"plugin_of_tests{number}.py").write_text(text)
+        line = refused(capsys, cbcls.train.main, *flags(tmp_path, "--plugins", f"plugin_of_tests{number}"))
+        assert line.startswith(f"error: plugins: plugin_of_tests{number} cannot be imported ({reason}")
     assert not (tmp_path / "runs").exists()
 
 
