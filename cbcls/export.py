@@ -119,7 +119,7 @@ def load_model(
         epoch, passport = stored.fact("epoch", int), stored.fact("passport", dict)
     else:
         classes, clusters = _categories(stored, images)
-        epoch, passport = stored.state["at"]["epoch"], stored.state.get("passport", {})
+        epoch, passport = stored.state["at"]["epoch"], stored.state["passport"]
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
     with warnings.catch_warnings():

@@ -107,7 +107,7 @@ def training_hours(run: LoggedRun) -> dict[int, float]:
     """
     settings = run.settings
     world = max((session.get("world") or 1 for session in run.sessions), default=1)
-    images = settings["batch_size"] * settings.get("accumulate", 1) * world
+    images = settings["batch_size"] * settings["accumulate"] * world
     hours, last, found = 0.0, 0, {0: 0.0}
     for line in run.lines:
         speed = line.get("time/images_per_second")

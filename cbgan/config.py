@@ -1,7 +1,6 @@
 """The configuration of a GAN run."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
@@ -49,8 +48,6 @@ class GanConfig(RunConfig):
     best: BestConfig = field(default_factory=lambda: BestConfig(keep=True))
     data: DataConfig = field(default_factory=DataConfig)
     fid: FidConfig = field(default_factory=FidConfig)
-
-    earlier: ClassVar = {"schedule.kind": "constant", "loss": "logistic", "spectral": "false", "augment": "none"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

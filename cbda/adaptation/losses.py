@@ -5,7 +5,7 @@ B images, C classes. Statistics are over all ranks where there are several, so t
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +154,3 @@ class Watch(nn.Module):
         self.recent.lerp_(now.to(self.recent), 1 - REMEMBERED)
         self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
         self.batches += 1
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, buffer in self.named_buffers():  # of older checkpoints, which had none: watched from there on
-            state_dict.setdefault(prefix + name, buffer)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

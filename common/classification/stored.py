@@ -15,7 +15,6 @@ from common.errors import UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.training.config import RunConfig, stored_config
-from common.training.parts import upgraded
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -103,7 +102,7 @@ def read_stored(
             raise UsageError(f"checkpoint: {folder} holds an exported model, which has no {checkpoint}; leave it out")
         weights, facts = _exported(folder)
         return Stored(folder, stored_config(kind, folder), weights, facts, {})
-    state = upgraded(_checkpoint(folder, checkpoint) if file is None else _load(file))
+    state = _checkpoint(folder, checkpoint) if file is None else _load(file)
     if network not in state["networks"]:
         held = ", ".join(state["networks"])
         raise UsageError(f"run: {folder} holds the networks {held}, no {network}; expected a run of this command's")

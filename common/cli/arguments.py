@@ -7,7 +7,6 @@ file, and for a misspelt name the nearest one, and builds the (frozen, nested) d
 import argparse
 import dataclasses
 import difflib
-import functools
 import re
 import sys
 import types
@@ -33,27 +32,12 @@ _MISFIT = "config: a YAML tag, such as !!bool, does not fit the value after it; 
 _read_yaml = get_loader("yaml")
 
 
-RENAMED = {("data", "groups"): "superclasses"}
-"""Settings by the names they had in older files, and their names now."""
-
-
 def _read_any_yaml(text: str) -> Any:
     """Read YAML; PyYAML fails on a tag that does not fit its value, such as !!timestamp x, in whatever way it does."""
     try:
-        values = _read_yaml(text)
+        return _read_yaml(text)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise yaml.YAMLError(f"a tag does not fit its value: {error}") from None
-    for (group, old), new in RENAMED.items():
-        inner = values.get(group) if isinstance(values, dict) else None
-        if isinstance(inner, dict) and old in inner and new not in inner:
-            inner[new] = inner.pop(old)
-            _warn_once(f"{group}.{old}: is called {group}.{new} now; read as that")
-    return values
-
-
-@functools.cache  # a configuration is read more than once
-def _warn_once(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
 
 
 set_loader("yaml", _read_any_yaml, exceptions=(yaml.YAMLError,))

@@ -365,7 +365,7 @@ class Fid:
             }
         )
         found = self._env.lead(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
-        if found is None or "features" not in found:  # earlier versions kept statistics alone
+        if found is None:
             features = self._features(lambda i, n: real.images[i : i + n], len(real), should_stop)
             of = statistics(features)
             found = {"mean": of.mean, "covariance": of.covariance, "features": features}

@@ -98,12 +98,7 @@ def read_run(path: Path) -> LoggedRun:
 
 
 def _passport(file: Path) -> dict[str, Any]:
-    """Return the passport of a summary; earlier versions wrote the images' content alone."""
-    if not file.exists():
-        return {}
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    images = {f"content_{name}": each["content_hash"] for name, each in summary.get("images", {}).items()}
-    return images | dict(summary.get("passport", {}))
+    return dict(json.loads(file.read_text(encoding="utf-8"))["passport"]) if file.exists() else {}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:

@@ -14,7 +14,7 @@ from common.errors import UsageError
 from common.machine.atomic import write_atomic
 
 SCHEMA = 2
-"""Version of the layout; raised whenever an older reader would misread a newer file."""
+"""Version of the layout; files of another one are refused."""
 
 
 class DamagedCheckpoint(Exception):
@@ -36,7 +36,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: if the file is not whole or not one of ours.
-        UsageError: if it was written by a newer version of this project.
+        UsageError: if it has another layout than this version writes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -50,8 +50,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: holds more than tensors and plain values ({type(error).__name__})") from None
     if not isinstance(state, dict) or "schema" not in state:
         raise DamagedCheckpoint(f"{path}: not a checkpoint of this project")
-    if state["schema"] > SCHEMA:
-        raise UsageError(f"{path}: schema {state['schema']} is newer than this version reads ({SCHEMA}); update it")
+    if state["schema"] != SCHEMA:
+        raise UsageError(
+            f"{path}: has layout {state['schema']}, this version reads layout {SCHEMA} alone; use the version that "
+            "wrote it, or train anew"
+        )
     return state
 
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 class RunFolder:
     """An open run folder, locked against other processes until `close` or the end of this process.
 
-    Holds ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``samples/`` and
+    Holds ``config.yaml``, ``environment.json``, ``metrics.jsonl``, TensorBoard's events, ``samples/`` and
     ``checkpoints/``.
     """
 
@@ -171,7 +171,7 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
 def _refuse_backend(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UsageError if a run would go on with another backend of its layers, but on another kind of device."""
     had, has = before.get("backend"), now.get("backend")
-    if before.get("device") != now.get("device") or had == has or had in (None, "auto"):  # as older runs noted it
+    if before.get("device") != now.get("device") or had == has:
         return
     remedy = _REMEDIES.get(
         (str(had), str(has)), "go on where the run's is to be had, or start a new run by another --name"
@@ -186,13 +186,13 @@ _REMEDIES = {
 }
 
 
-def recorded_threads(path: Path) -> int | None:
-    """Return the number of CPU threads of a run's last session, which a resumed run keeps; None where none is noted.
+def recorded_threads(path: Path) -> int:
+    """Return the number of CPU threads of a run's last session, which a resumed run keeps.
 
     Raises:
         UsageError: if environment.json is not as `environment_json` writes it.
     """
-    return _sessions(path)[-1].get("threads")
+    return _sessions(path)[-1]["threads"]
 
 
 def environment_json(sessions: list[dict[str, Any]]) -> str:
@@ -235,7 +235,7 @@ _SESSIONS_EXPECTED = 'expected {"sessions": [{"world": 1, "threads": 2, ...}]}, 
 def _is_session(value: object) -> bool:
     """Say whether a value has the form of a session; a bool, which Python counts among the integers, is no number."""
     return isinstance(value, dict) and all(
-        type(value.get(name, 1)) is int and value.get(name, 1) >= 1 for name in ("world", "threads")
+        type(value.get(name)) is int and value[name] >= 1 for name in ("world", "threads")
     )
 
 

@@ -88,10 +88,9 @@ class Log:
         if resumed:
             os.truncate(path, min(position, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
-        older = folder / "tensorboard"  # where runs had their events when TensorBoard called them by that folder too
-        self._place = older if older.is_dir() else folder
-        with naming(self._place):
-            self._events = SummaryWriter(str(self._place), purge_step=step + 1 if resumed else None)
+        self._folder = folder
+        with naming(folder):
+            self._events = SummaryWriter(str(folder), purge_step=step + 1 if resumed else None)
             if settings is not None:
                 self._show(settings, results)
 
@@ -115,7 +114,7 @@ class Log:
         with naming(self._path):
             self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
             self._file.flush()
-        with naming(self._place):  # what TensorBoard's thread met comes out here, in flush, or in close
+        with naming(self._folder):  # what TensorBoard's thread met comes out here, in flush, or in close
             for name, value in values.items():
                 self._events.add_scalar(chart_name(name), value, step)
 
@@ -131,7 +130,7 @@ class Log:
         if self._active:
             shown = [(title, "Multiline", tags) for title, tags in charts.items()]
             shown += [(title, "Margin", tags) for title, tags in (bands or {}).items()]
-            with naming(self._place):
+            with naming(self._folder):
                 self._events.add_custom_scalars(
                     {title: {title: [kind, [chart_name(tag) for tag in tags]]} for title, kind, tags in shown}
                 )
@@ -139,7 +138,7 @@ class Log:
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""
         if self._active:
-            with naming(self._place):
+            with naming(self._folder):
                 self._events.add_image(chart_name(tag), image, step)
 
     def sync(self) -> int:
@@ -153,7 +152,7 @@ class Log:
         with naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        with naming(self._place):
+        with naming(self._folder):
             self._events.flush()
         return os.fstat(self._file.fileno()).st_size
 
@@ -164,7 +163,7 @@ class Log:
                 with naming(self._path):
                     self._file.close()
             finally:
-                with naming(self._place):
+                with naming(self._folder):
                     self._events.close()
 
 
@@ -218,5 +217,4 @@ class Means:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over sums and counts; sums read from a file join the device of the next value."""
         self._sums = dict(state["sums"])
-        counts: Mapping[str, int] = state.get("counts", {})  # checkpoints of schema 1 have one count for all
-        self._counts = {name: int(counts.get(name, state.get("count", 0))) for name in self._sums}
+        self._counts = dict(state["counts"])

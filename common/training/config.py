@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from common.cli.arguments import flatten, parse, read, shown, to_dict, to_yaml
 from common.cli.fields import MAY_CHANGE, changeable
@@ -103,14 +103,8 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Every application's configuration starts with this.
+    """Every application's configuration starts with this."""
 
-    Attributes:
-        earlier: what a run did, as flags by name, that is older than a setting and has it not in its config.yaml; for
-            settings whose default would have changed that run.
-    """
-
-    earlier: ClassVar[Mapping[str, str]] = {}
     name: str | None = None
     """The run's name under OUT/application; without it a fresh one such as digits-ucb-seed0 is taken."""
     out: Path = Path("runs")
@@ -212,7 +206,7 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
         UsageError: if the command line changes what a resumed run keeps, or config.yaml holds no such configuration.
     """
     stored = stored_config(cls, path)
-    given = [*_read_run(cls, path), *(sys.argv[1:] if argv is None else argv)]
+    given = ["--config", str(path / "config.yaml"), *(sys.argv[1:] if argv is None else argv)]
     before, free = dict(flatten(to_dict(stored.resolved()))), set(changeable(cls))
     if stored.follows_length:
         free.remove("epochs")
@@ -235,7 +229,7 @@ def stored_config(cls: type[C], path: Path) -> C:
     """
     file = path / "config.yaml"
     try:
-        return parse(cls, _read_run(cls, path))
+        return parse(cls, ["--config", str(file)])
     except MissingPlugin:
         raise
     except UsageError as error:
@@ -245,12 +239,6 @@ def stored_config(cls: type[C], path: Path) -> C:
             ) from error
         place = "" if str(file) in str(error) else f"config: {file}: "
         raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
-
-
-def _read_run(cls: type[RunConfig], path: Path) -> list[str]:
-    """Return the arguments that read a run's config.yaml; a file overrides the flags before it."""
-    flags = [word for name, value in cls.earlier.items() for word in (f"--{name}", value)]
-    return [*flags, "--config", str(path / "config.yaml")]
 
 
 def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:

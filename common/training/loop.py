@@ -299,7 +299,7 @@ class Training:
         if state is None:
             log = Log(self.folder, active=self.env.first, **opened)
         else:
-            self.method.accept(state.get("passport", {}))
+            self.method.accept(state["passport"])
             self.parts.load_state_dict(state)
             log = Log(self.folder, self.parts.at["step"], state["log_position"], active=self.env.first, **opened)
         self.results = Measured(self.method.tracked(self.cfg), self.folder if self.env.first else None)

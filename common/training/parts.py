@@ -17,13 +17,6 @@ from common.runs import checkpoint
 from common.runs.log import Means
 from common.training.config import RunConfig
 
-_SCHEMA_1 = {
-    "network": ("train", "optimizer", "scaler"),
-    "g": ("g", "opt_g", "scaler_g"),
-    "d": ("d", "opt_d", "scaler_d"),
-}
-"""Names in checkpoints of schema 1 by network: of its loss, and of the keys of its optimizer and scaler."""
-
 
 class Parts:
     """What training changes, on the device.
@@ -136,8 +129,7 @@ class Parts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint's state, and of what differs between ranks this one's share."""
-        state = upgraded(state)
-        self.at, self.clock = self.at | copy.deepcopy(state["at"]), dict(state["clock"])
+        self.at, self.clock = copy.deepcopy(state["at"]), dict(state["clock"])
         for group, parts in self._groups().items():
             for name, part in parts.items():
                 part.load_state_dict(state[group][name])
@@ -148,7 +140,7 @@ class Parts:
                 for name, network in self._groups()[group].items():
                     network.load_state_dict(own[group][name], strict=False)  # buffers only
         for name, means in self._means().items():
-            means.load_state_dict(own.get(name, {"sums": {}}))  # those of an epoch are younger than the others
+            means.load_state_dict(own[name])
 
     def load_weights(self, path: Path) -> None:
         """Take over the weights and buffers of another run's networks.
@@ -157,7 +149,7 @@ class Parts:
             UsageError: if the file is not a checkpoint, or its networks have other shapes.
         """
         try:
-            state = upgraded(checkpoint.load(path))["networks"]
+            state = checkpoint.load(path)["networks"]
             for name, network in self.networks.items():
                 network.load_state_dict(state[name])
             for name, average in self.averages.items():
@@ -170,31 +162,6 @@ class Parts:
                 f"init_from: {path} does not fit this configuration ({reason}); expected a checkpoint of a run "
                 "with the same networks and layers"
             ) from None
-
-
-def upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring a checkpoint of schema 1, which had every part at the top, to today's form."""
-    if "networks" in state:
-        return dict(state)
-    found = {name: names for name, names in _SCHEMA_1.items() if name in state}
-    at = dict(state["at"])
-    best = at.pop("best_fid", None)
-    at["best"] = None if best is None else {"value": best, "epoch": None}
-    ranks = [
-        {"networks": {name: own[name] for name in found}, "averages": {}, "means": own["means"]}
-        for own in state.get("ranks", ())
-    ]
-    return {
-        "at": at,
-        "clock": {"training": 0.0, "evaluation": 0.0},
-        "networks": {name: state[name] for name in found},
-        "averages": {},
-        "optimizers": {loss: state[optimizer] for loss, optimizer, _ in found.values()},
-        "scalers": {loss: state[scaler] for loss, _, scaler in found.values()},
-        "means": state["means"],
-        "ranks": ranks,
-        **{name: state[name] for name in ("log_position", "passport") if name in state},
-    }
 
 
 def _on_cpu(values: Any) -> Any:

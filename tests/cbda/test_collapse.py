@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import cbda.adamatch
 import cbda.domains
 import cbda.models
-from cbda.adaptation.losses import Alignment, Watch
+from cbda.adaptation.losses import Watch
 from cbda.adaptation.objective import Objective, collapse
 from cbda.config import MethodConfig
 from common.data import plain
@@ -131,15 +131,6 @@ def test_averages_and_their_highest_counted_by_hand():
     assert watch.batches == 3
     assert highest[0] > recent[0]
     assert highest[1] > recent[1]
-
-
-def test_a_checkpoint_from_before_it_watched_still_loads():
-    state = {name: value for name, value in Alignment(3).state_dict().items() if "watch" not in name}
-    state["threshold"] = torch.tensor(0.5)
-    alignment = Alignment(3)
-    alignment.load_state_dict(state)
-    assert alignment.threshold == 0.5
-    assert not alignment.watch.recent.any()
 
 
 GOOD = {"loss/source": 0.1, "schedule/mu": 1.0, "adapt/mask_rate": 0.97}

@@ -25,7 +25,7 @@ def make_run(
     path = folder / name
     (path / "samples").mkdir(parents=True)
     (path / "config.yaml").write_text(
-        f"seed: {seed}\nbatch_size: 10\nnorm: {{kind: {kind}}}\ndata: {{name: digits, size: {size}}}\n"
+        f"seed: {seed}\nbatch_size: 10\naccumulate: 1\nnorm: {{kind: {kind}}}\ndata: {{name: digits, size: {size}}}\n"
         f"fid: {{samples: {count}, reference: train, extractor: classifier}}\n"
     )
     lines = [{"step": 0, "epoch": 0, FID: fids[0], f"{FID}_floor": 2.0}]

@@ -11,7 +11,6 @@ from common.data import ImageSet, Splits
 from common.errors import UsageError
 from common.metrics import Fid, FidConfig, FidResult, statistics
 from common.metrics import fid as module
-from common.metrics.cache import read_cache, write_cache
 from common.metrics.features.neighbours import copying, nearest
 from common.metrics.features.quality import inception_score, kernel_distance, precision_recall
 from common.metrics.features.uncertainty import distance_interval, distance_limit
@@ -192,22 +191,6 @@ def test_fewer_images_than_features_are_warned_of(pixels, tmp_path):
     few = Fid(FidConfig(), Splits(images(3, "train", 0), None), tmp_path, "cpu").short(100)
     assert few is not None
     assert few.startswith("fid.reference: 3 real images are fewer than the 4 features of pixels: ")
-
-
-def test_features_of_real_images_are_added_to_what_earlier_versions_kept(pixels, tmp_path):
-    before = measured(built(tmp_path))
-    (one, _) = sorted((tmp_path / "fid").iterdir())
-    key = json.dumps({"content": TRAIN.content_hash, "split": "train", "count": 60, "extractor": "pixels-1",
-                      "resize": "as they are", "torch_fidelity": module.version("torch-fidelity")})  # fmt: skip
-    kept = read_cache(tmp_path / "fid", key)
-    assert kept is not None
-    assert torch.equal(kept.pop("features"), features(TRAIN))
-    write_cache(tmp_path / "fid", key, kept)
-    pixels.seen = 0
-    assert measured(built(tmp_path)) == before
-    assert pixels.seen == len(TRAIN) + len(FAKE)
-    assert len(list((tmp_path / "fid").iterdir())) == 2
-    assert one.exists()
 
 
 def test_an_inception_score_takes_logits(pixels, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
 
 
 def note_passport(run: str, **passport: object) -> str:
-    Path(run, "summary.json").write_text(json.dumps({"images": {}, "passport": passport}))
+    Path(run, "summary.json").write_text(json.dumps({"passport": passport}))
     return run
 
 
@@ -220,17 +220,6 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     capsys.readouterr()
     common.tables.main(argv)  # rows of two data sets
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
-
-
-def test_images_of_an_older_summary_count_as_a_passport(tmp_path, capsys):
-    runs = []
-    for kind in ("bn", "ucb"):
-        runs.append(make_run(tmp_path, kind, seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5))
-        images = {"test": {"content_hash": kind, "count": 3}}
-        Path(runs[-1], "summary.json").write_text(json.dumps({"images": images}))
-    assert "(content_test differ)" in refused(capsys, "--runs", *runs, "--tags", "metric/accuracy")
-    Path(runs[0], "summary.json").write_text("[]")
-    assert f"runs: {runs[0]} cannot be read" in refused(capsys, "--runs", *runs, "--tags", "metric/accuracy")
 
 
 def test_floors_that_differ_are_refused(tmp_path, capsys):
@@ -276,3 +265,5 @@ def test_bad_input_is_one_line(tmp_path, runs, capsys):
     assert f"{runs[0]} is not finished, it has 2 of 3 epochs" in refused(capsys, "--runs", runs[0], *tags)
     Path(runs[1], "environment.json").write_text("[]")
     assert f"runs: {runs[1]} cannot be read" in refused(capsys, "--runs", runs[1], *tags)
+    Path(without, "summary.json").write_text("[]")
+    assert f"runs: {without} cannot be read" in refused(capsys, "--runs", without, *tags)

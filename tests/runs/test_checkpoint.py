@@ -161,7 +161,7 @@ class Command:
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
-    torch.save({"schema": 1, "x": Command(str(tmp_path / "made"))}, tmp_path / "a.pt")
+    torch.save({"schema": checkpoint.SCHEMA, "x": Command(str(tmp_path / "made"))}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Command(str(tmp_path / "made"))))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(DamagedCheckpoint):
@@ -169,13 +169,20 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_foreign_or_newer_file_is_refused(tmp_path):
+def test_a_foreign_file_is_refused(tmp_path):
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
     with pytest.raises(DamagedCheckpoint, match="not a checkpoint of this project"):
         checkpoint.load(tmp_path / "foreign.pt")
-    torch.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "newer.pt")
-    with pytest.raises(UsageError, match="newer"):
-        checkpoint.load(tmp_path / "newer.pt")
+
+
+@pytest.mark.parametrize("layout", [checkpoint.SCHEMA - 1, checkpoint.SCHEMA + 1])
+def test_another_layout_is_refused_and_no_file_before_it_taken(tmp_path, layout):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(10, state(10))
+    torch.save({"schema": layout}, checkpoints.path(20))
+    line = rf"^.*step-00000020\.pt: has layout {layout}, this version reads layout 2 alone; use the version that .*$"
+    with pytest.raises(UsageError, match=line):
+        checkpoints.load_latest()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -141,12 +141,6 @@ def test_a_name_is_averaged_over_the_steps_that_had_it():
     assert means.pop() == {"a": 4.0, "b": 5.0, "c": 2.0}
 
 
-def test_sums_of_schema_1_have_one_count_for_all():
-    means = Means()
-    means.load_state_dict({"sums": {"a": torch.tensor(6.0), "b": torch.tensor(3.0)}, "count": 3})
-    assert means.pop() == {"a": 2.0, "b": 1.0}
-
-
 def test_the_position_is_the_length_of_what_was_written(tmp_path):
     log = Log(tmp_path)
     log.scalars(1, 1, {"loss/d": 1.0})

@@ -1,12 +1,11 @@
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import yaml
 
 from common.errors import UsageError
 from common.norms.config import NormConfig
-from common.training.config import RunConfig, resume_config, stored_config, stored_yaml
+from common.training.config import RunConfig, resume_config, stored_yaml
 
 
 def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_path):
@@ -41,15 +40,3 @@ def test_a_change_that_may_not_be_is_told_whatever_it_makes_of_other_settings(tm
         resume_config(RunConfig, [*argv, "--norm.groups", "1"], tmp_path)
     with pytest.raises(UsageError, match=r"^log_every: expected at least 1, got 0$"):  # may change, but not to this
         resume_config(RunConfig, [*argv, "--log_every", "0"], tmp_path)
-
-
-def test_a_run_that_is_older_than_a_setting_did_what_was_done_then(tmp_path):
-    class Later(RunConfig):
-        earlier: ClassVar = {"ema": "0.5", "schedule.kind": "arc"}
-
-    (tmp_path / "config.yaml").write_text("lr: 0.25\nschedule: {kind: cosine}\n")  # one that had the second already
-    stored = stored_config(Later, tmp_path)
-    assert (stored.lr, stored.ema, stored.schedule.kind) == (0.25, 0.5, "cosine")
-    resumed = resume_config(Later, ["--name", "run", "--resume"], tmp_path)
-    assert (resumed.lr, resumed.ema, resumed.schedule.kind) == (0.25, 0.5, "cosine")
-    assert Later().ema == 0
