@@ -60,4 +60,4 @@ def test_the_recipes_are_the_papers():
     assert (pets.optimizer, pets.lr, pets.weight_decay, pets.batch_size, pets.epochs) == ("adam", 1e-4, 0, 32, 200)
     assert (pets.best.by, pets.best.patience) == ("loss/validation", 10)
     assert (pets.data.split, pets.data.fit, pets.data.size, pets.clusters.by) == ("paper", "pad", 256, "superclasses")
-    assert composed("smoke") != composed("default") == parse(ClassifierConfig, [])
+    assert composed("smoke") != parse(ClassifierConfig, [])

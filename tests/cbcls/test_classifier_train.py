@@ -25,16 +25,6 @@ from common.machine.seeding import derive
 from common.runs.checkpoint import Checkpoints, load
 from common.runs.log import chart_name, read_metrics
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "cbcls"
-
-
-def config(name: str) -> ClassifierConfig:
-    return parse(ClassifierConfig, ["--config", str(CONFIGS / name)])
-
-
-def test_default_yaml_is_what_no_arguments_do():
-    assert config("default.yaml") == parse(ClassifierConfig, [])
-
 
 @pytest.fixture
 def finished(tiny, tmp_path, capsys) -> Path:

@@ -46,10 +46,6 @@ def config(name: str) -> AdaMatchConfig:
     return parse(AdaMatchConfig, ["--config", str(CONFIGS / name)])
 
 
-def test_default_yaml_is_what_no_arguments_do():
-    assert config("default.yaml") == parse(AdaMatchConfig, [])
-
-
 @pytest.mark.parametrize("kind", ["none", "scb", "scb_base", "ucb"])
 def test_the_papers_rows_differ_in_the_layer_alone(kind):
     cfg = config(f"paper_{kind}.yaml")

@@ -35,10 +35,6 @@ def config(name: str) -> GanConfig:
     return parse(GanConfig, ["--config", str(CONFIGS / name)])
 
 
-def test_default_yaml_is_what_no_arguments_do():
-    assert config("default.yaml") == parse(GanConfig, [])
-
-
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_file_is_valid(name):
     config(name)

@@ -68,11 +68,13 @@ def test_an_applications_own_configuration_is_found_by_its_name(tmp_path, monkey
 
 @pytest.mark.parametrize("given", ["smok", "configs/cbgan/smok.yaml"])
 def test_a_wrong_name_lists_those_that_there_are(given):
-    names = "conditional, default, paper_bn, paper_mn, paper_ucb, smoke, ucb"
+    names = "conditional, paper_bn, paper_mn, paper_ucb, smoke, ucb"
     with pytest.raises(UsageError) as caught:
         parse(GanConfig, ["--config", given])
     line = f"config: no file {given}; by name cbgan has {names}; did you mean --config smoke?"
     assert str(caught.value) == line
+    with pytest.raises(UsageError, match=f"^config: no file default; by name cbgan has {names}$"):
+        parse(GanConfig, ["--config", "default"])
 
 
 @pytest.mark.parametrize(

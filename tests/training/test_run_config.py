@@ -3,6 +3,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from cbcls.config import ClassifierConfig
+from cbda.config import AdaMatchConfig
+from cbgan.config import GanConfig
+from common.cli.fields import changeable
 from common.errors import UsageError
 from common.norms.config import NormConfig
 from common.training.config import RunConfig, resume_config, stored_yaml
@@ -28,6 +32,21 @@ def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path
     assert resume_config(RunConfig, [*argv, "--seed", "3"], tmp_path).seed == 3
     with pytest.raises(UsageError, match=r"^seed: the run has 3, got 4; .*free to change: cache, .*threads\)$"):
         resume_config(RunConfig, [*argv, "--seed", "4"], tmp_path)
+
+
+PLACES = {"root", "test_root", "download"}
+MORE = {
+    RunConfig: set(),
+    GanConfig: {f"data.{name}" for name in (*PLACES, "in_memory", "workers")},
+    ClassifierConfig: {f"data.{name}" for name in (*PLACES, "in_memory", "workers")} | {"clusters.file"},
+    AdaMatchConfig: {f"{domain}.{name}" for domain in ("source", "target") for name in PLACES} | {"data.workers"},
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_for_how_long_how_often_and_where_may_change_and_nothing_else(kind):
+    always = {"epochs", "log_every", "checkpoint_every", "checkpoint_keep", "device", "threads", "cache"}
+    assert set(changeable(kind)) == always | MORE[kind]
 
 
 def test_a_change_that_may_not_be_is_told_whatever_it_makes_of_other_settings(tmp_path):

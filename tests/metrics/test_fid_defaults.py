@@ -1,7 +1,0 @@
-"""Settings have the defaults that docs/configuration.md states."""
-
-from settings import assert_documented
-
-
-def test_defaults_are_those_of_the_page():
-    assert_documented("common.metrics.fid.FidConfig")
