@@ -21,6 +21,7 @@ from common.data.clusters import clusters_origin
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device
+from common.machine.paths import refuse_overwriting
 from common.metrics.logits import evaluating
 from common.metrics.scores import classification_scores, keras_threshold
 from common.runs.folder import environment
@@ -69,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert options.run is not None  # EvaluateConfig refuses otherwise
     out = options.out or options.run / "evaluation"
     file = out / "evaluation.json"
-    if file.exists() and not options.force:
-        raise UsageError(f"out: {file} exists; choose another folder, or write over it with --force")
+    refuse_overwriting(file, force=options.force)
     device = resolve_device(options.device)
     model = load_model(options.run, device, checkpoint=options.checkpoint)
     baseline = None if options.baseline is None else load_model(options.baseline, device)

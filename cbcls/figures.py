@@ -20,6 +20,7 @@ from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.machine.device import resolve_device
+from common.machine.paths import refuse_overwriting
 from common.machine.seeding import permutation
 from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
 from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
@@ -95,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     cfg = parse(FiguresConfig, argv, prog="python -m cbcls.figures")
     assert cfg.out is not None  # FiguresConfig refuses otherwise
-    for path in stems(cfg.out):
-        if path.exists() and not cfg.force:
-            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    refuse_overwriting(*stems(cfg.out), force=cfg.force)
     draw = {"densities": _densities, "embedding": _embedding, "components": _components}[cfg.kind]
     try:
         written = draw(cfg, cfg.out)

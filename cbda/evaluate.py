@@ -20,6 +20,7 @@ from common.data import ImageSet
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device
+from common.machine.paths import refuse_overwriting
 from common.machine.seeding import permutation
 from common.metrics.scores import information, neighbourhood_density
 from common.reports import diagrams
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(EvaluateConfig, argv, prog="python -m cbda.evaluate")
     assert cfg.run is not None  # EvaluateConfig refuses otherwise
     out = cfg.out or cfg.run / "evaluation"
-    if (out / _RESULTS).exists() and not cfg.force:
-        raise UsageError(f"out: {out / _RESULTS} exists; choose another folder, or write over it with --force")
+    refuse_overwriting(out / _RESULTS, force=cfg.force)
     model = load_model(cfg.run, resolve_device(cfg.device))
     images = load_domains(model.cfg)
     if images["train"].classes != model.classes:

@@ -12,8 +12,8 @@ from common.cli.command import run_command
 from common.data import DataConfig, load
 from common.data.augmentation import strong, weak
 from common.data.config import fields_without_prefix
-from common.errors import UsageError
 from common.machine.atomic import write_atomic
+from common.machine.paths import refuse_overwriting
 from common.machine.seeding import permutation
 from common.reports.sheet import captioned_sheet
 
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _show(config: ViewsConfig) -> None:
     path = config.out / f"views-{config.name}.png"
-    if path.exists() and not config.force:
-        raise UsageError(f"out: {path} exists; choose another folder, or write over it with --force")
+    refuse_overwriting(path, force=config.force)
     images = load(config).train
     index = permutation(len(images), config.seed, "shown")[:_SHOWN]
     shown, rows = images.images[index], []

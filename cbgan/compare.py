@@ -15,6 +15,7 @@ from torch import Tensor
 from common.cli.arguments import parse, shown
 from common.cli.command import run_command
 from common.errors import UsageError
+from common.machine.paths import refuse_overwriting
 from common.reports.figures import Run, curves, grid, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
 from common.tables import Cell
@@ -62,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         given.insert(0, "--runs")
     cfg = parse(CompareConfig, given, prog="python -m cbgan.compare")
     figures = {name: cfg.out / name for name in ("fid-epoch", "fid-time", "samples")}
-    for path in (stem for figure in figures.values() for stem in stems(figure)):
-        if path.exists() and not cfg.force:
-            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    refuse_overwriting(*(path for figure in figures.values() for path in stems(figure)), force=cfg.force)
     runs = [read_run(path) for path in cfg.runs]
     refuse_unlike_protocols(runs)
     tag = cfg.tag or f"metric/fid_{runs[0].settings.get('fid.extractor')}"

@@ -18,6 +18,7 @@ from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 from common.machine.device import resolve_device
+from common.machine.paths import refuse_overwriting
 
 _COUNTS = {"grid": 64, "images": 64, "classes": 8, "walk": 6}
 _FRAMES = 12
@@ -109,9 +110,7 @@ def _refuse_existing(cfg: SampleConfig, out: Path) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"out: {out} exists and is no empty folder; take another --out")
         return
-    for path in (out, out.with_suffix(".gif")) if cfg.what == "walk" else (out,):
-        if path.exists() and not cfg.force:
-            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    refuse_overwriting(out, *([out.with_suffix(".gif")] if cfg.what == "walk" else []), force=cfg.force)
     if out.suffix.lower() != ".png":
         raise UsageError(f"out: expected a file that ends in .png, got {out}")
 

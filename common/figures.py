@@ -8,6 +8,7 @@ from typing import Literal
 from common.cli.arguments import parse
 from common.cli.command import run_command
 from common.errors import UsageError
+from common.machine.paths import refuse_overwriting
 from common.reports.figures import Curves, Run, curve_panels, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
 
@@ -51,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     cfg = parse(FiguresConfig, argv, prog="python -m common.figures")
     assert cfg.out is not None  # FiguresConfig refuses otherwise
-    for path in stems(cfg.out):
-        if path.exists() and not cfg.force:
-            raise UsageError(f"out: {path} exists; add --force to replace it, or take another --out")
+    refuse_overwriting(*stems(cfg.out), force=cfg.force)
     runs = [read_run(path) for path in cfg.runs]
     groups = labelled(group_by_seed(runs), cfg.label)
     panels = [_logged(groups, tag, cfg.x) for tag in cfg.tag]

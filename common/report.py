@@ -10,6 +10,7 @@ from common.cli.arguments import parse, shown
 from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
+from common.machine.paths import refuse_overwriting
 from common.reports.published import PUBLISHED, Published
 from common.reports.records import LoggedRun, differing, group_by_seed, read_run, refuse_unlike
 from common.tables import Cell, origin
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             different images.
     """
     cfg = parse(ReportConfig, argv, prog="python -m common.report")
-    if cfg.out is not None and cfg.out.exists() and not cfg.force:
-        raise UsageError(f"out: {cfg.out} exists; add --force to replace it, or take another --out")
+    if cfg.out is not None:
+        refuse_overwriting(cfg.out, force=cfg.force)
     text = page([read_run(path) for path in cfg.runs])
     if cfg.out is not None:
         try:

@@ -14,6 +14,7 @@ from common.cli.arguments import parse, shown
 from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
+from common.machine.paths import refuse_overwriting
 from common.reports.records import LoggedRun, differing, group_by_seed, read_run, refuse_unlike
 
 
@@ -126,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             compare, or a file is in the way.
     """
     cfg = parse(TablesConfig, argv, prog="python -m common.tables")
-    if cfg.out is not None and cfg.out.exists() and not cfg.force:
-        raise UsageError(f"out: {cfg.out} exists; add --force to replace it, or take another --out")
+    if cfg.out is not None:
+        refuse_overwriting(cfg.out, force=cfg.force)
     made = table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last, cfg.at)
     if cfg.out is not None:
         try:

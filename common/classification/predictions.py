@@ -12,6 +12,7 @@ from torch import Tensor
 from common.data import check_folder, images_below, read_images
 from common.errors import UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
+from common.machine.paths import refuse_overwriting
 from common.reports.sheet import captioned_sheet
 
 _TABLE, _SHEET = "predictions.csv", "predictions.png"
@@ -33,9 +34,7 @@ class PredictionFiles:
     def __init__(self, images: Path, out: Path, *, force: bool = False) -> None:
         check_folder(images, "images")
         self.root, self.table, self.sheet = images, out / _TABLE, out / _SHEET
-        there = next((path for path in (self.table, self.sheet) if path.exists()), None)
-        if there is not None and not force:
-            raise UsageError(f"out: {there} exists; choose another folder, or write over it with --force")
+        refuse_overwriting(self.table, self.sheet, force=force)
 
     def read(self, size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
         """Return the PNG and JPEG files at any depth of the folder, uint8 (N, 3, size, size), in the order of paths.

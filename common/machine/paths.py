@@ -1,4 +1,4 @@
-"""Paths as users give them."""
+"""Paths as users give them, and the files that may be written there."""
 
 from pathlib import Path
 
@@ -19,3 +19,16 @@ def expanded(path: Path | str, field: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UsageError(f"{field}: expected a path, got {path}, and there is no such user") from None
+
+
+def refuse_overwriting(*paths: Path, force: bool, field: str = "out") -> None:
+    """Raise UsageError if one of the files to be written exists, unless ``--force`` allows to replace it.
+
+    Args:
+        paths: the files.
+        force: the command's setting.
+        field: the setting that says where they go.
+    """
+    for path in paths:
+        if path.exists() and not force:
+            raise UsageError(f"{field}: {path} exists; add --force to replace it, or take another --{field}")

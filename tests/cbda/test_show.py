@@ -44,5 +44,5 @@ def test_bad_input(tmp_path, capsys):
     assert "epoch: expected 0 or more, got -1" in refused(capsys, main, *flags, "--epoch", "-1")
     assert refused(capsys, main, *flags, "--size", "33").startswith("error: size: expected a multiple of 4")
     main(flags)
-    assert "exists; choose another folder" in refused(capsys, main, *flags)
+    assert "exists; add --force" in refused(capsys, main, *flags)
     main([*flags, "--force"])
