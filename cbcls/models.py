@@ -85,5 +85,5 @@ def _of_timm(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> Timm
 def _pixels(cfg: ClassifierConfig, images: ImageSet | None) -> nn.Module:
     kind = cfg.data.normalise
     if kind == "dataset":
-        return Standardised(None if images is None else images.chunks())
+        return Standardised(None if images is None else images.channel_moments())
     return nn.Identity() if kind == "signed" else PixelScale(kind)

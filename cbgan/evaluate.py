@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cbgan.config import GanConfig
 from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
 from cbgan.export import checkpoint_of
@@ -25,7 +23,8 @@ from common.data import DataConfig, Decoding, load, read_folder
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.device import resolve_device, set_threads
-from common.machine.paths import expanded
+from common.machine.paths import expanded, refuse_overwriting
+from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig
 from common.runs.log import METRICS, read_metrics
 
@@ -111,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _refuse_grid(options: EvaluateConfig) -> None:
-    if options.grid is not None and options.grid.exists() and not options.force:
-        raise UsageError(f"grid: {options.grid} exists; add --force to replace it, or take another --grid")
+    if options.grid is not None:
+        refuse_overwriting(options.grid, force=options.force, field="grid")
 
 
 def _with_settings_of(cfg: GanConfig, given: Sequence[str]) -> EvaluateConfig:
@@ -137,7 +136,7 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)
     stored.load_into(g)
-    evaluation, weights = Evaluation(cfg, images, device), _digest(g)
+    evaluation, weights = Evaluation(cfg, images, device), weights_hash(g.state_dict())
     fid = evaluation.fid
     assert fid is not None
     series = fid_series(read_metrics(folder), fid.tag) if same else []
@@ -220,15 +219,6 @@ def _write(
         print(f"warning: not written to {file} ({error.strerror})", file=sys.stderr)
     else:
         print(f"written: {file}")
-
-
-def _digest(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's names and tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from common.machine.atomic import write_atomic
 _TILES, _COLUMNS = 64, 8
 _TILE = (64, 128)  # smaller images are enlarged to the first or nearly so, larger ones reduced to the second
 _SHOWN = 5  # names of classes
-_CHUNK = 4096  # images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def _inspect(config: InspectConfig) -> None:
 
 def describe(name: str, train: ImageSet, test: ImageSet | None) -> str:
     """Return the table that the command prints."""
-    mean, deviation = moments(train.images)
+    mean, deviation = train.channel_moments()
     rows = [(name, f"{train.images.shape[-1]} x {train.images.shape[-2]} pixels")]
     rows += [(part.split, f"{len(part):,} images, content {part.content_hash}") for part in (train, test) if part]
     if test is None:
@@ -70,22 +69,6 @@ def describe(name: str, train: ImageSet, test: ImageSet | None) -> str:
     rows.append(("mean", f"{_numbers(mean)} (red, green, blue of the training images, in [0, 1])"))
     rows.append(("std", _numbers(deviation)))
     return "\n".join(f"{key:15}{value}" for key, value in rows)
-
-
-def moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and standard deviation in [0, 1] over all pixels of uint8 (N, 3, H, W).
-
-    Exact but for one rounding: the 256 values are counted. Both are float64 (3,); the deviation divides by the
-    number of pixels.
-    """
-    counts = torch.zeros(3, 256, dtype=torch.float64)
-    for part in images.split(_CHUNK):
-        for channel in range(3):
-            counts[channel] += torch.bincount(part[:, channel].reshape(-1), minlength=256)
-    weights = counts / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = weights @ values
-    return mean, (weights * (values - mean[:, None]).square()).sum(1).sqrt()
 
 
 def contact_sheet(images: ImageSet) -> Tensor:

@@ -1,6 +1,5 @@
 """What a network sees of pixels: signed, from 0 to 1, from 0 to 255, or standardised."""
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -44,7 +43,8 @@ class Standardised(nn.Module):
     """The first step of a network whose images are standardised as those it was trained on were.
 
     Args:
-        images: uint8 (B, 3, H, W) each, whose mean and deviation of each channel are taken; None where they are loaded.
+        moments: their channels' mean and deviation (`ImageSet.channel_moments`); None where they are loaded. A channel
+            without deviation gets 1 / 255 instead, so that it can be divided by.
 
     Attributes:
         mean: of each channel in [0, 1], (3,); kept with the weights.
@@ -54,28 +54,13 @@ class Standardised(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, images: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, moments: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
-        mean, deviation = (torch.zeros(3), torch.ones(3)) if images is None else moments(images)
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
+        mean, deviation = moments or (torch.zeros(3), torch.ones(3))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", deviation.clamp(min=1 / 255).float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) in [-1, 1]."""
         mean, deviation = self.mean[:, None, None], self.deviation[:, None, None]
         return ((x + 1) / 2 - mean) / deviation
-
-
-def moments(images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (3,) of the channels of uint8 images (B, 3, H, W), as parts of 255.
-
-    A channel without deviation has 1 / 255 instead, so that it can be divided by.
-    """
-    counts = torch.zeros(3, 256, dtype=torch.float64)
-    for part in images:
-        counts += torch.stack([torch.bincount(part[:, c].flatten(), minlength=256) for c in range(3)])
-    values = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ values
-    variance = (share * (values - mean[:, None]).square()).sum(1)
-    return mean.float(), variance.sqrt().clamp(min=1 / 255).float()

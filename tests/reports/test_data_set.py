@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.data import DataConfig, ImageSet, load
-from common.data.__main__ import contact_sheet, main, moments
+from common.data.__main__ import contact_sheet, main
 from common.errors import UsageError
 
 
@@ -58,16 +58,6 @@ def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys)
     main(["--name", "imagefolder", "--size", "8", *flags])
     got = table(capsys.readouterr().out)
     assert (got["test"], got["classes"], got["superclasses"]) == ("none", "2: a, b", "2: x, y")
-
-
-def test_moments_are_those_of_numpy_in_each_channel(monkeypatch):
-    monkeypatch.setattr("common.data.__main__._CHUNK", 3)
-    images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images[:, 1] //= 3
-    mean, deviation = moments(images)
-    pixels = images.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(deviation, pixels.std((0, 2, 3)), rtol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "shown"), [(8, 64), (64, 64), (48, 48), (256, 128)])
