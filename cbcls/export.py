@@ -1,7 +1,5 @@
 """Classifiers apart from their runs: read from a run's folder or an exported one, and exported to one."""
 
-import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
 from cbcls.train import Classification
 from common.classification.leak_audit import UNKNOWN
-from common.classification.stored import Stored, check_images, export, read_stored
+from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.logits import evaluating
@@ -24,7 +22,7 @@ from common.norms import MixtureNorm
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedClassifier:
+class TrainedClassifier(StoredModel[ClassifierConfig]):
     """A classifier that was trained, with what its use needs.
 
     Attributes:
@@ -37,11 +35,10 @@ class TrainedClassifier:
     """
 
     network: Classifier
-    cfg: ClassifierConfig
     classes: tuple[str, ...]
     clusters: tuple[str, ...]
     epoch: int
-    passport: Mapping[str, Any]
+    passport: dict[str, Any]
 
     def logits(self, images: Tensor, cluster: str | Tensor = "unknown") -> Tensor:
         """Return logits (N, C), float64, of uint8 images (N, 3, S, S).
@@ -57,9 +54,8 @@ class TrainedClassifier:
         """
         check_images(images, self.cfg.data.size)
         ids = cluster if isinstance(cluster, Tensor) else self._ids(cluster, len(images))
-        device = next(self.network.parameters()).device
         with evaluating(self.network):
-            return logits_of(self.cfg, self.network, images, len(self.classes), ids, device)
+            return logits_of(self.cfg, self.network, images, len(self.classes), ids, self.device)
 
     def check_cluster(self, cluster: str) -> None:
         """Raise UsageError if the classifier cannot be told this cluster."""
@@ -80,15 +76,6 @@ class TrainedClassifier:
         # A cluster that is itself called unknown goes first: it is what the name says.
         number = self.clusters.index(cluster) if cluster in self.clusters else UNKNOWN
         return torch.full((count,), number)
-
-    def save(self, folder: Path) -> None:
-        """Write weights, configuration and names to a folder that `load_model` reads.
-
-        Raises:
-            UsageError: if the folder holds a model already.
-        """
-        facts = {name: getattr(self, name) for name in ("classes", "clusters", "epoch")}
-        export(folder, self.network, self.cfg, facts | {"passport": dict(self.passport)})
 
 
 def load_model(
@@ -114,37 +101,35 @@ def load_model(
     """
     stored = read_stored(ClassifierConfig, path, "network", checkpoint)
     cfg = stored.cfg
-    if stored.facts is not None:
-        classes, clusters = stored.fact("classes", tuple), stored.fact("clusters", tuple)
-        epoch, passport = stored.fact("epoch", int), stored.fact("passport", dict)
-    else:
-        classes, clusters = _categories(stored, images)
-        epoch, passport = stored.state["at"]["epoch"], stored.state["passport"]
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has told
-        network = build_classifier(plain, len(classes), len(clusters))
-    stored.load_into(network)
-    network.eval().to(device)
-    if stored.facts is None and any(isinstance(layer, MixtureNorm) for layer in network.modules()):
+
+    def names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        train = (images or Classification.load(cfg))["train"]
+        return train.classes, train.cluster_names
+
+    def of_run() -> dict[str, Any]:
+        classes, clusters = names() if images else stored.noted(CATEGORIES, _names, names)
+        return {
+            "classes": classes,
+            "clusters": clusters if cfg.told_clusters else (),
+            "epoch": stored.state["at"]["epoch"],
+            "passport": stored.state["passport"],
+        }
+
+    model = stored.model(
+        TrainedClassifier,
+        of_run,
+        lambda facts: build_classifier(plain, len(facts["classes"]), len(facts["clusters"])),
+    )
+    network = model.network.to(device)
+    if not stored.exported and any(isinstance(layer, MixtureNorm) for layer in network.modules()):
         found = Evaluation(cfg, images or Classification.load(cfg), torch.device(device))
         with found.measuring(network):
             state = {name: value.clone() for name, value in network.state_dict().items()}
         network.load_state_dict(state)
-    return TrainedClassifier(network, cfg, classes, clusters if cfg.told_clusters else (), epoch, passport)
+    return model
 
 
-def _categories(
-    stored: Stored[ClassifierConfig], images: Mapping[str, ImageSet] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of a run's classes and clusters: as it noted them, or from its images."""
-    file = stored.folder / CATEGORIES
-    if images is None and file.is_file():
-        try:
-            names = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(names["classes"]), tuple(names["clusters"])
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"run: {file} is damaged; remove it, and names are taken from the images") from None
-    train = (images or Classification.load(stored.cfg))["train"]
-    return train.classes, train.cluster_names
+def _names(known: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(known["classes"]), tuple(known["clusters"])

@@ -95,7 +95,7 @@ def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count
     for domain, training in (("source", "train"), ("target", "target")):
         shown = images.get(_SPLITS[domain], images[training])
         cluster = domain if domain in clusters_of(model.cfg.norm.kind) else "source"
-        with collect_activation(model.classifier) as activation, collect_features(model.classifier) as feature:
+        with collect_activation(model.network) as activation, collect_features(model.network) as feature:
             model.logits(shown.images, cluster)
         chosen = permutation(len(shown), model.cfg.seed, "t-SNE", domain)[:count].sort().values
         activations.append(activation)

@@ -142,9 +142,8 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     series = fid_series(read_metrics(folder), fid.tag) if same else []
     if options.check and not series:
         raise UsageError(f"check: {folder} logged no {fid.tag} to compare with; leave it out")
-    exported = stored.facts is not None
-    g = g if exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
-    at = {"epoch": stored.fact("epoch", int), "step": None} if exported else stored.state["at"]
+    g = g if stored.exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
+    at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["at"]
     count = options.samples or evaluation.count(at["epoch"])
     _warn(evaluation.fid_warnings(count))
     result = evaluation.measure(g, count, thorough=True)

@@ -1,9 +1,9 @@
 """Trained generators apart from their runs: read from a run or a folder of their own, and written to one."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from cbgan.config import GanConfig
 from cbgan.evaluation import CLASSES, calibrated
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
-from common.classification.stored import Stored, export, read_stored
+from common.classification.stored import StoredModel, read_stored
 from common.data import to_uint8
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
@@ -27,7 +27,7 @@ _CLOSE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedGenerator:
+class TrainedGenerator(StoredModel[GanConfig]):
     """A generator that was trained, with what its use needs.
 
     Attributes:
@@ -39,15 +39,9 @@ class TrainedGenerator:
     """
 
     network: Generator
-    cfg: GanConfig
     classes: tuple[str, ...]
     counts: tuple[int, ...]
     epoch: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
 
     @torch.no_grad()
     def images(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -115,7 +109,7 @@ class TrainedGenerator:
         program = torch.export.export(
             self.network, example, dynamic_shapes=tuple({0: torch.export.Dim("images", min=1)} for _ in example)
         )
-        export(folder, self.network, self.cfg, {"classes": self.classes, "counts": self.counts, "epoch": self.epoch})
+        super().save(folder)
         write_atomic(folder / PROGRAM, lambda file: torch.export.save(program, file))  # pyright: ignore[reportArgumentType]
         example = self._example(5)
         with torch.no_grad():
@@ -151,17 +145,19 @@ def load_generator(
     """
     stored = read_stored(GanConfig, path, "g", checkpoint, average=not raw)
     cfg = stored.cfg
-    network = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed)
-    stored.load_into(network)
-    classes, counts, epoch = (), (), 0
-    if stored.facts is not None:
-        classes, counts = stored.fact("classes", tuple), stored.fact("counts", tuple)
-        epoch = stored.fact("epoch", int)
-    else:
-        epoch = int(stored.state["at"]["epoch"])
-        classes, counts = _classes(stored) if cfg.conditional else ((), ())
-        network = calibrated(network, cfg, torch.device("cpu"))  # an exported one was fitted before it was written
-    return TrainedGenerator(network.eval().requires_grad_(False).to(device), cfg, classes, counts, epoch)
+
+    def of_run() -> dict[str, Any]:
+        known = stored.noted(CLASSES, _names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}
+        return known | {"epoch": int(stored.state["at"]["epoch"])}
+
+    model = stored.model(
+        TrainedGenerator,
+        of_run,
+        lambda _: Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed),
+    )
+    # An exported one was fitted before it was written.
+    network = model.network if stored.exported else calibrated(model.network, cfg, torch.device("cpu"))
+    return replace(model, network=network.requires_grad_(False).to(device))
 
 
 def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:
@@ -183,10 +179,5 @@ def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:
     return file, "last"
 
 
-def _classes(stored: Stored[GanConfig]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return names and counts of the classes that a conditional run was trained on."""
-    try:
-        known = json.loads((stored.folder / CLASSES).read_text(encoding="utf-8"))
-        return tuple(map(str, known["classes"])), tuple(map(int, known["counts"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"run: {stored.folder / CLASSES} cannot be read ({error}); restore it") from None
+def _names_and_counts(known: Any) -> dict[str, Any]:
+    return {"classes": tuple(map(str, known["classes"])), "counts": tuple(map(int, known["counts"]))}

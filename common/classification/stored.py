@@ -2,8 +2,10 @@
 
 import json
 import sys
+import typing
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +19,7 @@ from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.training.config import RunConfig, stored_config
 
 C = TypeVar("C", bound=RunConfig)
+M = TypeVar("M", bound="StoredModel[Any]")
 T = TypeVar("T")
 
 _WEIGHTS, _FACTS, _CONFIG = "model.safetensors", "model.json", "config.yaml"
@@ -33,6 +36,41 @@ def check_images(images: Tensor, size: int) -> None:
             f"images: expected uint8 (N, 3, {size}, {size}), got {str(images.dtype).removeprefix('torch.')} "
             f"{tuple(images.shape)}"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredModel(Generic[C]):
+    """A trained network apart from its run.
+
+    The fields that an application's model adds are facts: `save` writes them, `Stored.model` reads them again.
+
+    Attributes:
+        network: in evaluation mode.
+        cfg: the configuration of its run.
+    """
+
+    network: nn.Module
+    cfg: C
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors), configuration and facts to a folder, which is loaded as a run is.
+
+        Raises:
+            UsageError: if the folder holds a model already.
+        """
+        from safetensors.torch import save  # noqa: PLC0415 - as timm's weights, only where it is needed
+
+        check_free(folder)
+        weights = {name: value.contiguous().cpu() for name, value in self.network.state_dict().items()}
+        facts = {name: getattr(self, name) for name in _facts(type(self))}
+        write_text_atomic(folder / _CONFIG, to_yaml(to_dict(self.cfg)))
+        write_text_atomic(folder / _FACTS, json.dumps(facts) + "\n")
+        write_atomic(folder / _WEIGHTS, lambda file: file.write(save(weights)))  # last: it makes the folder a model's
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +102,49 @@ class Stored(Generic[C]):
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(self.folder, error) from None
 
+    @property
+    def exported(self) -> bool:
+        """Whether it is an exported folder's, not a run's."""
+        return self.facts is not None
+
+    def noted(self, name: str, read: Callable[[Any], T], otherwise: Callable[[], T] | None = None) -> T:
+        """Return what ``read`` makes of a JSON file in a run's folder; without the file, what ``otherwise`` finds.
+
+        Raises:
+            UsageError: if the file is damaged, or missing and there is no ``otherwise``.
+        """
+        file = self.folder / name
+        if otherwise is not None and not file.is_file():
+            return otherwise()
+        try:
+            return read(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = "restore it" if otherwise is None else "remove it, and names are taken from the images"
+            raise UsageError(f"run: {file} cannot be read ({error}); {remedy}") from None
+
+    def model(
+        self,
+        kind: type[M],
+        of_run: Callable[[], Mapping[str, Any]],
+        build: Callable[[Mapping[str, Any]], nn.Module],
+    ) -> M:
+        """Return the network with its weights, in evaluation mode, and its facts.
+
+        Args:
+            kind: the application's model.
+            of_run: returns a run's facts; an exported folder holds its own.
+            build: makes the network from the facts.
+
+        Raises:
+            UsageError: if facts are missing, or the weights are not those of such a network.
+        """
+        facts = {name: self.fact(name, type_) for name, type_ in _facts(kind).items()} if self.exported else of_run()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has told
+            network = build(facts)
+        self.load_into(network)
+        return kind(network.eval(), self.cfg, **facts)
+
     def load_into(self, network: nn.Module) -> None:
         """Give a network the weights.
 
@@ -80,7 +161,7 @@ class Stored(Generic[C]):
 def read_stored(
     kind: type[C], path: Path | str, network: str, checkpoint: str = "last", *, average: bool = True
 ) -> Stored[C]:
-    """Read a network from a run's folder or from one that `export` wrote; nothing but tensors is unpickled.
+    """Read a network from a run's folder or from one that `StoredModel.save` wrote; nothing but tensors is unpickled.
 
     Args:
         kind: the class of the run's configuration.
@@ -111,25 +192,17 @@ def read_stored(
     return Stored(folder, stored_config(kind, folder), weights, None, state)
 
 
+def _facts(kind: type[StoredModel[Any]]) -> dict[str, Callable[[Any], Any]]:
+    """Return the names of a model's facts, each with what brings a value of JSON to its type."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in fields(kind) if field.name not in ("network", "cfg")]
+    return {name: typing.get_origin(hints[name]) or hints[name] for name in names}
+
+
 def check_free(folder: Path) -> None:
     """Raise UsageError if a folder for an exported model holds one already."""
     if (folder / _WEIGHTS).exists():
         raise UsageError(f"out: {folder} holds a model already; choose another folder")
-
-
-def export(folder: Path, network: nn.Module, cfg: RunConfig, facts: Mapping[str, Any]) -> None:
-    """Write weights (safetensors), configuration and facts to a folder that `read_stored` reads.
-
-    Raises:
-        UsageError: if the folder holds a model already.
-    """
-    from safetensors.torch import save  # noqa: PLC0415 - as timm's weights, only where it is needed
-
-    check_free(folder)
-    state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
-    write_text_atomic(folder / _CONFIG, to_yaml(to_dict(cfg)))
-    write_text_atomic(folder / _FACTS, json.dumps(facts) + "\n")
-    write_atomic(folder / _WEIGHTS, lambda file: file.write(save(state)))  # last: it makes the folder a model's
 
 
 def _exported(folder: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

@@ -67,8 +67,6 @@ def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path,
         assert (exported.clusters, exported.epoch) == (trained.clusters, 2)
         assert exported.passport == trained.passport
         assert not exported.network.training
-        with pytest.raises(UsageError, match=r"out: .* holds a model already"):
-            exported.save(out)
 
 
 def test_names_come_from_the_run_or_else_from_its_images(runs, tmp_path):
@@ -78,9 +76,6 @@ def test_names_come_from_the_run_or_else_from_its_images(runs, tmp_path):
     assert wanted.clusters == wanted.classes
     (copy / "categories.json").unlink()
     assert load_model(copy).clusters == wanted.clusters
-    (copy / "categories.json").write_text("[")
-    with pytest.raises(UsageError, match=r"categories.json is damaged"):
-        load_model(copy)
 
 
 def test_a_kept_epoch_can_be_asked(runs, pictures, tmp_path):

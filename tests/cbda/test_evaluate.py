@@ -75,7 +75,7 @@ def test_how_far_the_domains_are_apart_in_each_layer_and_where_their_features_li
     assert apart["network.linear"] == pytest.approx(symmetric(*logits), rel=1e-4)
     ((features, by), options) = drawn[tmp_path / "out" / "tsne"]
     chosen = {domain: permutation(12, 0, "t-SNE", domain)[:8].sort().values for domain in of}
-    linear = model.classifier.network.get_submodule("linear")
+    linear = model.network.network.get_submodule("linear")
     for domain, rows in zip(of, features.chunk(2), strict=True):
         said = model.logits(of[domain].images[chosen[domain]], domain if kind == "scb" else "source")
         torch.testing.assert_close(linear(rows).double(), said, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -6,10 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.classification.stored import export, read_stored
+from common.classification.stored import StoredModel, read_stored
 from common.errors import UsageError
 from common.runs.checkpoint import Checkpoints
 from common.training.config import RunConfig, stored_yaml
+
+
+@dataclass(frozen=True, eq=False)
+class Toy(StoredModel[RunConfig]):
+    classes: tuple[str, ...]
+    threshold: float
+    passport: dict[str, str]
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -71,36 +79,73 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(run, capsys):
     assert "step-00000005" in line
 
 
+def toy() -> Toy:
+    return Toy(nn.Linear(3, 2), RunConfig(epochs=7), ("a", "b"), 0.5, {"content": "abc"})
+
+
+def read_toy(folder: Path) -> Toy:
+    def facts_of_a_run():
+        pytest.fail("a folder that was exported holds its own")
+
+    return read_stored(RunConfig, folder, "anything").model(Toy, facts_of_a_run, lambda _: nn.Linear(3, 2))
+
+
 def test_what_is_exported_comes_back_with_its_facts(tmp_path):
-    folder, network = tmp_path / "model", nn.Linear(3, 2)
-    export(folder, network, RunConfig(epochs=7), {"classes": ("a", "b"), "threshold": 0.5})
+    folder, model = tmp_path / "model", toy()
+    model.save(folder)
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "model.json"}
-    torch.testing.assert_close(load_file(folder / "model.safetensors"), dict(network.state_dict()))
-    stored = read_stored(RunConfig, folder, "anything")
-    assert (stored.cfg.epochs, stored.state) == (7, {})
-    assert stored.fact("classes", tuple) == ("a", "b")
-    assert stored.fact("threshold", float) == 0.5
-    with pytest.raises(UsageError, match=r"cannot be read as an exported model \('missing'\)"):
-        stored.fact("missing", float)
+    torch.testing.assert_close(load_file(folder / "model.safetensors"), dict(model.network.state_dict()))
+    found = read_toy(folder)
+    torch.testing.assert_close(dict(found.network.state_dict()), dict(model.network.state_dict()), rtol=0, atol=0)
+    assert not found.network.training
+    assert (found.cfg.epochs, found.device.type) == (7, "cpu")
+    assert (found.classes, found.threshold, found.passport) == (("a", "b"), 0.5, {"content": "abc"})
     with pytest.raises(UsageError, match=r"checkpoint: .* holds an exported model, which has no best"):
         read_stored(RunConfig, folder, "network", "best")
     with pytest.raises(UsageError, match=r"out: .* holds a model already"):
-        export(folder, network, RunConfig(), {})
+        model.save(folder)
 
 
-@pytest.mark.parametrize("damage", ["weights", "facts", "list"])
+def test_a_runs_facts_are_asked_for(run):
+    found = read_stored(RunConfig, run, "network").model(
+        Toy, lambda: {"classes": ("x",), "threshold": 1.0, "passport": {}}, lambda facts: nn.Linear(3, 2)
+    )
+    torch.testing.assert_close(dict(found.network.state_dict()), weights(4))
+    assert (found.classes, found.threshold) == (("x",), 1.0)
+
+
+def test_names_come_from_the_runs_file_or_else_from_its_images(run):
+    stored = read_stored(RunConfig, run, "network")
+    assert stored.noted("names.json", tuple, lambda: ("images",)) == ("images",)
+    with pytest.raises(UsageError, match=r"names\.json cannot be read \(.*No such file.*\); restore it$"):
+        stored.noted("names.json", tuple)
+    (run / "names.json").write_text('["a", "b"]')
+    assert stored.noted("names.json", tuple, lambda: ("images",)) == ("a", "b")
+    (run / "names.json").write_text("[")
+    with pytest.raises(UsageError, match=r"names\.json cannot be read .*; remove it, and names are taken from the im"):
+        stored.noted("names.json", tuple, lambda: ("images",))
+
+
+DAMAGES = {
+    "weights": ("model.safetensors", "damaged"),
+    "facts": ("model.json", "{"),
+    "list": ("model.json", json.dumps(7)),
+    "missing": ("model.json", json.dumps({"classes": ["a"]})),
+    "type": ("model.json", json.dumps({"classes": ["a"], "threshold": "high", "passport": {}})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_export_is_one_line(tmp_path, damage):
-    export(tmp_path, nn.Linear(3, 2), RunConfig(), {})
-    if damage == "weights":
-        (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    else:
-        (tmp_path / "model.json").write_text("{" if damage == "facts" else json.dumps(7))
+    toy().save(tmp_path)
+    name, text = DAMAGES[damage]
+    (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match="cannot be read as an exported model"):
-        read_stored(RunConfig, tmp_path, "network")
+        read_toy(tmp_path)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
-    export(tmp_path, nn.Linear(3, 2), RunConfig(), {})
+    toy().save(tmp_path)
     save_file({"weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="are not of its config"):
-        read_stored(RunConfig, tmp_path, "network").load_into(nn.Linear(3, 2))
+        read_toy(tmp_path)
