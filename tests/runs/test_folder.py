@@ -134,23 +134,20 @@ ELSEWHERE = {"device": "cuda", "threads": 7, "python": "3.12.1", "versions.torch
              "versions.triton": "3.4.0", "hardware.cpu": "B", "hardware.gpu": "C"}  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ELSEWHERE)
-def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path, field):
-    write_sessions(tmp_path, SESSION)
-    session = changed(field, ELSEWHERE[field])
-    (line,) = note_session(tmp_path, session)
-    before = (SESSION | SESSION["versions"] | SESSION["hardware"])[field.split(".")[-1]]
-    assert line.startswith(f"{field}: the run used {before}, this process has {ELSEWHERE[field]}; ")
-    assert "last bits" in line
-    assert "\n" not in line
-    assert sessions(tmp_path) == [SESSION, session]
-    assert note_session(tmp_path, session) == []  # as the last session, if not as the first
-
-
-@pytest.mark.parametrize(("field", "value"), [("hardware.memory_gib", 64), ("hardware.cores", 64), ("commit", "def")])
-def test_what_no_result_depends_on_goes_without_saying(tmp_path, field, value):
-    write_sessions(tmp_path, SESSION)
-    assert note_session(tmp_path, changed(field, value)) == []
+def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path):
+    for field, value in ELSEWHERE.items():
+        write_sessions(tmp_path, SESSION)
+        session = changed(field, value)
+        (line,) = note_session(tmp_path, session)
+        before = (SESSION | SESSION["versions"] | SESSION["hardware"])[field.split(".")[-1]]
+        assert line.startswith(f"{field}: the run used {before}, this process has {value}; ")
+        assert "last bits" in line
+        assert "\n" not in line
+        assert sessions(tmp_path) == [SESSION, session]
+        assert note_session(tmp_path, session) == []  # as the last session, if not as the first
+    for field, value in (("hardware.memory_gib", 64), ("hardware.cores", 64), ("commit", "def")):
+        write_sessions(tmp_path, SESSION)
+        assert note_session(tmp_path, changed(field, value)) == []  # what no result depends on
 
 
 def test_another_backend_of_the_layers_is_refused_on_the_same_kind_of_device(tmp_path):
@@ -185,6 +182,7 @@ def test_the_threads_to_keep_are_those_of_the_last_session(tmp_path):
 
 
 BAD_SESSIONS = {
+    "missing": None,
     "empty": b"",
     "half": b'{"sessions": [{"wor',
     "no text": b"\xff\xfe",
@@ -198,42 +196,43 @@ BAD_SESSIONS = {
     "threads that are true": b'{"sessions": [{"world": 1, "threads": true}]}',
     "no threads": b'{"sessions": [{"world": 1, "threads": 0}]}',
     "threads not noted": b'{"sessions": [{"world": 1}]}',
-    "missing": None,
 }
 
 
-@pytest.mark.parametrize("case", BAD_SESSIONS)
-def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path, case):
-    file, content = tmp_path / "environment.json", BAD_SESSIONS[case]
-    if content is not None:
-        file.write_bytes(content)
-    for read in (recorded_threads, lambda path: note_session(path, SESSION)):
+@pytest.mark.parametrize("read", [recorded_threads, lambda path: note_session(path, SESSION)], ids=["threads", "note"])
+def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path, read):
+    file = tmp_path / "environment.json"
+    for content in BAD_SESSIONS.values():
+        if content is not None:
+            file.write_bytes(content)
         with pytest.raises(UsageError, match=f"^name: {file} .* expected {{") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
-    assert not file.exists() if content is None else file.read_bytes() == content
+        assert not file.exists() if content is None else file.read_bytes() == content
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
 @pytest.mark.parametrize(
     ("name", "use"),
     [("lock", RunFolder.reopen), ("environment.json", lambda path: note_session(path, SESSION))],
     ids=["lock", "session"],
 )
-def test_a_folder_that_may_only_be_read_is_one_line(tmp_path, monkeypatch, code, name, use):
+def test_a_folder_that_may_only_be_read_is_one_line(tmp_path, monkeypatch, name, use):
     write_sessions(tmp_path, SESSION)
     opened = os.open
+    for code in (errno.EROFS, errno.EACCES, errno.EPERM):
 
-    def refuse(path, flags, *mode, **options):
-        if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
-            raise OSError(code, os.strerror(code), path)
-        return opened(path, flags, *mode, **options)
+        def refuse(path, flags, *mode, code=code, **options):
+            if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(code, os.strerror(code), path)
+            return opened(path, flags, *mode, **options)
 
-    monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(UsageError, match=rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"):
-        use(tmp_path)
-    monkeypatch.undo()
-    assert sessions(tmp_path) == [SESSION]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            with pytest.raises(
+                UsageError, match=rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"
+            ):
+                use(tmp_path)
+        assert sessions(tmp_path) == [SESSION]
 
 
 def test_a_full_disk_is_not_taken_for_one_that_may_only_be_read(tmp_path, monkeypatch):
