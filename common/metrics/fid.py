@@ -24,6 +24,7 @@ from common.metrics.features.neighbours import Copying, Nearest, copying, neares
 from common.metrics.features.quality import Quality
 from common.metrics.features.uncertainty import POINTS, REPLICATES, Interval, distance_interval, distance_limit, enough
 from common.metrics.inception import Inception
+from common.metrics.logits import in_batches
 
 Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]
@@ -329,27 +330,26 @@ class Fid:
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""
-        size, world = self.config.batch_size, self._env.world
-        features = torch.zeros(count, self.extractor.dim)
-        for first in range(0, count, size * world):
+
+        def go_on() -> None:
             if should_stop is not None and should_stop():
                 raise Interrupted
-            mine = torch.zeros(size, self.extractor.dim)
-            start = first + size * self._env.rank
-            n = min(size, count - start)
-            if n > 0:
-                mine[:n] = self._of_batch(sample, start, n)
-            for rank, rows in enumerate(self._env.stacked(mine)):
-                start = first + size * rank
-                features[start : start + size] = rows[: max(0, count - start)]
-        return features
+
+        return in_batches(
+            lambda start, n: self._of_batch(sample, start, n),
+            count,
+            self.extractor.dim,
+            batch_size=self.config.batch_size,
+            env=self._env,
+            go_on=go_on,
+        )
 
     def _of_batch(self, sample: Sample, start: int, n: int) -> Tensor:
         images = sample(start, n)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != (n, 3):
             got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
-        return self.extractor(images).cpu()
+        return self.extractor(images)
 
     def _of(self, real: ImageSet, should_stop: ShouldStop | None) -> "_Measured":
         if len(real) < 2:

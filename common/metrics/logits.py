@@ -1,4 +1,4 @@
-"""What a classifier says of many images, batch by batch, on one process or shared by several."""
+"""What a network says of many images, batch by batch, on one process or shared by several."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from common.machine.dist import Env
+
+
+def in_batches(
+    rows: Callable[[int, int], Tensor],
+    count: int,
+    columns: int,
+    *,
+    batch_size: int,
+    env: Env,
+    go_on: Callable[[], None] = lambda: None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return (count, columns) on the CPU; each process makes every world-th batch, ``rows(start, n)``, and gets all.
+
+    ``go_on`` is called before each batch, on all processes alike; what it raises ends the work.
+    """
+    found = torch.zeros(count, columns, dtype=dtype)
+    for first in range(0, count, batch_size * env.world):
+        go_on()
+        mine = torch.zeros(batch_size, columns, dtype=dtype)
+        start = first + batch_size * env.rank
+        if (n := min(batch_size, count - start)) > 0:
+            mine[:n] = rows(start, n).to(dtype).cpu()
+        for rank, theirs in enumerate(env.stacked(mine)):
+            start = first + batch_size * rank
+            found[start : start + batch_size] = theirs[: max(0, count - start)]
+    return found
 
 
 @torch.no_grad()
@@ -31,21 +58,14 @@ def classify(
         env: this process among those that share the work, each with the same classifier.
         go_on: called before each batch, on all processes alike; what it raises ends the measurement.
     """
-    env = env or Env()
-    size, world = batch_size, env.world
-    logits = torch.zeros(len(images), num_classes, dtype=torch.float64)
-    for first in range(0, len(images), size * world):
-        go_on()
-        mine = torch.zeros(size, num_classes, dtype=torch.float64)
-        share = slice(first + size * env.rank, first + size * (env.rank + 1))
-        batch = images[share]
-        if len(batch):
-            told = () if clusters is None else (clusters[share],)
-            mine[: len(batch)] = classifier(batch, *told).double().cpu()
-        for rank, rows in enumerate(env.stacked(mine)):
-            start = first + size * rank
-            logits[start : start + size] = rows[: max(0, len(images) - start)]
-    return logits
+
+    def rows(start: int, n: int) -> Tensor:
+        share = slice(start, start + n)
+        return classifier(images[share], *(() if clusters is None else (clusters[share],)))
+
+    return in_batches(
+        rows, len(images), num_classes, batch_size=batch_size, env=env or Env(), go_on=go_on, dtype=torch.float64
+    )
 
 
 @contextmanager
