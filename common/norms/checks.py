@@ -55,14 +55,15 @@ def check_dtype(dtype: object) -> None:
         raise ValueError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """Return a tensor's dtype and shape, or the type of anything else."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_input(x: object, channels: int, dim: int = 1) -> None:
     """Raise ValueError unless x is a floating-point tensor with a batch, and so many channels in dimension dim."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {_describe(x)}")
+        raise ValueError(f"x: expected a floating-point tensor, got {describe(x)}")
     if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != channels:
         raise ValueError(f"x: expected {channels} channels in dimension {dim}, got {tuple(x.shape)}")
 
@@ -82,20 +83,20 @@ def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) ->
 def check_parameter(name: str, tensor: object, shape: tuple[int, ...], x: Tensor) -> None:
     """Raise ValueError unless tensor is floating-point, of the shape, and on x's device."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
-        raise ValueError(f"{name}: expected a floating-point {tuple(shape)}, got {_describe(tensor)}")
+        raise ValueError(f"{name}: expected a floating-point {tuple(shape)}, got {describe(tensor)}")
     check_device(name, tensor, x.device, "x")
 
 
 def check_mean(mean: object) -> None:
     """Raise ValueError unless mean is a floating-point (K, C) with at least one row."""
     if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.ndim != 2 or len(mean) < 1:
-        raise ValueError(f"mean: expected a floating-point (K, C) with K of at least 1, got {_describe(mean)}")
+        raise ValueError(f"mean: expected a floating-point (K, C) with K of at least 1, got {describe(mean)}")
 
 
 def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) -> None:
     """Raise ValueError unless cluster is int64 (N,) on x's device, IndexError (CPU only) for an id beyond range."""
     if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
-        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {_describe(cluster)}")
+        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}")
     check_device("cluster", cluster, x.device, "x")
     if not torch.compiler.is_compiling() and cluster.device.type == "cpu" and len(cluster):
         low, high = (int(v) for v in cluster.aminmax())

@@ -9,7 +9,6 @@ from torch import nn
 
 from common.norms import DomainBatchNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, clusters
 
-KINDS = ["mn", "ucb", "scb", "scb_base", "dsbn"]
 ROUTED = ["scb", "scb_base", "dsbn"]
 EXACT = [
     ("scb", 3, SCBNorm),

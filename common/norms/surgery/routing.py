@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..factory import DomainBatchNorm
 from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
@@ -34,8 +35,7 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
         ...     logits = model(images)
     """
     if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
-        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {given}")
+        raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {checks.describe(ids)}")
     token = _ids.set(ids)
     try:
         yield
