@@ -271,29 +271,13 @@ def test_data_passes_over_a_non_finite_batch():
 
 def test_printing_shows_every_option_that_is_not_the_default():
     assert repr(UCBNorm(8, 3)) == "UCBNorm(8, 3)"
-    text = repr(
-        UCBNorm(
-            8,
-            3,
-            groups=1,
-            update="weight",
-            statistics="learned",
-            average="paper",
-            scale="sqrt_k",
-            init="kmeans++",
-            momentum=0.2,
-            eps=1e-3,
-            affine=False,
-            channel_dim=-1,
-            seed=5,
-            backend="eager",
-        )
-    )
-    shown = (
-        "groups=1, update='weight', statistics='learned', init='kmeans++', average='paper', scale='sqrt_k', "
-        "momentum=0.2, affine=False, seed=5, channel_dim=-1, backend='eager', eps=0.001"
-    )
-    assert sorted(text.removeprefix("UCBNorm(8, 3, ").removesuffix(")").split(", ")) == sorted(shown.split(", "))
+    shared: dict[str, Any] = {"average": "paper", "scale": "sqrt_k", "momentum": 0.2, "min_weight": 0.01, "eps": 1e-3}
+    shared |= {"affine": False, "channel_dim": -1, "seed": 5, "backend": "eager"}
+    learned: dict[str, Any] = {"groups": 1, "update": "weight", "statistics": "learned", "init": "kmeans++"}
+    for layer, options in ((UCBNorm, learned), (MixtureNorm, {"groups": 2, "init": "uniform", "em_steps": 5})):
+        text = repr(layer(8, 3, **options, **shared))
+        shown = sorted(f"{name}={value!r}" for name, value in (options | shared).items())
+        assert sorted(text.removeprefix(f"{layer.__name__}(8, 3, ").removesuffix(")").split(", ")) == shown
     alive = "UCBNorm(8, 3, variance='shared', reseed=0.02, min_weight=0.01)"
     assert repr(UCBNorm(8, 3, min_weight=0.01, variance="shared", reseed=0.02)) == alive
     supervised = {"affine": True, "init": "data", "unknown_scale": "paper", "unknown_posterior": "sample"}

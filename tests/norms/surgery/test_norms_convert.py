@@ -11,6 +11,7 @@ import torch
 from convert_cases import EXACT, IDS, close, images, lived, routed, small
 from norm_cases import mixture_case
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torchvision.models import resnet18
 
@@ -242,6 +243,10 @@ def test_wrong_conversions_are_named():
         (lambda m: convert_norms(m, "ucb", []), "where: expected to match at least one of 3"),
         (lambda m: convert_norms(m, "ucb", nn.Conv2d), "where: expected to match at least one of 3 BatchNorm layers"),
         (lambda m: convert_norms(m[0], "ucb"), "model: expected at least one BatchNorm layer inside"),
+        (
+            lambda _: convert_norms(DistributedDataParallel.__new__(DistributedDataParallel), "ucb"),
+            "model: expected one not yet wrapped, got DistributedDataParallel; convert, then wrap",
+        ),
         (revert_norms, "model: expected at least one converted layer"),
         (lambda m: convert_norms(m, "ucb", colour=3), "colour: 3 is no option of kind 'ucb'"),
         (lambda m: convert_norms(m, "dsbn", groups=1), "groups: 1 is no option of kind 'dsbn'"),

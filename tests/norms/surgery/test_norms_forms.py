@@ -17,6 +17,7 @@ from timm.layers import (
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torchvision.models import convnext
 
 from common.norms import (
@@ -142,6 +143,10 @@ class LayerGated(nn.LayerNorm):
         (Gated(4), r"where: 0 \(Gated\) holds gate, which would be lost; leave it out by `where`"),
         (Centred(4), r"where: 0 \(Centred\) does more than torch's LayerNorm, which would be lost"),
         (LayerGated(4), r"where: 0 \(LayerGated\) holds gate, which would be lost"),
+        (
+            prune.l1_unstructured(nn.LayerNorm(4), "weight", amount=1),
+            r"where: 0 \(LayerNorm\) has parameters or buffers of its own \(pruning\?\), which would be lost",
+        ),
         (nn.LayerNorm([2, 4]), r"where: 0 \(LayerNorm\) normalises over \(2, 4\), of which none alone is the channels"),
     ],
     ids=lambda value: type(value).__name__,
