@@ -1,12 +1,9 @@
 """Time the layers against BatchNorm: ``python -m common.norms.bench``."""
 
 import itertools
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +15,6 @@ from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
 from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
-from common.norms.kernels import launch
 from common.runs.folder import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
@@ -186,21 +182,6 @@ def line(cells: list[str]) -> str:
 def head(titles: Sequence[str]) -> str:
     """Return the two lines that a Markdown table begins with."""
     return f"{line(list(titles))}\n|{'---|' * len(titles)}"
-
-
-def check_triton(interpreted: str, absent: str) -> None:
-    """Raise UsageError where kernels would be interpreted or Triton is not installed, with why that does not do."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError(f"TRITON_INTERPRET: expected it unset, since interpreted kernels {interpreted}, got 1")
-    if not launch.INSTALLED:
-        raise UsageError(f"triton: expected it to be installed, since {absent}")
-
-
-def end(missed: Sequence[str], summary: str) -> NoReturn:
-    """Print what was missed and a summary, and leave with status 1 if anything was."""
-    print(*(f"missed: {each}" for each in missed), sep="\n")
-    print(f"\n{summary}")
-    sys.exit(bool(missed))
 
 
 def machine(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import Recorder, replaced_kernels
 from norm_cases import any_norm, mixture_case
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,7 +20,6 @@ from common.norms import checks
 from common.norms.backends import capture
 from common.norms.estimation import operators as estimation
 from common.norms.kernels import em_operators, launch
-from common.norms.tools.recording import Recorder, replaced_kernels
 
 RUN = InterpretedFunction.run
 SHAPE = (3, 4, 5)
@@ -38,11 +38,11 @@ class Capture(Recorder):
     """Run what is launched, and keep it."""
 
     def __init__(self):
-        super().__init__("cpu")
+        super().__init__()
         self.kept = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in self._bodies:
+        if func.name() in self.bodies:
             return super().__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **(kwargs or {}))
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "a question"

@@ -47,50 +47,6 @@ def test_under_the_interpreter(file, part):
     assert " passed" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[str]:
-    """What the command says of the default layer's kernels on one GPU; without options it takes all of them."""
-    cache = str(tmp_path_factory.mktemp("triton"))
-    done = python("-m", "common.norms.aot", "--archs", "90", "--quick", "true", TRITON_CACHE_DIR=cache)
-    assert done.stdout.endswith("budgets missed\n"), done.stdout[-4000:] + done.stderr[-4000:]
-    assert done.returncode == ("missed: " in done.stdout)
-    return done.stdout.splitlines()
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("layer", "kernel"),
-    [
-        ("UCBNorm", "mixture_moments_kernel"),
-        ("UCBNorm", "mixture_apply_kernel"),
-        ("UCBNorm", "mixture_sums_kernel"),
-        ("UCBNorm", "mixture_bwd_kernel"),
-        ("UCBNorm, groups=1", "mixture_moments_kernel"),
-        ("UCBNorm, groups=1", "mixture_apply_kernel"),
-        ("UCBNorm, groups=1", "mixture_sums_kernel"),
-        ("SCBNorm", "scb_fwd_kernel"),
-        ("SCBNorm", "scb_bwd_kernel"),
-        ("UCBNorm, groups=1", "mixture_bwd_kernel"),
-    ],
-)
-def test_kernels_take_no_more_instructions_than_their_budget(compiled, layer, kernel):
-    assert [
-        line for line in compiled if line.startswith("| sm_90") and f" {kernel} " in line and f"| {layer}, K" in line
-    ]
-    about = f"missed: sm_90 {kernel}, {layer}, K=3"
-    assert not [line for line in compiled if line.startswith(about) and "instructions an element" in line]
-
-
-@needs_triton
-def test_kernels_do_not_spill(compiled):
-    assert " 0 spill" in compiled[-1]
-
-
-@needs_triton
-def test_kernels_load_128_bits_at_once(compiled):
-    assert not [line for line in compiled if line.endswith("128 bits")]
-
-
 def test_the_package_works_where_triton_is_not_installed():
     script = """
 import sys

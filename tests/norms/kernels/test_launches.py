@@ -2,24 +2,18 @@
 
 import contextlib
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from launches import LAYERS, gpu, replaced_kernels
 from torch import Tensor
 
-from common.norms.kernels import launch
-from common.norms.tools import counts
-from common.norms.tools.recording import replaced_kernels
+from common.norms.kernels import launch, operators
 
 pytest.importorskip("triton")
-LAYERS = [subject for subject in counts.SUBJECTS if subject.name != "BatchNorm2d"]
 
 
 class Compiled:
@@ -58,8 +52,8 @@ def alike(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-@pytest.mark.parametrize("subject", LAYERS, ids=lambda subject: subject.name)
-def test_a_layer_launches_again_what_triton_made_of_it_in_the_same_order(subject):
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_launches_again_what_triton_made_of_it_in_the_same_order(name):
     """The oracle is how Triton binds arguments: by the kernel's own signature, constants and all."""
     asked, launches = [], []
 
@@ -71,18 +65,17 @@ def test_a_layer_launches_again_what_triton_made_of_it_in_the_same_order(subject
         asked.append(kernel)
         return Compiled(lambda *launched: launches.append(launched))
 
-    layer = subject.build(12, 3, "cpu").train(subject.training)
+    layer = LAYERS[name].build(12, "cpu")
     x = torch.randn(4, 12, 5, 5).requires_grad_()
-    cluster = {"none": (), "ids": (torch.tensor([0, 1, 2, 0]),), "unknown": (None,)}[subject.cluster]
     inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
     with replaced_kernels(compile_anew):
         steps = []
         for _ in range(2):
-            torch.autograd.grad(layer(x, *cluster), inputs, torch.ones_like(x), allow_unused=True)
+            torch.autograd.grad(layer(*LAYERS[name].arguments(x)), inputs, torch.ones_like(x), allow_unused=True)
             steps.append(launches[:])
             launches.clear()
     assert len(steps[0]) == len(steps[1]) >= len(asked) > 0
-    assert len(asked) == len(set(asked)) or subject.name == "MixtureNorm"  # whose first and last steps of EM are others
+    assert len(asked) == len(set(asked)) or name == "MixtureNorm"  # whose first and last steps of EM are others
     for (grid, first), (again, second) in zip(*steps, strict=True):
         assert (*grid, 1, 1)[:3] == again[:3]
         assert len(first) == len(second)
@@ -196,37 +189,23 @@ def test_a_kernel_runs_on_the_device_of_its_tensors_whichever_is_current(monkeyp
     assert ran == [("compiled", 0), ("compiled", 1), (1, 1), (0, 0)]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-def test_tritons_own_launcher_takes_what_it_compiled(tmp_path):
-    """A driver that does nothing stands in for CUDA's, for the rest of the process."""
-    code = """
-import torch
-from common.norms.kernels import launch, operators
-from common.norms.tools.timing.overhead import nothing_launched
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+def test_triton_is_asked_once_and_its_launcher_called_as_triton_calls_it(monkeypatch):
+    from triton.compiler.compiler import CompiledKernel  # noqa: PLC0415
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
-with nothing_launched():
-    from triton.compiler.compiler import CompiledKernel
-    from triton.runtime.jit import JITFunction
-
+    launched = []
     arguments = (1,), (torch.zeros(3, 4), None, torch.zeros(8, 3, 4), torch.zeros(3)), (4, -5.0)
     constants = {"K": 3, "STORED": True, "BLOCK_C": launch.ALL_CHANNELS, "num_warps": 4}
     kernel = operators._kernels()["mixture_logits_kernel"]
-    launch.start(kernel, *arguments, **constants)
-    ((compiled, rest),) = launch.COMPILED.values()
-    assert type(compiled) is CompiledKernel and rest == (3, True, launch.ALL_CHANNELS), (compiled, rest)
-    run, launched = compiled.run, []
-    compiled._run = lambda *given: (launched.append(given), run(*given))
-    kernel[(1,)](*arguments[1], *arguments[2], enable_fp_fusion=launch.FP_FUSION, **constants)
-    JITFunction.run = None
-    launch.start(kernel, *arguments, **constants)
-    (*asked, _), (*again, _) = ((*given[:6], *given[7:], given[6]) for given in launched)
-    assert all(a is b or a == b for a, b in zip(asked, again, strict=True)), launched  # all but a profiler's note
-print("launched")
-"""
-    root = Path(__file__).parents[3]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
-    assert (done.stdout, done.returncode) == ("launched\n", 0), done.stderr[-3000:]
+    with gpu(90, lambda *given: launched.append(given)):
+        launch.start(kernel, *arguments, **constants)
+        ((compiled, rest),) = launch.COMPILED.values()
+        assert type(compiled) is CompiledKernel
+        assert rest == (3, True, launch.ALL_CHANNELS)
+        kernel[(1,)](*arguments[1], *arguments[2], enable_fp_fusion=launch.FP_FUSION, **constants)
+        monkeypatch.setattr(JITFunction, "run", None)
+        launch.start(kernel, *arguments, **constants)
+    first, asked, again = ((*given[:6], *given[7:]) for given in launched)  # all but a profiler's note
+    for each in (first, again):
+        assert all(a is b or a == b for a, b in zip(asked, each, strict=True))

@@ -1,0 +1,216 @@
+"""What the layers launch on a GPU, recorded and compiled without one.
+
+Nothing is computed: activations are on the meta device, and kernels are recorded instead of launched. Layers run with
+the bodies of their custom operators; the kernels that these launch are found by recording, not from a list of names.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from norm_cases import any_norm
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.norms.backends.namespace import NAMESPACE
+from common.norms.kernels import launch
+
+COMPONENTS = 3
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+FREE = ("empty", "new_empty", "_unsafe_view", "detach", "alias", "lift", "_reshape_alias", "sym_", "is_same_size")
+"""Beginnings of the names of operators that launch nothing, besides views."""
+FEW = {"scb_unknown_fwd_kernel", "scb_unknown_bwd_kernel", "mixture_merge_kernel", "draw_kernel", "em_step_kernel"}
+"""Kernels that take an activation and touch few of its locations: of unknown samples, those drawn, or the first one."""
+
+
+class Layer(NamedTuple):
+    """A layer in a mode."""
+
+    kind: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    training: bool = True
+    known: bool = True
+    """Whether the layer is given the clusters of the samples, if it takes any."""
+
+    def build(self, channels: int, device: str = "meta") -> Any:
+        """Return the layer, past its initialization."""
+        layer = any_norm(self.kind, channels, COMPONENTS, backend="triton", device=device, **self.options)
+        if self.kind == "mn":
+            layer.set_initialized(True)
+        return layer.train(self.training)
+
+    def arguments(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Return what a forward pass takes: x (N, C, *), and the samples' clusters if the layer takes them."""
+        if not self.kind.startswith("scb"):
+            return (x,)
+        return x, torch.arange(len(x), device=x.device) % COMPONENTS if self.known else None
+
+
+LAYERS = {
+    "UCBNorm": Layer("ucb"),
+    "UCBNorm, groups=1": Layer("ucb", {"groups": 1}),
+    "UCBNorm, update=weight": Layer("ucb", {"update": "weight"}),
+    "UCBNorm, statistics=learned": Layer("ucb", {"update": "weight", "statistics": "learned"}),
+    "UCBNorm, evaluation": Layer("ucb", training=False),
+    "UCBNorm, groups=1, evaluation": Layer("ucb", {"groups": 1}, training=False),
+    "SCBNorm": Layer("scb"),
+    "SCBNorm, affine": Layer("scb", {"affine": True}),
+    "SCBNorm, evaluation, ids": Layer("scb", training=False),
+    "SCBNorm, evaluation, unknown": Layer("scb", training=False, known=False),
+    "SCBNormBase": Layer("scb_base"),
+    "MixtureNorm": Layer("mn"),
+    "MixtureNorm, evaluation": Layer("mn", training=False),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel of Triton's, or an operator of torch's, that is launched."""
+
+    name: str
+    tensors: list[Tensor]
+    """That it reads and writes; those that torch's operators do both with stand twice."""
+    kernel: Any = None
+    grid: tuple[int, ...] = ()
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def passes(self, size: int) -> int:
+        """Return how many tensors of so many elements or more it reads or writes."""
+        return 0 if self.name in FEW else sum(t.numel() >= size for t in self.tensors)
+
+
+def distinct(values: Any) -> list[Tensor]:
+    """Return the tensors in a tree, one of those that are in the same place."""
+    tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+    return list({(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in tensors}.values())
+
+
+class Recorder(TorchDispatchMode):
+    """Record every launch on the meta device in ``launches``, in order, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.bodies = {name: op._init_fn for name, op in OPDEFS.items() if name.startswith(f"{NAMESPACE}::")}
+
+    def take(self) -> list[Launch]:
+        """Return what was recorded since the last call."""
+        taken, self.launches = self.launches, []
+        return taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if body := self.bodies.get(func.name()):
+            with self:
+                return body(*args, **kwargs)
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        tensors = distinct((args, kwargs)) + distinct(out)
+        if any(t.is_meta and t.numel() for t in tensors) and not func.is_view and not name.startswith(FREE):
+            self.launches.append(Launch(name, tensors))
+        return out
+
+    def kernel(self, function: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the launch of a kernel of Triton's."""
+        self.launches.append(Launch(function.__name__, distinct((args, kwargs)), function, grid, args, kwargs))
+
+
+@contextlib.contextmanager
+def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
+    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device.
+
+    What it returns, if not None, is launched in its place from then on, as a compiled kernel.
+    """
+    from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - an optional dependency
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415
+
+    def replaced(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, grid, args, kwargs)
+
+    with (
+        mock.patch.object(launch, "refusal", return_value=None),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(launch, "COMPILED", {}),  # what was launched before is not launched past this
+        mock.patch.object(JITFunction, "run", replaced),
+        mock.patch.object(InterpretedFunction, "run", replaced),
+    ):
+        yield
+
+
+class Step(NamedTuple):
+    """A forward and a backward pass of a layer."""
+
+    forward: list[Launch]
+    backward: list[Launch]
+    kept: int
+    """Bytes that autograd keeps for the backward pass."""
+
+
+def record(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Step:
+    """Return what a layer launches for an activation of a shape (N, C, H, W)."""
+    module, kept = layer.build(shape[1]), []
+    x, g = (torch.empty(shape, dtype=dtype, device="meta").to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    inputs = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+    arguments = layer.arguments(x)
+    recorder = Recorder()
+    no_autocast = mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext())  # it takes no meta device
+    with replaced_kernels(recorder.kernel), no_autocast, recorder:
+        with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = module(*arguments)
+        forward = recorder.take()
+        torch.autograd.grad(y, inputs, g, allow_unused=True)
+    return Step(forward, recorder.take(), sum(t.nbytes for t in distinct(kept)))
+
+
+@contextlib.contextmanager
+def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[None]:
+    """Let Triton compile for compute capability ``arch`` (90 is sm_90) and call run in place of a kernel's launcher."""
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - an optional dependency
+    from triton.runtime.driver import driver  # noqa: PLC0415
+
+    own = SimpleNamespace(
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        launcher_cls=lambda source, metadata: run,
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (None, 1, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
+        ),
+    )
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        mock.patch.object(driver, "_active", own),
+    ):
+        yield
+
+
+def compiled(launched: Launch, arch: int) -> Any:
+    """Return what Triton compiles for a launch on compute capability ``arch``."""
+    with gpu(arch):
+        return launched.kernel.run(*launched.args, grid=launched.grid, warmup=True, **launched.kwargs)
+
+
+def spilled(kernel: Any) -> int:
+    """Return the bytes of a thread for which the registers of a compiled kernel did not suffice."""
+    import triton.backends.nvidia  # noqa: PLC0415 - an optional dependency
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert found, said
+    return int(found[1]) + int(found[2])
