@@ -28,7 +28,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "common/norms/estimation", "common/norms/backends", "common/norms/native", "common/norms/kernels",
     },
     "common/norms/surgery": {"common/norms", "common/norms/estimation"},
-    "common/norms/tools": {*LAYERS, "common/cli", "common/machine"},
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},
@@ -70,7 +69,7 @@ COMMANDS = {
     },
     **{
         f"common/norms/{name}.py": {*LAYERS, "common/cli", "common/machine", "common/runs"}
-        for name in ("bench", "costs", "doctor")
+        for name in ("bench", "doctor")
     },
 }
 """Commands that use more than the folder they are in."""

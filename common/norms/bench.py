@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
 from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
+from common.norms.factory import make_norm
 from common.runs.folder import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
@@ -28,6 +30,23 @@ TIMED: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...], tup
 """What is timed, by a device's type: shapes, precisions of activations, passes."""
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+PLACES = {
+    "third normalization of the shallow CNN": (256, 128, 8, 8),
+    "second normalization of the generator": (64, 128, 16, 16),
+    "image before the vision transformer": (216, 3, 32, 32),
+}
+"""Where the paper puts the layers: activations (N, C, H, W), N its batch size."""
+_PAPER: dict[str, Any] = {"affine": False}
+TABLE1: dict[str, tuple[str, dict[str, Any]]] = {
+    "BN": ("bn", {}),
+    "MN": ("mn", _PAPER),
+    "SCB": ("scb", {}),
+    "SCB-base": ("scb_base", {}),
+    "UCB, learned": ("ucb", {"groups": 1, "update": "weight", **_PAPER}),
+    "UCB, moving averages": ("ucb", {"groups": 1, **_PAPER}),
+    "UCB, channel-wise": ("ucb", _PAPER),
+}
+"""Kind and options of the layers of Table I, and last the default of this project, one posterior a channel."""
 
 
 def layers(channels: int, backend: str) -> dict[str, nn.Module]:
@@ -86,6 +105,17 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def spread(values: list[float], unit: str = "") -> str:
+    """Return the median with the 20-80 % spread."""
+    low, middle, high = quantiles(values)
+    return f"{middle:.2f}{unit} ({low:.2f}-{high:.2f})"
+
+
+def ratios(times: list[float], base: list[float]) -> list[float]:
+    """Return times as ratios to those that were measured in the same rounds."""
+    return [a / b for a, b in zip(times, base, strict=True)]
+
+
 def case(
     shape: tuple[int, ...],
     layout: str,
@@ -120,12 +150,8 @@ def time_row(
         times = compare(runs, rounds, device)
         base = times.pop("BatchNorm2d")
         name = layout if dtype == torch.float32 else f"{layout}, {str(dtype).removeprefix('torch.')}"
-        cells = ["x".join(map(str, shape)), name, passes]
-        cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(base)))
-        for measured in times.values():
-            ratios = [a / b for a, b in zip(measured, base, strict=True)]
-            cells.append("{1:.2f} ({0:.2f}-{2:.2f})".format(*quantiles(ratios)))
-        yield line(cells)
+        cells = ["x".join(map(str, shape)), name, passes, spread(base)]
+        yield line([*cells, *(spread(ratios(measured, base)) for measured in times.values())])
 
 
 def saved_bytes(run: Callable[[], object]) -> int:
@@ -166,12 +192,42 @@ def memory_row(shape: tuple[int, ...], backends: list[str], device: torch.device
     bench = {"BatchNorm2d": nn.BatchNorm2d(shape[1])}
     for backend in backends:
         bench |= {f"{name} {backend}": layer for name, layer in layers(shape[1], backend).items()}
-    for layer in bench.values():
-        run = step(layer.to(device), x, g, backward=True)
-        run()  # what is made once, such as compiled code, is not counted
-        sizes = (amount / x.nbytes for amount in (saved_bytes(run), peak_bytes(run, device)))
-        cells.append(" / ".join(f"{size:.2f}" for size in sizes))
-    return line(cells)
+    return line([*cells, *(memory(layer.to(device), x, g) for layer in bench.values())])
+
+
+def memory(layer: nn.Module, x: Tensor, g: Tensor) -> str:
+    """Return what a layer keeps for the backward pass and holds at most in training, in sizes of x."""
+    run = step(layer.train(), x, g, backward=True)
+    run()  # what is made once, such as compiled code, is not counted
+    return " / ".join(f"{amount / x.nbytes:.2f}" for amount in (saved_bytes(run), peak_bytes(run, x.device)))
+
+
+def table1_rows(shape: tuple[int, ...], rounds: int, device: torch.device) -> list[list[str]]:
+    """Return a row for each layer of Table I: name, learned and kept numbers, three times, memory."""
+    layers = {
+        name: make_norm(kind, shape[1], COMPONENTS, **options).to(device) for name, (kind, options) in TABLE1.items()
+    }
+    rows = {name: [name, *(f"{numbers:,}" for numbers in count(layer))] for name, layer in layers.items()}
+    for passes in (EVALUATION, FORWARD, BOTH):
+        x, g = case(shape, "NCHW", device, backward=passes == BOTH)
+        for layer in layers.values():
+            layer.train()(*arguments(layer, x.detach()))  # mixtures are seeded before anything is measured
+            layer.train(passes != EVALUATION)
+        runs = {name: step(layer, x, g, backward=passes == BOTH) for name, layer in layers.items()}
+        for run in runs.values():
+            milliseconds(run, 1, device)  # what is made once, such as compiled code, is not counted
+        times = compare(runs, rounds, device)
+        for name, measured in times.items():
+            bn = times["BN"]
+            rows[name].append(spread(bn, " ms") if name == "BN" else spread(ratios(measured, bn)))
+    x, g = case(shape, "NCHW", device)
+    return [[*rows[name], memory(layer, x, g)] for name, layer in layers.items()]
+
+
+def count(layer: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a layer learns by gradients, and how many of floating point it keeps in buffers."""
+    learned = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    return learned, sum(b.numel() for b in layer.buffers() if b.is_floating_point())
 
 
 def line(cells: list[str]) -> str:
@@ -217,6 +273,9 @@ class BenchConfig:
 
     backends: list[str] = field(default_factory=list)
     """How the layers compute: eager compiled triton reference; none given is all that can run but the reference."""
+    table1: bool = False
+    """Print the paper's Table I instead: numbers that BN, MN, SCB, SCB-base and UCB learn and keep in buffers, their
+    time in evaluation and training, and memory, at three places of the paper's networks."""
     rounds: int = 11
     """Times that every layer is measured, in turn."""
     device: str = "auto"
@@ -229,6 +288,8 @@ class BenchConfig:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.threads < 0:
             raise ValueError(f"threads: expected 0 or more, got {self.threads}")
+        if self.table1 and self.backends:
+            raise ValueError(f"backends: expected none with table1, whose layers choose their own, got {self.backends}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -243,18 +304,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if reason := refusal(backend, device):
             raise UsageError(f"backends: {reason}")
     set_threads(cfg.threads)
-    backends = cfg.backends or runnable(device)
+    if cfg.table1:
+        _print_table1(cfg.rounds, device)
+    else:
+        _print_comparison(cfg.backends or runnable(device), cfg.rounds, device)
+
+
+def _print_table1(rounds: int, device: torch.device) -> None:
+    print(f"{machine(device)}, K={COMPONENTS}, float32")
+    titles = ["layer", "learned", "kept", "evaluation", "training, forward", "training, both", "memory"]
+    for place, shape in PLACES.items():
+        print(f"\n{place}, {'x'.join(map(str, shape))}\n\n{head(titles)}")
+        print(*map(line, table1_rows(shape, rounds, device)), sep="\n", flush=True)
+
+
+def _print_comparison(backends: list[str], rounds: int, device: torch.device) -> None:
     shapes, dtypes, _ = TIMED[device.type]
     others = ", unless said otherwise" if len(dtypes) > 1 else ""
     print(f"{machine(device)}, K={COMPONENTS}, float32, training mode{others}\n")
     titles = [f"{title}, {backend}" for backend in backends for title in layers(2, backend)]
-    print(line(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
-    print("|" + "---|" * (4 + len(titles)))
+    print(head(["shape", "layout", "passes", "BatchNorm2d, ms", *titles]))
     for shape, layout, dtype in itertools.product(shapes, LAYOUTS, dtypes):
-        for row in time_row(shape, layout, backends, cfg.rounds, device, dtype):
+        for row in time_row(shape, layout, backends, rounds, device, dtype):
             print(row, flush=True)
-    print("\n" + line(["shape", "BatchNorm2d", *titles]))
-    print("|" + "---|" * (2 + len(titles)))
+    print("\n" + head(["shape", "BatchNorm2d", *titles]))
     for shape in shapes:
         print(memory_row(shape, backends, device), flush=True)
 

@@ -26,7 +26,6 @@ from common.data.__main__ import InspectConfig
 from common.figures import FiguresConfig
 from common.norms.bench import BenchConfig
 from common.norms.doctor import DoctorConfig
-from common.norms.tools.costs import CostsConfig
 from common.report import ReportConfig
 from common.tables import TablesConfig
 
@@ -49,7 +48,6 @@ CONFIGURATIONS = {
     "common.data": InspectConfig,
     "common.figures": FiguresConfig,
     "common.norms.bench": BenchConfig,
-    "common.norms.costs": CostsConfig,
     "common.norms.doctor": DoctorConfig,
     "common.report": ReportConfig,
     "common.tables": TablesConfig,

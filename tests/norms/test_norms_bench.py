@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from common import norms
 from common.errors import UsageError
 from common.norms import bench
 
@@ -78,6 +79,63 @@ def test_memory_is_what_autograd_keeps_and_what_is_held_at_once():
     assert 2 * x.nbytes <= bench.peak_bytes(run, x.device) <= 3.1 * x.nbytes
 
 
+def test_table_1_has_the_papers_counts_and_ratios_to_batchnorm(monkeypatch, capsys):
+    """Layers that take one, two, ... seven times BatchNorm's 8, 2 and 4 ms."""
+    made: list[torch.nn.Module] = []
+    modes: list[list[bool]] = []
+    ran: list[list[object]] = []
+
+    def make_norm(*args, **options):
+        made.append(norms.make_norm(*args, **options))
+        return made[-1]
+
+    def compare(runs, rounds, device):
+        ran.append([run() for run in runs.values()])
+        modes.append([layer.training for layer in made])
+        return {name: [i * t for t in (8.0, 2.0, 4.0)[:rounds]] for i, name in enumerate(runs, 1)}
+
+    monkeypatch.setattr(bench, "make_norm", make_norm)
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "PLACES", {"here": (16, 8, 16, 16)})
+    bench.main(["--table1", "true", "--rounds", "3", "--device", "cpu"])
+    title, place, table = capsys.readouterr().out.strip().split("\n\n")
+    assert title.endswith("K=3, float32")
+    assert place == "here, 16x8x16x16"
+    _, _, *rows = table.splitlines()
+    cells = {row[0]: row[1:] for row in ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)}
+    k, c = 3, 8
+    mixture = 2 * k * c + k
+    learned = {"BN": 2 * c, "MN": 0, "SCB": 2 * k * c, "SCB-base": 2 * (k * c + c), "UCB, learned": mixture,
+               "UCB, moving averages": 0, "UCB, channel-wise": 0}  # fmt: skip
+    assert {name: int(row[0]) for name, row in cells.items()} == learned
+    kept = {name: int(row[1]) for name, row in cells.items()}
+    assert kept == {**dict.fromkeys(learned, 0), "BN": 2 * c, "MN": 2 * mixture, "UCB, moving averages": mixture,
+                    "UCB, channel-wise": mixture}  # fmt: skip
+    assert cells["BN"][2:5] == ["4.00 ms (2.00-8.00)"] * 3
+    for number, row in enumerate(list(cells.values())[1:], 2):
+        assert row[2:5] == [f"{number}.00 ({number}.00-{number}.00)"] * 3
+    x, g = bench.case((16, 8, 16, 16), "NCHW", torch.device("cpu"))
+    assert cells["BN"][5] == bench.memory(torch.nn.BatchNorm2d(8), x, g)
+    assert modes == [[False] * 7, [True] * 7, [True] * 7]
+    assert [isinstance(each[0], tuple) for each in ran] == [False, False, True]  # gradients
+    groups = [getattr(layer, "groups", None) for layer in made]
+    assert groups == [None, 1, None, None, 1, 1, 8]  # the paper's equations, and last this project's default
+
+
+def test_table_1_is_measured_at_the_places_of_the_papers_networks():
+    """256 CIFAR images in the shallow CNN's third layer, 64 in the generator's second, 216 in front of ViT."""
+    assert list(bench.PLACES.values()) == [(256, 128, 8, 8), (64, 128, 16, 16), (216, 3, 32, 32)]
+
+
+def test_layers_of_known_clusters_are_given_all_of_them_in_turn():
+    x = torch.zeros(7, 4, 2)
+    for kind in ("scb", "scb_base"):
+        _, cluster = bench.arguments(norms.make_norm(kind, 4, 3), x)
+        assert cluster.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    (given,) = bench.arguments(norms.make_norm("ucb", 4, 3), x)
+    assert given is x
+
+
 def test_quantiles_are_those_of_the_sorted_values():
     assert bench.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((2.0, 3.0, 5.0))
 
@@ -89,6 +147,7 @@ def test_quantiles_are_those_of_the_sorted_values():
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:n, got tpu"),
         (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--threads", "-1"], "threads: expected 0 or more, got -1"),
+        (["--table1", "true", "--backends", "eager"], "backends: expected none with table1, .* got .'eager'."),
     ],
 )
 def test_bad_input_is_named(argv, line):

@@ -12,7 +12,7 @@ import torch
 import common.norms
 
 FOLDER = Path(common.norms.__file__).parent
-COMMANDS = ("tools", "bench.py", "costs.py", "doctor.py")
+COMMANDS = ("bench.py", "doctor.py")
 """What belongs to this project's command line and stays behind."""
 KINDS = {
     "bn": {},

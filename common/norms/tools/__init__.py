@@ -1,1 +1,0 @@
-"""Checks and measurements of the layers: doctor, benchmark, ahead-of-time compilation."""
