@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.norms.backends.reference import Moments
-from common.norms.functional import cluster_norm, mixture_norm
+from .backends.reference import Moments
+from .functional import cluster_norm, mixture_norm
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """x (N, C, *), log_lambda (K,), mean (K, C), var (K, C), and an output gradient like x."""
