@@ -114,7 +114,7 @@ def test_a_folder_imports_what_it_may(folder):
         for target in imported(file):
             place, name = str(target.parent.relative_to(ROOT)), str(target.relative_to(ROOT))
             if name in COMMANDS:
-                assert own in COMMANDS or folder in APPLICATIONS or "tools" in folder, f"{own} imports {name}"
+                assert own in COMMANDS or folder in APPLICATIONS, f"{own} imports {name}"
             elif name not in ("common/errors.py", "common/registry.py", "common/__init__.py"):
                 assert place in allowed, f"{own} imports {name}"
 

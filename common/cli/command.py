@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib
 import os
 import signal
 import sys
@@ -44,11 +43,6 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signum is not None
-
-
-def start(module: str) -> NoReturn:
-    """Run ``main`` of a module as a command."""
-    run_command(lambda: importlib.import_module(module).main())
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
