@@ -4,6 +4,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OURS = {"common", "cbgan", "cbda", "cbcls", "docs", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+
+
+def pytest_configure(config):
+    """Make a warning an error where these modules cause it; another library may warn of itself in any release."""
+    config.addinivalue_line("filterwarnings", rf"error:::({'|'.join(sorted(OURS))})(\.|$)")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ def test_every_python_block_runs_in_order(capsys):
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python") > 5
-    namespace: dict[str, object] = {"__name__": "layers"}
+    namespace: dict[str, object] = {"__name__": "docs.layers"}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
         code = "\n" * line + block[1]  # so that a traceback names the line of the page

@@ -15,7 +15,7 @@ def tour():
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python") > 5
-    names: dict = {"__name__": "tour"}
+    names: dict = {"__name__": "docs.tour"}
     with torch.random.fork_rng():
         for block in blocks:
             code = "\n" * text[: block.start(1)].count("\n") + block[1]  # for the line in a traceback

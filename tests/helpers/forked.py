@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +88,8 @@ def run(main: Callable[[list[str]], object], *argv: str, ranks: int = 1, hit: Hi
             context.Process(target=_child, args=(main, list(argv), rank, ranks, port, place, hit))
             for rank in range(ranks)
         ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: none of them holds a lock
-            for process in processes:
-                process.start()
+        for process in processes:
+            process.start()
         for process in processes:
             process.join(PATIENCE)
             if process.exitcode is None or process.exitcode < 0:  # torchrun ends the others of one that died, too
@@ -114,8 +111,6 @@ def _child(
         os.dup2(os.open(place / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # two workers, on any machine
     if world > 1:
         numbers = {
             "RANK": rank,

@@ -159,7 +159,7 @@ def counting(name: str, call: Any, calls: Counter) -> Any:
 
 def work(rank: int, folder: str) -> None:
     """Be one of two ranks."""
-    warnings.simplefilter("error")  # as in the process that tests
+    warnings.filterwarnings("error", module=r"common\.|test_")  # as in the process that tests
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT)
