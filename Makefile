@@ -8,21 +8,24 @@ RUNS ?= runs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help train test torture mutants tensorboard bench clean
+.PHONY: help train test torture mutants constraints tensorboard bench clean
 
 help:
 	@echo "make train        set up .venv when needed, train a GAN on real digits and measure its FID"
 	@echo "make test         set up .venv when needed, run ruff, basedpyright and pytest"
 	@echo "make torture      interrupt every application in every setting: workers, ranks, layers, averages"
 	@echo "make mutants      put 300 faults into a copy of the code and count those that the tests notice"
+	@echo "make constraints  write down anew which versions train and test install"
 	@echo "make tensorboard  show the runs on http://127.0.0.1:6006"
 	@echo "make bench        time the normalization layers against BatchNorm"
 	@echo "make clean        remove .venv and caches; runs are kept"
 
-# The stamp is written last, so an interrupted installation is repeated.
-$(STAMP): pyproject.toml
+# The stamp is written last, so an interrupted installation is repeated. setuptools comes first and builds the project:
+# an isolated build would take its newest release.
+$(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(STAMP)
 
 train: $(STAMP)
@@ -39,6 +42,12 @@ torture: $(STAMP)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants $(ARGS)
+
+constraints:
+	@test -x build/uv/bin/uv || $(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet uv
+	build/uv/bin/uv pip compile pyproject.toml --quiet --universal --all-extras --fork-strategy fewest --no-annotate \
+		--custom-compile-command 'make constraints' --output-file constraints.txt $(ARGS)
 
 tensorboard: $(STAMP)
 	$(BIN)/tensorboard --logdir $(RUNS) --host 127.0.0.1
