@@ -8,12 +8,12 @@ RUNS ?= runs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help train test torture mutants constraints tensorboard bench clean
+.PHONY: help train test test-full mutants constraints tensorboard bench clean
 
 help:
 	@echo "make train        set up .venv when needed, train a GAN on real digits and measure its FID"
 	@echo "make test         set up .venv when needed, run ruff, basedpyright and pytest"
-	@echo "make torture      interrupt every application in every setting: workers, ranks, layers, averages"
+	@echo "make test-full    run all of pytest: every shape and type of the kernels, every way to interrupt a run"
 	@echo "make mutants      put 300 faults into a copy of the code and count those that the tests notice"
 	@echo "make constraints  write down anew which versions train and test install"
 	@echo "make tensorboard  show the runs on http://127.0.0.1:6006"
@@ -37,8 +37,8 @@ test: $(STAMP)
 	$(BIN)/basedpyright
 	$(PYTEST) --durations 10 $(ARGS)
 
-torture: $(STAMP)
-	$(PYTEST) -m torture $(ARGS)
+test-full: $(STAMP)
+	$(PYTEST) -m "" --durations 10 $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants $(ARGS)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,9 +10,14 @@ from common.norms import make_norm
 from common.norms.agreement import budget, cluster_results, error, mixture_case, mixture_results
 from common.norms.backends.reference import Moments
 
-__all__ = ["GRADIENTS", "any_norm", "assert_within_budget", "cluster_run", "mixture_case", "mixture_run"]
+__all__ = ["GRADIENTS", "any_norm", "assert_within_budget", "cluster_run", "in_full", "mixture_case", "mixture_run"]
 
 GRADIENTS = ("y", "dx", "dlog_lambda", "dmean", "dvar")
+
+
+def in_full(*cases: Any) -> list[Any]:
+    """Return cases that ``make test-full`` runs and ``make test`` does not."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
 
 
 def any_norm(kind: str, num_features: int, num_components: int, **options: Any) -> Any:

@@ -189,9 +189,9 @@ def kernel_faults(tree: Path) -> list[Fault]:
     """Return the project's own faults of the kernels.
 
     Raises:
-        ValueError: if one no longer fits the code.
+        ValueError: if one no longer fits the code, or has the name of another.
     """
-    found = []
+    found: list[Fault] = []
     for entry in tomllib.loads(KERNELS.read_text(encoding="utf-8"))["fault"]:
         source = (tree / entry["file"]).read_text(encoding="utf-8")
         if source.count(entry["old"]) != 1:
@@ -199,7 +199,10 @@ def kernel_faults(tree: Path) -> list[Fault]:
                 f"{KERNELS.name}: {entry['what']}: {entry['old']!r} should be in {entry['file']} once, "
                 f"is {source.count(entry['old'])} times"
             )
+        if entry["new"] == entry["old"] or (entry["file"], entry["what"]) in {(f.file, f.operator) for f in found}:
+            raise ValueError(f"{KERNELS.name}: {entry['what']}: changes nothing, or is there twice")
         new = source.replace(entry["old"], entry["new"])
+        compile(new, entry["file"], "exec")  # a SyntaxError says where
         line = source[: source.index(entry["old"])].count("\n") + 1
         end = line + entry["old"].count("\n")
         found.append(Fault(entry["file"], line, end, entry["what"], new, diff(entry["file"], source, new)))

@@ -15,12 +15,12 @@ from common.runs.checkpoint import load
 from common.runs.folder import RunFolder
 from common.runs.log import read_metrics
 
-torture = pytest.mark.torture
+full = pytest.mark.full
 SETTINGS = [
     pytest.param(0, 1, id="no workers, one rank"),
     pytest.param(2, 2, id="two workers, two ranks"),
-    pytest.param(0, 2, id="no workers, two ranks", marks=torture),
-    pytest.param(2, 1, id="two workers, one rank", marks=torture),
+    pytest.param(0, 2, id="no workers, two ranks", marks=full),
+    pytest.param(2, 1, id="two workers, one rank", marks=full),
 ]
 OPTIONS = {"usual": [], "mn": ["--norm.kind", "mn"], "averaged": ["--ema", "0.9", "--accumulate", "2"]}
 
@@ -33,7 +33,7 @@ def flags(tiny: list[str], workers: int, ranks: int, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(("workers", "ranks"), SETTINGS)
 @pytest.mark.parametrize(
-    "options", [pytest.param(o, id=n, marks=[] if n == "usual" else torture) for n, o in OPTIONS.items()]
+    "options", [pytest.param(o, id=n, marks=[] if n == "usual" else full) for n, o in OPTIONS.items()]
 )
 def test_killed_three_times_and_resumed_equals_left_alone(application, tiny, tmp_path, workers, ranks, options):
     given = [*tiny, "--epochs", "2", "--batch_size", str(120 // ranks), "--data.workers", str(workers), *options]
@@ -58,7 +58,7 @@ def test_killed_three_times_and_resumed_equals_left_alone(application, tiny, tmp
 @pytest.mark.parametrize(
     ("moment", "signum"),
     [
-        pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=[] if signum == usual else torture)
+        pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=[] if signum == usual else full)
         for moment, usual in (
             ("step:3", signal.SIGINT),
             ("step:8", signal.SIGTERM),

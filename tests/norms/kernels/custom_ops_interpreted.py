@@ -12,6 +12,8 @@ from common.norms import cluster_norm, make_norm, mixture_norm
 from common.norms.backends import direct
 from common.norms.kernels import cluster_operators, em_operators, operators
 
+full = pytest.mark.full
+
 
 def scb_arguments(requires_grad=True):
     x, _, mean, var, g = mixture_case((4, 3, 5), 3, dtype=torch.float32)
@@ -20,8 +22,7 @@ def scb_arguments(requires_grad=True):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize("unknown", [False, True])
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("unknown", "linear"), [(True, True), pytest.param(False, False, marks=full)])
 def test_scb_operators_are_sound(unknown, linear):
     """Opcheck compares schema, fakes, gradients and tracing with what the operator does."""
     x, cluster, mean, var, g = scb_arguments()
@@ -42,30 +43,34 @@ def mixture_arguments(requires_grad=True):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize(("groups", "stored"), [(1, True), (4, False)])
-def test_mixture_operators_are_sound(groups, stored):
+@pytest.mark.parametrize(
+    ("groups", "stored", "affine", "parameters"),
+    [
+        (1, True, True, True),
+        pytest.param(4, False, True, False, marks=full),
+        pytest.param(4, False, False, False, marks=full),
+    ],
+)
+def test_mixture_operators_are_sound(groups, stored, affine, parameters):
     inputs, _ = mixture_arguments()
-    affine = [torch.tensor([0.5, 1.0, 1.5, 2.0], requires_grad=True) for _ in range(2)]
+    maps = [torch.tensor([0.5, 1.0, 1.5, 2.0], requires_grad=True) if affine else None for _ in range(2)]
     options = (groups, 1e-5, 1.0, -5.0, stored)
-    torch.library.opcheck(operators.learned_forward, (*inputs, *affine, *options))
+    torch.library.opcheck(operators.learned_forward, (*inputs, *maps, *options))
     # A state carries no gradient, which the default check of all outputs cannot know.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.mixture_forward, (*inputs, *affine, *options), test_utils=checks)
-    torch.library.opcheck(operators.mixture_forward, (*inputs, None, None, *options), test_utils=checks)
-    inputs, g = mixture_arguments(requires_grad=False)
-    x, *mixture = inputs
-    weight, bias = (t.detach() for t in affine)
-    state = operators.mixture_forward(*inputs, weight, bias, *options)[1]
-    for scale, parameters in ((weight, True), (weight, False), (None, False)):
-        torch.library.opcheck(operators.learned_backward, (x, g, *mixture, scale, *options, parameters))
-        last = (groups, 1e-5, -5.0, stored, parameters)
-        torch.library.opcheck(operators.mixture_backward, (x, g, scale, state, *last))
+    torch.library.opcheck(operators.mixture_forward, (*inputs, *maps, *options), test_utils=checks)
+    (x, *mixture), g = mixture_arguments(requires_grad=False)
+    weight, bias = (t if t is None else t.detach() for t in maps)
+    state = operators.mixture_forward(x, *mixture, weight, bias, *options)[1]
+    torch.library.opcheck(operators.learned_backward, (x, g, *mixture, weight, *options, parameters))
+    last = (groups, 1e-5, -5.0, stored, parameters)
+    torch.library.opcheck(operators.mixture_backward, (x, g, weight, state, *last))
     new, last = ([t.clone() for t in mixture] for _ in range(2))
-    for before, fits in ((None, [None] * 6), (mixture[0].clone(), [*new, *last])):
-        torch.library.opcheck(operators.move_averages, (*mixture, before, state, *fits, 0.1, False, 0.01, True))
+    before, fits = (mixture[0].clone(), [*new, *last]) if affine else (None, [None] * 6)
+    torch.library.opcheck(operators.move_averages, (*mixture, before, state, *fits, 0.1, False, 0.01, True))
 
 
-@pytest.mark.parametrize(("ready", "before"), [(None, 4), (True, 4), (False, 4), (True, 5)])
+@pytest.mark.parametrize(("ready", "before"), [pytest.param(None, 4, marks=full), (True, 4), (False, 4), (True, 5)])
 def test_a_fit_is_sound(ready, before):
     """Of five locations of twelve; it is due in every other step, and where there is something to go on from."""
     (x, *mixture), _ = mixture_arguments(requires_grad=False)
@@ -95,9 +100,9 @@ class Watching(TorchDispatchMode):
     ("kind", "options", "training"),
     [
         ("ucb", {}, True),
-        ("ucb", {"update": "weight", "groups": 1}, True),
+        pytest.param("ucb", {"update": "weight", "groups": 1}, True, marks=full),
         ("ucb", {}, False),
-        ("mn", {"em_steps": 2}, True),
+        pytest.param("mn", {"em_steps": 2}, True, marks=full),
         ("scb", {"affine": True}, True),
     ],
 )
@@ -147,7 +152,7 @@ def test_what_may_be_watched_is_told_by_tensor_and_surroundings():
     assert not told[-1]
 
 
-@pytest.mark.parametrize("statistics", ["batch", "learned"])
+@pytest.mark.parametrize("statistics", [pytest.param("batch", marks=full), "learned"])
 def test_mixture_compiles_whole_with_its_gradients(statistics):
     inputs, g = mixture_arguments()
 
@@ -173,10 +178,12 @@ def test_scb_compiles_whole_with_its_gradients():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["ucb", "mn"])
-def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one(kind):
+@pytest.mark.parametrize(
+    ("kind", "options"), [("ucb", {}), pytest.param("mn", {"em_steps": 2}, marks=full)], ids=["ucb", "mn"]
+)
+def test_a_layer_trains_in_a_graph_as_it_does_outside_of_one(kind, options):
     """Its averages move in place, before the backward pass."""
-    layers = [any_norm(kind, 4, 2, backend="triton") for _ in range(2)]
+    layers = [any_norm(kind, 4, 2, backend="triton", **options) for _ in range(2)]
     (x, *_), g = mixture_arguments(requires_grad=False)
     runs = (layers[0], torch.compile(layers[1], fullgraph=True, backend="aot_eager"))
     for _ in range(2):

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import mixture_case
+from norm_cases import in_full, mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
 from common.norms.backends import capture
 from common.norms.kernels import cluster_operators, em_operators, launch, operators
 
 FOLDER = Path(__file__).parent
-PARTS = {"channels_interpreted": 2, "kernels_interpreted": 4, "layers_interpreted": 3, "custom_ops_interpreted": 2}
-"""Into how many processes a file's tests are dealt out, so that pytest-xdist can run them side by side."""
+ON_EVERY_PUSH, IN_FULL = 2, 6
+"""Processes that the interpreted tests are dealt out to, so that pytest-xdist can run them side by side."""
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not installed")
 
 
@@ -33,16 +33,16 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("file", "part"),
+    ("marked", "part"),
     [
-        pytest.param(file, f"{i}/{parts}", id=f"{file.stem} {i}/{parts}")
-        for file in sorted(FOLDER.glob("*_interpreted.py"))
-        for parts in (PARTS.get(file.stem, 1),)
-        for i in range(parts)
+        *(("not full", f"{i}/{ON_EVERY_PUSH}") for i in range(ON_EVERY_PUSH)),
+        *in_full(*(("full", f"{i}/{IN_FULL}") for i in range(IN_FULL))),
     ],
 )
-def test_under_the_interpreter(file, part):
-    done = python("-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1", TEST_PART=part)
+def test_under_the_interpreter(marked, part):
+    files = sorted(map(str, FOLDER.glob("*_interpreted.py")))
+    options = "-q", "-p", "no:cacheprovider", "-m", marked
+    done = python("-m", "pytest", *files, *options, TRITON_INTERPRET="1", TEST_PART=part)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -67,14 +67,13 @@ except ValueError as error:
     assert "backend: 'triton' needs the package triton, which is not installed" in done.stdout
 
 
-@pytest.mark.parametrize("kernel", launch.MIXTURE)
 @pytest.mark.parametrize("adjacent", ["positions", "channels"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (64, 1024, 1), (8, 512, 64), (2, 3, 100_000)], ids=str)
-def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_table_says(kernel, adjacent, shape):
+def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_table_says(adjacent, shape):
     n, channels, positions = shape
     x = torch.empty(shape, device="meta")
     x = x.mT.contiguous().mT if adjacent == "channels" else x
-    for num, width in itertools.product(range(1, 9), (1, channels)):
+    for kernel, num, width in itertools.product(launch.MIXTURE, range(1, 9), (1, channels)):
         if launch.mixture_refusal(num, width):
             continue
         walk = launch.walk((x,), merge=False)
@@ -106,8 +105,11 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
                 assert tiling.programs == tiles
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (16, 1), (256, 64), (512, 16)], ids=str)
-@pytest.mark.parametrize("adjacent", ["positions", "channels"])
+@pytest.mark.parametrize(
+    ("shape", "adjacent"),
+    [((5, 7), "positions"), ((16, 1), "positions"), ((256, 64), "channels"), ((512, 16), "positions")],
+    ids=str,
+)
 def test_a_tile_is_the_same_for_all_batch_sizes(shape, adjacent):
     """Whether columns are narrowed is decided for one of them."""
     mixtures, clusters = set(), set()
@@ -251,35 +253,36 @@ def test_every_launch_is_one_that_triton_takes():
     assert launch.TALL.keys() == launch.MIXTURE.keys()
 
 
-@pytest.mark.parametrize("kernel", launch.MIXTURE)
 @pytest.mark.parametrize(
     ("channels", "positions", "want"),
     [(64, 12544, (16, 4)), (128, 256, (8, 4)), (200, 64, (8, 8)), (3, 1024, (256, 4)), (256, 16, (8, 8))],
 )
-def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(kernel, channels, positions, want):
+def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(channels, positions, want):
     """Eight elements a thread, whatever the tile, and sixteen of a 2-byte type: of two channels if maps are large."""
     walk = launch.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
-    tiling = launch.mixture_tiling(kernel, walk, 1, 3)
-    assert (tiling.block_l, tiling.num_warps) == want
-    half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
-    if kernel == "mixture_bwd_kernel" and channels < 8:  # registers do not suffice
-        assert half == tiling
-        return
-    assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
-    summed = launch.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
-    assert (summed.block_l == half.block_l) is (kernel != "mixture_bwd_kernel" or half.block_l == 8)
-    for other in (49, 24):  # which Triton cannot read several of at once
-        walk = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
+    for kernel in launch.MIXTURE:
+        backward = kernel == "mixture_bwd_kernel"
         tiling = launch.mixture_tiling(kernel, walk, 1, 3)
-        assert tiling.block_l * tiling.block_c <= 1024
+        assert (tiling.block_l, tiling.num_warps) == want
+        half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
+        if backward and channels < 8:  # registers do not suffice
+            assert half == tiling
+            continue
+        assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
+        summed = launch.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
+        assert (summed.block_l == half.block_l) is (not backward or half.block_l == 8)
+        for other in (49, 24):  # which Triton cannot read several of at once
+            rest = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
+            tiling = launch.mixture_tiling(kernel, rest, 1, 3)
+            assert tiling.block_l * tiling.block_c <= 1024
 
 
-@pytest.mark.parametrize("kernel", launch.MIXTURE)
-def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed(kernel):
+def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed():
     x = torch.empty(64, 64, 256, device="meta").mT
-    tiling = launch.mixture_tiling(kernel, launch.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
-    assert tiling.block_c < 64
-    assert tiling.block_l * tiling.block_c == 1024
+    for kernel in launch.MIXTURE:
+        tiling = launch.mixture_tiling(kernel, launch.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
+        assert tiling.block_c < 64
+        assert tiling.block_l * tiling.block_c == 1024
 
 
 def test_a_tile_that_is_narrowed_has_fewer_threads():
@@ -297,8 +300,7 @@ def test_threads_read_several_positions_of_a_channel_at_once():
 
 
 @pytest.mark.parametrize("kernel", launch.MIXTURE)
-@pytest.mark.parametrize("adjacent", ["positions", "channels"])
-@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize(("adjacent", "groups"), [("positions", 1), ("channels", 64)])
 def test_threads_hold_twice_as_much_of_eight_components_where_they_read_neighbours(kernel, adjacent, groups):
     def threads(channels, positions):
         x = torch.empty(64, channels, positions, device="meta")
