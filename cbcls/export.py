@@ -97,10 +97,12 @@ def load_model(
         images: the run's, if they are loaded already.
 
     Raises:
-        UsageError: if the folder is neither, there is no such checkpoint, or files do not belong together.
+        UsageError: if the folder is neither, there is no such checkpoint, files do not belong together, or the layers'
+            backend cannot run there.
     """
     stored = read_stored(ClassifierConfig, path, "network", checkpoint)
     cfg = stored.cfg
+    cfg.check_backend(torch.device(device))
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
 

@@ -64,10 +64,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedM
     Nothing but tensors is read from files of weights, and nothing is unpickled.
 
     Raises:
-        UsageError: if the folder is neither, or its files do not belong together.
+        UsageError: if the folder is neither, its files do not belong together, or the layers' backend
+            cannot run there.
     """
     stored = read_stored(AdaMatchConfig, path, "adamatch")
     cfg = stored.cfg
+    cfg.check_backend(torch.device(device))
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
 

@@ -132,6 +132,7 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     cfg = replace(was, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
     set_threads(cfg.threads)
     device = resolve_device(options.device)
+    cfg.check_backend(device)
     images = Gan.load(cfg)
     g = Gan(cfg, images, device).build()["g"].to(device)
     assert isinstance(g, Generator)

@@ -141,10 +141,12 @@ def load_generator(
         raw: take the weights as they were trained, where the run kept an average of them (``ema``).
 
     Raises:
-        UsageError: if it is neither, has no such checkpoint, or its files do not belong together.
+        UsageError: if it is neither, has no such checkpoint, its files do not belong together, or the layers' backend
+            cannot run there.
     """
     stored = read_stored(GanConfig, path, "g", checkpoint, average=not raw)
     cfg = stored.cfg
+    cfg.check_backend(torch.device(device))
 
     def of_run() -> dict[str, Any]:
         known = stored.noted(CLASSES, _names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}

@@ -51,11 +51,11 @@ TABLE1: dict[str, tuple[str, dict[str, Any]]] = {
 
 def layers(channels: int, backend: str) -> dict[str, nn.Module]:
     """Return the layers that are compared with BatchNorm, in training mode."""
-    return {
-        "SCB": SCBNorm(channels, COMPONENTS, backend=backend),
+    mixtures: dict[str, nn.Module] = {
         "UCB joint": UCBNorm(channels, COMPONENTS, groups=1, backend=backend),
         "UCB channel-wise": UCBNorm(channels, COMPONENTS, backend=backend),
     }
+    return mixtures if backend == "compiled" else {"SCB": SCBNorm(channels, COMPONENTS, backend=backend), **mixtures}
 
 
 def arguments(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

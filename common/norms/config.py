@@ -104,10 +104,18 @@ class NormConfig:
         """Return what ``backend`` comes to on a device for large activations of a dtype: "auto" is what can run there.
 
         On a CPU this compiles the loops of a mixture, unless they have been.
+
+        Raises:
+            ValueError: the layer has no such backend there, with the field's dotted name.
         """
-        return functional.settled_backend(
-            self.backend, device, dtype, self.num_components if self.kind in MIXTURES else 0
-        )
+        if self.backend != "auto" and (self.kind not in BUILT_IN or "backend" not in default_options(self.kind)):
+            return self.backend  # of others nobody knows what it means; torch's own layers have none
+        try:
+            return functional.settled_backend(
+                self.backend, device, dtype, self.num_components if self.kind in MIXTURES else 0
+            )
+        except ValueError as error:
+            raise ValueError(f"norm.{error}") from None
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}

@@ -1,11 +1,12 @@
 """The two primitives of the family, checked, and sent to a backend."""
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from .backends import closed_form, compiled, reference
+from .backends import closed_form, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
@@ -29,8 +30,21 @@ while their compiler takes 2 s (the table is in docs/benchmarks.md). They are fa
 made for that."""
 
 
-def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_channels: int = 1) -> str:
-    """Return the backend that computes x.
+def check_backend(backend: str, num_components: int = 0) -> None:
+    """Raise ValueError unless backend is one, and one for mixtures of K components, or for clusters where K is 0."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "compiled" and (reason := loops.refusal_of_components(num_components)):
+        raise ValueError(f"backend: 'compiled' {reason}")
+
+
+def choose_backend(
+    backend: str,
+    x: Tensor,
+    num_components: int = 0,
+    group_channels: int = 1,
+    parameters: Sequence[Tensor | None] = (),
+) -> str:
+    """Return the backend that computes x with these parameters.
 
     "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
     the loops of ``native`` can and x is large enough; else eager.
@@ -38,18 +52,19 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_chann
     Raises:
         ValueError: backend is no backend, or one that cannot run here, with the reason.
     """
-    check_choice("backend", backend, BACKENDS)
+    check_backend(backend, num_components)
     if torch.compiler.is_exporting() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
-    if backend == "compiled" and torch.compiler.is_compiling():
-        return backend  # whose passes join the graph; what compiles that is not this backend's affair
-    if backend == "compiled" and (reason := compiled.refusal(x.device)):
-        raise ValueError(f"backend: 'compiled' {reason}")
+    if backend == "compiled":
+        if torch.compiler.is_compiling():
+            return "eager"  # no graph can hold the loops
+        if reason := loops.refusal(x, num_components, *parameters):
+            raise ValueError(f"backend: 'compiled' {reason}")
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
         pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
-        return "compiled" if pays and loops.serves(x, num_components) else "eager"
+        return "compiled" if pays and loops.refusal(x, num_components, *parameters) is None else "eager"
     reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
@@ -58,8 +73,6 @@ def choose_backend(backend: str, x: Tensor, num_components: int = 0, group_chann
 
 def settled_backend(backend: str, device: torch.device, dtype: torch.dtype, num_components: int) -> str:
     """Return what ``choose_backend`` makes of a backend for a large activation; no components stand for clusters."""
-    if backend != "auto":
-        return backend
     return choose_backend(backend, torch.empty(max(LEAST_VALUES.values()), device=device, dtype=dtype), num_components)
 
 
@@ -104,7 +117,7 @@ def cluster_norm(
             larger than a known one; "match" drops it.
         unknown_posterior: take the posterior at each "location", or once for the whole "sample".
         allow_unknown: whether -1 and None are allowed, as in evaluation.
-        backend: "reference", "eager", "compiled", "triton" or "auto".
+        backend: "reference", "eager", "triton" or "auto".
 
     Returns:
         Like x, computed in float32 (float64 for float64).
@@ -139,7 +152,7 @@ def cluster_norm(
         if backend == "triton":
             options |= {"any_unknown": any_unknown, "allow_unknown": allow_unknown}
             return cluster_operators.cluster_norm(x, cluster, mean, var, **options)
-        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, backend=backend, **options)
+        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
 
 
 def mixture_norm(
@@ -199,21 +212,19 @@ def mixture_norm(
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
     check_groups(groups, mean.shape[1])
-    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups)
+    given = log_lambda, mean, var
+    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups, (*given, weight, bias))
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
         return _empty(x, *parameters), moments if statistics == "batch" else None
     options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
-    given = log_lambda, mean, var
-    if backend == "compiled" and loops.serves(x, len(mean), *given, weight, bias):
+    if backend == "compiled":
         y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)
         return y.reshape(x.shape), None if statistics == "learned" else loops.moments_of(state, len(mean), groups)
     with torch.autocast(x.device.type, enabled=False):
-        if backend in closed_form.BACKENDS:
-            return closed_form.mixture_norm(
-                x, log_lambda, mean, var, weight=weight, bias=bias, backend=backend, **options
-            )
+        if backend == "eager":
+            return closed_form.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
         if backend == "triton":
             return operators.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
         y, moments = reference.mixture_norm(x, log_lambda, mean, var, **options)

@@ -47,7 +47,6 @@ class NormLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_choice("backend", backend, functional.BACKENDS)
         checks.check_size("num_features", num_features)
         checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:

@@ -48,6 +48,7 @@ class _SupervisedNorm(NormLayer):
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
         checks.check_size("num_clusters", num_clusters)
+        functional.check_backend(backend)
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         self.num_clusters = num_clusters
@@ -196,7 +197,7 @@ class SCBNorm(_SupervisedNorm):
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
         channel_dim: the dimension of x that holds the channels; -1 for (N, T, C).
-        backend: "auto", "reference", "eager", "compiled" or "triton".
+        backend: "auto", "reference", "eager" or "triton".
         device: of all parameters and buffers, as of any ``torch.nn`` layer.
         dtype: of all of them that are floating-point.
 

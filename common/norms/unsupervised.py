@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import closed_form, compiled, reference, sync
+from .backends import closed_form, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -67,14 +67,15 @@ class MixtureLayer(NormLayer):
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
         checks.check_size("num_components", num_components)
+        functional.check_backend(backend, num_components)
         if groups is not None:
             checks.check_groups(groups, num_features)
         checks.check_momentum(momentum)
         if min_weight is not None and not 0 < min_weight <= 1 / num_components:
             raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
-        if process_group is not None and backend == "reference":
-            raise ValueError(f"process_group: expected None with backend='reference', got {process_group!r}")
+        if process_group is not None and backend in ("reference", "compiled"):
+            raise ValueError(f"process_group: expected None with backend={backend!r}, got {process_group!r}")
         self.process_group = process_group
         self.num_components, self.groups = num_components, groups or num_features
         self._width = num_features // self.groups
@@ -230,11 +231,10 @@ class MixtureLayer(NormLayer):
         r"""Say whether loops in C++ take x (N, C, \*) and the moving averages as they are; see ``native.loops``."""
         if not x.numel() or self.mean.requires_grad or (self.training and sync.active(self.process_group) is not None):
             return False
-        if functional.choose_backend(self.backend, x, self.num_components, self._width) != "compiled":
-            return False
         stored = self._mixture()
-        served = loops.serves(x, self.num_components, *stored, self.weight, self.bias)
-        return served and all(t.is_contiguous() for t in stored)
+        parameters = *stored, self.weight, self.bias
+        chosen = functional.choose_backend(self.backend, x, self.num_components, self._width, parameters)
+        return chosen == "compiled" and all(t.is_contiguous() for t in stored)
 
     def _normalise_native(
         self, x: Tensor, stored: Stored, min_weight: float, statistics: Statistics = "batch"
@@ -276,11 +276,7 @@ class MixtureLayer(NormLayer):
         old = self._mixture()
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
-        if self.backend == "compiled" and not torch.compiler.is_compiling():
-            new = Stored(*compiled.run(_moved, rule, *old, *moments))
-        else:
-            new = averages.moved(old, moments, rule)
-        self._write(new, where=some)
+        self._write(averages.moved(old, moments, rule), where=some)
 
     @staticmethod
     def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,8 +300,7 @@ class MixtureLayer(NormLayer):
             return functional.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
         # Also for a batch that is empty here: every rank takes part in the exchange.
         with torch.autocast(x.device.type, enabled=False):
-            backend = "compiled" if self.backend == "compiled" else "eager"
-            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, backend=backend, **options)
+            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, **options)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -345,10 +340,6 @@ class MixtureLayer(NormLayer):
 
     def _size(self) -> int:
         return self.num_components
-
-
-def _moved(_: Any, rule: averages.Rule, *tensors: Tensor) -> Stored:
-    return averages.moved(Stored(*tensors[:3]), Moments(*tensors[3:]), rule)
 
 
 class UCBNorm(MixtureLayer):

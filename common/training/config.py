@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from common.cli.arguments import flatten, parse, read, shown, to_dict, to_yaml
 from common.cli.fields import MAY_CHANGE, changeable
 from common.cli.plugins import MissingPlugin
@@ -192,6 +194,15 @@ class RunConfig:
     def resolved(self: C) -> C:
         """Return the configuration as a run stores it, with what follows from other settings written out."""
         return replace(self, norm=self.norm.resolved())
+
+    def check_backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Raise UsageError if the layers ask for a backend that cannot run on a device, on activations of a dtype."""
+        if self.norm.backend == "auto":
+            return
+        try:
+            self.norm.backend_on(device, dtype)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:

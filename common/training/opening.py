@@ -66,8 +66,9 @@ def prepare(
     """Build a run's method with its networks, the batches it trains on, and its parts; print what these warn of.
 
     Raises:
-        UsageError: if the images do not fill a step.
+        UsageError: if the images do not fill a step, or the layers cannot be computed as the run asks for.
     """
+    cfg.check_backend(device, DTYPES[cfg.precision])
     method = kind(cfg, images, device, env)
     try:
         feed = Feed(

@@ -1,6 +1,10 @@
 """Inputs and oracles that several tests of the layers share."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,16 +12,42 @@ from torch import Tensor
 
 from common.norms import make_norm
 from common.norms.agreement import budget, cluster_results, error, mixture_case, mixture_results
+from common.norms.backends import closed_form, traced
 from common.norms.backends.reference import Moments
+from common.norms.native import loops
 
-__all__ = ["GRADIENTS", "any_norm", "assert_within_budget", "cluster_run", "in_full", "mixture_case", "mixture_run"]
+__all__ = [
+    "BACKENDS",
+    "GRADIENTS",
+    "any_norm",
+    "assert_within_budget",
+    "backend",
+    "cluster_run",
+    "in_full",
+    "mixture_case",
+    "mixture_run",
+    "needs_compiler",
+]
 
+needs_compiler = pytest.mark.skipif(shutil.which(loops.compiler()) is None, reason="needs a C++ compiler on the PATH")
+BACKENDS = ("reference", "eager", "traced", pytest.param("compiled", marks=needs_compiler))
+"""Of mixtures; those of clusters are all but the last."""
 GRADIENTS = ("y", "dx", "dlog_lambda", "dmean", "dvar")
 
 
 def in_full(*cases: Any) -> list[Any]:
     """Return cases that ``make test-full`` runs and ``make test`` does not."""
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[str]:
+    """Give the name that layers know a backend by; "traced" is eager with the passes of graphs, run as they are."""
+    if name != "traced":
+        yield name
+        return
+    with mock.patch.object(closed_form, "_passes", return_value=traced):
+        yield "eager"
 
 
 def any_norm(kind: str, num_features: int, num_components: int, **options: Any) -> Any:
@@ -30,15 +60,17 @@ def cast(case: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
 
 
 def mixture_run(
-    case: tuple[Tensor, ...], dtype: torch.dtype, backend: str, **options: object
+    case: tuple[Tensor, ...], dtype: torch.dtype, by: str, **options: object
 ) -> tuple[dict[str, Tensor], Moments | None]:
     """Return output, gradients and moments of mixture_norm on a case, computed in dtype."""
-    return mixture_results(cast(case, dtype), backend, **options)
+    with backend(by) as name:
+        return mixture_results(cast(case, dtype), name, **options)
 
 
-def cluster_run(case: tuple[Tensor, ...], cluster: Tensor, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+def cluster_run(case: tuple[Tensor, ...], cluster: Tensor, dtype: torch.dtype, by: str) -> dict[str, Tensor]:
     """Return output and gradients of cluster_norm on a case, computed in dtype."""
-    return cluster_results(cast(case, dtype), cluster, backend)
+    with backend(by) as name:
+        return cluster_results(cast(case, dtype), cluster, name)
 
 
 def assert_within_budget(exact: dict[str, Tensor], ours: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
@@ -46,15 +78,3 @@ def assert_within_budget(exact: dict[str, Tensor], ours: dict[str, Tensor], plai
     for name, want in exact.items():
         found, allowed = error(want, ours[name]), budget(want, plain[name])
         assert found <= allowed, f"{name}: {found:.2e} > {allowed:.2e}"
-
-
-def assert_an_offset_costs_no_moments(groups: int, positions: int) -> None:
-    """As eager does with 1e6 added: half an ulp of it for the mean, two passes' accuracy for the variance."""
-    x, log_lambda, mean, var, g = mixture_case((16, 4, positions), num=3, dtype=torch.float32)
-    case = x + 1e6, log_lambda, mean + 1e6, var, g
-    _, want = mixture_run(case, torch.float64, "reference", groups=groups)
-    _, got = mixture_run(case, torch.float32, "compiled", groups=groups)
-    assert got is not None
-    assert want is not None
-    assert float((got.mean - want.mean).abs().max()) <= 0.0313
-    torch.testing.assert_close(got.var.double(), want.var, rtol=1e-3, atol=0)

@@ -1,1 +1,1 @@
-"""How the layers compute: the equations, and closed forms in plain torch and through torch.compile."""
+"""How the layers compute: the equations, and closed forms, in plain torch and within a graph of torch.compile."""

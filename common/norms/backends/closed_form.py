@@ -1,8 +1,7 @@
-"""The forward and backward passes in closed form: the ``eager`` and ``compiled`` backends.
+"""The forward and backward passes in closed form: the ``eager`` backend, alone and within a graph of torch.compile.
 
 The derivatives are those of the equations in ``reference``, exactly; tests compare the two in float64. What
-loops over the activation is in ``eager`` and ``compiled``, see ``passes``; what stands here works on
-parameters.
+loops over the activation is in ``eager`` and ``traced``, see ``passes``; what stands here works on parameters.
 """
 
 import functools
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import compiled, eager, reference, sync
+from . import eager, reference, sync, traced
 from .passes import DensitySums, Mixture, Passes
 from .reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-
-BACKENDS: dict[str, Passes] = {"eager": eager, "compiled": compiled}
 
 
 class _Refuse(Function):
@@ -54,59 +51,30 @@ def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple
     return wrapped
 
 
-class _Options(NamedTuple):
-    """What is the same for all batches of a layer."""
-
-    backend: str
-    split: tuple[int, int] = (1, -1)
-    """Groups and channels of a group, one of them -1, so that layers of different widths share a graph."""
-    eps: float = 0.0
-    kappa: float = 1.0
-    """A factor of the output: 1, or 1 / sqrt(K)."""
-    wanted: bool = True
-    """Whether the mixture's gradients are wanted; of a cluster_norm, that of x."""
-
-
-def _run(function: Callable[..., Any], options: _Options, *tensors: Tensor | None) -> Any:
-    """Call a function of passes, options and tensors with the passes of its backend."""
-    if torch.compiler.is_compiling():  # in somebody else's graph, where only functional passes can be traced
-        return function(compiled, options, *tensors)
-    if options.backend == "eager":
-        return function(eager, options, *tensors)
-    return compiled.run(function, options, *tensors)
-
-
-def _cluster_forward(passes: Passes, _: _Options, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor) -> Tensor:
-    centre, rho = (reference.gather_rows(table, cluster)[..., None] for table in (mean, s.rsqrt()))
-    return passes.cluster_transform(x, centre, rho)
-
-
-def _cluster_backward(
-    passes: Passes, options: _Options, g: Tensor, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    rho = s.rsqrt()
-    centre, rho_n = (reference.gather_rows(table, cluster)[..., None] for table in (mean, rho))
-    dx, sums = passes.cluster_gradients(x, g, centre, rho_n, options.wanted)
-    member = (cluster == torch.arange(len(mean), device=x.device)[:, None]).to(mean.dtype)
-    sum_g, sum_gu = member @ sums  # (K, N) @ (N, C): repeatable, no atomics
-    return dx, -rho * sum_g, -0.5 * rho**3 * sum_gu
+def _passes() -> Passes:
+    """Return the passes that run here: those of ``eager`` write into buffers, which no graph can hold."""
+    return traced if torch.compiler.is_compiling() else eager
 
 
 class _ClusterNorm(Function):
     """Eq. 10; s is the variance plus eps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor, options: _Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(x, cluster, mean, s)
-        ctx.options = options
-        return _run(_cluster_forward, options, x, cluster, mean, s)
+        centre, rho = (reference.gather_rows(table, cluster)[..., None] for table in (mean, s.rsqrt()))
+        return _passes().cluster_transform(x, centre, rho)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, g: Tensor) -> tuple:
-        options = ctx.options._replace(wanted=ctx.needs_input_grad[0])
-        dx, dmean, ds = _run(_cluster_backward, options, g, *ctx.saved_tensors)
-        return dx, None, dmean, ds, None
+        x, cluster, mean, s = ctx.saved_tensors
+        rho = s.rsqrt()
+        centre, rho_n = (reference.gather_rows(table, cluster)[..., None] for table in (mean, rho))
+        dx, sums = _passes().cluster_gradients(x, g, centre, rho_n, ctx.needs_input_grad[0])
+        member = (cluster == torch.arange(len(mean), device=x.device)[:, None]).to(mean.dtype)
+        sum_g, sum_gu = member @ sums  # (K, N) @ (N, C): repeatable, no atomics
+        return dx, None, -rho * sum_g, -0.5 * rho**3 * sum_gu
 
 
 def cluster_norm(
@@ -119,19 +87,18 @@ def cluster_norm(
     unknown_scale: UnknownScale,
     unknown_posterior: UnknownPosterior,
     any_unknown: bool,
-    backend: str = "eager",
 ) -> Tensor:
     """As ``reference.cluster_norm``; ``any_unknown`` says whether ids of -1 have to be expected."""
     dtype = reference.compute_dtype(x)
     flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
 
     def unknown() -> Tensor:
-        mixture = functools.partial(mixture_norm, eps=eps, backend=backend)
+        mixture = functools.partial(mixture_norm, eps=eps)
         return unknown_cluster(mixture, flat, mean, var, unknown_scale, unknown_posterior)
 
     if cluster is None:
         return unknown().reshape(x.shape)
-    y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + eps, _Options(backend))  # pyright: ignore[reportAssignmentType]
+    y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + eps)  # pyright: ignore[reportAssignmentType]
     if any_unknown:
         y = torch.where((cluster == -1)[:, None, None], unknown(), y)
     return y.reshape(x.shape)
@@ -155,12 +122,21 @@ def unknown_cluster(
     return mixture_norm(given, equal, *rows, groups=1, scale=factor, statistics="learned")[0].view(x.shape)
 
 
+class _Options(NamedTuple):
+    """What is the same for all batches of a layer."""
+
+    split: tuple[int, int]
+    """Groups, and channels of a group."""
+    eps: float
+    kappa: float
+    """A factor of the output: 1, or 1 / sqrt(K)."""
+
+
 class _Work:
     """A mixture and the affine map after it, in the shapes that passes use."""
 
     def __init__(
         self,
-        passes: Passes,
         options: _Options,
         log_lambda: Tensor,
         mean: Tensor,
@@ -168,8 +144,8 @@ class _Work:
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        self.passes, self.options = passes, options
-        self.mix = Mixture(*(passes.store(t) for t in Mixture.of(log_lambda, mean, s, options.split)))
+        self.passes, self.options = _passes(), options
+        self.mix = Mixture.of(log_lambda, mean, s, options.split)
         shape = (*options.split, 1)
         self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
         self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa).view(-1, 1, 1, 1)
@@ -188,7 +164,7 @@ class _Work:
         return self.passes.moments(self.parts(x), self.mix)
 
     def output(self, x: Tensor, tau: Tensor | None, m: Tensor, v: Tensor) -> Tensor:
-        rstd = self.passes.store(self.scale * (v + self.options.eps).rsqrt())
+        rstd = self.scale * (v + self.options.eps).rsqrt()
         return self.whole(self.passes.transform(self.parts(x), tau, m, rstd, self.bias, self.mix))
 
     def gradient_sums(self, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,16 +182,15 @@ class _Work:
         sum_gu: Tensor,
         all_g: Tensor,
         all_gu: Tensor,
+        wanted: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Take the sums of this rank, and of all ranks together."""
-        store = self.passes.store
+        """Take the sums of this rank, and of all ranks together; the mixture's gradients if they are wanted."""
         r = (v + self.options.eps).rsqrt()
         count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
-        dm = store(-r * self.scale * all_g / count)  # gradients of the moments, a unit of mass each
-        dv = store(-0.5 * r**3 * self.scale * all_gu / count)
-        constant, rstd = store((dv * v).sum(2)), store(self.scale * r)
-        parts = self.parts(x), self.parts(g), tau, m, rstd, dm, dv, constant
-        dx, sums = self.passes.batch_gradients(*parts, self.mix, self.options.wanted)
+        dm = -r * self.scale * all_g / count  # gradients of the moments, a unit of mass each
+        dv = -0.5 * r**3 * self.scale * all_gu / count
+        parts = self.parts(x), self.parts(g), tau, m, self.scale * r, dm, dv, (dv * v).sum(2)
+        dx, sums = self.passes.batch_gradients(*parts, self.mix, wanted)
         return self.gradients(dx, sums, sum_g, sum_gu, r)
 
     def gradients(
@@ -242,53 +217,6 @@ class _Work:
         return dx.flatten(1, 2), dlog_lambda, sums.zu.flatten(1), ds.flatten(1), dweight, dbias
 
 
-# What a process group comes between is run in halves, all else whole; the mixture is the last five tensors.
-
-
-def _batch_moments(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
-    return _Work(passes, options, *mixture).moments(x)
-
-
-def _batch_output(passes: Passes, options: _Options, *tensors: Any) -> Tensor:
-    return _Work(passes, options, *tensors[-5:]).output(*tensors[:-5])
-
-
-def _batch_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> tuple[Tensor | None, ...]:
-    work = _Work(passes, options, *mixture)
-    tau, mass, m, v = work.moments(x)
-    return work.output(x, tau, m, v), _kept(passes, tau, m), mass, m, v
-
-
-def _kept(passes: Passes, tau: Tensor | None, m: Tensor) -> Tensor | None:
-    """Return the posteriors if they are to be kept for the backward pass."""
-    return tau if passes.KEEP_SINGLE or m.shape[2] > 1 else None
-
-
-def _batch_sums(passes: Passes, options: _Options, *tensors: Any) -> tuple[Tensor, Tensor]:
-    return _Work(passes, options, *tensors[-5:]).gradient_sums(*tensors[:-5])
-
-
-def _batch_gradients(passes: Passes, options: _Options, *tensors: Any) -> tuple[Tensor | None, ...]:
-    return _Work(passes, options, *tensors[-5:]).batch_gradients(*tensors[:-5])
-
-
-def _batch_backward(
-    passes: Passes,
-    options: _Options,
-    x: Tensor,
-    g: Tensor,
-    tau: Tensor | None,
-    mass: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *mixture: Any,
-) -> tuple[Tensor | None, ...]:
-    work = _Work(passes, options, *mixture)
-    tau = passes.posterior(work.parts(x), work.mix) if tau is None else tau
-    sums = work.gradient_sums(x, g, tau, m)
-    return work.batch_gradients(x, g, tau, mass, m, v, *sums, *sums)
-
-
 class _BatchMixture(Function):
     """Eqs. 6-9 and an affine map: y, and the moments (mass, mean, var), which carry no gradient.
 
@@ -299,14 +227,13 @@ class _BatchMixture(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *mixture, options, process_group = arguments
-        if process_group is None:
-            y, tau, mass, m, v = _run(_batch_forward, options, x, *mixture)
-        else:
-            tau, mass, m, v = _run(_batch_moments, options, x, *mixture)
+        work = _Work(options, *mixture)
+        tau, mass, m, v = work.moments(x)
+        if process_group is not None:
             mass, m, v = sync.combine(mass, m, v, process_group)
-            y = _run(_batch_output, options, x, tau, m, v, *mixture)
-            tau = _kept(BACKENDS[options.backend], tau, m)
-        ctx.save_for_backward(x, tau, mass, m, v, *mixture)
+        y = work.output(x, tau, m, v)
+        kept = tau if work.passes.KEEP_SINGLE or m.shape[2] > 1 else None
+        ctx.save_for_backward(x, kept, mass, m, v, *mixture)
         ctx.options, ctx.process_group = options, process_group
         m, v = m.flatten(1), v.flatten(1)
         ctx.mark_non_differentiable(mass, m, v)
@@ -316,36 +243,12 @@ class _BatchMixture(Function):
     @first_derivative_only
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
         x, tau, mass, m, v, *mixture = ctx.saved_tensors
-        options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:4]))
-        if ctx.process_group is None:
-            gradients = _run(_batch_backward, options, x, g, tau, mass, m, v, *mixture)
-        else:
-            sums = _run(_batch_sums, options, x, g, tau, m, *mixture)
-            all_g, all_gu = sync.total(sums[0], sums[1], ctx.process_group)
-            gradients = _run(_batch_gradients, options, x, g, tau, mass, m, v, *sums, all_g, all_gu, *mixture)
-        return *gradients, None, None
-
-
-def _learned_forward(passes: Passes, options: _Options, x: Tensor, *mixture: Any) -> Tensor:
-    work = _Work(passes, options, *mixture)
-    rstd = passes.store(work.scale * work.mix.precision.sqrt())
-    return work.whole(passes.transform(work.parts(x), None, work.mix.mean, rstd, work.bias, work.mix))
-
-
-def _learned_backward(
-    passes: Passes, options: _Options, g: Tensor, x: Tensor, *mixture: Any
-) -> tuple[Tensor | None, ...]:
-    work = _Work(passes, options, *mixture)
-    rho = work.mix.precision.sqrt()
-    rstd = passes.store(work.scale * rho)
-    dx, found = passes.learned_gradients(work.parts(x), work.parts(g), rstd, work.mix, options.wanted)
-    if found is None:
-        return dx.flatten(1, 2), None, None, None, None, None
-    sums, sum_g, sum_gu = found
-    # The parameters that give the posteriors normalise too.
-    zu = sums.zu - rstd * sum_g
-    zuu = sums.zuu - rstd * sum_gu * work.mix.precision
-    return work.gradients(dx, DensitySums(sums.z, zu, zuu), sum_g, sum_gu, rho)
+        work = _Work(ctx.options, *mixture)
+        tau = work.passes.posterior(work.parts(x), work.mix) if tau is None else tau
+        own = work.gradient_sums(x, g, tau, m)
+        joined = own if ctx.process_group is None else sync.total(*own, ctx.process_group)
+        wanted = any(ctx.needs_input_grad[1:4])
+        return *work.batch_gradients(x, g, tau, mass, m, v, *own, *joined, wanted), None, None
 
 
 class _LearnedMixture(Function):
@@ -356,13 +259,26 @@ class _LearnedMixture(Function):
         *mixture, options = arguments
         ctx.save_for_backward(x, *mixture)
         ctx.options = options
-        return _run(_learned_forward, options, x, *mixture)
+        work = _Work(options, *mixture)
+        rstd = work.scale * work.mix.precision.sqrt()
+        return work.whole(work.passes.transform(work.parts(x), None, work.mix.mean, rstd, work.bias, work.mix))
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, g: Tensor) -> tuple:
-        options = ctx.options._replace(wanted=any(ctx.needs_input_grad[1:6]))
-        return *_run(_learned_backward, options, g, *ctx.saved_tensors), None
+        x, *mixture = ctx.saved_tensors
+        work = _Work(ctx.options, *mixture)
+        rho = work.mix.precision.sqrt()
+        rstd = work.scale * rho
+        wanted = any(ctx.needs_input_grad[1:6])
+        dx, found = work.passes.learned_gradients(work.parts(x), work.parts(g), rstd, work.mix, wanted)
+        if found is None:
+            return dx.flatten(1, 2), *[None] * 6
+        sums, sum_g, sum_gu = found
+        # The parameters that give the posteriors normalise too.
+        zu = sums.zu - rstd * sum_g
+        zuu = sums.zuu - rstd * sum_gu * work.mix.precision
+        return *work.gradients(dx, DensitySums(sums.z, zu, zuu), sum_g, sum_gu, rho), None
 
 
 def mixture_norm(
@@ -378,7 +294,6 @@ def mixture_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     process_group: Any = None,
-    backend: str = "eager",
 ) -> tuple[Tensor, Moments | None]:
     """As ``reference.mixture_norm``, then the affine map of weight and bias (C,), without a loop of its own.
 
@@ -386,7 +301,7 @@ def mixture_norm(
     """
     dtype = reference.compute_dtype(x)
     kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
-    options = _Options(backend, (-1, 1) if groups == mean.shape[1] else (groups, -1), eps, kappa)
+    options = _Options((groups, mean.shape[1] // groups), eps, kappa)
     affine = [t if t is None else t.to(dtype) for t in (weight, bias)]
     inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype) + eps, *affine, options
     if statistics == "learned":

@@ -55,11 +55,6 @@ def _posterior(x: Tensor, mix: Mixture, out: Tensor | None = None) -> Tensor:
     return torch.threshold_(tau, least_posterior(tau.dtype), 0.0)
 
 
-def store(t: Tensor) -> Tensor:
-    """Return t: plain torch has computed it already."""
-    return t
-
-
 def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
     """Leave them to each part."""
     return None

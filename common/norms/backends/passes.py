@@ -1,6 +1,6 @@
 """What the closed forms are made of: a mixture in the shapes that passes use, and the passes themselves.
 
-A pass is one loop over the activation that serves as many sums as it can. ``eager`` and ``compiled``
+A pass is one loop over the activation that serves as many sums as it can. ``eager`` and ``traced``
 implement the passes; ``closed_form`` puts them together to layers and their gradients.
 
 Shapes: x and g (N, G, D, L), G groups of D channels at L positions of N samples; parameters (K, G, D, 1);
@@ -56,10 +56,6 @@ class Passes(Protocol):
 
     KEEP_SINGLE: bool
     """Whether to keep the posteriors of single channels for the backward pass: they are K times x."""
-
-    def store(self, t: Tensor) -> Tensor:
-        """Return a tensor of parameters (K, ...) that a loop shall read instead of computing it at every location."""
-        ...
 
     def posterior(self, x: Tensor, mix: Mixture) -> Tensor | None:
         """Return tau (Eq. 6) for several passes to share, if that is worth it."""

@@ -151,7 +151,7 @@ def refit(
 ) -> Fit:
     r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws, by compiled loops or in torch."""
     points = sample_points(x, seed, "fit", step)
-    if compiled and loops.serves(points, len(fit.mean), *fit):
+    if compiled:
         rule: Any = {"groups": groups, "eps": eps, "empty": EMPTY, "steps": steps}
         return Fit(*loops.fit_mixture(points, fit, variance_floor(points), **rule))
     return expectation_maximisation(points, fit, groups, eps, steps)

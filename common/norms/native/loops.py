@@ -1,4 +1,4 @@
-"""The loops of mixtures in C++: what the ``compiled`` backend runs on a CPU for float32 (see ``loops.cpp``).
+"""The loops of mixtures in C++: the ``compiled`` backend, on a CPU for float32 (see ``loops.cpp``).
 
 A compiler makes a library for each number of components, in a second or two; it is kept in
 ``~/.cache/cluster-based-norm/native`` (``XDG_CACHE_HOME`` in place of ``~/.cache``, if set) for all processes on
@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from ..backends import compiled, direct
+from ..backends import direct
 from ..backends.closed_form import first_derivative_only
 from ..backends.reference import Moments, Scale, Statistics
 
@@ -32,7 +33,6 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 MOST_COMPONENTS = 16
 NO_FLOOR = -1e30
-CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -100,23 +100,49 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def compiler() -> str:
+    """Return the command that compiles C++, whether or not there is one."""
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache  # every batch asks, and looking takes longer than a small batch
+def _on_path(program: str) -> bool:
+    return shutil.which(program) is not None
+
+
 def library(num_components: int) -> Any:
     """Return the loops for a number of components, or None if there can be none here."""
-    if num_components > MOST_COMPONENTS or compiled.refusal(CPU):
+    if not 0 < num_components <= MOST_COMPONENTS or not _on_path(compiler()):
         return None
-    return _library(num_components, compiled.compiler())
+    return _library(num_components, compiler())
 
 
-def serves(x: Tensor, num_components: int, *others: Tensor | None) -> bool:
-    """Say whether the loops compute x with these parameters; compile them if need be."""
-    if direct.watched(x) or not _plain(x):
-        return False
-    return all(t is None or _plain(t) for t in others) and library(num_components) is not None
+def refusal_of_components(num_components: int) -> str | None:
+    """Say why there are no loops for a number of components, 0 for clusters that are known; None if there are."""
+    if not num_components:
+        return "has loops for mixtures (ucb, mn) alone"
+    if num_components > MOST_COMPONENTS:
+        return f"has loops for at most {MOST_COMPONENTS} components"
+    return None
 
 
-def _plain(t: Tensor) -> bool:
-    """Say whether t is what it seems: numbers in memory, not what another library makes of them."""
-    return t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, Parameter)
+def refusal(x: Tensor, num_components: int, *parameters: Tensor | None) -> str | None:
+    """Say why the loops cannot compute x with these parameters, or return None if they can; compile them if need be."""
+    if reason := refusal_of_components(num_components):
+        return reason
+    if direct.watched(x):
+        return "is closed to transforms of torch.func, torch.jit.trace, dispatch modes and subclasses of Tensor"
+    for t in (x, *parameters):
+        if t is None:
+            continue
+        if t.dtype != torch.float32 or t.device.type != "cpu":
+            return f"needs float32 on a CPU, got {str(t.dtype).removeprefix('torch.')} on {t.device}"
+        if type(t) not in (Tensor, Parameter):  # whose memory may hold anything
+            return f"cannot read a {type(t).__name__}"
+    if library(num_components) is None:
+        why = "fails" if _on_path(compiler()) else "is not on the PATH"
+        return f"needs a C++ compiler, but {compiler()!r} {why}; install one or set CXX"
+    return None
 
 
 class _Options(NamedTuple):

@@ -1,13 +1,13 @@
 """Samples of unknown cluster beside known ones, in every backend that runs anywhere, against Eqs. 10, 12 and 13."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
-from norm_cases import mixture_case
+from norm_cases import backend, mixture_case
 
 from common.norms import cluster_norm
-from common.norms.backends import closed_form
 
 IDS = [ids for n in (1, 2, 3) for ids in itertools.product((-1, 0, 1), repeat=n)]
 
@@ -24,28 +24,11 @@ def expected(x, ids, mean, var, over: str, scale: str):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("over", ["location", "sample"])
-@pytest.mark.parametrize("scale", ["match", "paper"])
-def test_each_sample_is_normalised_by_what_is_known_of_it(backend, over, scale):
-    for ids in IDS:
+@pytest.mark.parametrize("by", ["reference", "eager", "traced"])
+def test_each_sample_is_normalised_by_what_is_known_of_it(by):
+    for ids, over, scale in itertools.product(IDS, ("location", "sample"), ("match", "paper")):
         x, _, mean, var, _ = mixture_case((len(ids), 3, 4), 2, dtype=torch.float64)
-        got = cluster_norm(
-            x, torch.tensor(ids), mean, var, backend=backend, unknown_posterior=over, unknown_scale=scale
-        )
+        options: Any = {"unknown_posterior": over, "unknown_scale": scale}
+        with backend(by) as name:
+            got = cluster_norm(x, torch.tensor(ids), mean, var, backend=name, **options)
         torch.testing.assert_close(got, expected(x, ids, mean, var, over, scale), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("statistics", ["batch", "learned"])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_closed_form_is_eager_where_no_backend_is_named(statistics, groups):
-    """As the kernels call it for what they cannot take."""
-    *inputs, g = mixture_case((4, 3, 5), 2, dtype=torch.float32)
-    options = {"groups": groups, "eps": 1e-5, "scale": "sqrt_k", "statistics": statistics}
-    found = []
-    for more in ({}, {"backend": "eager"}):
-        given = [t.detach().requires_grad_() for t in inputs]
-        y, _ = closed_form.mixture_norm(*given, **options, **more)  # pyright: ignore[reportArgumentType]
-        found.append((y, *torch.autograd.grad(y, given, g)))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
