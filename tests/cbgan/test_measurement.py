@@ -51,8 +51,8 @@ def test_mixture_normalization_is_fitted_anew_on_a_copy():
 
 
 def test_what_needs_no_fit_is_measured_as_it_is():
-    for other in ({"norm": NormConfig(kind="ucb")}, {"calibration_batches": 0}):
-        cfg = GanConfig(**({"width": 8, "latent_dim": 4, "norm": NormConfig(kind="mn")} | other))
+    for kind, batches in (("ucb", 10), ("mn", 0)):
+        cfg = GanConfig(width=8, latent_dim=4, norm=NormConfig(kind=kind), calibration_batches=batches)
         g = fresh(cfg)
         assert calibrated(g, cfg, CPU) is g
 
