@@ -12,7 +12,9 @@ from refusals import refused
 import cbgan.evaluate
 import cbgan.sample
 import cbgan.train
+from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
+from common.cli.arguments import parse
 from common.norms.native import loops
 from common.runs.checkpoint import Checkpoints
 
@@ -219,3 +221,10 @@ def test_a_folder_to_evaluate_that_cannot_be(tmp_path, capsys, picture):
     real = ("--data.name", "imagefolder", "--data.root", str(tmp_path / "empty"))
     assert line("--images", images, *real) == f"error: data.root: no PNG or JPEG files in {tmp_path / 'empty'}"
     assert not (tmp_path / "out").exists()
+
+
+def test_channels_of_the_layers_under_test_are_what_groups_have_to_divide(capsys):
+    """A generator of width 24 has norms of 12 and of 6 channels."""
+    flags = ["--width", "24", "--norm.kind", "ucb", "--norm.groups"]
+    assert parse(GanConfig, [*flags, "6"]).norm.groups == 6
+    assert "norm.groups: expected" in refused(capsys, cbgan.train.main, *flags, "4", "--dry_run")

@@ -128,3 +128,13 @@ def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
             for image, got in zip(noise, resize(noise, size), strict=True):
                 pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
                 assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_channel_moments_are_those_of_numpy(monkeypatch):
+    monkeypatch.setattr("common.data.image_set._CHUNK", 3)
+    images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] //= 3
+    mean, deviation = ImageSet(images, None, (), "x", "train").channel_moments()
+    pixels = images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(deviation, pixels.std((0, 2, 3)), rtol=1e-12)

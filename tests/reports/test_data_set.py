@@ -60,16 +60,6 @@ def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys)
     assert (got["test"], got["classes"], got["superclasses"]) == ("none", "2: a, b", "2: x, y")
 
 
-def test_moments_are_those_of_numpy_in_each_channel(monkeypatch):
-    monkeypatch.setattr("common.reports.data_set._CHUNK", 3)
-    images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images[:, 1] //= 3
-    mean, deviation = moments(images)
-    pixels = images.numpy().astype(np.float64) / 255
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(deviation, pixels.std((0, 2, 3)), rtol=1e-12)
-
-
 def test_contact_sheet_shows_every_class_in_order():
     for size, shown in ((8, 64), (64, 64), (48, 48), (256, 128)):
         labels = torch.arange(128).flip(0) % 4

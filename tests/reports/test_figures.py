@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 import common.figures
-from common.cli.command import run_command
 from common.machine.seeding import generator
 from common.reports.figures import Curves, curve_panels, curves, grid
 
@@ -257,7 +257,7 @@ def test_the_legend_names_what_differs(tmp_path, capsys):
     for label in ("joint (n = 1)", "BatchNorm (n = 1)"):
         assert label in (tmp_path / "f.svg").read_text()
     for wrong in (["joint"], ["a", "b", "a"]):
-        line = refused(capsys, "--runs", *runs, *out, "--label", *wrong)
+        line = refused(capsys, common.figures.main, "--runs", *runs, *out, "--label", *wrong)
         assert f"label: expected 3 different names, for a; b; c; got {', '.join(wrong)}" in line
 
 
@@ -272,49 +272,48 @@ def test_lines_that_differ_by_place_alone_are_told_apart_by_it(tmp_path, capsys)
 def test_unlike_runs_are_refused_as_tables_do(tmp_path, capsys):
     runs = [make_run(tmp_path, "a", seed=0), make_run(tmp_path, "b", seed=0, kind="bn", floor=4.0)]
     argv = ["--runs", *runs, "--out", f"{tmp_path}/f"]
-    assert f"{TAG}_floor is 3 in {runs[0]} and 4 in {runs[1]}" in refused(capsys, *argv)
+    assert f"{TAG}_floor is 3 in {runs[0]} and 4 in {runs[1]}" in refused(capsys, common.figures.main, *argv)
     runs[1] = make_run(tmp_path, "c", seed=0, kind="bn", floor=3.02)
     for run, count in zip(runs, (1000, 500), strict=True):
         Path(run, "summary.json").write_text(json.dumps({"passport": {"n_real": count}}))
     argv[1:3] = runs
-    assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(capsys, *argv)
+    assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(
+        capsys, common.figures.main, *argv
+    )
     assert not list(tmp_path.glob("f.*"))
     common.figures.main([*argv, "--tag", "loss/d", "--x", "step"])  # which does not depend on it
-
-
-def refused(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: common.figures.main(argv))
-    captured = capsys.readouterr()
-    assert left.value.code == 2
-    assert len(captured.err.splitlines()) == 1
-    return captured.err
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     run = make_run(tmp_path, "a-seed0", seed=0)
     out = ["--out", f"{tmp_path}/f"]
-    assert "runs: name at least one" in refused(capsys, *out)
-    assert "runs: a value is missing" in refused(capsys, "--runs", *out)
-    assert "out: expected the figure's path" in refused(capsys, "--runs", run)
-    assert "out: expected the figure's path" in refused(capsys, "--runs", run, "--out", f"{tmp_path}/.png")
-    assert "is not a run's folder" in refused(capsys, "--runs", f"{tmp_path}", *out)
-    assert f"{Path.home()}/ghost is not a run's folder" in refused(capsys, "--runs", "~/ghost", *out)
-    assert "has no loss/g; it has loss/d, metric/fid" in refused(capsys, "--runs", run, "--tag", "loss/g", *out)
-    assert "tag: " in refused(capsys, "--runs", run, *out, "--tag")
-    assert "use --x step" in refused(capsys, "--runs", run, "--tag", "loss/d", *out)
-    assert "same settings and seed" in refused(capsys, "--runs", run, run, *out)
+    assert "runs: name at least one" in refused(capsys, common.figures.main, *out)
+    assert "runs: a value is missing" in refused(capsys, common.figures.main, "--runs", *out)
+    assert "out: expected the figure's path" in refused(capsys, common.figures.main, "--runs", run)
+    assert "out: expected the figure's path" in refused(
+        capsys, common.figures.main, "--runs", run, "--out", f"{tmp_path}/.png"
+    )
+    assert "is not a run's folder" in refused(capsys, common.figures.main, "--runs", f"{tmp_path}", *out)
+    assert f"{Path.home()}/ghost is not a run's folder" in refused(
+        capsys, common.figures.main, "--runs", "~/ghost", *out
+    )
+    assert "has no loss/g; it has loss/d, metric/fid" in refused(
+        capsys, common.figures.main, "--runs", run, "--tag", "loss/g", *out
+    )
+    assert "tag: " in refused(capsys, common.figures.main, "--runs", run, *out, "--tag")
+    assert "use --x step" in refused(capsys, common.figures.main, "--runs", run, "--tag", "loss/d", *out)
+    assert "same settings and seed" in refused(capsys, common.figures.main, "--runs", run, run, *out)
     longer = make_run(tmp_path, "a-seed1", seed=1, epochs=(0, 10, 20))
-    assert "a: its runs have different x" in refused(capsys, "--runs", run, longer, *out)
+    assert "a: its runs have different x" in refused(capsys, common.figures.main, "--runs", run, longer, *out)
     (tmp_path / "file").write_text("")
-    assert "out: cannot write" in refused(capsys, "--runs", run, "--out", f"{tmp_path}/file/f")
+    assert "out: cannot write" in refused(capsys, common.figures.main, "--runs", run, "--out", f"{tmp_path}/file/f")
     (Path(run) / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "{TAG}": null}}\n')
-    assert f"{TAG} is not finite anywhere in {run}" in refused(capsys, "--runs", run, *out)
+    assert f"{TAG} is not finite anywhere in {run}" in refused(capsys, common.figures.main, "--runs", run, *out)
     for name, text in (("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.jsonl", "7\n"),
                        ("metrics.jsonl", f'{{"epoch": 1, "{TAG}": "low"}}\n')):  # fmt: skip
         before = Path(run, name).read_text()
         Path(run, name).write_text(text)
-        assert f"runs: {run}" in refused(capsys, "--runs", run, *out)
+        assert f"runs: {run}" in refused(capsys, common.figures.main, "--runs", run, *out)
         Path(run, name).write_text(before)
     assert not list(tmp_path.glob("f.*"))
 
@@ -323,7 +322,7 @@ def test_an_existing_figure_is_replaced_only_by_force(tmp_path, capsys):
     run = make_run(tmp_path, "a-seed0", seed=0)
     (tmp_path / "f.svg").write_text("mine")
     argv = ["--runs", run, "--out", f"{tmp_path}/f"]
-    assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, *argv)
+    assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, common.figures.main, *argv)
     assert (tmp_path / "f.svg").read_text() == "mine"
     assert not (tmp_path / "f.png").exists()
     common.figures.main([*argv, "--force", "--tag", "loss/d", "--x", "step"])

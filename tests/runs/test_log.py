@@ -70,30 +70,30 @@ def test_values_are_listed_by_their_last_names_and_those_that_are_none_left_out(
 
 
 def test_charts_sort_as_they_are_read():
-    for tag, name in (
-        ("metric/accuracy", "1_result/accuracy"),
-        ("loss/d", "2_loss/d"),
-        ("samples/generated", "3_samples/generated"),
-        ("gradient/d", "5_gradient/d"),
-        ("schedule/lr", "6_schedule/lr"),
-        ("time/x", "7_time/x"),
-        ("health/norm1/usage_min", "9_health/norm1/usage_min"),
-        ("other/x", "other/x"),
-        ("loss", "loss"),
-        ("adapt/mask_rate", "2_adaptation/mask_rate"),
-        ("adapt/ratio/cat", "4_alignment/cat"),
-        ("schedule/mu", "2_adaptation/mu"),
-        ("metric/target_accuracy", "1_result/target_accuracy"),
-        ("metric/target_accuracy_as_source", "8_by_cluster/target_accuracy_as_source"),
-        ("metric/target_weighted_f1", "4_averages/target_weighted_f1"),
-        ("metric/as_x", "1_result/as_x"),
-        ("metric/fid_x_floor", "1_result/fid_x_floor"),
-        ("metric/fid_x_low", "4_quality/fid_x_low"),
-        ("metric/precision_x", "4_quality/precision_x"),
-        ("metric/diversity", "4_quality/diversity"),
-        ("metric/macro_recall", "1_result/macro_recall"),
-    ):
-        assert chart_name(tag) == name
+    names = {
+        "metric/accuracy": "1_result/accuracy",
+        "loss/d": "2_loss/d",
+        "samples/generated": "3_samples/generated",
+        "gradient/d": "5_gradient/d",
+        "schedule/lr": "6_schedule/lr",
+        "time/x": "7_time/x",
+        "health/norm1/usage_min": "9_health/norm1/usage_min",
+        "other/x": "other/x",
+        "loss": "loss",
+        "adapt/mask_rate": "2_adaptation/mask_rate",
+        "adapt/ratio/cat": "4_alignment/cat",
+        "schedule/mu": "2_adaptation/mu",
+        "metric/target_accuracy": "1_result/target_accuracy",
+        "metric/target_accuracy_as_source": "8_by_cluster/target_accuracy_as_source",
+        "metric/target_weighted_f1": "4_averages/target_weighted_f1",
+        "metric/as_x": "1_result/as_x",
+        "metric/fid_x_floor": "1_result/fid_x_floor",
+        "metric/fid_x_low": "4_quality/fid_x_low",
+        "metric/precision_x": "4_quality/precision_x",
+        "metric/diversity": "4_quality/diversity",
+        "metric/macro_recall": "1_result/macro_recall",
+    }
+    assert {tag: chart_name(tag) for tag in names} == names
 
 
 def test_pages_of_settings_charts_and_pictures(tmp_path):
