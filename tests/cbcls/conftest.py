@@ -1,3 +1,5 @@
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,15 @@ def runs(tmp_path_factory, pictures) -> Path:
     }.items():
         cbcls.train.main([*flags_of(pictures, out), "--epochs", "2", "--lr", "0.01", "--name", name, *flags])
     return out / "cbcls"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, pictures) -> tuple[Path, str]:
+    """Train two epochs, and return the run's folder and what was printed."""
+    out = tmp_path_factory.mktemp("out")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cbcls.train.main([*flags_of(pictures, out), "--epochs", "2"])
+    return out / "cbcls" / "imagefolder-ucb-seed0", printed.getvalue()
 
 
 @pytest.fixture

@@ -36,17 +36,17 @@ def pixels(seed: int = 0) -> torch.Tensor:
     return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.mark.parametrize("kind", ["scb", "scb_base", "dsbn"])
-def test_layers_of_known_clusters_normalise_by_them(kind):
-    network, x, drawn = built(kind).eval(), pixels(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.get_submodule("norm3").parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=drawn), alpha=0.3)
-        mixed = network(x, IDS)
-        alike = [network(x, torch.full((4,), k)) for k in range(3)]
-    for i, k in enumerate(IDS.tolist()):
-        torch.testing.assert_close(mixed[i], alike[k][i])
-        assert not torch.allclose(mixed[i], alike[(k + 1) % 3][i])
+def test_layers_of_known_clusters_normalise_by_them():
+    for kind in ("scb", "scb_base", "dsbn"):
+        network, x, drawn = built(kind).eval(), pixels(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in network.get_submodule("norm3").parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=drawn), alpha=0.3)
+            mixed = network(x, IDS)
+            alike = [network(x, torch.full((4,), k)) for k in range(3)]
+        for i, k in enumerate(IDS.tolist()):
+            torch.testing.assert_close(mixed[i], alike[k][i])
+            assert not torch.allclose(mixed[i], alike[(k + 1) % 3][i])
 
 
 def test_every_position_can_be_the_one_under_test():
@@ -71,18 +71,12 @@ def test_clusters_beside_the_features_add_their_column_of_the_last_map():
         network.train()(x)
 
 
-@pytest.mark.parametrize(
-    ("flags", "folder"),
-    [
-        (["--norm.kind", "scb"], "imagefolder-scb-seed0"),
-        (["--norm.kind", "scb_base", "--norm.init", "data"], "imagefolder-scb_base-seed0"),
-    ],
-)
-def test_a_network_that_is_told_the_labels_learns_them(tiny, tmp_path, flags, folder):
+def test_a_network_that_is_told_the_labels_learns_them(tiny, tmp_path):
     """Images are noise, so that whatever is known of those for testing was told."""
-    flags = [*flags, "--clusters.by", "classes", "--norm.num_components", "6", "--lr", "0.01"]
-    cbcls.train.main([*tiny, *flags, "--epochs", "12", "--evaluate_every", "12"])
-    (line,) = [line for line in read_metrics(tmp_path / "cbcls" / folder) if "metric/accuracy" in line]
+    flags = ["--norm.kind", "scb_base", "--norm.init", "data", "--norm.num_components", "6", "--clusters.by", "classes"]
+    cbcls.train.main([*tiny, *flags, "--lr", "0.01", "--epochs", "12", "--evaluate_every", "12"])
+    folder = tmp_path / "cbcls" / "imagefolder-scb_base-seed0"
+    (line,) = [line for line in read_metrics(folder) if "metric/accuracy" in line]
     assert line["metric/accuracy"] > 0.6
 
 

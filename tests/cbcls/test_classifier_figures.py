@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor
 
 from cbcls.export import load_model
 from cbcls.figures import main
 from cbcls.train import Classification
-from common.cli.command import run_command
 from common.machine.seeding import permutation
 
 
@@ -98,34 +98,29 @@ def test_components_are_those_of_the_layers_output(runs, tmp_path):
     assert (tmp_path / "unknown.svg").read_text() != text
 
 
-def refused(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: main(argv))
-    captured = capsys.readouterr()
-    assert left.value.code == 2
-    assert len(captured.err.splitlines()) == 1
-    return captured.err
-
-
 def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     plain, out = ["--runs", str(runs / "plain")], ["--out", str(tmp_path / "f")]
-    assert "runs: name at least one" in refused(capsys, *out)
-    assert "out: expected the figure's path" in refused(capsys, *plain)
+    assert "runs: name at least one" in refused(capsys, main, *out)
+    assert "out: expected the figure's path" in refused(capsys, main, *plain)
     assert "runs: components takes one run, got 2" in refused(
-        capsys, *plain, str(runs / "mn"), *out, "--kind", "components"
+        capsys, main, *plain, str(runs / "mn"), *out, "--kind", "components"
     )
-    assert "checkpoints: densities takes one, got 1 last" in refused(capsys, *plain, *out, "--checkpoints", "1", "last")
+    assert "checkpoints: densities takes one, got 1 last" in refused(
+        capsys, main, *plain, *out, "--checkpoints", "1", "last"
+    )
     assert "layers: embedding takes one, got conv1 conv2" in refused(
-        capsys, *plain, *out, "--kind", "embedding", "--layers", "conv1", "conv2"
+        capsys, main, *plain, *out, "--kind", "embedding", "--layers", "conv1", "conv2"
     )
-    assert "images: expected at least 1, got 0" in refused(capsys, *plain, *out, "--images", "0")
-    assert "has no conv9; it has features, pixels, conv1" in refused(capsys, *plain, *out, "--layers", "conv9")
-    assert "checkpoint: " in refused(capsys, *plain, *out, "--checkpoints", "77")
-    assert "needs at least 92 points, got 18" in refused(capsys, *plain, *out, "--kind", "embedding")
-    assert "have no superclass; expected predicted, class" in refused(capsys, *plain, *out, "--kind", "components")
-    assert "is not a run's folder" in refused(capsys, "--runs", str(tmp_path), *out)
+    assert "images: expected at least 1, got 0" in refused(capsys, main, *plain, *out, "--images", "0")
+    assert "has no conv9; it has features, pixels, conv1" in refused(capsys, main, *plain, *out, "--layers", "conv9")
+    assert "checkpoint: " in refused(capsys, main, *plain, *out, "--checkpoints", "77")
+    assert "needs at least 92 points, got 18" in refused(capsys, main, *plain, *out, "--kind", "embedding")
+    assert "have no superclass; expected predicted, class" in refused(
+        capsys, main, *plain, *out, "--kind", "components"
+    )
+    assert "is not a run's folder" in refused(capsys, main, "--runs", str(tmp_path), *out)
     (tmp_path / "f.svg").write_text("mine")
-    assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, *plain, *out)
+    assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, main, *plain, *out)
     assert [path.name for path in tmp_path.iterdir()] == ["f.svg"]
     main([*plain, *out, "--force", "--layers", "norm3", "--images", "6"])
     assert "density at norm3" in words(tmp_path / "f.svg")

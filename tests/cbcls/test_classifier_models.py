@@ -40,9 +40,8 @@ def built(*flags: str, classes: int = 5, num_clusters: int = 0) -> Classifier:
     return build_classifier(parse(ClassifierConfig, list(flags)).resolved(), classes, num_clusters)
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "parameters"),
-    [
+def test_published_parameter_counts():
+    for name, classes, parameters in (
         ("densenet-40-12", 10, 1_019_722),
         ("densenet-40-12", 100, 1_060_132),
         ("densenet-100-12", 10, 6_979_642),
@@ -52,28 +51,28 @@ def built(*flags: str, classes: int = 5, num_clusters: int = 0) -> Classifier:
         ("densenet-bc-100-12", 100, 800_032),
         ("vit", 100, 21_759_012),
         ("oxford_cnn", 37, 1_647_493),
-    ],
-)
-def test_published_parameter_counts(name, classes, parameters):
-    with torch.device("meta"):
-        network = built("--model.name", name, "--norm.kind", "none", "--data.size", "256", classes=classes)
-    assert count(network) == parameters
-    if name == "vit":
-        assert count(network.get_submodule("body")) == 681_920
+    ):
+        with torch.device("meta"):
+            network = built("--model.name", name, "--norm.kind", "none", "--data.size", "256", classes=classes)
+        assert count(network) == parameters
+        if name == "vit":
+            assert count(network.get_submodule("body")) == 681_920
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "clusters", "parameters"),
-    [
-        ("vit", "scb", 20, 120), ("vit", "scb_base", 20, 126), ("vit", "bn", 0, 6), ("densenet-10-4", "ucb", 5, 35),
-        ("oxford_cnn", "scb", 2, 1_024), ("oxford_cnn", "scb_base", 2, 1_536), ("oxford_cnn", "bn", 0, 512),
-    ],
-)  # fmt: skip
-def test_published_parameters_of_the_layer_under_test(name, kind, clusters, parameters):
-    flags = ["--norm.update", "weight", "--norm.affine", "false"] if kind == "ucb" else []
-    flags += ["--clusters.by", "superclasses", "--norm.num_components", str(clusters)] if clusters else []
-    network = built("--model.name", name, "--data.size", "128", "--norm.kind", kind, *flags, num_clusters=clusters)
-    assert count(network.get_submodule("norm")) == parameters
+def test_published_parameters_of_the_layer_under_test():
+    for name, kind, clusters, parameters in (
+        ("vit", "scb", 20, 120),
+        ("vit", "scb_base", 20, 126),
+        ("vit", "bn", 0, 6),
+        ("densenet-10-4", "ucb", 5, 35),
+        ("oxford_cnn", "scb", 2, 1_024),
+        ("oxford_cnn", "scb_base", 2, 1_536),
+        ("oxford_cnn", "bn", 0, 512),
+    ):
+        flags = ["--norm.update", "weight", "--norm.affine", "false"] if kind == "ucb" else []
+        flags += ["--clusters.by", "superclasses", "--norm.num_components", str(clusters)] if clusters else []
+        network = built("--model.name", name, "--data.size", "128", "--norm.kind", kind, *flags, num_clusters=clusters)
+        assert count(network.get_submodule("norm")) == parameters
 
 
 def norm(h: Tensor, layer: nn.Module) -> Tensor:
@@ -191,21 +190,22 @@ def test_oxford_cnn_computes_what_its_page_says():
     assert largest == pytest.approx([(6 / (16 * 64)) ** 0.5, (6 / 768) ** 0.5], rel=0.02)  # Glorot's bounds
 
 
+CLUSTERED_OR_NOT = ("scb", "ucb")
+"""Whether a model tells its layer the clusters shows in these; one model takes all kinds."""
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *(("shallow_cnn", kind) for kind in LAYERS),
-        *((name, kind) for name in ("densenet-10-4", "oxford_cnn", "vit", SMALL) for kind in ("scb", "ucb")),
-        *(("oxford_cnn", kind) for kind in ("in", "dsbn")),
-    ],
+    ("name", "kinds"),
+    [("densenet-10-4", LAYERS), *((name, CLUSTERED_OR_NOT) for name in ("shallow_cnn", "oxford_cnn", "vit", SMALL))],
 )
-def test_models_have_the_layer_in_its_place(name, kind):
+def test_models_take_every_kind_of_layer(name, kinds):
+    for kind in kinds:
+        assert_takes(name, kind)
+
+
+def assert_takes(name: str, kind: str) -> None:
     size = 128 if name == "oxford_cnn" else 32
     flags = ["--model.name", name, "--data.size", str(size), "--norm.kind", kind, "--clusters.by", "classes"]
-    if name == "oxford_cnn" and kind in ("in", "dsbn"):
-        with pytest.raises(UsageError, match=r"^norm.kind: oxford_cnn has one value a channel"):
-            built(*flags)
-        return
     network = built(*flags, classes=5, num_clusters=3)
     place = network.get_submodule("norm3" if name == "shallow_cnn" else "norm")
     assert isinstance(place, LAYERS[kind])
@@ -221,21 +221,25 @@ def test_models_have_the_layer_in_its_place(name, kind):
     assert network.eval().features(network.pixels(x), cluster).shape == (6, network.linear.in_features)
 
 
-@pytest.mark.parametrize("kind", ["scb", "dsbn", "mn", "bn"])
-def test_chosen_batch_norms_of_timms_networks_become_the_layer(kind):
+def test_a_model_with_one_value_a_channel_refuses_layers_that_need_more():
+    for kind in ("in", "dsbn"):
+        flags = ["--model.name", "oxford_cnn", "--data.size", "128", "--norm.kind", kind, "--clusters.by", "classes"]
+        with pytest.raises(UsageError, match=r"^norm.kind: oxford_cnn has one value a channel"):
+            built(*flags)
+
+
+def test_chosen_batch_norms_of_timms_networks_become_the_layer():
     names = ["layer2.0.bn1", "layer4.0.bn1"]
-    flags = ["--model.name", SMALL, "--norm.kind", kind, "--clusters.by", "classes"]
-    network = built(*flags, "--model.convert", *names, num_clusters=3)
-    assert isinstance(network, TimmClassifier)
-    wanted = nn.BatchNorm2d if kind == "bn" else LAYERS[kind]
-    assert all(isinstance(network.network.get_submodule(name), wanted) for name in names)
-    assert isinstance(network.network.get_submodule("layer1.0.bn1"), nn.BatchNorm2d)
-    assert isinstance(network.norm, nn.Identity)
-    assert network(pixels(6, 32), torch.tensor([0, 0, 1, 1, 2, 2])).shape == (6, 5)
-    if kind != "bn":
-        statistics = ["--norm.statistics", "batch"] if kind == "scb" else []
-        every = built(*flags, "--model.convert", "all", *statistics, num_clusters=3)
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in every.modules())
+    for kind, wanted in (("scb", SCBNorm), ("ucb", UCBNorm), ("bn", nn.BatchNorm2d)):
+        flags = ["--model.name", SMALL, "--norm.kind", kind, "--clusters.by", "classes"]
+        network = built(*flags, "--model.convert", *names, num_clusters=3)
+        assert isinstance(network, TimmClassifier)
+        assert all(isinstance(network.network.get_submodule(name), wanted) for name in names)
+        assert isinstance(network.network.get_submodule("layer1.0.bn1"), nn.BatchNorm2d)
+        assert isinstance(network.norm, nn.Identity)
+        assert network(pixels(6, 32), torch.tensor([0, 0, 1, 1, 2, 2])).shape == (6, 5)
+    every = built("--model.name", SMALL, "--norm.kind", "ucb", "--model.convert", "all")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in every.modules())
 
 
 def test_converted_layers_take_over_what_nobody_asked_for():
@@ -250,15 +254,15 @@ def test_converted_layers_take_over_what_nobody_asked_for():
         built(*flags, "--norm.kind", "ucb", "--norm.affine", "false")
 
 
-@pytest.mark.parametrize("network", [DenseNet(10, 4, 5, NONE), OxfordCNN(5, NONE, size=128)])
-def test_biases_start_at_zero(network):
-    biases = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
-    if isinstance(network, DenseNet):
-        assert len(biases) == 1
-    else:
-        biases.pop()  # not those of the last map, which torch draws
-        assert len(biases) == 16
-    assert not any(bias.any() for bias in biases)
+def test_biases_start_at_zero():
+    for network in (DenseNet(10, 4, 5, NONE), OxfordCNN(5, NONE, size=128)):
+        biases = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
+        if isinstance(network, DenseNet):
+            assert len(biases) == 1
+        else:
+            biases.pop()  # not those of the last map, which torch draws
+            assert len(biases) == 16
+        assert not any(bias.any() for bias in biases)
 
 
 def test_timms_networks_are_told_clusters_where_they_end_and_keep_their_last_map_otherwise():
@@ -280,18 +284,15 @@ def test_dropout_is_as_asked_for():
     assert [m.p for m in bottlenecks.modules() if isinstance(m, nn.Dropout)] == [0.3] * 12
 
 
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
+def test_runs_are_named_by_their_network():
+    for flags, name in (
         ((), "digits-ucb-seed0"),
         (("--model.name", "densenet-bc-16-4", "--norm.kind", "bn", "--seed", "3"), "digits-densenet-bc-16-4-bn-seed3"),
         (("--model.name", SMALL, "--norm.kind", "none"), "digits-timm-test_resnet-none-seed0"),
         (("--model.name", "timm:hf_hub:some/net", "--norm.kind", "none"), "digits-timm-hf_hub-some-net-none-seed0"),
-    ],
-)
-def test_runs_are_named_by_their_network(flags, name):
-    cfg = parse(ClassifierConfig, list(flags))
-    assert Classification(cfg, {}, torch.device("cpu")).default_name() == name
+    ):
+        cfg = parse(ClassifierConfig, list(flags))
+        assert Classification(cfg, {}, torch.device("cpu")).default_name() == name
 
 
 def test_a_network_of_timm_that_does_not_end_in_a_linear_map_is_refused():

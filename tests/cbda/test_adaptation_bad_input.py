@@ -1,6 +1,7 @@
 """Bad input is one line that names the field, the value and what would be right; nothing is written."""
 
-import pytest
+import shutil
+
 from domains import write_domain
 from refusals import refused
 
@@ -17,7 +18,6 @@ FLAGS = {
     "--model.name wrn-11-1": ["model.name", "6 n + 4", "wrn-11-1"],
     "--model.name timm:nosuchnet": ["model.name", "nosuchnet"],
     "--model.pretrained": ["model.pretrained", "timm:", "wrn-10-1"],
-    "--model.name timm:resnet18 --model.weights nowhere.pth": ["model.weights", "nowhere.pth"],
     "--model.momentum 0": ["model.momentum", "more than 0"],
     "--method.kind foo": ["method.kind", "foo", "official"],
     "--method.tau 0": ["method.tau", "more than 0"],
@@ -25,7 +25,6 @@ FLAGS = {
     "--method.decay 1": ["method.decay", "1"],
     "--method.history 0": ["method.history", "at least 1", "0"],
     "--method.align_by labelled": ["method.align_by", "target.labelled"],
-    "--variance_every -1": ["variance_every", "0 or more", "-1"],
     "--noise_every -1": ["noise_every", "0 or more", "-1"],
     "--noise_every 5 --batch_size 7": ["noise_every", "batch_size of at least 8", "5 for 7"],
     "--target_ratio 0": ["target_ratio", "at least 1", "0"],
@@ -35,24 +34,18 @@ FLAGS = {
     "--source.labelled 50": ["source.labelled", "12", "class cat", "50"],
     "--target.labelled 50": ["target.labelled", "12", "class cat", "50"],
     "--source.name foo": ["source.name", "foo", "digits"],
-    "--target.name foo": ["target.name", "foo", "digits"],
     "--target.name digits": ["target.root", "digits"],
-    "--source.root nowhere": ["source.root", "nowhere"],
-    "--target.root nowhere": ["target.root", "nowhere"],
     "--target.test_root nowhere": ["target.test_root", "nowhere"],
-    "--data.size 33": ["data.size", "33"],
-    "--data.workers -1": ["data.workers", "-1"],
     "--best.keep --best.by metric/target_accuracy": ["best.by", "target_test", "--best.oracle"],
-    "--schedule.epoch_steps 0": ["schedule.epoch_steps", "0"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }
+"""Of this application; what all runs refuse is tested in tests/training, tests/data and tests/norms."""
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-def test_bad_flags(tiny, tmp_path, capsys, flags):
-    line = refused(capsys, cbda.adamatch.main, *tiny, *flags.split())
-    for part in FLAGS[flags]:
-        assert part in line, line
+def test_bad_flags_are_one_line_each_and_nothing_is_written(tiny, tmp_path, capsys):
+    for flags, parts in FLAGS.items():
+        line = refused(capsys, cbda.adamatch.main, *tiny, *flags.split())
+        assert all(part in line for part in parts), line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,15 +78,14 @@ def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
     assert not (tmp_path / "cbda").exists()
 
 
-def test_a_checkpoint_of_another_layer(tiny, tmp_path, capsys):
-    cbda.adamatch.main([*tiny, "--epochs", "1", "--name", "scb"])
+def test_a_checkpoint_of_another_layer(tiny, runs, tmp_path, capsys):
+    shutil.copytree(runs / "scb", tmp_path / "cbda" / "scb")
     weights = tmp_path / "cbda" / "scb" / "checkpoints" / "step-00000004.pt"
     line = refused(
         capsys, cbda.adamatch.main, *tiny, "--norm.kind", "ucb", "--name", "ucb", "--init_from", str(weights)
     )
     assert "init_from" in line
     assert "does not fit this configuration" in line
-    line = refused(
-        capsys, cbda.adamatch.main, *tiny, "--epochs", "1", "--norm.kind", "scb_base", "--name", "scb", "--resume"
-    )
+    flags = ["--epochs", "1", "--lr", "0.1", "--norm.kind", "scb_base", "--name", "scb", "--resume"]
+    line = refused(capsys, cbda.adamatch.main, *tiny, *flags)
     assert "norm.kind: the run has scb, got scb_base" in line

@@ -156,17 +156,15 @@ def said(
 EVEN = [0.3, 0.3, 0.3]
 
 
-@pytest.mark.parametrize(
-    ("share", "batch_size", "classes"), [(0.1, 32, 10), (0.5, 32, 2), (0.4, 32, 31), (0.01, 9, 100)]
-)
-def test_accuracy_that_scatters_by_chance_alone_has_not_fallen(share, batch_size, classes):
+def test_accuracy_that_scatters_by_chance_alone_has_not_fallen():
     """Binomial draws: of a network that guesses, or stays as good as it is, for 5,000 steps."""
-    right = np.random.default_rng(0).binomial(batch_size, share, 5_000) / batch_size
-    watch, even = Watch(classes), torch.full((classes,), 1 / classes)
-    method = MethodConfig().resolved()
-    for accuracy in torch.from_numpy(right).float():
-        watch(torch.tensor(0.8), accuracy, even)
-        assert collapse(method, watch, GOOD, classes, batch_size) is None
+    for share, batch_size, classes in ((0.1, 32, 10), (0.5, 32, 2), (0.4, 32, 31), (0.01, 9, 100)):
+        right = np.random.default_rng(0).binomial(batch_size, share, 5_000) / batch_size
+        watch, even = Watch(classes), torch.full((classes,), 1 / classes)
+        method = MethodConfig().resolved()
+        for accuracy in torch.from_numpy(right).float():
+            watch(torch.tensor(0.8), accuracy, even)
+            assert collapse(method, watch, GOOD, classes, batch_size) is None
 
 
 def test_what_counts_as_a_collapse_and_what_does_not():

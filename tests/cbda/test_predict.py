@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from refusals import refused
 
-import cbda.adamatch
 import cbda.predict
 from cbda import load_model
 from cbda.networks.classifier import SOURCE, TARGET
@@ -15,16 +14,10 @@ from common.errors import UsageError
 from common.runs.checkpoint import load
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, domains) -> Path:
-    """Train four steps of a run with clusters."""
-    out = tmp_path_factory.mktemp("run")
-    flags = []
-    for domain in ("source", "target"):
-        flags += [f"--{domain}.name", "imagefolder", f"--{domain}.root", str(domains / domain / "train")]
-    cbda.adamatch.main([*flags, "--data.size", "8", "--batch_size", "9", "--steps_per_epoch", "4", "--epochs", "1",
-                        "--lr", "0.1", "--out", str(out), "--name", "run"])  # fmt: skip
-    return out / "cbda" / "run"
+@pytest.fixture
+def run(runs) -> Path:
+    """Return a run with clusters."""
+    return runs / "scb"
 
 
 def rows(path: Path) -> list[dict[str, str]]:

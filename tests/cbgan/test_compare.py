@@ -101,18 +101,17 @@ def test_three_figures_and_a_table_are_made(runs, tmp_path, capsys):
     assert "| A | 0 1 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        ({"count": 50}, "fid.samples is 100 in {} and 50 in {}, so their distances do not compare"),
-        ({"size": 16}, "data.size is 32 in {} and 16 in {}"),
-        ({"content": "xyz"}, "{} and {} were measured otherwise (content_hash differ)"),
-    ],
-)
-def test_unlike_protocols_are_refused_by_the_name_of_what_differs(tmp_path, capsys, other, what):
-    pair = [make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1, **other)]
-    line = refused(capsys, cbgan.compare.main, *pair, "--out", str(tmp_path / "out"))
-    assert what.format(*pair) in line
+def test_unlike_protocols_are_refused_by_the_name_of_what_differs(tmp_path, capsys):
+    one = make_run(tmp_path, "a")
+    others = {
+        make_run(tmp_path, "b", seed=1, count=50): "fid.samples is 100 in {} and 50 in {}, so their distances do not "
+        "compare",
+        make_run(tmp_path, "c", seed=1, size=16): "data.size is 32 in {} and 16 in {}",
+        make_run(tmp_path, "d", seed=1, content="xyz"): "{} and {} were measured otherwise (content_hash differ)",
+    }
+    for other, what in others.items():
+        line = refused(capsys, cbgan.compare.main, one, other, "--out", str(tmp_path / "out"))
+        assert what.format(one, other) in line
     assert not (tmp_path / "out").exists()
 
 

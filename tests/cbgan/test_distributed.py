@@ -1,5 +1,8 @@
-"""Several processes, started by torchrun itself."""
+"""Several processes learn one model and measure what one would; torchrun itself starts those that are refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -10,11 +13,12 @@ import cbgan.evaluate
 import cbgan.train
 
 
-def test_a_pair_learns_one_model_and_measures_what_one_process_would(launch, tiny, tmp_path, capsys):
-    pair = ["--epochs", "1", "--batch_size", "60", "--norm.init", "kmeans++", "--data.flip"]  # 8 steps of 2 x 60
-    done = launch("cbgan.train", *tiny, *pair, "--name", "pair", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("FID (classifier)  first") == 1  # one summary, not two
+def test_a_pair_learns_one_model_and_measures_what_one_process_would(tiny, tmp_path, capsys):
+    flags = ["--epochs", "1", "--batch_size", "60", "--norm.init", "kmeans++", "--data.flip"]  # 8 steps of 2 x 60
+    pair = run(cbgan.train.main, *tiny, *flags, "--name", "pair", ranks=2)
+    assert pair.statuses == [0, 0], pair.err
+    assert len(set(pair.weights)) == 1
+    assert pair.out.count("FID (classifier)  first") == 1  # one summary, not two
     folder = tmp_path / "cbgan" / "pair"
     state = final_state(folder)
     own = [rank["networks"]["g"]["norm3.running_mean"] for rank in state["ranks"]]
@@ -26,9 +30,13 @@ def test_a_pair_learns_one_model_and_measures_what_one_process_would(launch, tin
     assert f"FID (classifier) {measured:.4g} from 60 samples" in capsys.readouterr().out
 
 
-def test_a_mistake_is_told_once_and_ends_every_process(launch, tiny, tmp_path):
+def test_a_mistake_is_told_once_and_ends_every_process(tiny, tmp_path):
     (tmp_path / "cbgan" / "taken").mkdir(parents=True)
-    refused = launch("cbgan.train", *tiny, "--name", "taken", processes=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    refused = subprocess.run(
+        [*torchrun, "-m", "cbgan.train", *tiny, "--name", "taken"], capture_output=True, text=True, timeout=300,
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert refused.returncode != 0
     assert refused.stderr.count("error: name: ") == 1
     assert 'Traceback (most recent call last):\n  File "' + str(Path(__file__).parents[2]) not in refused.stderr

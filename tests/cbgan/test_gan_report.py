@@ -1,7 +1,7 @@
 """What a run of the GAN logs, draws and tells, and what measuring it again says."""
 
+import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,14 +14,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 import cbgan.evaluate
 import cbgan.train
-import common.metrics.fid
 from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import fixed_noise
 from cbgan.train import Gan
-from common.data import ImageSet
-from common.metrics.classifier import Classifier
 from common.metrics.fid import FidConfig, FidResult
 from common.norms.config import NormConfig
 from common.runs.log import read_metrics
@@ -30,20 +27,6 @@ from common.training.method import Method
 TINY = ["--width", "8", "--batch_size", "500", "--latent_dim", "16", "--log_every", "1", "--data.size", "8",
         "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70"]  # fmt: skip
 FID = "metric/fid_classifier"
-
-
-class Quick(Classifier):
-    """A classifier that knows little and is soon there."""
-
-    def __init__(self, train: ImageSet, test: ImageSet | None, cache: Path, device: torch.device | str) -> None:
-        super().__init__(train, test, cache, device, steps=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.metrics.fid, "Classifier", Quick)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,48 +139,45 @@ def test_what_was_not_measured_is_not_told():
     assert list(none) == ["FID", "pictures", "evaluate", "paper's run"]
 
 
-@pytest.mark.parametrize(
-    ("fid", "classes", "status", "verdict"),
-    [
-        (29.9, (1,) * 10, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
-        (30.0, (1,) * 10, 1, "FID 30 is not below a tenth of 300; 0 classes missing"),
-        (29.9, (*[1] * 9, 0), 1, "FID 29.9 is below a tenth of 300; 1 classes missing"),
-        (29.9, None, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
-        (45.0, (*[1] * 8, 0, 0), 1, "FID 45 is not below a tenth of 300; 2 classes missing"),
-    ],
-)
-def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys, fid, classes, status, verdict):
+VERDICTS = [
+    (29.9, (1,) * 10, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
+    (30.0, (1,) * 10, 1, "FID 30 is not below a tenth of 300; 0 classes missing"),
+    (29.9, (*[1] * 9, 0), 1, "FID 29.9 is below a tenth of 300; 1 classes missing"),
+    (29.9, None, 0, "FID 29.9 is below a tenth of 300; 0 classes missing"),
+    (45.0, (*[1] * 8, 0, 0), 1, "FID 45 is not below a tenth of 300; 2 classes missing"),
+]
+
+
+def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys):
+    found = [FidResult(fid, 77, classes) for fid, classes, *_ in VERDICTS]
     counts = []
 
     def measure(self, g, count, *, thorough):
         assert thorough
         counts.append(count)
-        return FidResult(fid, count, classes)
+        return found[len(counts) - 1]
 
     monkeypatch.setattr(Evaluation, "measure", measure)
     monkeypatch.setattr(Evaluation, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
     monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: [(0, 300.0), (2, 30.5)])
-    argv = ["--run", str(folder), "--check", "--samples", "77"]
-    if status:
-        with pytest.raises(SystemExit) as left:
-            cbgan.evaluate.main(argv)
-        assert left.value.code == status
-    else:
-        cbgan.evaluate.main(argv)
-    out = capsys.readouterr().out.splitlines()
-    assert counts == [77]
-    assert out[0] == f"epoch 2: FID (classifier) {fid:.4g} from 77 samples"
-    assert out[1].startswith("real test images: ")
-    assert out[2] == "logged: 300 (epoch 0), 30.5 (epoch 2)"
-    listed = (
-        []
-        if classes is None
-        else [
-            f"classes: {len(classes) - classes.count(0)} of {len(classes)} found; "
-            f"samples of {', '.join(f'{name}: {n}' for name, n in enumerate(classes))}"
-        ]
-    )
-    assert [*out[3 : 3 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
+    for fid, classes, status, verdict in VERDICTS:
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext() as left:
+            cbgan.evaluate.main(["--run", str(folder), "--check", "--samples", "77"])
+        assert (left.value.code if left else 0) == status
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == f"epoch 2: FID (classifier) {fid:.4g} from 77 samples"
+        assert out[1].startswith("real test images: ")
+        assert out[2] == "logged: 300 (epoch 0), 30.5 (epoch 2)"
+        listed = (
+            []
+            if classes is None
+            else [
+                f"classes: {len(classes) - classes.count(0)} of {len(classes)} found; "
+                f"samples of {', '.join(f'{name}: {n}' for name, n in enumerate(classes))}"
+            ]
+        )
+        assert [*out[3 : 3 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
+    assert counts == [77] * len(VERDICTS)
 
 
 def test_a_measurement_is_told_in_short():
@@ -227,14 +207,11 @@ def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
     assert sum(count > 0 for count in counts) == found
 
 
-@pytest.mark.parametrize(
-    ("every", "checkpoint_every", "epochs"),
-    [(2, 1, [0, 2, 4, 5]), (5, 1, [0, 5]), (0, 2, [2, 4, 5])],
-)
-def test_epochs_that_are_due(every, checkpoint_every, epochs):
-    cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, fid=FidConfig(every=every))
-    gan = Gan(cfg, {}, torch.device("cpu"))
-    assert [epoch for epoch in range(6) if gan.due(epoch)] == epochs
+def test_epochs_that_are_due():
+    for every, checkpoint_every, epochs in ((2, 1, [0, 2, 4, 5]), (5, 1, [0, 5]), (0, 2, [2, 4, 5])):
+        cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, fid=FidConfig(every=every))
+        gan = Gan(cfg, {}, torch.device("cpu"))
+        assert [epoch for epoch in range(6) if gan.due(epoch)] == epochs
 
 
 def test_networks_are_of_32_pixels_where_nothing_is_said():

@@ -144,7 +144,7 @@ def test_a_walk_is_a_strip_and_a_moving_picture(by_class):
     assert error.mean() < 8  # a palette of 256 colours
 
 
-@pytest.mark.parametrize("kind", ["ucb", "mn", "scb", "bn"])
+@pytest.mark.parametrize("kind", ["ucb", "mn", "scb"])
 @torch.no_grad()
 def test_an_exported_generator_makes_the_runs_images(tmp_path, kind):
     folder, cfg = make_run(tmp_path / kind, kind)

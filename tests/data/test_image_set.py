@@ -84,9 +84,8 @@ def test_select_keeps_images_and_labels_together():
     assert (len(chosen), chosen.num_classes) == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_refuses_what_is_not_an_image_set():
+    for changes, message in (
         ({"images": torch.zeros(4, 3, 8, 8)}, "images: expected uint8"),
         ({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "images: expected uint8"),
         ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.uint8)}, "at least one"),
@@ -106,11 +105,9 @@ def test_select_keeps_images_and_labels_together():
             r"superclasses: expected int64 \(4,\)",
         ),
         ({"superclass_names": ("u",)}, "superclass_names: expected none without superclasses"),
-    ],
-)
-def test_refuses_what_is_not_an_image_set(changes, message):
-    with pytest.raises(ValueError, match=message):
-        image_set(**changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            image_set(**changes)
 
 
 def test_resize_keeps_constant_images_constant_and_is_exact_at_the_same_size():
@@ -120,17 +117,17 @@ def test_resize_keeps_constant_images_constant_and_is_exact_at_the_same_size():
     assert resize(noise, 32) is noise
 
 
-@pytest.mark.parametrize("size", [16, 100])
-@pytest.mark.parametrize("values", [1, 2 * 3 * 40 * 40])
-def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch, size, values):
+def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
     # Pillow rounds and clamps between its two passes: the noise stays clear of 0 and 255, and stripes, which a cubic
     # overshoots, have edges in one pass alone.
     noise = torch.randint(64, 192, (5, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     noise[4] = 255 * (torch.arange(40) // 10 % 2)
-    monkeypatch.setattr(image_set_module, "_RESIZE_VALUES", values)
-    for image, got in zip(noise, resize(noise, size), strict=True):
-        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
-        assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1
+    for size in (16, 100):
+        for values in (1, 2 * 3 * 40 * 40):
+            monkeypatch.setattr(image_set_module, "_RESIZE_VALUES", values)
+            for image, got in zip(noise, resize(noise, size), strict=True):
+                pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
+                assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1
 
 
 def test_channel_moments_are_those_of_numpy(monkeypatch):

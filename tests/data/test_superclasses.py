@@ -58,9 +58,9 @@ def test_without_a_file_there_are_no_superclasses(tmp_path):
     assert (train.superclasses, train.superclass_names) == (None, ())
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path):
+    write_images(tmp_path / "train", SPECIES)
+    for content, message in (
         (json.dumps({"beagle": "dog", "pug": "dog"}), "gives class Abyssinian no superclass"),
         (json.dumps(SPECIES | {"tabby": "cat"}), "names class tabby, which the images have not"),
         (json.dumps(SPECIES | {"pug": 3}), "gives class pug no text, expected the name of its superclass"),
@@ -76,20 +76,17 @@ def test_without_a_file_there_are_no_superclasses(tmp_path):
         ("", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-    ],
-)
-def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path, content, message):
-    write_images(tmp_path / "train", SPECIES)
-    with pytest.raises(UsageError, match=rf"^data\.superclasses: .*superclasses\.json {message}") as e:
-        load(config(tmp_path, content))
-    assert "\n" not in str(e.value)
+    ):
+        with pytest.raises(UsageError, match=rf"^data\.superclasses: .*superclasses\.json {message}") as e:
+            load(config(tmp_path, content))
+        assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("place", ["missing.json", "."])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, place):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     write_images(tmp_path / "train", SPECIES)
-    with pytest.raises(UsageError, match=r"^data\.superclasses: .* cannot be read \(.+\)$"):
-        load(DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=tmp_path / place, size=8))
+    for place in ("missing.json", "."):
+        with pytest.raises(UsageError, match=r"^data\.superclasses: .* cannot be read \(.+\)$"):
+            load(DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=tmp_path / place, size=8))
 
 
 def test_images_without_classes_take_no_superclasses(tmp_path):

@@ -29,15 +29,15 @@ class Application:
     kind: type[Method[Any]]
     main: Callable[[list[str]], None]
     flags: tuple[str, ...]
-    """Of a run of 8 steps an epoch, 16 images a class held apart: about a second an epoch at most."""
+    """Of a run of 8 steps an epoch."""
     loss: str
     """The first loss of a step."""
-    lr: str
-    """Its learning rate, as messages show it."""
+    batch_size: int
 
     def tiny(self, out: Path, cache: Path) -> list[str]:
         """Return the flags of a tiny run in a folder of its own."""
-        return [*self.flags, "--log_every", "3", "--out", str(out), "--cache", str(cache)]
+        return [*self.flags, "--batch_size", str(self.batch_size), "--log_every", "3", "--out", str(out),
+                "--cache", str(cache)]  # fmt: skip
 
 
 APPLICATIONS = {
@@ -45,17 +45,18 @@ APPLICATIONS = {
     for application in (
         Application(
             "cbgan", cbgan.train.Gan, cbgan.train.main,
-            ("--width", "8", "--batch_size", "120", "--latent_dim", "16", "--fid.every", "1", "--fid.samples", "60",
-             "--fid.batch_size", "20", "--data.flip", "--schedule.kind", "constant"), "d", "0.001"),
+            ("--steps_per_epoch", "8", "--data.size", "8", "--data.flip", "--width", "8", "--latent_dim", "16",
+             "--lr", "0.1", "--schedule.kind", "constant", "--fid.every", "1", "--fid.samples", "60",
+             "--fid.batch_size", "20"), "d", 24),
         Application(
             "cbcls", cbcls.train.Classification, cbcls.train.main,
-            ("--batch_size", "120", "--data.size", "8", "--data.flip"), "train", "0.001"),
+            ("--steps_per_epoch", "8", "--data.size", "8", "--data.flip"), "train", 24),
         Application(
             "cbda", cbda.adamatch.AdaMatch, cbda.adamatch.main,
-            ("--batch_size", "120", "--data.size", "8", "--steps_per_epoch", "null", "--evaluate_every", "1",
+            ("--steps_per_epoch", "8", "--data.size", "8", "--evaluate_every", "1",
              "--norm.kind", "ucb", "--schedule.kind", "constant", "--method.warmup", "0",
-             "--source_only", "false"), "adamatch", "0.03"),
+             "--source_only", "false"), "adamatch", 24),
         Application(
-            "fourth", fourth.Fourth, fourth.main, ("--batch_size", "120", "--data.flip"), "net", "0.001"),
+            "fourth", fourth.Fourth, fourth.main, ("--data.flip",), "net", 120),  # 8 batches of 1000 images
     )
 }  # fmt: skip

@@ -5,6 +5,7 @@ writing checkpoint file N, ``evaluation:N`` when a measurement asks for the N-th
 means rank 1 alone. What hits it is SIGKILL, another signal, or a loss of infinity.
 """
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -24,6 +25,10 @@ from common.cli.command import run_command
 from common.metrics.extractors import weights_hash
 from common.training.loop import Training
 from common.training.update import StepGuard
+
+for _name in ("sklearn.datasets", "sklearn.metrics", "tensorboard.plugins.custom_scalar.layout_pb2", "torch._dynamo",
+              "torch.utils.tensorboard", "torch_fidelity"):  # fmt: skip
+    importlib.import_module(_name)  # once, here, and not in every fork: two seconds each
 
 PATIENCE = 240
 """Seconds that a run may take on a busy machine."""

@@ -35,34 +35,39 @@ def images(count: int, split: str, seed: int) -> ImageSet:
     return ImageSet(pixels.to(torch.uint8), None, (), "mine", split)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"every": 0}, {"samples": 2}, {"batch_size": 1}, {"final_samples": 2}, {"final_samples": None},
+def test_a_range_holds_its_ends():
+    for values in (
+        {"every": 0},
+        {"samples": 2},
+        {"batch_size": 1},
+        {"final_samples": 2},
+        {"final_samples": None},
         {"extractor": "inception", "weights": "x", "weights_sha256": ABC},
-    ],
-)  # fmt: skip
-def test_a_range_holds_its_ends(values):
-    assert_takes(FidConfig, values)
+    ):
+        assert_takes(FidConfig, values)
 
 
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
+def test_beyond_them_a_line_names_field_range_and_value():
+    for values, line in (
         ({"every": -1}, "fid.every: expected 0 or more, got -1"),
         ({"samples": 1}, "fid.samples: expected 2 or more, got 1"),
         ({"batch_size": 0}, "fid.batch_size: expected 1 or more, got 0"),
         ({"final_samples": 1}, "fid.final_samples: expected null, or 2 or more, got 1"),
-        ({"weights": "x"}, "fid.weights: classifier reads none, expected null or fid.extractor inception "
-         "or dinov2 or dinov2_base or dinov2_small"),
+        (
+            {"weights": "x"},
+            "fid.weights: classifier reads none, expected null or fid.extractor inception "
+            "or dinov2 or dinov2_base or dinov2_small",
+        ),
         ({"weights_sha256": ABC}, "fid.weights_sha256: expected null where fid.weights names no file"),
-        *(({"extractor": "inception", "weights": "x", "weights_sha256": bad},
-           f"fid.weights_sha256: expected 64 hexadecimal digits, got {bad!r}")
-          for bad in (ABC[:-1], ABC + "0", ABC[:-1] + "g", "")),
-    ],
-)  # fmt: skip
-def test_beyond_them_a_line_names_field_range_and_value(values, line):
-    assert_refuses(FidConfig, values, line)
+        *(
+            (
+                {"extractor": "inception", "weights": "x", "weights_sha256": bad},
+                f"fid.weights_sha256: expected 64 hexadecimal digits, got {bad!r}",
+            )
+            for bad in (ABC[:-1], ABC + "0", ABC[:-1] + "g", "")
+        ),
+    ):
+        assert_refuses(FidConfig, values, line)
 
 
 @pytest.mark.parametrize(("reference", "count", "split"), [("train", 30, "train"), ("test", 20, "test")])

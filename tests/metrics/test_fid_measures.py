@@ -152,12 +152,12 @@ def test_copied_training_images_are_found_out_and_test_images_are_not(pixels, tm
     assert not judged(images(200, "fresh", 9)).alarm
 
 
-@pytest.mark.parametrize(("reference", "count", "there"), [("train", 8, True), ("train", 7, False), ("test", 8, True)])
-def test_an_interval_takes_twice_as_many_samples_as_features(pixels, tmp_path, reference, count, there):
-    fid = built(tmp_path, reference=reference)
-    result = fid.measure(lambda start, n: FAKE.images[start : start + n], count, thorough=True)
-    assert (result.interval is not None, result.limit is not None) == (there, there)
-    assert result.copying is not None
+def test_an_interval_takes_twice_as_many_samples_as_features(pixels, tmp_path):
+    for reference, count, there in (("train", 8, True), ("train", 7, False), ("test", 8, True)):
+        fid = built(tmp_path, reference=reference)
+        result = fid.measure(lambda start, n: FAKE.images[start : start + n], count, thorough=True)
+        assert (result.interval is not None, result.limit is not None) == (there, there)
+        assert result.copying is not None
 
 
 def test_few_test_images_have_no_interval_as_a_sample(pixels, tmp_path):
@@ -170,15 +170,17 @@ def test_precision_and_recall_are_left_out_of_three_images(pixels, tmp_path):
     assert built(tmp_path).measure(lambda start, n: FAKE.images[start : start + n], 4).quality
 
 
-@pytest.mark.parametrize(
-    ("interval", "dim", "at", "last"),
-    [("auto", 256, True, True), ("auto", 257, False, True), ("every", 9000, True, True), ("last", 4, False, True),
-     ("never", 4, False, False)],
-)  # fmt: skip
-def test_when_everything_is_measured(pixels, tmp_path, interval, dim, at, last):
-    fid = built(tmp_path, interval=interval)
-    pixels.dim = dim
-    assert (fid.thorough(last=False), fid.thorough(last=True)) == (at, last)
+def test_when_everything_is_measured(pixels, tmp_path):
+    for interval, dim, at, last in (
+        ("auto", 256, True, True),
+        ("auto", 257, False, True),
+        ("every", 9000, True, True),
+        ("last", 4, False, True),
+        ("never", 4, False, False),
+    ):
+        fid = built(tmp_path, interval=interval)
+        pixels.dim = dim
+        assert (fid.thorough(last=False), fid.thorough(last=True)) == (at, last)
 
 
 def test_fewer_images_than_features_are_warned_of(pixels, tmp_path):

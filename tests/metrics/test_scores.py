@@ -25,19 +25,21 @@ def test_scores_counted_by_hand():
     assert scores.weighted == pytest.approx(((3 / 2 + 2 / 2 + 0) / 6, (2 + 1 + 0) / 6, (12 / 7 + 1 + 0) / 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_logits_count_as_their_argmax_and_top_five_as_torchs_topk(dtype):
-    source = generator(0, "scores")
-    labels = torch.randint(0, 12, (300,), generator=source)
-    # A permutation of 0..11 in each row has no ties in any of the types.
-    logits = torch.stack([torch.randperm(12, generator=source) for _ in labels]).to(dtype)
-    scores = classification_scores(labels, logits, 12)
-    by_class = classification_scores(labels, logits.argmax(dim=1), 12)
-    assert scores.accuracy == by_class.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
-    assert scores.macro == by_class.macro
-    assert torch.equal(scores.confusion, by_class.confusion)
-    top = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
-    assert scores.top5 == pytest.approx(top.double().mean().item())
+def test_logits_count_as_their_argmax_and_top_five_as_torchs_topk():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        source = generator(0, "scores")
+        labels = torch.randint(0, 12, (300,), generator=source)
+        # A permutation of 0..11 in each row has no ties in any of the types.
+        logits = torch.stack([torch.randperm(12, generator=source) for _ in labels]).to(dtype)
+        scores = classification_scores(labels, logits, 12)
+        by_class = classification_scores(labels, logits.argmax(dim=1), 12)
+        assert (
+            scores.accuracy == by_class.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+        )
+        assert scores.macro == by_class.macro
+        assert torch.equal(scores.confusion, by_class.confusion)
+        top = (logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1)
+        assert scores.top5 == pytest.approx(top.double().mean().item())
 
 
 def test_scores_from_the_confusion_matrix():
@@ -112,11 +114,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_misuse_names_the_argument(case):
-    labels, outputs, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        classification_scores(labels, outputs, 4)
+def test_misuse_names_the_argument():
+    for labels, outputs, message in BAD.values():
+        with pytest.raises(ValueError, match=message):
+            classification_scores(labels, outputs, 4)
 
 
 def test_threshold_misuse_names_the_argument():

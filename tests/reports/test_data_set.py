@@ -60,15 +60,15 @@ def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys)
     assert (got["test"], got["classes"], got["superclasses"]) == ("none", "2: a, b", "2: x, y")
 
 
-@pytest.mark.parametrize(("size", "shown"), [(8, 64), (64, 64), (48, 48), (256, 128)])
-def test_contact_sheet_shows_every_class_in_order(size, shown):
-    labels = torch.arange(128).flip(0) % 4
-    images = (labels * 60).to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()
-    sheet = contact_sheet(ImageSet(images, labels, tuple("abcd"), "toy", "train"))
-    assert sheet.dtype == torch.uint8
-    assert sheet.shape == (3, 8 * (shown + 2) + 2, 8 * (shown + 2) + 2)
-    middles = sheet[0, 2 + shown // 2 :: shown + 2, 2 + shown // 2 :: shown + 2]
-    assert torch.equal(middles, (torch.arange(8)[:, None] // 2 * 60).expand(8, 8).to(torch.uint8))
+def test_contact_sheet_shows_every_class_in_order():
+    for size, shown in ((8, 64), (64, 64), (48, 48), (256, 128)):
+        labels = torch.arange(128).flip(0) % 4
+        images = (labels * 60).to(torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()
+        sheet = contact_sheet(ImageSet(images, labels, tuple("abcd"), "toy", "train"))
+        assert sheet.dtype == torch.uint8
+        assert sheet.shape == (3, 8 * (shown + 2) + 2, 8 * (shown + 2) + 2)
+        middles = sheet[0, 2 + shown // 2 :: shown + 2, 2 + shown // 2 :: shown + 2]
+        assert torch.equal(middles, (torch.arange(8)[:, None] // 2 * 60).expand(8, 8).to(torch.uint8))
 
 
 def test_contact_sheet_of_few_images_holds_each_once():
@@ -92,9 +92,8 @@ def test_sheets_of_other_images_do_not_collide(tmp_path, capsys):
         assert (here.getpixel((34, 34)), there.getpixel((34, 34))) == ((0, 0, 0), (40, 40, 40))
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
+def test_a_mistake_is_one_line_that_names_the_flag(tmp_path):
+    for flags, line in (
         (["--size", "7"], "size: expected a multiple of 4 from 8 to 1024, got 7"),
         (["--name", "imagefolder"], "root: expected the folder that holds the images, as in --root PATH"),
         (["--name", "cats"], "name: expected one of digits, "),
@@ -103,13 +102,11 @@ def test_sheets_of_other_images_do_not_collide(tmp_path, capsys):
             ["--name", "svhn", "--root", "data.size", "--download", "false"],
             "root: no train_32x32.mat, .* into data.size, or set download true$",
         ),
-    ],
-)
-def test_a_mistake_is_one_line_that_names_the_flag(tmp_path, flags, line):
-    with pytest.raises(UsageError, match=f"^{line}") as e:
-        main(["--out", str(tmp_path), *flags])
-    assert "\n" not in str(e.value)
-    assert os.listdir(tmp_path) == []
+    ):
+        with pytest.raises(UsageError, match=f"^{line}") as e:
+            main(["--out", str(tmp_path), *flags])
+        assert "\n" not in str(e.value)
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_mistake_ends_the_command_with_status_2(tmp_path):

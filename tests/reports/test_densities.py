@@ -53,10 +53,10 @@ def test_means_over_channels_take_absolute_skewness_and_leave_dead_channels_out(
     assert math.isnan(channel_moments(channels[:, 2:]).distance)
 
 
-@pytest.mark.parametrize("values", [torch.empty(0), torch.tensor([1.0, math.inf]), torch.tensor([math.nan])])
-def test_values_that_say_nothing_are_refused(values):
-    with pytest.raises(ValueError, match="values: expected at least one, all finite"):
-        moments_of(values)
+def test_values_that_say_nothing_are_refused():
+    for values in (torch.empty(0), torch.tensor([1.0, math.inf]), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match="values: expected at least one, all finite"):
+            moments_of(values)
 
 
 def test_a_known_mixture_is_found_and_repeats():

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,9 +94,8 @@ def test_tsne_keeps_clouds_together_and_repeats(dimensions):
     assert torch.equal(project(features, perplexity=5, seed=3), points)
 
 
-@pytest.mark.parametrize(
-    ("features", "options", "message"),
-    [
+def test_what_cannot_be_shown_is_refused_in_one_line():
+    cases: list[tuple[Tensor, dict[str, Any], str]] = [
         (torch.randn(91, 4), {}, "t-SNE of perplexity 30 needs at least 92 points, got 91; take more or a smaller"),
         (torch.randn(16, 4), {"perplexity": 5}, "perplexity 5 needs at least 17 points, got 16"),
         (torch.randn(5, 8), {"method": "pca", "components": 5}, "5 principal components needs at least 6 .*, got 5"),
@@ -104,12 +104,11 @@ def test_tsne_keeps_clouds_together_and_repeats(dimensions):
         (torch.full((99, 4), 2.0), {}, "all points are the same"),
         (torch.full((99, 4), torch.nan), {}, "finite"),
         (torch.randn(99, 4), {"perplexity": 0.5}, "perplexity: expected at least 1, got 0.5"),
-    ],
-)
-def test_what_cannot_be_shown_is_refused_in_one_line(features, options, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        project(features, **options)
-    assert "\n" not in str(refused.value)
+    ]
+    for features, options, message in cases:
+        with pytest.raises(ValueError, match=message) as refused:
+            project(features, **options)
+        assert "\n" not in str(refused.value)
 
 
 def test_enough_points_are_taken():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refused
 
-from common.cli.command import run_command
 from common.report import main
 from common.reports.published import PUBLISHED
 
@@ -122,28 +122,21 @@ def test_published_values_fit_their_columns_and_the_text_of_the_paper():
     assert vit["scb", None][0] - vit["bn", None][0] == pytest.approx(12, abs=0.5)
 
 
-def refused(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as left:
-        run_command(lambda: main(argv))
-    captured = capsys.readouterr()
-    assert left.value.code == 2
-    assert len(captured.err.splitlines()) == 1
-    return captured.err
-
-
 def test_bad_input_is_one_line(tmp_path, capsys):
     run = shallow(tmp_path, "a", "ucb", 0, {25: 0.5})
-    assert "runs: name at least one" in refused(capsys)
-    assert "out: expected a file that ends in .md, got page.txt" in refused(capsys, "--runs", run, "--out", "page.txt")
-    assert "is not a run's folder" in refused(capsys, "--runs", str(tmp_path))
-    assert "same settings and seed" in refused(capsys, "--runs", run, run)
+    assert "runs: name at least one" in refused(capsys, main)
+    assert "out: expected a file that ends in .md, got page.txt" in refused(
+        capsys, main, "--runs", run, "--out", "page.txt"
+    )
+    assert "is not a run's folder" in refused(capsys, main, "--runs", str(tmp_path))
+    assert "same settings and seed" in refused(capsys, main, "--runs", run, run)
     settings = SHALLOW | {"seed": 0, "norm": {"kind": "bn"}}
     line = {"step": 1, "epoch": 1, "metric/accuracy": 0.5}
     other = make_run(tmp_path, "b", settings, [line], content="b" * 64)
-    assert "were measured otherwise (content_test differ)" in refused(capsys, "--runs", run, other)
+    assert "were measured otherwise (content_test differ)" in refused(capsys, main, "--runs", run, other)
     (tmp_path / "page.md").write_text("mine")
     argv = ["--runs", run, "--out", str(tmp_path / "page.md")]
-    assert "page.md exists; add --force" in refused(capsys, *argv)
+    assert "page.md exists; add --force" in refused(capsys, main, *argv)
     assert (tmp_path / "page.md").read_text() == "mine"
     main([*argv, "--force"])
     told = capsys.readouterr().out

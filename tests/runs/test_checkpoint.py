@@ -55,17 +55,19 @@ def damage_all(_: bytes) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_all])
-def test_a_damaged_newest_one_is_reported_and_the_one_before_used(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(10, state(10))
-    newest = checkpoints.save(20, state(20))
-    newest.write_bytes(damage(newest.read_bytes()))
-    loaded, reports = checkpoints.load_latest()
-    assert loaded is not None
-    assert loaded["at"] == {"step": 10}
-    assert len(reports) == 1
-    assert newest.name in reports[0]
+def test_a_damaged_newest_one_is_reported_and_the_one_before_used(tmp_path):
+    for number, damage in enumerate((damage_cut, damage_bit, damage_all)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(10, state(10))
+        newest = checkpoints.save(20, state(20))
+        newest.write_bytes(damage(newest.read_bytes()))
+        loaded, reports = checkpoints.load_latest()
+        assert loaded is not None
+        assert loaded["at"] == {"step": 10}
+        assert len(reports) == 1
+        assert newest.name in reports[0]
 
 
 def test_no_flipped_bit_passes_for_the_truth(tmp_path):

@@ -1,4 +1,4 @@
-"""What every run of every application promises, however it is interrupted."""
+"""What every run promises, however it is interrupted: in all ways by the toy application, once by each real one."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from applications import APPLICATIONS, Application
 from forked import Hit, run
 from refusals import refused
 from run_comparison import assert_same_runs, final_state
@@ -16,61 +17,75 @@ from common.runs.folder import RunFolder
 from common.runs.log import read_metrics
 
 full = pytest.mark.full
-SETTINGS = [
-    pytest.param(0, 1, id="no workers, one rank"),
-    pytest.param(2, 2, id="two workers, two ranks"),
-    pytest.param(0, 2, id="no workers, two ranks", marks=full),
-    pytest.param(2, 1, id="two workers, one rank", marks=full),
-]
-OPTIONS = {"usual": [], "mn": ["--norm.kind", "mn"], "averaged": ["--ema", "0.9", "--accumulate", "2"]}
+TOY = APPLICATIONS["fourth"]
+SETTINGS = {
+    "no workers, one rank": (0, 1),
+    "two workers, one rank": (2, 1),
+    "no workers, two ranks": (0, 2),
+    "two workers, two ranks": (2, 2),
+}
+"""Workers and ranks."""
+OPTIONS = {
+    "usual": [],
+    "averaged": ["--ema", "0.9", "--accumulate", "2"],
+    "float16": ["--precision", "fp16"],
+    "mn": ["--norm.kind", "mn"],
+}
+"""The toy application has one layer, whatever the settings say."""
 
 
-def flags(tiny: list[str], workers: int, ranks: int, *more: str) -> list[str]:
-    """Return the flags of 2 epochs of 8 steps."""
-    size = 120 // ranks if "2" not in more[more.index("--accumulate") :][1:2] else 60 // ranks
-    return [*tiny, "--epochs", "2", "--batch_size", str(size), "--data.workers", str(workers), *more]
-
-
-@pytest.mark.parametrize(("workers", "ranks"), SETTINGS)
-@pytest.mark.parametrize(
-    "options", [pytest.param(o, id=n, marks=[] if n == "usual" else full) for n, o in OPTIONS.items()]
+every = pytest.mark.parametrize("application", APPLICATIONS, indirect=True)
+toy_on_every_push = pytest.mark.parametrize(
+    "application",
+    [pytest.param(name, marks=[] if name == "fourth" else full) for name in APPLICATIONS],
+    indirect=True,
 )
-def test_killed_three_times_and_resumed_equals_left_alone(application, tiny, tmp_path, workers, ranks, options):
-    given = [*tiny, "--epochs", "2", "--batch_size", str(120 // ranks), "--data.workers", str(workers), *options]
+
+
+def on_every_push(name: str, setting: str, option: str) -> bool:
+    if name == "fourth":
+        return option in ("usual", "averaged") or (setting, option) == ("no workers, one rank", "float16")
+    return (setting, option) == ("two workers, two ranks", "usual")
+
+
+@pytest.mark.parametrize(
+    ("application", "setting", "option"),
+    [
+        pytest.param(name, setting, option, marks=[] if on_every_push(name, setting, option) else full)
+        for name in APPLICATIONS for setting in SETTINGS for option in OPTIONS
+        if (name, option) != ("fourth", "mn")
+    ],
+    indirect=["application"],
+)  # fmt: skip
+def test_interrupted_and_resumed_equals_left_alone(application, tiny, tmp_path, setting, option):
+    workers, ranks = SETTINGS[setting]
+    given = [*tiny, "--epochs", "2", "--batch_size", str(application.batch_size // ranks)]
+    given += ["--data.workers", str(workers), *OPTIONS[option]]
     whole = run(application.main, *given, "--name", "whole", ranks=ranks)
     assert whole.statuses == [0] * ranks, whole.err
     assert len(set(whole.weights)) == 1  # the ranks learnt one model
     assert len(whole.weights) == ranks
-    # Killed in the middle of the first epoch, while a checkpoint is written, and in a measurement.
+    # Stopped in the middle of an epoch between two log lines, then killed while a checkpoint is written (which is the
+    # same for all applications) and in a measurement.
     last = ranks - 1
-    hit = run(application.main, *given, "--name", "killed", ranks=ranks, hit=Hit(f"step:6@{last}"))
-    assert hit.statuses[last] == -signal.SIGKILL, hit.err
-    resume = ["--name", "killed", "--out", str(tmp_path), "--resume"]
-    for moment in ("save:2@0", f"evaluation:1@{last}"):
-        hit = run(application.main, *resume, ranks=ranks, hit=Hit(moment))
-        assert -signal.SIGKILL in hit.statuses, (moment, hit.err)
-    end = run(application.main, *resume, ranks=ranks)
+    hits = [Hit(f"step:5@{last}", signal.SIGTERM), Hit("save:1@0"), Hit(f"evaluation:1@{last}")]
+    argv = [*given, "--name", "run"]
+    for hit in hits if application is TOY else hits[::2]:
+        ended = run(application.main, *argv, ranks=ranks, hit=hit)
+        assert (143 if hit.signum == signal.SIGTERM else -signal.SIGKILL) in ended.statuses, (hit, ended.err)
+        argv = ["--name", "run", "--out", str(tmp_path), "--resume"]
+    end = run(application.main, *argv, ranks=ranks)
     assert end.statuses == [0] * ranks, end.err
     assert end.weights == whole.weights
-    assert_same_runs(tmp_path / application.name / "killed", tmp_path / application.name / "whole")
+    assert_same_runs(tmp_path / application.name / "run", tmp_path / application.name / "whole")
 
 
-@pytest.mark.parametrize(
-    ("moment", "signum"),
-    [
-        pytest.param(moment, signum, id=f"{moment}-{signum.name}", marks=[] if signum == usual else full)
-        for moment, usual in (
-            ("step:3", signal.SIGINT),
-            ("step:8", signal.SIGTERM),
-            ("step:13", signal.SIGINT),
-            ("evaluation:2", signal.SIGTERM),
-        )
-        for signum in (signal.SIGINT, signal.SIGTERM)
-    ],
-)
+@toy_on_every_push
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["step:3", "step:8", "step:13", "evaluation:2"])
 def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tmp_path, cache, moment, signum):
     # Steps 3 and 8 are those of a log line and of an epoch's end; 13 falls between two log lines.
-    whole = left_alone(application, cache, tmp_path)
+    whole = left_alone(application, cache)
     stopped = run(application.main, *tiny, "--epochs", "2", "--name", "run", hit=Hit(moment, signum))
     assert stopped.statuses == [128 + signum], stopped.err
     step = moment.split(":")[1] if moment.startswith("step") else "8"
@@ -83,7 +98,7 @@ def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tm
     assert_same_runs(tmp_path / application.name / "run", whole)
 
 
-def left_alone(application, cache: Path, tmp_path: Path) -> Path:
+def left_alone(application: Application, cache: Path) -> Path:
     """Return the folder of a run of two epochs that nothing disturbed, trained once for all tests."""
     out = cache / "left alone"
     if not (out / application.name / "whole" / "summary.json").exists():
@@ -91,8 +106,9 @@ def left_alone(application, cache: Path, tmp_path: Path) -> Path:
     return out / application.name / "whole"
 
 
+@toy_on_every_push
 def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny, tmp_path):
-    pair = [*tiny, "--epochs", "1", "--batch_size", "60"]
+    pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     stopped = run(application.main, *pair, "--name", "run", ranks=2, hit=Hit("step:5@1", signal.SIGTERM))
     assert stopped.statuses == [143, 143], stopped.err
     assert stopped.err.count("stopped after step 5; go on with:") == 1
@@ -106,8 +122,9 @@ def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny,
     assert "world: the run used 2, this process has 1; start it with torchrun --nproc-per-node 2" in alone.err
 
 
+@toy_on_every_push
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(application, tiny, tmp_path):
-    pair = [*tiny, "--epochs", "1", "--batch_size", "60"]
+    pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     hit = Hit("step:5@1", loss=application.loss)
     spoiled = run(application.main, *pair, "--name", "spoiled", ranks=2, hit=hit)
     assert spoiled.statuses == [3, 3], spoiled.err
@@ -118,6 +135,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(application, tiny
     assert len(set(four.weights)) == 1
 
 
+@toy_on_every_push
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_with_step_and_term_and_keeps_the_weights(
     application, tiny, tmp_path, monkeypatch, what
@@ -191,7 +209,7 @@ def test_what_a_finished_run_refuses(application, tiny, tmp_path, capsys):
     assert "exists; add --resume" in refused(capsys, application.main, *tiny, "--name", "run")
     ghost = ["--out", str(tmp_path), "--name", "rnu", "--resume"]
     assert "runs there: run" in refused(capsys, application.main, *ghost)
-    assert f"lr: the run has {application.lr}, got 0.1" in refused(capsys, application.main, *resume, "--lr", "0.1")
+    assert "lr: the run has 0.001, got 0.1" in refused(capsys, application.main, *resume, "--lr", "0.1")
     assert "seed: the run has 0, got 1" in refused(capsys, application.main, *resume, "--seed", "1")
     assert "init_from" in refused(capsys, application.main, *resume, "--init_from", "somewhere.pt")
     assert listing(tmp_path) == before
@@ -210,7 +228,7 @@ def test_what_a_finished_run_refuses(application, tiny, tmp_path, capsys):
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     application, tiny, tmp_path, cache, capsys
 ):
-    whole = left_alone(application, cache, tmp_path)
+    whole = left_alone(application, cache)
     application.main([*tiny, "--epochs", "2", "--name", "run"])
     newest = tmp_path / application.name / "run" / "checkpoints" / "step-00000016.pt"
     newest.write_bytes(newest.read_bytes()[:-5000])
@@ -224,7 +242,7 @@ def test_a_finished_run_can_be_made_longer(application, tiny, tmp_path, cache):
     application.main([*tiny, "--epochs", "1", "--name", "run"])
     application.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
     run_folder = tmp_path / application.name / "run"
-    assert_same_runs(run_folder, left_alone(application, cache, tmp_path))
+    assert_same_runs(run_folder, left_alone(application, cache))
     assert "epochs: 2" in (run_folder / "config.yaml").read_text()
 
 
@@ -234,9 +252,10 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(application, tiny, tmp_pat
     assert first.statuses == [143]
     for _ in range(2):  # the second time there is nothing left to do
         application.main(command)
-    assert_same_runs(tmp_path / application.name / "run", left_alone(application, cache, tmp_path))
+    assert_same_runs(tmp_path / application.name / "run", left_alone(application, cache))
 
 
+@every
 def test_a_dry_run_writes_nothing_and_states_the_cost(application, tiny, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     application.main([*tiny, "--dry_run"])
@@ -246,6 +265,7 @@ def test_a_dry_run_writes_nothing_and_states_the_cost(application, tiny, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
+@toy_on_every_push
 def test_initial_weights_come_from_another_run_all_of_them_but_not_its_position(application, tiny, tmp_path, capsys):
     application.main([*tiny, "--epochs", "1", "--name", "first"])
     source = tmp_path / application.name / "first" / "checkpoints" / "step-00000008.pt"

@@ -108,24 +108,21 @@ def test_mnist_m_takes_patches_from_a_folder_of_photographs(small_mnist, tmp_pat
         assert len(places(image, digit, photos)) == 1
 
 
-@pytest.mark.parametrize(
-    ("source", "size", "message"),
-    [
+def test_a_source_that_does_not_serve_is_refused_in_one_line(small_mnist):
+    for name in ("empty", "small", "broken"):
+        (small_mnist / name).mkdir()
+    (small_mnist / "file.txt").write_text("x")
+    (small_mnist / "broken" / "b.jpg").write_bytes(b"no image")
+    Image.fromarray(pictures((31, 40))[0]).save(small_mnist / "small" / "s.png")
+    for source, size, message in (
         ("nowhere", 32, r"data\.blend: no folder .*nowhere"),
         ("file.txt", 32, r"data\.blend: .*file\.txt is a file"),
         ("empty", 32, r"data\.blend: no PNG or JPEG files in .*empty"),
         ("small", 32, r"data\.blend: .*s\.png is 40 x 31 pixels, expected at least data\.size \(32\) each way"),
         ("broken", 32, r"broken/b\.jpg: cannot be read as an image"),
         ("sklearn", 428, r"data\.size: mnist_m cuts patches from photographs, expected at most 427, got 428"),
-    ],
-)
-def test_a_source_that_does_not_serve_is_refused_in_one_line(small_mnist, source, size, message):
-    for name in ("empty", "small", "broken"):
-        (small_mnist / name).mkdir()
-    (small_mnist / "file.txt").write_text("x")
-    (small_mnist / "broken" / "b.jpg").write_bytes(b"no image")
-    Image.fromarray(pictures((31, 40))[0]).save(small_mnist / "small" / "s.png")
-    place = source if source == "sklearn" else str(small_mnist / source)
-    with pytest.raises(UsageError, match=message) as e:
-        load(DataConfig(name="mnist_m", root=small_mnist, size=size, blend=place))
-    assert "\n" not in str(e.value)
+    ):
+        place = source if source == "sklearn" else str(small_mnist / source)
+        with pytest.raises(UsageError, match=message) as e:
+            load(DataConfig(name="mnist_m", root=small_mnist, size=size, blend=place))
+        assert "\n" not in str(e.value)

@@ -43,24 +43,30 @@ def test_classes_images_and_order_agree_with_torchvision(classes):
     assert torch.equal(got.train.images, torch.stack([x for x, _ in oracle]))
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (41, 16), (9, 5), (100, 37), (17, 16)], ids=str)
-def test_resize_and_crop_agree_with_torchvision(tmp_path, shape):
-    write(tmp_path / "i.png", pixels(*shape))
-    steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
-    want: Any = steps(Image.fromarray(pixels(*shape)))
-    assert torch.equal(read_folder(tmp_path, Decoding(16)).images[0], want)
+def test_resize_and_crop_agree_with_torchvision(tmp_path):
+    for number, shape in enumerate(((16, 16), (16, 40), (41, 16), (9, 5), (100, 37), (17, 16))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder / "i.png", pixels(*shape))
+        steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
+        want: Any = steps(Image.fromarray(pixels(*shape)))
+        assert torch.equal(read_folder(folder, Decoding(16)).images[0], want)
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (41, 16), (9, 5), (100, 37)], ids=str)
-def test_padding_keeps_the_whole_image_between_black_bars(tmp_path, shape):
-    write(tmp_path / "i.png", np.maximum(pixels(*shape), 1))
-    got = read_folder(tmp_path, Decoding(16, "pad")).images[0]
-    height, width = (max(1, round(16 * side / max(shape))) for side in shape)
-    top, left = (16 - height) // 2, (16 - width) // 2
-    inner = Image.fromarray(np.maximum(pixels(*shape), 1)).resize((width, height), Image.Resampling.BICUBIC)
-    assert np.array_equal(got[:, top : top + height, left : left + width].permute(1, 2, 0).numpy(), np.asarray(inner))
-    got[:, top : top + height, left : left + width] = 0
-    assert not got.any()
+def test_padding_keeps_the_whole_image_between_black_bars(tmp_path):
+    for number, shape in enumerate(((16, 16), (16, 40), (41, 16), (9, 5), (100, 37))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder / "i.png", np.maximum(pixels(*shape), 1))
+        got = read_folder(folder, Decoding(16, "pad")).images[0]
+        height, width = (max(1, round(16 * side / max(shape))) for side in shape)
+        top, left = (16 - height) // 2, (16 - width) // 2
+        inner = Image.fromarray(np.maximum(pixels(*shape), 1)).resize((width, height), Image.Resampling.BICUBIC)
+        assert np.array_equal(
+            got[:, top : top + height, left : left + width].permute(1, 2, 0).numpy(), np.asarray(inner)
+        )
+        got[:, top : top + height, left : left + width] = 0
+        assert not got.any()
 
 
 @pytest.mark.parametrize("fit", ["cut", "pad"])
@@ -110,16 +116,17 @@ def modes():
     }
 
 
-@pytest.mark.parametrize("mode", modes())
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    image, extension, want = modes()[mode]
-    path = tmp_path / f"i.{extension}"
-    image.save(path)
-    if want is None:  # lossy: Pillow's own reading is the oracle
-        with Image.open(path) as read:
-            assert read.mode == "CMYK"
-            want = np.asarray(read.convert("RGB"))
-    assert np.array_equal(read_folder(tmp_path, Decoding(16)).images[0].permute(1, 2, 0).numpy(), want)
+def test_every_mode_becomes_rgb(tmp_path):
+    for mode, (image, extension, want) in modes().items():
+        path = tmp_path / mode / f"i.{extension}"
+        path.parent.mkdir()
+        image.save(path)
+        if want is None:  # lossy: Pillow's own reading is the oracle
+            with Image.open(path) as read:
+                assert read.mode == "CMYK"
+                want = np.asarray(read.convert("RGB"))  # noqa: PLW2901
+        found = read_folder(path.parent, Decoding(16)).images[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(found, want), mode
 
 
 def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
@@ -129,16 +136,16 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
     assert np.array_equal(got.numpy(), np.broadcast_to((deep // 256).astype(np.uint8), (3, 16, 16)))
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg"])
-@pytest.mark.parametrize("keep", [0, 20, 0.5, 0.9])
-def test_a_truncated_file_is_named(tmp_path, extension, keep):
-    path = tmp_path / f"whole.{extension}"
-    write(path, pixels(64, 64))
-    content = path.read_bytes()
-    path.write_bytes(content[: keep if keep > 1 else int(keep * len(content))])
-    with pytest.raises(UsageError, match=rf"whole\.{extension}: cannot be read as an image \(.+\)") as caught:
-        read_folder(tmp_path, Decoding(16))
-    assert "\n" not in str(caught.value)
+def test_a_truncated_file_is_named(tmp_path):
+    for extension in ("png", "jpg"):
+        path = tmp_path / extension / f"whole.{extension}"
+        write(path, pixels(64, 64))
+        content = path.read_bytes()
+        for kept in (0, 20, len(content) // 2, int(0.9 * len(content))):
+            path.write_bytes(content[:kept])
+            with pytest.raises(UsageError, match=rf"whole\.{extension}: cannot be read as an image \(.+\)") as caught:
+                read_folder(path.parent, Decoding(16))
+            assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
@@ -172,39 +179,40 @@ def bad_folder(tmp_path, kind):
     return root
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing", r"data\.root: no folder .*images"),
-        ("file", r"data\.root: .*images is a file"),
-        ("empty", r"data\.root: no PNG or JPEG files in .*images"),
-        ("class without images", r"data\.root: class folder .*b has no PNG or JPEG files"),
+def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path):
+    for number, (kind, message) in enumerate(
         (
-            "splits",
-            r"data\.root: (\S+images) holds splits \(train, val\), not classes; "
-            r"pass --data\.root \1/train --data\.test_root \1/val$",
-        ),
-        (
-            "splits beside something",
-            r"data\.root: (\S+images) holds splits \(test, train\), not classes; "
-            r"pass --data\.root \1/train --data\.test_root \1/test$",
-        ),
-        (
-            "sets",
-            r"data\.root: (\S+images) holds data sets \(amazon, webcam\), each with train/ and test/; "
-            r"pass one of them, --data\.root \1/amazon$",
-        ),
-        (
-            "published sets",
-            r"data\.root: (\S+images) holds mnist, svhn, not one folder a class; "
-            r"pass --data\.name mnist --data\.root \1$",
-        ),
-    ],
-)
-def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path, kind, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        load(DataConfig(name="imagefolder", root=bad_folder(tmp_path, kind)))
-    assert "\n" not in str(caught.value)
+            ("missing", r"data\.root: no folder .*images"),
+            ("file", r"data\.root: .*images is a file"),
+            ("empty", r"data\.root: no PNG or JPEG files in .*images"),
+            ("class without images", r"data\.root: class folder .*b has no PNG or JPEG files"),
+            (
+                "splits",
+                r"data\.root: (\S+images) holds splits \(train, val\), not classes; "
+                r"pass --data\.root \1/train --data\.test_root \1/val$",
+            ),
+            (
+                "splits beside something",
+                r"data\.root: (\S+images) holds splits \(test, train\), not classes; "
+                r"pass --data\.root \1/train --data\.test_root \1/test$",
+            ),
+            (
+                "sets",
+                r"data\.root: (\S+images) holds data sets \(amazon, webcam\), each with train/ and test/; "
+                r"pass one of them, --data\.root \1/amazon$",
+            ),
+            (
+                "published sets",
+                r"data\.root: (\S+images) holds mnist, svhn, not one folder a class; "
+                r"pass --data\.name mnist --data\.root \1$",
+            ),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UsageError, match=message) as caught:
+            load(DataConfig(name="imagefolder", root=bad_folder(folder, kind)))
+        assert "\n" not in str(caught.value)
 
 
 def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
@@ -217,9 +225,10 @@ def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
     assert (test.labels.tolist(), test.classes, test.split) == ([1], ("a", "b"), "test")
 
 
-@pytest.mark.parametrize(
-    ("test_root", "message"),
-    [
+def test_test_folders_that_cannot_serve_are_refused(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "held/c/1.png", "pair/train/1.png", "pair/test/1.png"):
+        write(tmp_path / name, pixels(8, 8))
+    for test_root, message in (
         ("held", r"data\.test_root: class folder .*c is not among the training classes"),
         ("train", r"data\.test_root: .* is data\.root"),
         ("none", r"data\.test_root: no folder"),
@@ -228,14 +237,10 @@ def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
             r"data\.test_root: (\S+pair) holds splits \(test, train\), not classes; "
             r"pass --data\.test_root \1/test$",
         ),
-    ],
-)
-def test_test_folders_that_cannot_serve_are_refused(tmp_path, test_root, message):
-    for name in ("train/a/1.png", "train/b/1.png", "held/c/1.png", "pair/train/1.png", "pair/test/1.png"):
-        write(tmp_path / name, pixels(8, 8))
-    config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
-    with pytest.raises(UsageError, match=message):
-        load(config)
+    ):
+        config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
+        with pytest.raises(UsageError, match=message):
+            load(config)
 
 
 @pytest.mark.parametrize("inner", ["", "a/"], ids=["flat", "classes"])

@@ -244,60 +244,73 @@ def test_the_papers_split_draws_a_tenth_of_each_breed_apart_twice(tmp_path, monk
     assert sizes[-1] == 5985  # the published count follows from the same rule
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_sets_are_known_by_the_name_and_split_they_were_asked_by(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    splits = load(DataConfig(name=name, root=tmp_path, size=8, download=False))
-    train, test = splits.train, splits.test
-    assert test is not None
-    assert (train.name, train.split) == (name, "train")
-    assert (test.name, test.split) == (name, "test")
-    assert train.classes == test.classes
+def test_sets_are_known_by_the_name_and_split_they_were_asked_by(tmp_path, monkeypatch):
+    for number, name in enumerate(WRITERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        splits = load(DataConfig(name=name, root=folder, size=8, download=False))
+        train, test = splits.train, splits.test
+        assert test is not None
+        assert (train.name, train.split) == (name, "train")
+        assert (test.name, test.split) == (name, "test")
+        assert train.classes == test.classes
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_without_files_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    path = tmp_path / FIRST_FILE[name][0]
-    path.unlink()
-    line = rf"data\.root: no {path.name}; put {path.name} from http\S+/ into {path.parent}, or set data\.download true"
-    with pytest.raises(UsageError, match=f"^{line}$"):
-        load(DataConfig(name=name, root=tmp_path, download=False))
+def test_without_files_the_line_says_which_to_put_where(tmp_path, monkeypatch):
+    for number, name in enumerate(WRITERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        path = folder / FIRST_FILE[name][0]
+        path.unlink()
+        line = (
+            rf"data\.root: no {path.name}; put {path.name} from http\S+/ into {path.parent}, or set data\.download true"
+        )
+        with pytest.raises(UsageError, match=f"^{line}$"):
+            load(DataConfig(name=name, root=folder, download=False))
 
 
-@pytest.mark.parametrize("name", [*WRITERS, "cifar10", "cifar100"])
-def test_without_network_the_line_says_which_to_put_where(tmp_path, monkeypatch, name):
-    def fail(*_, **__):
-        raise URLError("no route to host")
+def test_without_network_the_line_says_which_to_put_where(tmp_path, monkeypatch):
+    for number, name in enumerate((*WRITERS, "cifar10", "cifar100")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
 
-    monkeypatch.setattr(downloads.urllib.request, "urlopen", fail)
-    with pytest.raises(
-        UsageError, match=r"^data\.root: \S+ could not be downloaded \(.*no route.*\); put \S+.* from "
-    ) as e:
-        load(DataConfig(name=name, root=tmp_path))
-    assert str(tmp_path) in str(e.value)
-    assert "\n" not in str(e.value)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        def fail(*_, **__):
+            raise URLError("no route to host")
 
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_damaged_archive_is_refused_in_one_line(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    path = tmp_path / FIRST_FILE[name][0]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UsageError, match=rf"^data\.root: damaged {path.name}; put .*$"):
-        load(DataConfig(name=name, root=tmp_path, download=False))
+        monkeypatch.setattr(downloads.urllib.request, "urlopen", fail)
+        with pytest.raises(
+            UsageError, match=r"^data\.root: \S+ could not be downloaded \(.*no route.*\); put \S+.* from "
+        ) as e:
+            load(DataConfig(name=name, root=folder))
+        assert str(folder) in str(e.value)
+        assert "\n" not in str(e.value)
+        assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", [name for name in WRITERS if name != "svhn"])  # whose files are not unpacked
-def test_an_unpacked_file_that_is_cut_off_is_refused_in_one_line(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    config = DataConfig(name=name, root=tmp_path, download=False)
-    load(config)
-    path = tmp_path / FIRST_FILE[name][1]
-    path.write_bytes(path.read_bytes()[:-20])  # of a list, the last line: what is left of it reads well
-    with pytest.raises(UsageError, match=r"^data\.root: .* is incomplete or damaged \(.*\); remove it, .*$"):
+def test_a_damaged_archive_is_refused_in_one_line(tmp_path, monkeypatch):
+    for number, name in enumerate(WRITERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        path = folder / FIRST_FILE[name][0]
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(UsageError, match=rf"^data\.root: damaged {path.name}; put .*$"):
+            load(DataConfig(name=name, root=folder, download=False))
+
+
+def test_an_unpacked_file_that_is_cut_off_is_refused_in_one_line(tmp_path, monkeypatch):
+    for number, name in enumerate(WRITERS.keys() - {"svhn"}):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        config = DataConfig(name=name, root=folder, download=False)
         load(config)
+        path = folder / FIRST_FILE[name][1]
+        path.write_bytes(path.read_bytes()[:-20])  # of a list, the last line: what is left of it reads well
+        with pytest.raises(UsageError, match=r"^data\.root: .* is incomplete or damaged \(.*\); remove it, .*$"):
+            load(config)
 
 
 def test_an_unzipped_file_that_is_gone_is_made_again(tmp_path, monkeypatch):
@@ -308,30 +321,33 @@ def test_an_unzipped_file_that_is_gone_is_made_again(tmp_path, monkeypatch):
     assert load(config).train.content_hash == before
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("tiny_imagenet", "tiny-imagenet-200/train/n02/images/n02_1.JPEG"),
-        ("oxford_pet", "oxford-iiit-pet/images/beagle_3.jpg"),
-    ],
-)
-def test_an_unpacked_folder_that_lacks_an_image_is_noticed(tmp_path, monkeypatch, name, file):
-    WRITERS[name](tmp_path, monkeypatch)
-    config = DataConfig(name=name, root=tmp_path, download=False)
-    load(config)
-    (tmp_path / file).unlink()
-    with pytest.raises(UsageError, match=rf"is incomplete or damaged \(no file .*{file}\); remove it"):
+def test_an_unpacked_folder_that_lacks_an_image_is_noticed(tmp_path, monkeypatch):
+    for number, (name, file) in enumerate(
+        (
+            ("tiny_imagenet", "tiny-imagenet-200/train/n02/images/n02_1.JPEG"),
+            ("oxford_pet", "oxford-iiit-pet/images/beagle_3.jpg"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        config = DataConfig(name=name, root=folder, download=False)
         load(config)
+        (folder / file).unlink()
+        with pytest.raises(UsageError, match=rf"is incomplete or damaged \(no file .*{file}\); remove it"):
+            load(config)
 
 
-@pytest.mark.parametrize("name", ["tiny_imagenet", "oxford_pet"])
-def test_an_unpacked_folder_needs_no_archive(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    config = DataConfig(name=name, root=tmp_path, download=False)
-    before = load(config)
-    for archive in [*tmp_path.rglob("*.zip"), *tmp_path.rglob("*.gz")]:
-        archive.unlink()
-    assert load(config).train.content_hash == before.train.content_hash
+def test_an_unpacked_folder_needs_no_archive(tmp_path, monkeypatch):
+    for number, name in enumerate(("tiny_imagenet", "oxford_pet")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        WRITERS[name](folder, monkeypatch)
+        config = DataConfig(name=name, root=folder, download=False)
+        before = load(config)
+        for archive in [*folder.rglob("*.zip"), *folder.rglob("*.gz")]:
+            archive.unlink()
+        assert load(config).train.content_hash == before.train.content_hash
 
 
 def test_a_torchvision_folder_without_archives_is_read(tmp_path, monkeypatch):
@@ -345,19 +361,23 @@ def test_a_torchvision_folder_without_archives_is_read(tmp_path, monkeypatch):
     assert np.array_equal(got[:, 0].numpy(), images)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_set_is_found_in_a_folder_of_data_sets(tmp_path, monkeypatch, name):
-    (tmp_path / "other" / "images").mkdir(parents=True)
-    (tmp_path / "mine").mkdir()
-    WRITERS[name](tmp_path / "mine", monkeypatch)
-    direct = load(DataConfig(name=name, root=tmp_path / "mine", download=False))
-    found = load(DataConfig(name=name, root=tmp_path, download=False))
-    assert found.train.content_hash == direct.train.content_hash
-    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
-    with pytest.raises(UsageError, match=rf"^data\.root: \S+ holds {name} more than once \(copy, mine\); name one, "):
-        load(DataConfig(name=name, root=tmp_path, download=False))
-    (tmp_path / "copy").rename(tmp_path / name)  # called as the set: that is the one
-    shutil.rmtree(tmp_path / "mine")
-    (tmp_path / "mine").mkdir()
-    WRITERS[name](tmp_path / "mine", monkeypatch)
-    assert load(DataConfig(name=name, root=tmp_path, download=False)).train.content_hash == direct.train.content_hash
+def test_a_set_is_found_in_a_folder_of_data_sets(tmp_path, monkeypatch):
+    for number, name in enumerate(WRITERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "other" / "images").mkdir(parents=True)
+        (folder / "mine").mkdir()
+        WRITERS[name](folder / "mine", monkeypatch)
+        direct = load(DataConfig(name=name, root=folder / "mine", download=False))
+        found = load(DataConfig(name=name, root=folder, download=False))
+        assert found.train.content_hash == direct.train.content_hash
+        shutil.copytree(folder / "mine", folder / "copy")
+        with pytest.raises(
+            UsageError, match=rf"^data\.root: \S+ holds {name} more than once \(copy, mine\); name one, "
+        ):
+            load(DataConfig(name=name, root=folder, download=False))
+        (folder / "copy").rename(folder / name)  # called as the set: that is the one
+        shutil.rmtree(folder / "mine")
+        (folder / "mine").mkdir()
+        WRITERS[name](folder / "mine", monkeypatch)
+        assert load(DataConfig(name=name, root=folder, download=False)).train.content_hash == direct.train.content_hash

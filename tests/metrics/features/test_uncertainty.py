@@ -26,22 +26,22 @@ def test_intervals_hold_the_distance_of_the_distributions_as_often_as_they_say()
     assert np.mean([each.half_width for each in found]) < 0.25  # a sixth of the distance: not wide for safety
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_an_interval_is_the_distance_less_its_bias_and_students_quantile_of_resampled_ones(both):
-    fake, real = drawn(60, 0).float(), torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
-    whole, distances = frechet_distance(statistics(fake), statistics(real)), []
-    for number in range(20):
-        rows, others = (
-            torch.randint(len(x), (len(x),), generator=generator(3, "bootstrap", what, number))
-            for x, what in ((fake, "generated"), (real, "real"))
-        )
-        reference = statistics(real[others] if both else real)
-        distances.append(frechet_distance(statistics(fake[rows]), reference))
-    got = distance_interval(fake, real if both else statistics(real), seed=3)
-    assert got.centre == pytest.approx(2 * whole - np.mean(distances), rel=1e-9)
-    assert got.half_width == pytest.approx(stats.t.ppf(0.975, 19) * np.std(distances, ddof=1), rel=1e-9)
-    assert (got.low, got.high) == (got.centre - got.half_width, got.centre + got.half_width)
-    assert distance_interval(fake, statistics(real), seed=4).centre != got.centre
+def test_an_interval_is_the_distance_less_its_bias_and_students_quantile_of_resampled_ones():
+    for both in (False, True):
+        fake, real = drawn(60, 0).float(), torch.randn(50, DIM, generator=torch.Generator().manual_seed(1))
+        whole, distances = frechet_distance(statistics(fake), statistics(real)), []
+        for number in range(20):
+            rows, others = (
+                torch.randint(len(x), (len(x),), generator=generator(3, "bootstrap", what, number))
+                for x, what in ((fake, "generated"), (real, "real"))
+            )
+            reference = statistics(real[others] if both else real)
+            distances.append(frechet_distance(statistics(fake[rows]), reference))
+        got = distance_interval(fake, real if both else statistics(real), seed=3)
+        assert got.centre == pytest.approx(2 * whole - np.mean(distances), rel=1e-9)
+        assert got.half_width == pytest.approx(stats.t.ppf(0.975, 19) * np.std(distances, ddof=1), rel=1e-9)
+        assert (got.low, got.high) == (got.centre - got.half_width, got.centre + got.half_width)
+        assert distance_interval(fake, statistics(real), seed=4).centre != got.centre
 
 
 def test_the_limit_is_nearer_to_the_truth_than_the_distance_of_a_few_samples():
@@ -52,15 +52,15 @@ def test_the_limit_is_nearer_to_the_truth_than_the_distance_of_a_few_samples():
     assert abs(limits - TRUTH) < (few - TRUTH) / 2
 
 
-@pytest.mark.parametrize(("count", "first"), [(400, 40), (100, 16), (24, 12)])
-def test_the_limit_is_where_the_line_through_fifteen_subsets_meets_infinity(count, first):
+def test_the_limit_is_where_the_line_through_fifteen_subsets_meets_infinity():
     """From a tenth of the samples, twice the dimensions or half the samples, whichever is allowed."""
-    fake = drawn(count, 5)
-    sizes = np.round(np.linspace(first, count, 15)).astype(int)
-    subsets = [fake[permutation(count, 7, "subset", number)[:size]] for number, size in enumerate(sizes)]
-    distances = [frechet_distance(statistics(subset), STANDARD) for subset in subsets]
-    want = np.polyfit(1 / sizes, distances, 1)[1]
-    assert distance_limit(fake, STANDARD, seed=7) == pytest.approx(want, rel=1e-8)
+    for count, first in ((400, 40), (100, 16), (24, 12)):
+        fake = drawn(count, 5)
+        sizes = np.round(np.linspace(first, count, 15)).astype(int)
+        subsets = [fake[permutation(count, 7, "subset", number)[:size]] for number, size in enumerate(sizes)]
+        distances = [frechet_distance(statistics(subset), STANDARD) for subset in subsets]
+        want = np.polyfit(1 / sizes, distances, 1)[1]
+        assert distance_limit(fake, STANDARD, seed=7) == pytest.approx(want, rel=1e-8)
 
 
 def test_too_few_samples_are_refused():
