@@ -288,7 +288,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     run = make_run(tmp_path, "a-seed0", seed=0)
     out = ["--out", f"{tmp_path}/f"]
     assert "runs: name at least one" in refused(capsys, common.figures.main, *out)
-    assert "runs: a value is missing" in refused(capsys, common.figures.main, "--runs", *out)
+    assert "argument --runs: expected at least one argument" in refused(capsys, common.figures.main, "--runs", *out)
     assert "out: expected the figure's path" in refused(capsys, common.figures.main, "--runs", run)
     assert "out: expected the figure's path" in refused(
         capsys, common.figures.main, "--runs", run, "--out", f"{tmp_path}/.png"
