@@ -199,7 +199,7 @@ def loading_torch(tmp_path):
     def run(*argv: str, **settings: str) -> list:
         env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
         env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), env["PYTHONPATH"]])
-        command = [sys.executable, "-W", "error", "-X", "utf8", *argv]
+        command = [sys.executable, "-X", "utf8", *argv]
         done = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (7, ""), done.stderr
         return json.loads(done.stdout)

@@ -14,11 +14,13 @@ from common.machine.dist import Env, group, local_device, mean_over_ranks, small
 
 PAIR = """
 import os
+import warnings
 import torch
 from torch import nn
 from common.errors import UsageError
 from common.machine.dist import group, mean_over_ranks, smallest_over_ranks
 
+warnings.filterwarnings("error", module=r"common\\.|__main__")
 with group(torch.device("cpu")) as env:
     rank = env.rank
     assert (env.rank, env.world, env.first) == (int(os.environ["RANK"]), 2, rank == 0)
@@ -29,7 +31,7 @@ print("done")
 
 
 def pair(body: str) -> None:
-    """Run the lines on both ranks, with warnings as errors."""
+    """Run the lines on both ranks, with our warnings as errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -37,7 +39,7 @@ def pair(body: str) -> None:
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", script],
+            [sys.executable, "-c", script],
             env=shared | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

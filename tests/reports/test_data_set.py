@@ -18,7 +18,7 @@ def table(text):
 
 
 def run(tmp_path, *flags):
-    command = [sys.executable, "-W", "error", "-m", "common.data", "--out", str(tmp_path), *flags]
+    command = [sys.executable, "-m", "common.data", "--out", str(tmp_path), *flags]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
