@@ -23,6 +23,7 @@ import torch
 import common.runs.checkpoint
 from common.cli.command import run_command
 from common.metrics.extractors import weights_hash
+from common.norms.native import loops
 from common.training.loop import Training
 from common.training.update import StepGuard
 
@@ -84,6 +85,8 @@ class Hit:
 
 def run(main: Callable[[list[str]], object], *argv: str, ranks: int = 1, hit: Hit | None = None) -> Outcome:
     """Run a command in one process, or in several as torchrun starts them."""
+    for components in (2, 3):
+        loops.library(components)  # else every fork would compile it
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
