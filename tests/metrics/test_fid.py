@@ -23,8 +23,8 @@ class Pixels:
         return (images.flatten(1)[:, : self.dim].float() - 128) / 20
 
 
-def gaussian(n, seed, shift=0, split="train"):
-    noise = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+def gaussian(n, seed, shift=0, split="train", side=8):
+    noise = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
     images = (noise * 20 + 128 + shift).round().clamp(0, 255).to(torch.uint8)
     return ImageSet(images, None, (), "gaussian", split)
 
@@ -45,8 +45,8 @@ def build(splits, cache, **config):
 
 
 def test_shifted_gaussians_are_at_the_squared_distance_of_their_means(pixels, tmp_path):
-    fid = build(Splits(gaussian(20_000, 0), None), tmp_path, batch_size=999)
-    got = fid.measure(sampler(gaussian(20_000, 1, shift=10).images), 20_000)
+    fid = build(Splits(gaussian(20_000, 0, side=2), None), tmp_path, batch_size=999)
+    got = fid.measure(sampler(gaussian(20_000, 1, shift=10, side=2).images), 20_000)
     want = pixels.dim * 0.5**2
     # |m + e|^2 with e of variance 2/N in each of 6 dimensions deviates by 2 |m| sqrt(2/N) = 0.025; five of these.
     # The covariance term adds about D^2 / 2N = 0.001, and 8-bit rounding less still.

@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import sys
 
@@ -114,14 +113,6 @@ def test_a_mistake_ends_the_command_with_status_2(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: root: no train_32x32.mat")
     assert done.stderr.count("\n") == 1
-
-
-def test_the_command_ends_with_status_0(tmp_path):
-    done = run(tmp_path, "--name", "digits_m", "--size", "8")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [re.sub("-[0-9a-f]{8}", "-CONTENT", name) for name in os.listdir(tmp_path)] == [
-        "contact-digits_m-CONTENT.png"
-    ]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
