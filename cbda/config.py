@@ -25,7 +25,7 @@ class DomainConfig:
 
     domain: ClassVar[str]
     name: str = field(default="digits", metadata=named(DATA_SETS.names))
-    """A data set: digits, digits_m, imagefolder (your own PNG or JPEG files, one sub-folder a class), mnist, mnist_m,
+    """A data set: digits, digits_m, imagefolder (your own images, one sub-folder a class), mnist, mnist_m,
     svhn, cifar10, cifar100, tiny_imagenet, oxford_pet (docs/data.md)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""

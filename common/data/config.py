@@ -22,7 +22,7 @@ class DataConfig:
 
     name: str = field(default="digits", metadata=named(DATA_SETS.names))
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
-    photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
+    photographs; imagefolder: your own images, in one folder or one sub-folder a class; mnist_m: MNIST
     blended with photographs; the others as published (docs/data.md), or a set of your own (register_data_set)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or train/ and test/ with them; or where a published set is,

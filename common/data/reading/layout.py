@@ -62,8 +62,10 @@ def own_folders(root: Path, test_root: Path | None) -> tuple[Path, Path | None]:
 
 
 def subfolders(root: Path) -> list[Path]:
-    """Return the folders in a folder by name; none where it is no folder."""
-    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    """Return the folders in a folder by name, hidden ones left out; none where it is no folder."""
+    if not root.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def refuse_splits(field: str, root: Path, found: list[str]) -> None:
