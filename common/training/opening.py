@@ -1,6 +1,7 @@
 """From a command line to what the loop starts with: settings, images, networks, and the run's folder."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,7 @@ class RunPlace:
 
 def resume_command(method: Method[Any], cfg: RunConfig) -> str:
     """Return the command line that goes on with a run."""
-    out = "" if cfg.out == RunConfig().out else f" --out {cfg.out}"
+    out = [] if cfg.out == RunConfig().out else ["--out", str(cfg.out)]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
-    return f"{start} -m {method.application}.{method.command} --name {cfg.name} --resume{out}"
+    return f"{start} -m {method.application}.{method.command} {shlex.join(['--name', str(cfg.name), '--resume', *out])}"

@@ -1,4 +1,6 @@
 import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,7 +165,8 @@ def test_numbers_of_more_than_sixteen_bits_are_refused(tmp_path):
 def test_other_formats_are_read_too_and_the_first_of_several_frames(tmp_path, extension):
     first, second = (Image.fromarray(pixels(16, 16, seed=seed)).quantize(64).convert("RGB") for seed in (1, 2))
     more: dict[str, Any] = {} if extension == "bmp" else {"save_all": True, "append_images": [second]}
-    first.save(tmp_path / f"i.{extension}", **(more | ({"lossless": True} if extension == "webp" else {})))
+    more |= {"lossless": True} if extension == "webp" else {}
+    first.save(tmp_path / f"i.{extension}", **more)
     got = read_folder(tmp_path, Decoding(16)).images[0]
     assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(first))
 
@@ -332,6 +335,17 @@ def test_test_folders_that_cannot_serve_are_refused(tmp_path):
         config = DataConfig(name="imagefolder", root=tmp_path / "train", test_root=tmp_path / test_root, size=8)
         with pytest.raises(UsageError, match=message):
             load(config)
+
+
+@pytest.mark.parametrize("kind", ["splits", "sets", "published sets"])
+def test_what_to_pass_is_quoted_for_a_shell(tmp_path, kind):
+    (tmp_path / "my data").mkdir()
+    root = bad_folder(tmp_path / "my data", kind)
+    with pytest.raises(UsageError) as caught:
+        load(DataConfig(name="imagefolder", root=root))
+    flags = shlex.split(str(caught.value).partition("--")[2])
+    assert {Path(flag) for flag in flags if "images" in flag} <= {root, root / "train", root / "val", root / "amazon"}
+    assert str(root) in " ".join(flags)
 
 
 @pytest.mark.parametrize("inner", ["", "a/"], ids=["flat", "classes"])
