@@ -54,6 +54,9 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
         cfg = replace(parse(kind.config, argv, prog=prog), resume=False)
         if cfg.name is not None and not cfg.dry_run:
             refuse_existing(parent, cfg.name)
+    for field, value in flatten(to_dict(cfg)):
+        if str(value) != str(value).encode(errors="replace").decode():
+            raise UsageError(f"{field}: expected UTF-8, which config.yaml and TensorBoard can hold, got {value!a}")
     set_threads(cfg.threads or threads or 0)
     keep_freed_memory()
     set_determinism(cfg.deterministic)

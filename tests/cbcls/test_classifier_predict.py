@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def test_predictions_are_those_of_the_network(runs, pictures, tmp_path, name, fl
     assert (f"their cluster {told}" in text) == (told is not None)
     with Image.open(tmp_path / "predictions.png") as sheet:
         assert sheet.size == (4 + 8 * 74, 4 + 3 * 88)
+
+
+def test_files_whose_names_are_no_utf8_are_in_the_table_escaped(runs, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", "café 猫.png".encode()):
+        Image.new("RGB", (8, 8)).save(os.path.join(os.fsencode(folder), name).decode(errors="surrogateescape"))
+    cbcls.predict.main(["--run", str(runs / "plain"), "--images", str(folder), "--out", str(tmp_path)])
+    assert [row["file"] for row in rows(tmp_path)] == ["café 猫.png", r"caf\udce9.png"]
 
 
 def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path, monkeypatch):

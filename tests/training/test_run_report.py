@@ -16,6 +16,7 @@ import pytest
 import torch
 from applications import APPLICATIONS
 from fourth import Fourth
+from refusals import refused
 
 from common.data.sets.digits import digits
 from common.runs.log import read_metrics
@@ -130,6 +131,12 @@ def test_the_closing_lines_say_what_came_out_and_where_it_is(told):
         "speed": "720 images/s on cpu",
         "charts": f"tensorboard --logdir '{told.folder.parents[1]}' --host 127.0.0.1",
     }
+
+
+def test_settings_that_no_file_of_the_run_can_hold_are_refused(tmp_path, capsys):
+    line = refused(capsys, FOURTH.main, *FOURTH.tiny(tmp_path, tmp_path), "--out", str(tmp_path / "caf\udce9"))
+    assert line.startswith("error: out: expected UTF-8, which config.yaml and TensorBoard can hold, got '")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_how_to_go_on_is_quoted_for_a_shell():
