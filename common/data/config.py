@@ -10,6 +10,7 @@ from typing import Literal
 from common.cli.fields import MAY_CHANGE, named
 from common.data.names import DATA_SETS, OPTIONAL
 from common.errors import UsageError
+from common.machine.paths import texts_to_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class DataConfig:
     null is 0.1 where one of them reads it, else 0."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         takes = DATA_SETS[self.name].takes
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"data.validation: expected 0 up to, not including, 1, or null, got {self.validation}")
