@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"clusters   {cfg.path}")
     print(
         f"use        python -m cbcls.train --norm.kind scb --norm.num_components {cfg.num_clusters} --clusters.by file "
-        f"--clusters.file {cfg.path}"
+        f"--clusters.file {quote(str(cfg.path))}"
     )
 
 
@@ -101,6 +102,14 @@ def find_clusters(splits: Splits, cfg: FindClustersConfig) -> Splits:
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
 
     pixels = _pixels(splits.train, cfg.side)
+    if cfg.num_clusters > len(pixels):
+        raise UsageError(
+            f"num_clusters: expected at most {len(pixels)}, as many as training images, got {cfg.num_clusters}"
+        )
+    if (pixels == pixels[0]).all():
+        raise UsageError(
+            f"data.name: the training images of {splits.train.name} are all the same, expected some that differ"
+        )
     if (most := min(pixels.shape)) < cfg.components:
         raise UsageError(
             f"components: expected at most {most}, for {len(pixels)} images of {pixels.shape[1]} values, got "

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from common.cli.fields import MAY_CHANGE
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
+from common.machine.paths import texts_to_paths
 from common.norms.factory import kinds
 from common.training.config import RunConfig
 
@@ -41,6 +42,7 @@ class ModelConfig:
     """timm: download the weights that come with the network."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         dense, known = self.dense, self.name in ("shallow_cnn", "vit", "oxford_cnn")
         if not known and dense is None and not re.fullmatch(r"timm:.+", self.name):
             raise ValueError(f"model.name: expected {_FAMILIES}, got {self.name}")

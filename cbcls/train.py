@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ class Classification(Method[ClassifierConfig]):
         rows = closing_rows({name: value for line in lines for name, value in line.items()})
         return [
             *rows,
-            ("evaluate", f"python -m cbcls.evaluate --run {folder}"),
+            ("evaluate", f"python -m cbcls.evaluate --run {quote(str(folder))}"),
             ("paper's run", "python -m cbcls.train --config shallow --config cifar10 --config ucb --device cuda"),
         ]
 

@@ -11,6 +11,7 @@ from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
+from common.machine.paths import texts_to_paths
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.factory import kinds
@@ -25,7 +26,7 @@ class DomainConfig:
 
     domain: ClassVar[str]
     name: str = field(default="digits", metadata=named(DATA_SETS.names))
-    """A data set: digits, digits_m, imagefolder (your own PNG or JPEG files, one sub-folder a class), mnist, mnist_m,
+    """A data set: digits, digits_m, imagefolder (your own images, one sub-folder a class), mnist, mnist_m,
     svhn, cifar10, cifar100, tiny_imagenet, oxford_pet (docs/data.md)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or where a published set is or goes to (null: data)."""
@@ -41,6 +42,7 @@ class DomainConfig:
     """Labels that may be used, images a class; null is all of the source's and none of the target's."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         if self.labelled is not None and self.labelled < 1:
             raise ValueError(f"{self.domain}.labelled: expected at least 1, or null, got {self.labelled}")
         try:
@@ -122,6 +124,7 @@ class ModelConfig:
     its deviation, as pretrained networks want them."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         wrn = re.fullmatch(r"wrn-(\d+)-(\d+)", self.name)
         if wrn is None and not self.name.startswith("timm:"):
             raise ValueError(f"model.name: expected wrn-DEPTH-WIDTH or timm:NAME, got {self.name}")

@@ -16,7 +16,7 @@ from common.machine.device import resolve_device
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Classify the PNG and JPEG files below a folder, and write predictions.csv and predictions.png."""
+    """Classify the image files below a folder, and write predictions.csv and predictions.png."""
 
     run: Path | None = None
     """A run's folder, for instance runs/cbda/digits-digits_m-scb-seed0, or an exported model's."""

@@ -156,7 +156,7 @@ def samples(groups: dict[str, list[LoggedRun]]) -> tuple[Tensor, list[str]]:
 def _picture(run: LoggedRun, name: str) -> Tensor:
     """Read the upper rows of a grid of samples, uint8 (3, H, W)."""
     try:
-        with Image.open(run.path / "samples" / name) as picture:
+        with Image.open(run.path / "samples" / name, formats=["PNG"]) as picture:
             pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except OSError:
         raise UsageError(f"runs: {run.path} has no samples/{name}; expected a run of cbgan that was measured") from None

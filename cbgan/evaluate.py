@@ -47,7 +47,7 @@ class EvaluateConfig:
     raw: bool = False
     """Measure the weights as they were trained, where the run keeps an average of them."""
     images: Path | None = None
-    """A folder of PNG or JPEG images to measure in place of a generator's, brought to data.size."""
+    """A folder of images to measure in place of a generator's, brought to data.size."""
     samples: int | None = None
     """Images to generate, or to take of the folder; null: as many as the run itself did, or all."""
     out: Path | None = None

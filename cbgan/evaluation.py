@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -230,7 +231,8 @@ class Evaluation:
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
         some = permutation(len(train), SEED, "diversity")[:GRID]
-        values = {"metric/diversity": distance(images) / distance(train.images[some])}
+        real = distance(train.images[some]) or math.nan  # copies of one picture do not differ
+        values = {"metric/diversity": distance(images) / real}
         if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
             values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
         return values
@@ -265,7 +267,7 @@ class Evaluation:
         return [
             *rows,
             ("pictures", str(folder / "samples")),
-            ("evaluate", f"python -m cbgan.evaluate --run {folder}"),
+            ("evaluate", f"python -m cbgan.evaluate --run {quote(str(folder))}"),
             ("paper's run", "python -m cbgan.train --config paper_ucb --device cuda"),
         ]
 

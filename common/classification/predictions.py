@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from common.data import check_folder, images_below, read_images
-from common.errors import UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.paths import refuse_overwriting
 from common.reports.sheet import captioned_sheet
@@ -37,7 +36,7 @@ class PredictionFiles:
         refuse_overwriting(self.table, self.sheet, force=force)
 
     def read(self, size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
-        """Return the PNG and JPEG files at any depth of the folder, uint8 (N, 3, size, size), in the order of paths.
+        """Return the image files at any depth of the folder, uint8 (N, 3, size, size), in the order of paths.
 
         Args:
             size: side that images are brought to.
@@ -46,9 +45,7 @@ class PredictionFiles:
         Raises:
             UsageError: if there are none, or one cannot be read.
         """
-        self.files = images_below(self.root)
-        if not self.files:
-            raise UsageError(f"images: no PNG or JPEG files in {self.root}")
+        self.files = images_below(self.root, "images")
         return read_images(self.files, size, fit)
 
     def write(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -52,6 +53,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     4 a full disk, 128 + n stopped by signal n.
     """
     threading.excepthook = _unless_the_disk_is_full
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:
         main()
         sys.stdout.flush()  # a disk that is full only now is told like any other

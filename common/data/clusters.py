@@ -12,6 +12,7 @@ from common.cli.fields import MAY_CHANGE
 from common.data.image_set import ImageSet, Splits
 from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
+from common.machine.paths import texts_to_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class ClustersConfig:
     """The file of clusters.by file."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         if (self.file is not None) != (self.by == "file"):
             wanted = "a file for clusters.by file" if self.by == "file" else f"null for clusters.by {self.by}"
             raise ValueError(f"clusters.file: expected {wanted}, got {'null' if self.file is None else self.file}")

@@ -10,6 +10,7 @@ from typing import Literal
 from common.cli.fields import MAY_CHANGE, named
 from common.data.names import DATA_SETS, OPTIONAL
 from common.errors import UsageError
+from common.machine.paths import texts_to_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DataConfig:
 
     name: str = field(default="digits", metadata=named(DATA_SETS.names))
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
-    photographs; imagefolder: your own PNG or JPEG files, in one folder or one sub-folder a class; mnist_m: MNIST
+    photographs; imagefolder: your own images, in one folder or one sub-folder a class; mnist_m: MNIST
     blended with photographs; the others as published (docs/data.md), or a set of your own (register_data_set)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
     """Folder of the data set: the images of imagefolder, or train/ and test/ with them; or where a published set is,
@@ -57,6 +58,7 @@ class DataConfig:
     null is 0.1 where one of them reads it, else 0."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         takes = DATA_SETS[self.name].takes
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"data.validation: expected 0 up to, not including, 1, or null, got {self.validation}")

@@ -34,8 +34,8 @@ def write_atomic(path: Path, writer: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all (see `write_atomic`)."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    r"""Write UTF-8 text whole or not at all (see `write_atomic`); what is no text in a file's name becomes \udcXX."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Paths as users give them, and the files that may be written there."""
 
+import typing
 from pathlib import Path
 
 from common.errors import UsageError
@@ -19,6 +20,13 @@ def expanded(path: Path | str, field: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise UsageError(f"{field}: expected a path, got {path}, and there is no such user") from None
+
+
+def texts_to_paths(config: object) -> None:
+    """Replace texts that a frozen dataclass was given for paths, as ``DataConfig(root="photos")``; in __post_init__."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if Path in (hint, *typing.get_args(hint)) and isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, Path(value))
 
 
 def refuse_overwriting(*paths: Path, force: bool, field: str = "out") -> None:

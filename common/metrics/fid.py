@@ -14,6 +14,7 @@ from torch import Tensor
 from common.data import ImageSet, Splits
 from common.errors import Interrupted, UsageError
 from common.machine.dist import Env
+from common.machine.paths import texts_to_paths
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
 from common.metrics.dinov2 import MODELS, DinoV2
@@ -69,6 +70,7 @@ class FidConfig:
     one with at most 256 features, as the classifier has, otherwise at the last."""
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         reads_weights = EXTRACTORS[self.extractor].reads_weights
         for name, least in (("every", 0), ("samples", 2), ("batch_size", 1)):
             if getattr(self, name) < least:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
-from common.reports.figures import drawing_style, write_figure
+from common.reports.figures import drawable, drawing_style, write_figure
 
 _NAMED, _COUNTED = 40, 15
 """Most classes that are named, and that are counted in their cells."""
@@ -31,8 +31,9 @@ def confusion(path: Path, counts: Tensor, classes: Sequence[str], title: str) ->
         axes.grid(visible=False)
         axes.set(title=title, xlabel="taken for", ylabel="true class")
         if len(classes) <= _NAMED:
-            axes.set_xticks(range(len(classes)), list(classes), rotation=90)
-            axes.set_yticks(range(len(classes)), list(classes))
+            names = [drawable(name) for name in classes]
+            axes.set_xticks(range(len(classes)), names, rotation=90)
+            axes.set_yticks(range(len(classes)), names)
         if len(classes) <= _COUNTED:
             for i, row in enumerate(counts.tolist()):
                 for j, count in enumerate(row):

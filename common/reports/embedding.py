@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from common.machine.seeding import derive, permutation
-from common.reports.figures import COLOURS, drawing_style, write_figure
+from common.reports.figures import COLOURS, drawable, drawing_style, write_figure
 
 Labelling = tuple[Tensor, Sequence[str]]
 """For each point the number of its class (N,), -1 where it is not known, and the classes' names."""
@@ -304,7 +304,7 @@ def _legend(panel: Panel, width: float) -> dict[str, Any]:
     """Return a legend as wide as some inches, with an entry for each class, or for none if they are too many."""
     labels, names = panel.labelling
     colours = class_colours(len(names))
-    shown = [(i, name, colours[i]) for i, name in enumerate(names)] if len(names) <= _NAMED else []
+    shown = [(i, drawable(name), colours[i]) for i, name in enumerate(names)] if len(names) <= _NAMED else []
     if bool((labels < 0).any()):
         shown.append((-1, "not known", _UNKNOWN))
     longest = max((len(name) for _, name, _ in shown), default=1)

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
@@ -203,6 +205,7 @@ def grid(
         raise ValueError(f"captions: expected one for each of {count} images, got {len(captions)}")
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
+    captions = None if captions is None else [drawable(caption) for caption in captions]
     scale = max(1, _GRID_WIDTH // (columns * (width + 1) + 1))
     dpi = _STYLE["figure.dpi"]
     low, high = _CAPTION_POINTS
@@ -279,10 +282,22 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
+FONT = findfont("DejaVu Sans")
+"""The file of the figures' font, which comes with matplotlib."""
+
+
+def drawable(text: str) -> str:
+    r"""Return a text with all that the figures' font has no glyph for escaped, such as \u732b or, of bytes, \udce9."""
+    known = get_font(FONT).get_char_index
+    return "".join(c if known(ord(c)) else c.encode("unicode_escape").decode() for c in text)
+
+
 def write_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write a figure as PNG and SVG, the same bytes for the same figure, and return their paths."""
     paths = stems(path)
     contents = []
+    for text in figure.findobj(Text):
+        text.set_text("\n".join(map(drawable, text.get_text().split("\n"))))  # pyright: ignore[reportAttributeAccessIssue]
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)

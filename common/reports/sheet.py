@@ -5,12 +5,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Verdict = Literal["right", "wrong", "open"]
 _COLOURS = {"right": (46, 125, 50), "wrong": (198, 40, 40), "open": (97, 97, 97)}
-_SIDE, _FRAME, _TEXT, _GAP = 64, 3, 14, 4
+_SIDE, _FRAME, _TEXT, _GAP, _POINTS = 64, 3, 14, 4, 9
 
 
 def captioned_sheet(
@@ -20,7 +20,7 @@ def captioned_sheet(
 
     Args:
         images: uint8 (N, 3, S, S), N >= 1; brought to 64 pixels, small ones without smoothing.
-        captions: a line for each, cut where it does not fit.
+        captions: a line for each, cut where it does not fit; letters without a glyph are escaped.
         verdicts: green, red and grey frames; by default all grey.
         columns: images in a row.
     """
@@ -37,7 +37,12 @@ def captioned_sheet(
         draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_COLOURS[verdict])
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE), way)
         sheet.paste(tile, (left + _FRAME, top + _FRAME))
-        while caption and draw.textlength(caption) > side:
+        font = None
+        if not (caption.isascii() and caption.isprintable()):  # Pillow's own font has no other letters
+            from common.reports.figures import FONT, drawable  # noqa: PLC0415 - matplotlib takes a second
+
+            caption, font = drawable(caption), ImageFont.truetype(FONT, _POINTS)  # noqa: PLW2901
+        while caption and draw.textlength(caption, font) > side:
             caption = caption[:-1]  # noqa: PLW2901
-        draw.text((left + 1, top + side + 1), caption, fill=_COLOURS[verdict])
+        draw.text((left + 1, top + side + 1), caption, fill=_COLOURS[verdict], font=font)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -5,6 +5,7 @@ import math
 import resource
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any
 
@@ -106,7 +107,7 @@ def closing_lines(cfg: RunConfig, method: Method[Any], folder: Path, parts: Part
     rows += _health_rows(lines)
     rows += [("warning", warning) for warning in warnings]
     rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in at["rewinds"]]
-    rows.append(("charts", f"tensorboard --logdir {cfg.out} --host 127.0.0.1"))
+    rows.append(("charts", f"tensorboard --logdir {quote(str(cfg.out))} --host 127.0.0.1"))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 

@@ -13,7 +13,7 @@ from common.cli.fields import MAY_CHANGE, changeable
 from common.cli.plugins import MissingPlugin
 from common.errors import UsageError
 from common.machine.device import Precision
-from common.machine.paths import expanded
+from common.machine.paths import expanded, texts_to_paths
 from common.norms.config import NormConfig
 from common.runs.folder import missing_plugins
 
@@ -167,6 +167,7 @@ class RunConfig:
     norm: NormConfig = field(default_factory=NormConfig)
 
     def __post_init__(self) -> None:
+        texts_to_paths(self)
         if self.name is not None and (not self.name or self.name.startswith(".") or "/" in self.name):
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
         if self.resume and self.name is None:

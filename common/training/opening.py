@@ -1,6 +1,7 @@
 """From a command line to what the loop starts with: settings, images, networks, and the run's folder."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,9 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
         cfg = replace(parse(kind.config, argv, prog=prog), resume=False)
         if cfg.name is not None and not cfg.dry_run:
             refuse_existing(parent, cfg.name)
+    for field, value in flatten(to_dict(cfg)):
+        if str(value) != str(value).encode(errors="replace").decode():
+            raise UsageError(f"{field}: expected UTF-8, which config.yaml and TensorBoard can hold, got {value!a}")
     set_threads(cfg.threads or threads or 0)
     keep_freed_memory()
     set_determinism(cfg.deterministic)
@@ -136,7 +140,7 @@ class RunPlace:
 
 def resume_command(method: Method[Any], cfg: RunConfig) -> str:
     """Return the command line that goes on with a run."""
-    out = "" if cfg.out == RunConfig().out else f" --out {cfg.out}"
+    out = [] if cfg.out == RunConfig().out else ["--out", str(cfg.out)]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
-    return f"{start} -m {method.application}.{method.command} --name {cfg.name} --resume{out}"
+    return f"{start} -m {method.application}.{method.command} {shlex.join(['--name', str(cfg.name), '--resume', *out])}"

@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def by_hand(run: Path, images: torch.Tensor, cluster: int | None) -> torch.Tenso
 def test_predictions_are_those_of_the_network(runs, pictures, tmp_path, name, flags, cluster, capsys):
     folder = pictures / "test"
     cbcls.predict.main(["--run", str(runs / name), "--images", str(folder), "--out", str(tmp_path), *flags])
-    files = images_below(folder)
+    files = images_below(folder, "images")
     best, said = by_hand(runs / name, read_images(files, 8), cluster).max(1)
     found = rows(tmp_path)
     assert [row["file"] for row in found] == [str(file.relative_to(folder)) for file in files]
@@ -51,6 +52,15 @@ def test_predictions_are_those_of_the_network(runs, pictures, tmp_path, name, fl
     assert (f"their cluster {told}" in text) == (told is not None)
     with Image.open(tmp_path / "predictions.png") as sheet:
         assert sheet.size == (4 + 8 * 74, 4 + 3 * 88)
+
+
+def test_files_whose_names_are_no_utf8_are_in_the_table_escaped(runs, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", "café 猫.png".encode()):
+        Image.new("RGB", (8, 8)).save(os.path.join(os.fsencode(folder), name).decode(errors="surrogateescape"))
+    cbcls.predict.main(["--run", str(runs / "plain"), "--images", str(folder), "--out", str(tmp_path)])
+    assert [row["file"] for row in rows(tmp_path)] == ["café 猫.png", r"caf\udce9.png"]
 
 
 def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path, monkeypatch):
@@ -84,7 +94,7 @@ def test_a_kept_epoch_can_be_asked(runs, pictures, tmp_path):
     network = load_model(runs / "plain").network
     network.load_state_dict(load(runs / "plain" / "checkpoints" / "epoch-0001.pt")["networks"]["network"])
     with torch.no_grad():
-        best = network.eval()(to_float(read_images(images_below(pictures / "test"), 8))).softmax(1).amax(1)
+        best = network.eval()(to_float(read_images(images_below(pictures / "test", "images"), 8))).softmax(1).amax(1)
     assert [float(row["probability"]) for row in rows(tmp_path)] == pytest.approx(best.tolist(), abs=1e-5)
 
 
@@ -135,7 +145,7 @@ def test_bad_input(runs, pictures, tmp_path, capsys, domains_run):
     assert "device: expected auto" in refuses("--run", plain, "--images", images, "--device", "tpu")
     assert "images: no folder nowhere" in refuses("--run", plain, "--images", "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "images: no PNG or JPEG files" in refuses("--run", plain, "--images", str(tmp_path / "empty"))
+    assert "images: no images in" in refuses("--run", plain, "--images", str(tmp_path / "empty"))
     assert "cluster: expected one of unknown, class0" in refuses("--run", scb, "--images", images, "--cluster", "cat")
     assert "told none (bn); leave class0 out" in refuses("--run", plain, "--images", images, "--cluster", "class0")
     assert "holds the networks adamatch, alignment" in refuses("--run", str(domains_run), "--images", images)

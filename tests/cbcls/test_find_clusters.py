@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from typing import Any
 
 import numpy as np
@@ -104,18 +105,23 @@ def test_too_few_images_are_refused(splits):
     small = Splits(coloured([0, 1, 2] * 3, "train", 4), None)
     with pytest.raises(UsageError, match=r"^components: expected at most 9"):
         find_clusters(small, settings(components=10))
+    with pytest.raises(UsageError, match=r"^num_clusters: expected at most 9, as many as training images, got 10"):
+        find_clusters(small, settings(components=2, num_clusters=10))
+    alike = Splits(dataclasses.replace(small.train, images=small.train.images[:1].repeat(9, 1, 1, 1)), None)
+    with pytest.raises(UsageError, match=r"^data\.name: the training images of colours are all the same"):
+        find_clusters(alike, settings(components=2))
 
 
 @pytest.fixture
 def flags(pictures, tmp_path) -> list[str]:
     return ["--data.name", "imagefolder", "--data.root", str(pictures / "train"), "--data.test_root",
             str(pictures / "test"), "--data.size", "8", "--components", "4", "--restarts", "2",
-            "--out", str(tmp_path / "found.json")]  # fmt: skip
+            "--out", str(tmp_path / "found clusters.json")]  # fmt: skip
 
 
 def test_a_file_is_found_again_and_never_written_over(flags, tmp_path, capsys):
     cbcls.clusters.main([*flags, "--num_clusters", "2"])
-    out, path = capsys.readouterr().out, tmp_path / "found.json"
+    out, path = capsys.readouterr().out, tmp_path / "found clusters.json"
     content, written = json.loads(path.read_text()), path.stat().st_mtime_ns
     counts = [content["clusters"]["train"].count(k) for k in (0, 1)]
     assert sum(counts) == 60
@@ -136,7 +142,7 @@ def test_a_file_is_found_again_and_never_written_over(flags, tmp_path, capsys):
 def test_training_goes_by_the_clusters_that_were_found(flags, tiny, tmp_path, capsys):
     cbcls.clusters.main([*flags, "--num_clusters", "2"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("use "))
-    told = line.split("cbcls.train ")[1].split()
+    told = shlex.split(line.split("cbcls.train ")[1])
     cbcls.train.main([*tiny, *told, "--epochs", "1", "--name", "run"])
     assert "loss/test" in (tmp_path / "cbcls" / "run" / "metrics.jsonl").read_text()
     other = [*tiny, *told, "--data.size", "12"]

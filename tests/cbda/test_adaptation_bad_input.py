@@ -70,7 +70,7 @@ def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
     oracle = ("--best.keep", "--best.by", "metric/target_accuracy", "--best.oracle")
     assert "best.by: metric/target_accuracy needs labels" in refuses(*no_labels, *oracle)
     (tmp_path / "empty").mkdir()
-    assert "target.root: no PNG or JPEG files" in refuses("--target.root", str(tmp_path / "empty"))
+    assert "target.root: no images in" in refuses("--target.root", str(tmp_path / "empty"))
     one = write_domain(tmp_path / "one", 50, classes=("cat",))
     assert "source.root: expected at least 2 classes" in refuses(
         "--source.root", str(one), "--source.test_root", "null"

@@ -213,13 +213,13 @@ def test_a_folder_to_evaluate_that_cannot_be(tmp_path, capsys, picture):
     )
     (tmp_path / "empty").mkdir()
     empty = ("--images", str(tmp_path / "empty"))
-    assert line(*empty, *digits) == f"error: images: no PNG or JPEG files in {tmp_path / 'empty'}"
+    assert line(*empty, *digits).startswith(f"error: images: no images in {tmp_path / 'empty'}, expected ")
     assert line("--images", "nowhere", *digits) == "error: images: no folder nowhere"
     assert "check: expected false with --images" in line(*empty, *digits, "--check")
     on_disk = ("--data.name", "imagefolder", "--data.root", "x", "--data.in_memory", "false")
     assert line(*empty, *on_disk).startswith("error: data.in_memory: expected true")
     real = ("--data.name", "imagefolder", "--data.root", str(tmp_path / "empty"))
-    assert line("--images", images, *real) == f"error: data.root: no PNG or JPEG files in {tmp_path / 'empty'}"
+    assert line("--images", images, *real).startswith(f"error: data.root: no images in {tmp_path / 'empty'}, expected ")
     assert not (tmp_path / "out").exists()
 
 

@@ -94,7 +94,7 @@ def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
 
 
 def closing(method: Method[Any], lines: list[dict[str, Any]]) -> dict[str, str]:
-    return dict(method.closing(lines, Path("runs/cbgan/one")))
+    return dict(method.closing(lines, Path("my runs/cbgan/one")))
 
 
 def method_after(result: FidResult | None, floor: float | None = 0.5, every: int = 1) -> Gan:
@@ -124,8 +124,8 @@ def test_a_finished_run_tells_its_distances_and_what_to_do_next():
         "FID (classifier)": "first 300.2 (epoch 0), best 12.5 (2), last 20 (6); "
         "the best against the test images 13.75; real test images 0.5",
         "classes": "3 of 4 found among 1,200 samples",
-        "pictures": "runs/cbgan/one/samples",
-        "evaluate": "python -m cbgan.evaluate --run runs/cbgan/one",
+        "pictures": "my runs/cbgan/one/samples",
+        "evaluate": "python -m cbgan.evaluate --run 'my runs/cbgan/one'",
         "paper's run": "python -m cbgan.train --config paper_ucb --device cuda",
     }
 

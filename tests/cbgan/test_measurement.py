@@ -1,12 +1,14 @@
 """What of a generator is measured: fitted mixtures, averages and raw weights, classes, how much samples differ."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import cbgan.evaluation
@@ -138,6 +140,17 @@ def test_how_much_images_differ_is_their_mean_distance():
     assert distance(images) == pytest.approx(10 / 3)
     lines = [{"epoch": 1, "metric/a": 1.0, "loss/d": 9.0}, {"metric/a": 3.0, "metric/b": None}, {"metric/a": 2.0}]
     assert largest(lines) == {"metric/a": 3.0}
+
+
+def test_copies_of_one_picture_are_trained_on_and_measured(tiny, tmp_path):
+    for name in ("a/1", "a/2", "a/3", "a/4", "b/1", "b/2", "b/3", "b/4"):
+        (tmp_path / "copies" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "teal").save(tmp_path / "copies" / f"{name}.png")
+    images = ["--data.name", "imagefolder", "--data.root", str(tmp_path / "copies"), "--batch_size", "4"]
+    cbgan.train.main([*tiny, *images, "--epochs", "1", "--name", "copies"])
+    measured = [line for line in read_metrics(tmp_path / "cbgan" / "copies") if "metric/fid_classifier" in line]
+    assert [line["metric/diversity"] for line in measured] == [None, None]  # a share of a distance of 0
+    assert all(math.isfinite(line["metric/fid_classifier"]) for line in measured)
 
 
 def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import signal
@@ -248,3 +249,11 @@ def test_what_cannot_be_told_still_has_its_status(monkeypatch, error, status):
     with pytest.raises(SystemExit) as left:
         run_command(main)
     assert left.value.code == status
+
+
+def test_a_name_that_is_no_text_is_printed_escaped(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8"))
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: print("猫/caf\udce9"))
+    assert (left.value.code, printed.getvalue()) == (0, "猫/caf\\udce9\n".encode())

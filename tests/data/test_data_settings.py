@@ -2,11 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
 from refused_settings import assert_refuses, assert_takes
 
+from cbcls.config import ClassifierConfig, ModelConfig
+from cbda.config import SourceConfig
+from common.data import load
+from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
+from common.errors import UsageError
+from common.metrics.fid import FidConfig
 
 BELOW_1 = math.nextafter(1.0, 0.0)
 
@@ -25,6 +32,25 @@ TAKEN: list[dict[str, Any]] = [
 def test_a_range_holds_its_ends():
     for values in TAKEN:
         assert_takes(DataConfig, values)
+
+
+def test_paths_may_be_given_as_text(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    cfg = DataConfig(name="imagefolder", root=cast(Any, str(tmp_path)))
+    assert cfg == DataConfig(name="imagefolder", root=tmp_path)
+    with pytest.raises(UsageError, match=r"x\.png: cannot be read as an image"):
+        load(cfg)
+    cases: list[tuple[Any, dict[str, str]]] = [
+        (ClassifierConfig, {"out": "a", "cache": "b", "init_from": "c"}),
+        (ModelConfig, {"name": "timm:x", "weights": "w"}),
+        (SourceConfig, {"name": "imagefolder", "root": "a", "test_root": "b"}),
+        (FidConfig, {"extractor": "inception", "weights": "w"}),
+        (ClustersConfig, {"by": "file", "file": "f"}),
+    ]
+    for cls, values in cases:
+        names = values.keys() - {"name", "by", "extractor"}
+        made = cls(**values)
+        assert {name: getattr(made, name) for name in names} == {name: Path(values[name]) for name in names}
 
 
 SIZE = "data.size: expected a multiple of 4 from 8 to 1024, got"

@@ -27,6 +27,14 @@ def test_a_confusion_matrix_is_shaded_where_classes_are_taken_for_each_other(tmp
     assert again.read_bytes() == png.read_bytes()
 
 
+def test_letters_that_the_font_lacks_are_escaped_and_others_drawn(tmp_path):
+    counts = torch.eye(3, dtype=torch.int64)
+    png, _ = confusion(tmp_path / "names", counts, ["猫 ж", "caf\udce9", "a\nb"], "犬 é")
+    spelt, _ = confusion(tmp_path / "spelt", counts, [r"\u732b ж", r"caf\udce9", r"a\nb"], r"\u72ac é")
+    other, _ = confusion(tmp_path / "other", counts, [r"\u732b д", r"caf\udce9", r"a\nb"], r"\u72ac é")
+    assert png.read_bytes() == spelt.read_bytes() != other.read_bytes()
+
+
 def test_many_classes_and_one_without_samples_are_drawn(tmp_path):
     png, _ = confusion(tmp_path / "many", torch.zeros(60, 60, dtype=torch.int64), [f"c{i}" for i in range(60)], "")
     assert png.exists()

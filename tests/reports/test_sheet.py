@@ -19,6 +19,13 @@ def test_a_sheet_shows_every_image_in_its_place_and_frame():
     assert (sheet[:, 92:, 4 + 2 * 74 :] == 255).all()  # nothing where no image is
 
 
+def test_captions_in_other_letters_can_be_told_apart():
+    captions = ["猫", "犬", "ж", "д", "caf\udce9", "a\nb"]
+    sheet = captioned_sheet(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), captions, columns=1)
+    lines = {sheet[:, 88 * i + 74 : 88 * i + 88].numpy().tobytes() for i in range(6)}
+    assert len(lines) == 6  # what a font has no glyph for looks all the same
+
+
 def test_long_captions_are_cut_and_large_images_made_smaller():
     images = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
     sheet = captioned_sheet(images, ["a very long caption that runs on", ""])

@@ -5,21 +5,25 @@ import io
 import json
 import math
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from applications import APPLICATIONS
 from fourth import Fourth
+from refusals import refused
 
 from common.data.sets.digits import digits
 from common.runs.log import read_metrics
 from common.training import loop, steps
+from common.training.config import RunConfig
 from common.training.loop import Training
+from common.training.opening import resume_command
 
 FOURTH = APPLICATIONS["fourth"]
 STEP, MEASUREMENT = 0.25, 3.0
@@ -73,7 +77,7 @@ def trained(out: Path, cache: Path, *flags: str) -> Told:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> Told:
-    out = tmp_path_factory.mktemp("out")
+    out = tmp_path_factory.mktemp("out") / "my runs"
     return trained(out, out / "cache", "--epochs", "2", "--best.keep")
 
 
@@ -125,8 +129,20 @@ def test_the_closing_lines_say_what_came_out_and_where_it_is(told):
         "last": f"test {test[2]:.3g}, validation {valid[2]:.3g}",
         "best": f"loss/validation {valid[best]:.4g} (epoch {best})",
         "speed": "720 images/s on cpu",
-        "charts": f"tensorboard --logdir {told.folder.parents[1]} --host 127.0.0.1",
+        "charts": f"tensorboard --logdir '{told.folder.parents[1]}' --host 127.0.0.1",
     }
+
+
+def test_settings_that_no_file_of_the_run_can_hold_are_refused(tmp_path, capsys):
+    line = refused(capsys, FOURTH.main, *FOURTH.tiny(tmp_path, tmp_path), "--out", str(tmp_path / "caf\udce9"))
+    assert line.startswith("error: out: expected UTF-8, which config.yaml and TensorBoard can hold, got '")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_to_go_on_is_quoted_for_a_shell():
+    method, cfg = SimpleNamespace(application="cbx", command="train"), RunConfig(name="it's one", out=Path("my runs"))
+    words = ["python", "-m", "cbx.train", "--name", "it's one", "--resume", "--out", "my runs"]
+    assert shlex.split(resume_command(cast(Any, method), cfg)) == words
 
 
 def test_a_summary_tells_from_the_first_moment_on_that_the_run_is_under_way(told):

@@ -82,9 +82,7 @@ class _Folder:
 
     def __init__(self, root: Path, size: int) -> None:
         check_folder(root, "data.blend")
-        self.size, self.files = size, images_below(root)
-        if not self.files:
-            raise UsageError(f"data.blend: no PNG or JPEG files in {root}")
+        self.size, self.files = size, images_below(root, "data.blend")
 
     def __len__(self) -> int:
         return len(self.files)

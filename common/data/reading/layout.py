@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from shlex import quote
 
 from common.errors import UsageError
 
@@ -50,20 +51,22 @@ def own_folders(root: Path, test_root: Path | None) -> tuple[Path, Path | None]:
     if published:
         raise UsageError(
             f"data.root: {root} holds {', '.join(published)}, not one folder a class; pass --data.name {published[0]} "
-            f"--data.root {root}"
+            f"--data.root {quote(str(root))}"
         )
     if below and all(set(_SPLITS) <= {inner.name for inner in subfolders(folder)} for folder in below):
         names = ", ".join(folder.name for folder in below)
         raise UsageError(
             f"data.root: {root} holds data sets ({names}), each with train/ and test/; pass one of them, --data.root "
-            f"{below[0]}"
+            f"{quote(str(below[0]))}"
         )
     return root, test_root
 
 
 def subfolders(root: Path) -> list[Path]:
-    """Return the folders in a folder by name; none where it is no folder."""
-    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    """Return the folders in a folder by name, hidden ones left out; none where it is no folder."""
+    if not root.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def refuse_splits(field: str, root: Path, found: list[str]) -> None:
@@ -73,9 +76,10 @@ def refuse_splits(field: str, root: Path, found: list[str]) -> None:
         return
     first, *others = sorted(splits, key=lambda name: (name != "train", name != "test", name))
     if field == "data.root":
-        remedy = f"--data.root {root / first}" + (f" --data.test_root {root / others[0]}" if others else "")
+        remedy = f"--data.root {quote(str(root / first))}"
+        remedy += f" --data.test_root {quote(str(root / others[0]))}" if others else ""
     else:
-        remedy = f"--{field} {root / (others[0] if others else first)}"
+        remedy = f"--{field} {quote(str(root / (others[0] if others else first)))}"
     raise UsageError(f"{field}: {root} holds splits ({', '.join(splits)}), not classes; pass {remedy}")
 
 

@@ -59,7 +59,7 @@ def oxford_pet_of_the_paper(root: Path, how: Decoding, labels: Literal["fine", "
     folder = _folder(root, download)
     with reading(folder):
         _, breeds = _listed(folder, "trainval")
-        names = sorted(path.stem for path in (folder / "images").glob("*.jpg"))
+        names = sorted(path.stem for path in (folder / "images").glob("[!.]*.jpg"))
         if len(names) != ALL:
             raise ValueError(f"images holds {len(names):,} photographs of {ALL:,}")
         parts: dict[str, list[str]] = {"train": names}

@@ -117,7 +117,7 @@ def test_a_source_that_does_not_serve_is_refused_in_one_line(small_mnist):
     for source, size, message in (
         ("nowhere", 32, r"data\.blend: no folder .*nowhere"),
         ("file.txt", 32, r"data\.blend: .*file\.txt is a file"),
-        ("empty", 32, r"data\.blend: no PNG or JPEG files in .*empty"),
+        ("empty", 32, r"data\.blend: no images in .*empty"),
         ("small", 32, r"data\.blend: .*s\.png is 40 x 31 pixels, expected at least data\.size \(32\) each way"),
         ("broken", 32, r"broken/b\.jpg: cannot be read as an image"),
         ("sklearn", 428, r"data\.size: mnist_m cuts patches from photographs, expected at most 427, got 428"),

@@ -1,4 +1,6 @@
 import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,98 @@ def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
     assert np.array_equal(got.numpy(), np.broadcast_to((deep // 256).astype(np.uint8), (3, 16, 16)))
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_sixteen_bits_that_come_out_nearly_black_are_warned_of_once(tmp_path, capsys, in_memory):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name, deep in (("bright.png", values * 257), ("a.png", values * 16), ("b.tif", values * 16)):
+        Image.fromarray(deep).save(tmp_path / name)
+    write(tmp_path / "night.png", pixels(16, 16) // 16)  # dark, but of 8 bits
+    images = read_folder(tmp_path, Decoding(16, in_memory=in_memory)).images
+    assert np.array_equal(images[:][0].numpy(), np.broadcast_to(values // 16, (3, 16, 16)))
+    assert capsys.readouterr().err == (
+        f"warning: 2 of 4 images, {tmp_path / 'a.png'} first, have 16 bits a value and none above 4,095, so they are "
+        "nearly black: of 16 bits the high byte is kept; stretch them to 0..65,535\n"
+    )
+
+
+def test_numbers_of_more_than_sixteen_bits_are_refused(tmp_path):
+    for kind in (np.float32, np.int32):
+        Image.fromarray(np.full((8, 8), 70_000, kind)).save(tmp_path / "i.tif")
+        with pytest.raises(
+            UsageError, match=r"i\.tif: cannot be read as an image \(it holds .*, expected 8 or 16 bits\)"
+        ):
+            read_folder(tmp_path, Decoding(8))
+
+
+@pytest.mark.parametrize("extension", ["webp", "bmp", "tif", "TIFF", "gif"])
+def test_other_formats_are_read_too_and_the_first_of_several_frames(tmp_path, extension):
+    first, second = (Image.fromarray(pixels(16, 16, seed=seed)).quantize(64).convert("RGB") for seed in (1, 2))
+    more: dict[str, Any] = {} if extension == "bmp" else {"save_all": True, "append_images": [second]}
+    more |= {"lossless": True} if extension == "webp" else {}
+    first.save(tmp_path / f"i.{extension}", **more)
+    got = read_folder(tmp_path, Decoding(16)).images[0]
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(first))
+
+
+def test_a_reader_that_was_not_asked_for_is_never_tried(tmp_path):
+    Image.fromarray(pixels(8, 8)).save(tmp_path / "i.png", "PPM")
+    with pytest.raises(UsageError, match=r"i\.png: cannot be read as an image"):
+        read_folder(tmp_path, Decoding(8))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_images_are_turned_as_their_exif_says(tmp_path, extension):
+    stored = np.zeros((16, 32, 3), np.uint8)
+    stored[:8, :, 0], stored[:, :16, 2] = 255, 255
+    turned = stored.swapaxes(0, 1)
+    # Where row 0 and column 0 of the file belong: top and left, top and right, bottom and right ... (EXIF 2.3, 4.6.4).
+    wanted = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1],
+              turned, turned[:, ::-1], turned[::-1, ::-1], turned[::-1]]  # fmt: skip
+    for orientation, want in enumerate(wanted, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(stored).save(tmp_path / f"i.{extension}", exif=exif, lossless=True)
+        got = read_folder(tmp_path, Decoding(32, "pad")).images[0].permute(1, 2, 0).numpy()
+        got = got[:, 8:24] if orientation > 4 else got[8:24]
+        assert np.abs(got.astype(int) - want).max() < 128, orientation  # JPEG blurs colours
+
+
+def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
+    Image.fromarray(pixels(16, 16)).save(tmp_path / "i.png", exif=b"Exif\0\0nonsense")
+    assert np.array_equal(read_folder(tmp_path, Decoding(16)).images[0].permute(1, 2, 0).numpy(), pixels(16, 16))
+
+
+def test_what_is_hidden_or_no_image_is_left_out_and_counted(tmp_path, capsys):
+    for name in ("1.png", "2.png", "._1.png", ".thumbnails/1.png", ".thumbnails/2.png", "3.PNG"):
+        write(tmp_path / "flat" / name, pixels(8, 8))
+    for name in (".DS_Store", "notes.txt", "4.heic"):
+        (tmp_path / "flat" / name).touch()
+    flat = read_folder(tmp_path / "flat", Decoding(8))
+    assert (len(flat), flat.labels) == (3, None)
+    assert capsys.readouterr().err == f"note: {tmp_path / 'flat'}: files left out: 3 hidden, 2 of other formats\n"
+    write(tmp_path / "classes" / "cats" / "1.png", pixels(8, 8))
+    (tmp_path / "flat").rename(tmp_path / "classes" / "dogs")
+    write(tmp_path / "classes" / ".git" / "1.png", pixels(8, 8))
+    write(tmp_path / "classes" / "beside.png", pixels(8, 8))
+    classes = read_folder(tmp_path / "classes", Decoding(8))
+    assert (len(classes), classes.classes) == (4, ("cats", "dogs"))
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path / 'classes'}: files left out: 4 hidden, 2 of other formats, 1 beside the class folders\n"
+    )
+
+
+@pytest.mark.parametrize(("link", "to"), [("cats/self", "."), ("cats/deep/up", "../.."), ("kittens", "cats")])
+def test_a_folder_that_is_reached_twice_is_named(tmp_path, link, to):
+    write(tmp_path / "cats" / "deep" / "1.png", pixels(8, 8))
+    (tmp_path / link).symlink_to(to)
+    again = tmp_path if link.endswith("up") else tmp_path / "cats"
+    with pytest.raises(UsageError) as caught:
+        read_folder(tmp_path, Decoding(8))
+    assert (
+        str(caught.value) == f"data.root: {tmp_path / link} is the folder {again} again, by a link; remove one of them"
+    )
+
+
 def test_a_truncated_file_is_named(tmp_path):
     for extension in ("png", "jpg"):
         path = tmp_path / extension / f"whole.{extension}"
@@ -162,7 +256,7 @@ def bad_folder(tmp_path, kind):
         root.mkdir()
     if kind == "class without images":
         write(root / "a" / "1.png", pixels(8, 8))
-        (root / "b").mkdir()
+        write(root / "b" / ".1.png", pixels(8, 8))
     if kind == "splits":
         write(root / "train" / "a" / "1.png", pixels(8, 8))
         write(root / "val" / "a" / "1.png", pixels(8, 8))
@@ -184,8 +278,8 @@ def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path):
         (
             ("missing", r"data\.root: no folder .*images"),
             ("file", r"data\.root: .*images is a file"),
-            ("empty", r"data\.root: no PNG or JPEG files in .*images"),
-            ("class without images", r"data\.root: class folder .*b has no PNG or JPEG files"),
+            ("empty", r"data\.root: no images in \S*images, expected \.png, .*\.gif$"),
+            ("class without images", r"data\.root: class folder \S*b has no images, .*\.gif \(left out: 1 hidden\)$"),
             (
                 "splits",
                 r"data\.root: (\S+images) holds splits \(train, val\), not classes; "
@@ -243,6 +337,17 @@ def test_test_folders_that_cannot_serve_are_refused(tmp_path):
             load(config)
 
 
+@pytest.mark.parametrize("kind", ["splits", "sets", "published sets"])
+def test_what_to_pass_is_quoted_for_a_shell(tmp_path, kind):
+    (tmp_path / "my data").mkdir()
+    root = bad_folder(tmp_path / "my data", kind)
+    with pytest.raises(UsageError) as caught:
+        load(DataConfig(name="imagefolder", root=root))
+    flags = shlex.split(str(caught.value).partition("--")[2])
+    assert {Path(flag) for flag in flags if "images" in flag} <= {root, root / "train", root / "val", root / "amazon"}
+    assert str(root) in " ".join(flags)
+
+
 @pytest.mark.parametrize("inner", ["", "a/"], ids=["flat", "classes"])
 def test_a_folder_of_train_and_test_gives_both(tmp_path, inner):
     for number, name in enumerate(("train", "test")):
@@ -270,5 +375,5 @@ def test_files_come_in_the_order_of_their_paths_whatever_the_disk_says_and_throu
         return [(place, folders, sorted(names, reverse=True)) for place, folders, names in places]
 
     monkeypatch.setattr(os, "walk", backwards)
-    names = [path.relative_to(tmp_path / "set").as_posix() for path in images_below(tmp_path / "set")]
+    names = [path.relative_to(tmp_path / "set").as_posix() for path in images_below(tmp_path / "set", "images")]
     assert names == ["a/1.png", "a/2.png", "b/3.jpeg", "b/c/0.JPG", "link/5.png"]
