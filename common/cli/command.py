@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -71,6 +72,12 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
                 _leave(f"error: {error.filename}: {error.strerror}; expected a place open to this user", 2)
             raise
+        if re.match(r"DataLoader worker \(pid", str(error)):  # torch raises it whatever the trainer is busy with
+            ended = str(error).split(". ", maxsplit=1)[0]
+            _leave(
+                f"error: workers: {ended}, usually because memory ran out; take fewer workers, or give it more memory, "
+                "and /dev/shm too, then start again (a run goes on with --resume)", 1,
+            )  # fmt: skip
         import torch  # noqa: PLC0415 - a mistyped flag is answered without it
 
         if not isinstance(error, torch.OutOfMemoryError):

@@ -4,13 +4,14 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.image_set import ImageSet
+from common.errors import UsageError
 from common.machine import seeding
 
 S = TypeVar("S")
@@ -154,10 +155,10 @@ class Feed:
         gather = _Gather(self.streams, self.epoch_of, seed)
         places = self._places(epoch, start, seed)
         if not self.workers:
-            yield from _one_ahead(gather.__getitem__, places)
+            yield from _one_ahead(gather, places)
             return
-        yield from DataLoader(
-            gather,
+        loader = DataLoader(
+            _InWorker(gather),
             batch_size=None,
             sampler=places,
             num_workers=min(self.workers, max(1, len(places))),
@@ -165,6 +166,19 @@ class Feed:
             generator=seeding.generator(seed, "workers", epoch),  # else the global one is advanced
             worker_init_fn=_leave_signals_to_the_trainer,
         )
+        steps: Any = iter(loader)
+        try:
+            for step in steps:
+                if isinstance(step, UsageError):
+                    raise step
+                yield step
+        except (EOFError, ConnectionError) as error:
+            if str(error).startswith("Caught"):  # by a worker, from a view
+                raise
+            raise RuntimeError("DataLoader worker (pid unknown) ended while it handed over a step") from error
+        finally:
+            # A traceback may hold the iterator, and then Python's exit waits for workers, which ignore its SIGTERM.
+            steps._shutdown_workers()
 
     def _batches(self, name: str) -> int:
         """Batches in a pass over a stream."""
@@ -213,7 +227,7 @@ def _prefix(name: str, epoch_of: str) -> tuple[str, ...]:
     return () if name == epoch_of else (name,)
 
 
-def _as_it_is(step: Step) -> Step:
+def _as_it_is(step: Step | UsageError) -> Step | UsageError:
     return step
 
 
@@ -226,13 +240,13 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _Gather(Dataset):
+class _Gather:
     """From the places of a step to its batches."""
 
     def __init__(self, streams: Mapping[str, Stream], epoch_of: str, seed: int) -> None:
         self.streams, self.epoch_of, self.seed = streams, epoch_of, seed
 
-    def __getitem__(self, places: list[dict[str, _Place]]) -> Step:
+    def __call__(self, places: list[dict[str, _Place]]) -> Step:
         return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
 
     def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
@@ -243,3 +257,30 @@ class _Gather(Dataset):
             for number, view in enumerate(stream.views)
         )
         return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)
+
+
+class _InWorker(Dataset):
+    """Gathers steps in another process, in memory that both share.
+
+    A UsageError is handed over as the step: the loader would raise it with the worker's traceback as its message. The
+    queue would share the memory in a thread of its own, whose errors nobody hears of while the step is waited for.
+    """
+
+    def __init__(self, gather: _Gather) -> None:
+        self.gather = gather
+
+    def __getitem__(self, places: list[dict[str, _Place]]) -> Step | UsageError:
+        try:
+            step = self.gather(places)
+        except UsageError as error:
+            return UsageError(str(error))
+        try:
+            for batch in (batch for part in step for batch in part.values()):
+                for tensor in (*batch.views, batch.labels, batch.index):
+                    tensor.share_memory_()
+        except RuntimeError as error:
+            return UsageError(
+                f"workers: the memory that processes share is used up ({error}); take fewer workers or a smaller "
+                "batch_size, or give /dev/shm more (docker run --shm-size)"
+            )
+        return step
