@@ -8,40 +8,56 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import NonFiniteError, Stopped, UsageError
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What a user, a scheduler or a closed terminal asks a run to stop by."""
+_AGAIN = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM so that the loop can finish its step and save; the second one acts at once.
+    """Notes the signals of `STOPPING`, so that the loop can finish its step and save.
 
-    Used as a context manager around the loop; the handlers found before are put back at the end.
+    A second SIGINT or SIGTERM acts at once; of the others more may come by themselves, as a terminal that is closed
+    sends two. A signal that was ignored, as SIGHUP is under nohup, stays ignored. Used as a context manager around the
+    loop; the handlers found before are put back at the end.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._before[signum] = signal.signal(signum, self._note)
+        for signum in STOPPING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+        self._put_back(STOPPING)
+
+    def _put_back(self, signums: Iterable[int]) -> None:
+        for signum in signums:
+            if signum in self._before:
+                signal.signal(signum, self._before[signum])
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
+        if signum in _AGAIN:
+            self._put_back(_AGAIN)
+        if self.signum is not None:
+            return
         self.signum = signum
-        for each, handler in self._before.items():
-            signal.signal(each, handler)  # pyright: ignore[reportArgumentType]
         if os.environ.get("RANK", "0") != "0":
             return
-        print(f"\n{signal.Signals(signum).name}: finishing this step and saving; again to stop at once",
-              file=sys.stderr, flush=True)  # fmt: skip
+        again = "; again to stop at once" if signum in _AGAIN else ""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(
+                f"\n{signal.Signals(signum).name}: finishing this step and saving{again}", file=sys.stderr, flush=True
+            )
 
     def __bool__(self) -> bool:
         return self.signum is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.cli.command import STOPPING
 from common.data.image_set import ImageSet
 from common.errors import UsageError
 from common.machine import seeding
@@ -236,8 +237,8 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
 
     A worker whose parent is gone ends by itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class _Gather:

@@ -1,9 +1,10 @@
 """The loop of every application: from a run's folder, or its newest checkpoint, to the last epoch."""
 
 import contextlib
+import errno
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +41,16 @@ def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
                 Training(kind, cfg, images, device, stop, env).run()
         elif env.first:
             print(estimate(cfg, *prepare(kind, cfg, images, device, Env())))
+
+
+@contextlib.contextmanager
+def _whoever_reads() -> Iterator[None]:
+    """Go on where the terminal was closed, or the program that reads what is printed has ended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
 
 
 class _Collapsed(Exception):
@@ -336,11 +347,13 @@ class Training:
     def _report(self, title: str, parts: list[str]) -> None:
         """Print a line where there is no bar to look at."""
         if self.env.first and not sys.stderr.isatty():
-            print("  ".join([title, *parts]), flush=True)
+            with _whoever_reads():
+                print("  ".join([title, *parts]), flush=True)
 
     def _warn(self, line: str, once_for: str | None = None) -> None:
         """Print a warning, once a run for each subject that has one."""
         if once_for not in self.told and self.env.first:
-            tqdm.write(f"warning: {line}", file=sys.stderr)
+            with _whoever_reads():
+                tqdm.write(f"warning: {line}", file=sys.stderr)
         if once_for is not None:
             self.told.add(once_for)

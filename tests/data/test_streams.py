@@ -156,7 +156,7 @@ def test_workers_leave_signals_to_the_process_that_trains():
     got = [next(iterator), next(iterator)]  # one of each worker, which is ready then
     for worker in multiprocessing.active_children():
         assert worker.pid is not None
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(worker.pid, signum)
     got += iterator
     assert same(got, list(batches().epoch(0)))
