@@ -19,7 +19,8 @@ def expanded(path: Path | str, field: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UsageError(f"{field}: expected a path, got {path}, and there is no such user") from None
+        reason = "this user has no home; set HOME" if Path(path).parts[0] == "~" else "there is no such user"
+        raise UsageError(f"{field}: expected a path, got {path}, and {reason}") from None
 
 
 def texts_to_paths(config: object) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,24 @@ def cache_path(folder: Path, key: str) -> Path:
 
 
 def write_cache(folder: Path, key: str, value: object) -> None:
-    """Keep tensors and plain values under a key, whole or not at all."""
+    """Keep tensors and plain values under a key, whole or not at all; warn where the folder cannot be written."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     content = buffer.getvalue()
-    write_atomic(cache_path(folder, key), lambda file: file.write(_digest(key, content) + content))
+    try:
+        write_atomic(cache_path(folder, key), lambda file: file.write(_digest(key, content) + content))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if reason not in _told and os.environ.get("RANK", "0") == "0":
+            print(
+                f"warning: cache: cannot write to {folder} ({reason}); going on without it, give another by --cache",
+                file=sys.stderr,
+            )
+        _told.add(reason)
+
+
+_told: set[str] = set()
+"""Why the cache could not be written; each is said once, whatever was to be kept."""
 
 
 def read_cache(folder: Path, key: str) -> Any | None:

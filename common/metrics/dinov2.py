@@ -74,8 +74,8 @@ def _download(model: str, cache: Path) -> "VisionTransformer":
         return _build(model, cache / "timm")
     except Exception as error:  # whatever the hub's client makes of a missing network
         raise UsageError(
-            f"fid.weights: timm could not download {model} ({first_line(error)}); give its safetensors file, or take "
-            "fid.extractor classifier"
+            f"fid.weights: timm could not download {model} ({first_line(error)}); give its safetensors file or "
+            "another --cache, or take fid.extractor classifier"
         ) from None
 
 

@@ -60,14 +60,14 @@ class Inception:
 def _download(path: Path) -> Path:
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL, str(path), hash_prefix=HASH_PREFIX)
-    except (OSError, RuntimeError) as error:  # no network; content with another hash
+    except (OSError, RuntimeError) as error:  # no network; content with another hash; a folder that is not open
         reason = " ".join(str(error).split())
         raise UsageError(
             f"fid.weights: {URL} could not be downloaded ({reason}); put the file at {path}, "
-            "or take fid.extractor classifier"
+            "give another --cache, or take fid.extractor classifier"
         ) from None
     return path
 

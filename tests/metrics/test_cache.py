@@ -32,6 +32,15 @@ def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path):
     assert read_cache(tmp_path, "a") is None
 
 
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for key in ("a", "b"):
+        write_cache(tmp_path / "file" / "cache", key, {"n": 3})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: cache: cannot write to {tmp_path / 'file' / 'cache'} (Not a directory); ")
+    assert "--cache" in line
+
+
 class Code:
     def __reduce__(self):
         return sys.exit, (7,)

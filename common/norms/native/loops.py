@@ -57,18 +57,19 @@ def _library(num_components: int, command: str) -> ctypes.CDLL | None:
     options = (*OPTIONS, f"-DCOMPONENTS={num_components}")
     key = "\n".join((command, *options, _processor(), torch.__version__)).encode()
     name = f"{num_components}-{hashlib.blake2b(source + key, digest_size=12).hexdigest()}.so"
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter where there is no home
-        folder = Path(tempfile.mkdtemp(prefix="cluster-based-norm-"))
-    path = folder / name
-    try:
-        if not path.exists():
-            _compile(command, options, path)
-        return _declared(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with tempfile.TemporaryDirectory(prefix="cluster-based-norm-") as aside:
+        path = Path(aside) / name
+        with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+            folder = _folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / name).exists() or os.access(folder, os.W_OK):
+                path = folder / name
+        try:
+            if not path.exists():
+                _compile(command, options, path)
+            return _declared(ctypes.CDLL(str(path)))
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
 def _compile(command: str, options: Sequence[str], path: Path) -> None:

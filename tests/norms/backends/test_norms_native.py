@@ -4,8 +4,10 @@
 """
 
 import itertools
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,21 @@ def test_a_library_is_compiled_once(monkeypatch, tmp_path):
     when = made.stat().st_mtime_ns
     assert load(1, loops.compiler()) is not None
     assert made.stat().st_mtime_ns == when
+
+
+@pytest.mark.parametrize("home", ["file/cache", "folder"])
+def test_a_home_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, home):
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # which root always may
+    loops._library.cache_clear()
+    try:
+        assert loops.library(1) is not None
+    finally:
+        loops._library.cache_clear()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".so" or "norm-" in path.name]
 
 
 def test_clusters_stay_eager():
