@@ -8,6 +8,10 @@ class UsageError(Exception):
     """
 
 
+class RankError(UsageError):
+    """What one of several processes of a run may meet alone: whichever meets it prints it, not rank 0 for all."""
+
+
 class NonFiniteError(Exception):
     """A loss or gradient was NaN or infinite: the message names the step and the term. Exit status 3."""
 

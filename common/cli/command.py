@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
-from common.errors import NonFiniteError, Stopped, UsageError
+from common.errors import NonFiniteError, RankError, Stopped, UsageError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a user, a scheduler or a closed terminal asks a run to stop by."""
@@ -76,7 +76,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         main()
         sys.stdout.flush()  # a disk that is full only now is told like any other
     except UsageError as error:
-        _leave(f"error: {error}", 4 if _full_disk(error) else 2)
+        _leave(f"error: {error}", 4 if _full_disk(error) else 2, any_rank=isinstance(error, RankError))
     except NonFiniteError as error:
         _leave(f"error: {error}", 3)
     except Stopped as stop:
@@ -92,7 +92,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             ended = str(error).split(". ", maxsplit=1)[0]
             _leave(
                 f"error: workers: {ended}, usually because memory ran out; take fewer workers, or give it more memory, "
-                "and /dev/shm too, then start again (a run goes on with --resume)", 1,
+                "and /dev/shm too, then start again (a run goes on with --resume)", 1, any_rank=True,
             )  # fmt: skip
         import torch  # noqa: PLC0415 - a mistyped flag is answered without it
 
@@ -126,8 +126,8 @@ def _unless_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(thread)
 
 
-def _leave(line: str, status: int) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
+def _leave(line: str, status: int, *, any_rank: bool = False) -> NoReturn:
+    if any_rank or os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
         with contextlib.suppress(OSError):  # where what is printed goes to the full disk, the status alone can tell
             print(line, file=sys.stderr, flush=True)
     try:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.cli.command import STOPPING
 from common.data.image_set import ImageSet
-from common.errors import UsageError
+from common.errors import RankError, UsageError
 from common.machine import seeding
 
 S = TypeVar("S")
@@ -248,7 +248,10 @@ class _Gather:
         self.streams, self.epoch_of, self.seed = streams, epoch_of, seed
 
     def __call__(self, places: list[dict[str, _Place]]) -> Step:
-        return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
+        try:
+            return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
+        except UsageError as error:
+            raise RankError(str(error)) from error
 
     def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
         stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
@@ -274,13 +277,13 @@ class _InWorker(Dataset):
         try:
             step = self.gather(places)
         except UsageError as error:
-            return UsageError(str(error))
+            return RankError(str(error))
         try:
             for batch in (batch for part in step for batch in part.values()):
                 for tensor in (*batch.views, batch.labels, batch.index):
                     tensor.share_memory_()
         except RuntimeError as error:
-            return UsageError(
+            return RankError(
                 f"workers: the memory that processes share is used up ({error}); take fewer workers or a smaller "
                 "batch_size, or give /dev/shm more (docker run --shm-size)"
             )

@@ -3,7 +3,12 @@
 Alone, everything here is the identity, so that loops are written once.
 """
 
+import contextlib
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +18,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UsageError
+from common.errors import RankError, UsageError
 
 T = TypeVar("T")
 
+_MEETING = timedelta(minutes=10)
+"""How long a process waits for the others to start."""
 _PATIENCE = timedelta(hours=2)
 """How long ranks wait for one that downloads data, trains the classifier of a FID, or measures alone."""
 
@@ -143,7 +151,7 @@ def local_device(device: torch.device) -> torch.device:
         return device
     index = int(os.environ["LOCAL_RANK"])
     if index >= torch.cuda.device_count():
-        raise UsageError(
+        raise RankError(
             f"device: process {index} of this machine has no GPU of its own, torch sees "
             f"{torch.cuda.device_count()}; start fewer processes or use --device cpu"
         )
@@ -156,18 +164,51 @@ def group(device: torch.device) -> Iterator[Env]:
 
     Args:
         device: this process's device; decides between NCCL and gloo.
+
+    Raises:
+        UsageError: if the others are not there in time.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Env()
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_torchrun()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=_MEETING))
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{each}" for each in range(world)], _MEETING)
+    except (RuntimeError, ValueError) as error:  # torch's DistError among them
+        reason = str(error).splitlines()[0]
+        raise RankError(
+            f"world: the {world} processes of this run did not all meet within {_MEETING} ({reason}); start each, with "
+            "the same MASTER_ADDR and MASTER_PORT, or leave that to torchrun"
+        ) from None
+    store.set_timeout(_PATIENCE)
+    torch_dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE
+    )
     try:
         yield Env(torch_dist.get_rank(), world)
     finally:
         torch_dist.destroy_process_group()
+
+
+def _stop_with_torchrun() -> None:
+    """Send this process SIGTERM when torchrun, its parent, is gone: it would train on with nobody to end it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        if os.environ.get("LOCAL_RANK") == "0":
+            with contextlib.suppress(OSError):
+                print("error: torchrun, which started this process, is gone", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="torchrun", daemon=True).start()
 
 
 def smallest_over_ranks(numbers: Tensor) -> None:
