@@ -233,6 +233,20 @@ def test_importing_settles_nothing(loading_torch, tmp_path):
     assert loading_torch("-m", "mine", *ARGUMENTS) == [None, None]
 
 
+@pytest.mark.parametrize("command", ["cbgan.train", "common.norms.doctor"])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", command],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped at once\n")
+
+
 @pytest.mark.parametrize(("error", "status"), [(UsageError("lr: no"), 2), (NonFiniteError("loss"), 3)])
 def test_what_cannot_be_told_still_has_its_status(monkeypatch, error, status):
     class Full:
