@@ -261,12 +261,11 @@ def test_averaged_models_average_buffers_too(kind):
         layer(*((x, cluster) if kind in CLUSTERED else (x,)))
         averaged.update_parameters(layer)
         states.append(copy.deepcopy(layer.state_dict()))
-    average: Any = averaged.module
-    for name, mean in average.state_dict().items():
+    for name, mean in averaged.module.state_dict().items():
         if mean.is_floating_point():  # of counts torch drops the fractions, as of BatchNorm's
             want = torch.stack([state[name].double() for state in states]).mean(0)
             torch.testing.assert_close(mean, want.to(mean), atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    assert average.is_initialized()
+    assert averaged.module.is_initialized()
 
 
 def test_flags_of_another_type_say_what_is_seeded():
