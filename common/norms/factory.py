@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import checks, functional
-from .backends import capture, reference
+from . import checks
+from .backends import reference
 from .em_norm import MixtureNorm
 from .layer import DeviceLike, leaf
 from .supervised import SCBNorm, SCBNormBase
@@ -103,16 +103,15 @@ class DomainBatchNorm(nn.Module):
 
     Shape:
         x (N, C, \*); cluster (N,) int64 in [0, K), in evaluation too; output as x. A domain absent from a
-        batch keeps its running statistics, and its parameters have gradients of zero.
+        batch keeps its running statistics.
 
     Raises:
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, one of them is on
             another device than the layer, or a domain holds one value per channel in training.
         IndexError: an id outside [0, K), on the CPU.
 
-    A graph (torch.compile, torch.export, torch.jit.trace) cannot hold shapes that follow from ids. There all domains
-    are weighed by membership, with equal results; a wrong id, and in training a domain with one value per channel,
-    give NaN.
+    A graph of torch.compile or torch.export cannot hold shapes that follow from ids. There all domains are weighed by
+    membership, with equal results; a wrong id, and in training a domain with one value per channel, give NaN.
 
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
     """
@@ -137,7 +136,7 @@ class DomainBatchNorm(nn.Module):
         _check_input(first, x)
         checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
-        if capture.traced():
+        if torch.compiler.is_compiling():
             with torch.autocast(x.device.type, enabled=False):
                 return self._by_membership(reference.flatten(x), cluster).to(x.dtype).reshape(x.shape)
         order = cluster.argsort(stable=True)
@@ -146,10 +145,7 @@ class DomainBatchNorm(nn.Module):
         for share in shares:  # before the statistics of any domain move
             if len(share):
                 first._check_input_dim(share)
-        done = [
-            norm(share) if len(share) else functional.empty(share, *norm.parameters())
-            for norm, share in zip(self.domains, shares, strict=True)
-        ]
+        done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
         return torch.cat(done)[order.argsort()]
 
     def _by_membership(self, x: Tensor, cluster: Tensor) -> Tensor:

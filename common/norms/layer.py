@@ -31,10 +31,7 @@ def leaf(forward: Callable[P, R]) -> Callable[P, R]:
 
 
 class NormLayer(nn.Module):
-    r"""A layer over x (N, C, \*) with an optional affine map and a buffer that says whether it is seeded.
-
-    What is seeded has a flag other than 0, of a floating-point type since ``AveragedModel`` averages buffers.
-    """
+    r"""A layer over x (N, C, \*) with an optional affine map and a buffer that says whether it is seeded."""
 
     initialized: Tensor
 

@@ -58,7 +58,7 @@ class _SupervisedNorm(NormLayer):
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
         self._build(**placed)
-        self.register_buffer("initialized", torch.zeros(num_clusters, **placed))
+        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool, device=device))
         if statistics == "batch":
             for name in ("running_mean", "running_var"):
                 self.register_buffer(name, torch.empty(num_features, **placed))
@@ -113,14 +113,14 @@ class _SupervisedNorm(NormLayer):
             self._learn_ready(ready)
         else:
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
-            fresh = found & (self.initialized == 0)
+            fresh = found & ~self.initialized
         self._write(
             lambda old_mean, old_log_var: (
                 torch.where(fresh[:, None], mean.to(old_mean), old_mean),
                 torch.where(fresh[:, None], log_var.to(old_log_var), old_log_var),
             )
         )
-        self.initialized.masked_fill_(fresh, 1)
+        self.initialized |= fresh
 
     def _fused(self, x: Tensor) -> bool:
         r"""Say whether kernels compute x (N, C, \*), whose ids are given, from what is stored."""

@@ -94,7 +94,7 @@ class MixtureLayer(NormLayer):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(0.0, **placed))
+        self.register_buffer("initialized", torch.tensor(False, device=device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -479,7 +479,7 @@ class UCBNorm(MixtureLayer):
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
-        self.initialized.masked_fill_(found, 1)
+        self.initialized |= found
 
     def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
         if self.variance == "shared":
