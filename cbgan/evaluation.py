@@ -231,8 +231,8 @@ class Evaluation:
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
         some = permutation(len(train), SEED, "diversity")[:GRID]
-        real = distance(train.images[some]) or math.nan  # copies of one picture do not differ
-        values = {"metric/diversity": distance(images) / real}
+        made, real = distance(images), distance(train.images[some])
+        values = {"metric/diversity": made / (real or math.nan)}  # copies of one picture do not differ
         if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
             values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
         return values

@@ -1,10 +1,16 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"common", "cbgan", "cbda", "cbcls", "docs", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+
+
+# A shell starts what it runs in the background with SIGINT ignored, and nohup ignores SIGHUP; runs would keep to that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):

@@ -173,7 +173,7 @@ def test_without_a_file_timm_downloads_it(tmp_path, monkeypatch, narrow):
 
 
 def test_it_has_no_inception_score(state, file, tmp_path):
-    assert_takes(FidConfig, {"extractor": "dinov2_base", "weights": "x"})
+    assert_takes(FidConfig, {"extractor": "dinov2_base", "weights": Path("x")})
     config = FidConfig(extractor="dinov2", weights=file(state), metrics=["inception_score"])
     real = ImageSet(photographs(6, 8), None, (), "mine", "train")
     with pytest.raises(UsageError, match=r"^fid\.metrics: inception_score takes logits, which dinov2 has none of$"):

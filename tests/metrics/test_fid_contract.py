@@ -1,6 +1,7 @@
 """What is promised of FID's settings, names and passport, in docs/results.md and in published numbers."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_range_holds_its_ends():
         {"batch_size": 1},
         {"final_samples": 2},
         {"final_samples": None},
-        {"extractor": "inception", "weights": "x", "weights_sha256": ABC},
+        {"extractor": "inception", "weights": Path("x"), "weights_sha256": ABC},
     ):
         assert_takes(FidConfig, values)
 
