@@ -222,17 +222,16 @@ class Evaluation:
             How much its images differ, and the share whose class is the one that was asked for, by tag.
         """
         samples, train = moment.folder / "samples", self.images["train"]
+        real = train.images[permutation(len(train), SEED, "diversity")[:GRID]]  # files may be sorted by class
         if not (samples / "real.png").exists():
-            save_grid(train.images[:GRID], samples / "real.png")
+            save_grid(real, samples / "real.png")
             if self.cfg.conditional:
                 known = json.dumps({"classes": train.classes, "counts": self.class_counts()}, ensure_ascii=False)
                 write_text_atomic(moment.folder / CLASSES, known + "\n")
         images = self.grid(g)
         grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
         moment.log.image(moment.step, "samples/generated", grid)
-        some = permutation(len(train), SEED, "diversity")[:GRID]
-        made, real = distance(images), distance(train.images[some])
-        values = {"metric/diversity": made / (real or math.nan)}  # copies of one picture do not differ
+        values = {"metric/diversity": distance(images) / (distance(real) or math.nan)}  # copies of one do not differ
         if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
             values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
         return values

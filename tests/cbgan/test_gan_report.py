@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from cbgan.evaluation import Evaluation
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import fixed_noise
 from cbgan.train import Gan
+from common.data import ImageSet
 from common.metrics.fid import FidConfig, FidResult
 from common.norms.config import NormConfig
 from common.runs.log import read_metrics
@@ -91,6 +93,21 @@ def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
     for name in set(names) - {"nearest.png"}:
         with Image.open(folder / "samples" / name) as picture:
             assert picture.size == (8 * 9 + 1, 8 * 9 + 1)  # eight a row, of 8 pixels and a line between
+
+
+def test_real_images_are_of_all_classes_where_files_are_sorted_by_class(tmp_path):
+    (tmp_path / "samples").mkdir()
+    grey = torch.arange(4).repeat_interleave(100)  # a class each
+    images = (60 * grey)[:, None, None, None].expand(-1, 3, 8, 8).to(torch.uint8)
+    evaluation = cast(Any, Evaluation.__new__(Evaluation))
+    evaluation.cfg, evaluation.fid = GanConfig(), None
+    evaluation.images = {"train": ImageSet(images, grey, tuple("abcd"), "imagefolder", "train")}
+    evaluation.grid = lambda g: torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    moment = SimpleNamespace(folder=tmp_path, epoch=0, step=0, log=SimpleNamespace(image=lambda *_: None))
+    evaluation._draw(None, moment)
+    with Image.open(tmp_path / "samples" / "real.png") as picture:
+        middles = np.asarray(picture)[5::9, 5::9, 0]
+    assert all((middles == 60 * k).sum() > 5 for k in range(4))
 
 
 def closing(method: Method[Any], lines: list[dict[str, Any]]) -> dict[str, str]:
