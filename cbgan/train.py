@@ -29,6 +29,7 @@ class Gan(Method[GanConfig]):
     application = "cbgan"
     config = GanConfig
     averaged = ("g",)
+    remedy = "--guard.action rewind, --r1 10, --spectral true or a lower --lr (docs/gan.md)"
 
     @classmethod
     def tracked(cls, cfg: GanConfig) -> dict[str, Tracked]:

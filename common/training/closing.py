@@ -106,6 +106,8 @@ def closing_lines(cfg: RunConfig, method: Method[Any], folder: Path, parts: Part
         rows.append(("speed", f"{median(speeds):,.0f} images/s on {method.device}"))
     rows += _health_rows(lines)
     rows += [("warning", warning) for warning in warnings]
+    if (found := at["collapsed"]) is not None:
+        rows.append(("collapsed", f"in step {found['step']}: {found['cause']}; try {method.remedy}"))
     rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in at["rewinds"]]
     rows.append(("charts", f"tensorboard --logdir {quote(str(cfg.out))} --host 127.0.0.1"))
     width = max(len(name) for name, _ in rows)

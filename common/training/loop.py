@@ -175,6 +175,7 @@ class Training:
         if self._scheduled():
             self._save(scheduled=True)
         shown = [f"{name} {value:.4g}" for name, value in self.shown.items()]
+        self.shown = {}  # an epoch of fewer steps than log_every has no losses of its own to print
         self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", shown)
         for line in self.warnings:
             self._warn(line, once_for=line.split(":")[0])
@@ -265,7 +266,7 @@ class Training:
             raise _Collapsed(cause, measured=measured)
         if at["collapsed"] is None:
             at["collapsed"] = {"step": at["step"], "cause": cause}
-        self._warn(f"collapsed in step {at['step']}: {cause} (guard.action says what to do then)", once_for="collapse")
+        self._warn(f"collapsed in step {at['step']}: {cause}; try {self.method.remedy}", once_for="collapse")
 
     def _rewind(self, cause: str, *, measured: bool) -> None:
         """Go back to the last good checkpoint; what is drawn from there on has another seed, else all would repeat."""

@@ -74,6 +74,7 @@ class Method(ABC, Generic[C]):
         command: the module that starts it: ``python -m APPLICATION.COMMAND``.
         config: its configuration's class.
         headline: tags of what is printed of a measurement, as far as it has them; by default all.
+        remedy: what to try after a collapse.
         averaged: names of the networks that `ema` keeps an average of, for measuring.
         networks: what `build` returned, on the device; the loop sets them before anything else is called.
         wrapped: the same networks as gradients are to flow through them, averaged over ranks.
@@ -83,6 +84,7 @@ class Method(ABC, Generic[C]):
     command: ClassVar[str] = "train"
     config: ClassVar[type[RunConfig]]
     headline: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = "a lower --lr, or --guard.action rewind"
     averaged: tuple[str, ...]
 
     def __init__(self, cfg: C, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None) -> None:

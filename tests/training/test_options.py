@@ -189,6 +189,15 @@ def measured(monkeypatch):
     return values
 
 
+def test_losses_are_printed_of_the_epochs_that_logged_some(train, capsys):
+    _, training = train("--log_every", "1000", epochs=1)
+    steps = training.parts.at["step"]
+    capsys.readouterr()
+    train("--log_every", str(2 * steps), name="other", epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch") and ", step" in line]
+    assert ["loss/net" in line for line in lines] == [False, True, False]
+
+
 def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):
     measured(3.0, 2.0, 2.5, 2.0, 9.0, 9.0)
     folder, training = train("--best.keep", "--best.patience", "2", "--checkpoint_every", "5", epochs=6)
