@@ -262,6 +262,11 @@ def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
     for name, value in now.items():
         if name not in (*NOT_STORED, *free, "init_from") and value != before[name]:
+            if name == "epochs":
+                raise UsageError(
+                    f"epochs: the run has {before[name]}, which its schedule follows, got {value}; to train for longer "
+                    "start a new run (--init_from takes this one's weights), or begin with --schedule.kind constant"
+                )
             raise UsageError(
                 f"{name}: the run has {shown(before[name])}, got {shown(value)}; leave it out, or start a new run by "
                 f"another --name, since a resumed one keeps its settings (free to change: {', '.join(sorted(free))})"
