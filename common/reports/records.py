@@ -12,6 +12,7 @@ import yaml
 from common.cli.arguments import flatten
 from common.errors import UsageError
 from common.norms.config import NormConfig, settings_of
+from common.norms.factory import BUILT_IN, default_options
 from common.runs.log import read_metrics
 
 
@@ -110,10 +111,24 @@ def _unused(settings: Mapping[str, Any]) -> frozenset[str]:
 
 
 def differing(runs: Sequence[LoggedRun]) -> list[str]:
-    """Return the settings in which any of the runs differ, of those that mean something to them."""
+    """Return the settings in which any of the runs differ, of those that mean something to them.
+
+    Settings that are the defaults of each run's kind of layer follow from the kind.
+    """
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {name: [run.settings.get(name) for run in runs if name not in run.unused] for name in names}
+    values = {name: [_chosen(run, name) for run in runs if name not in run.unused] for name in names}
     return [name for name, found in values.items() if any(value != found[0] for value in found)]
+
+
+def _chosen(run: LoggedRun, name: str) -> Any:
+    """Return a setting's value, or that it is the default of the run's kind of layer."""
+    value, kind, (group, _, option) = run.settings.get(name), run.settings.get("norm.kind"), name.partition(".")
+    if group != "norm" or kind not in BUILT_IN or option not in (defaults := default_options(kind)):
+        return value
+    return _DEFAULT if value == defaults[option] else value
+
+
+_DEFAULT = object()
 
 
 def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequence[str] = ()) -> None:
