@@ -123,10 +123,10 @@ class Evaluation:
     def values(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure both networks, log a picture, and return values by tag.
 
-        Accuracies of the adapted network are by each cluster that its layer can be told, of the domain's own without
-        a suffix; those of the network that saw the source alone are by the source's, and the gain is what the other
-        one has more of in the target. Precision, recall and F1 are
-        the domain's own, averaged over classes by their images, as the paper's Table VI has them.
+        Accuracy, precision, recall and F1 of the adapted network are by each cluster that its layer can be told, of
+        the domain's own without a suffix; the last three are averaged over classes by their images, and the paper's
+        Table VI has them by the source's cluster in both domains. Accuracies of the network that saw the source alone
+        are by the source's, and the gain is what the other one has more of in the target.
 
         Raises:
             Interrupted: if ``moment`` says so between two batches.
@@ -134,16 +134,17 @@ class Evaluation:
         """
         adapted, values = networks["adamatch"], {}
         own: dict[str, Tensor] = {}
-        for name, cluster in clusters_of(self.cfg.norm.kind).items():
+        clusters = clusters_of(self.cfg.norm.kind)
+        for name, cluster in clusters.items():
             for domain, split in (("source", "test"), ("target", "target_test")):
                 if split in self.images:
                     logits = self.logits(adapted, split, cluster, moment.go_on)
-                    values[f"metric/{domain}_accuracy_as_{name}"] = self._accuracy(split, logits)
+                    scores = self._scores(domain, split, logits)
+                    if len(clusters) > 1:
+                        values |= {f"{tag}_as_{name}": value for tag, value in scores.items()}
                     if name == domain or domain not in own:
                         own[domain] = logits
-                        values |= self._scores(domain, split, logits)
-        if len(clusters_of(self.cfg.norm.kind)) == 1:
-            values = {tag: value for tag, value in values.items() if "_as_" not in tag}
+                        values |= scores
         if "validation" in self.images:
             values |= self._validated(adapted, moment.go_on)
         blind = self.logits(adapted, "target", TARGET, moment.go_on)

@@ -31,10 +31,10 @@ GROUPS = {
 """TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the names as they are. A part of a
 group, or one tag, may have a place of its own."""
 _ASIDE = {
-    # what says nearly the same as an accuracy
-    "4_averages": re.compile(r"metric/\w+_weighted_\w+"),
     # what the same images are taken for in another way
     "8_by_cluster": re.compile(r"metric/\w+_as_\w+"),
+    # what says nearly the same as an accuracy
+    "4_averages": re.compile(r"metric/\w+_weighted_\w+"),
     # a distance and its floor come first, what explains them below
     "4_quality": re.compile(
         r"metric/((copies|train_gap|precision|recall|kid|inception_score)_\w+|diversity"

@@ -86,6 +86,7 @@ def test_charts_sort_as_they_are_read():
         "metric/target_accuracy": "1_result/target_accuracy",
         "metric/target_accuracy_as_source": "8_by_cluster/target_accuracy_as_source",
         "metric/target_weighted_f1": "4_averages/target_weighted_f1",
+        "metric/target_weighted_f1_as_source": "8_by_cluster/target_weighted_f1_as_source",
         "metric/as_x": "1_result/as_x",
         "metric/fid_x_floor": "1_result/fid_x_floor",
         "metric/fid_x_low": "4_quality/fid_x_low",
