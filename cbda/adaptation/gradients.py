@@ -75,7 +75,7 @@ def _losses_of_parts(method: MethodConfig, terms: Terms, labels: Tensor) -> tupl
     """Return each domain's loss on eighths of a batch."""
     weak, strong = terms.from_source.chunk(2)
     source = [
-        source_cross_entropy([torch.cat(both)], [true], method.source_loss or "mean")
+        source_cross_entropy(torch.cat(both), true, method.source_loss or "mean")
         for *both, true in zip(*(whole.tensor_split(NOISE_PARTS) for whole in (weak, strong, labels)), strict=True)
     ]
     wholes = (terms.target_strong, terms.pseudo, terms.mask)

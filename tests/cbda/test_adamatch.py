@@ -132,7 +132,8 @@ def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
     p = tw.softmax(1)
     if kind == "keras":
         q = p / p.norm(dim=1, keepdim=True)
-        losses = ts.logsumexp(1) - (q.detach() * ts).sum(1)
+        normaliser = ts.logsumexp(1)  # its gradient counts once, its value as often as labels sum to
+        losses = normaliser + (q.sum(1) - 1).detach() * normaliser.detach() - (q.detach() * ts).sum(1)
         return supervised + mu * ((q.max(1).values >= threshold) * losses).mean()
     # The first batch: averages start at 1/3.
     p_source = 0.999 / 3 + 0.001 * mixed[0].softmax(1).mean(0)
@@ -191,17 +192,38 @@ def test_without_interpolation_there_is_no_second_pass(tiny):
 
 def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
     method, part, network = prepared(tiny, "--target.labelled", "2")
-    assert len(part["target_labelled"].labels) == 6
-    loss = loss_of(method, part, 0.0)[0]
-    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 12 + [TARGET] * 18
-    source, extra = part["train"], part["target_labelled"]
-    want = torch.zeros(())
-    for view, (logits, more) in enumerate(zip(forward(source, network), forward(extra, network), strict=True)):
-        entries = (source.index[:, None] * 3 + torch.arange(3)).flatten()
-        share = uniform_per_sample(entries, 5, "interpolation", view, 7).view(-1, 3)
-        mixed = logits + share * torch.tensor([1.0, 0.0, 0.0])
-        want = want + F.cross_entropy(torch.cat([mixed, more]), torch.cat([source.labels, extra.labels])) / 2
-    torch.testing.assert_close(loss, want)
+    assert len(part["target_labelled"].labels) == 9  # of six images
+    loss, values = loss_of(method, part, 0.0)
+    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 18 + [TARGET] * 18
+    # google-research/adamatch, semi_supervised_domain_adaptation: xe + xet, both interpolated.
+    wanted = []
+    for stream, key in (("train", ()), ("target_labelled", ("target_labelled",))):
+        entropies = [F.cross_entropy(mixed, part[stream].labels) for mixed in mixed_by_hand(part, stream, key, network)]
+        wanted.append((entropies[0] + entropies[1]) / 2)
+    torch.testing.assert_close(loss, sum(wanted))
+    assert [values["loss/source"], values["loss/target_labelled"]] == pytest.approx([w.item() for w in wanted])
+
+
+def mixed_by_hand(part: Part, stream: str, key: tuple[str, ...], network: Linear) -> list[Tensor]:
+    """Weak and strong logits of a stream of labelled images, between the joint pass and their own."""
+    entries = (part[stream].index[:, None] * 3 + torch.arange(3)).flatten()
+    shares = [uniform_per_sample(entries, 5, "interpolation", *key, view, 7).view(-1, 3) for view in (0, 1)]
+    return [
+        logits + share * MORE["official"] for logits, share in zip(forward(part[stream], network), shares, strict=True)
+    ]
+
+
+def test_few_labels_are_repeated_to_a_full_batch_each_time_in_another_view(tiny):
+    cfg = parse(AdaMatchConfig, [*tiny, "--source.labelled", "1", "--target.labelled", "2"])
+    _, feed, _ = prepare(AdaMatch, cfg, AdaMatch.load(cfg), torch.device("cpu"), cbda.adamatch.Env())
+    batches = next(feed.epoch(0, 0, 5))[0]
+    for name, few in (("train", 3), ("target_labelled", 6)):
+        batch = batches[name]
+        assert len(batch.labels) == 9
+        assert (batch.index % few).bincount().max() <= math.ceil(9 / few)
+        same = batch.index[:, None] % few == batch.index % few
+        strong = batch.views[1].flatten(1)
+        assert any(not torch.equal(strong[a], strong[b]) for a, b in same.triu(1).nonzero().tolist())
 
 
 def test_alignment_by_the_labelled_target(tiny):
@@ -212,7 +234,7 @@ def test_alignment_by_the_labelled_target(tiny):
         torch.stack([loss_of(m, p, 0.0)[1][f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")])
         for m, p in ((by_source, part), (by_labelled, same))
     ]
-    wanted = forward(same["target_labelled"], network)[0].softmax(1).mean(0)
+    wanted = mixed_by_hand(same, "target_labelled", ("target_labelled",), network)[0].softmax(1).mean(0)
     found = forward(same["target"], network)[0].softmax(1).mean(0)
     torch.testing.assert_close(ratios[1], (wanted / found).detach())
     assert not torch.allclose(ratios[0], ratios[1])
@@ -410,11 +432,8 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 
 def test_two_ranks_draw_the_shares_of_one(tiny):
     part = prepared(tiny, "--batch_size", "8")[1]
-    shares = shares_drawn(part, 3, torch.device("cpu"))
-    halves = [
-        shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), 3, torch.device("cpu")).chunk(2)
-        for rank in (0, 1)
-    ]
+    shares = shares_drawn(part, "train", 3)
+    halves = [shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), "train", 3).chunk(2) for rank in (0, 1)]
     assert torch.equal(torch.cat([halves[rank][view] for view in (0, 1) for rank in (0, 1)]), shares)
     assert 0 <= shares.min() < 0.2
     assert 0.8 < shares.max() < 1
@@ -596,5 +615,5 @@ def test_all_ranks_together_take_no_more_images_than_a_domain_has(tiny):
     images = load_domains(cfg)
     sizes = {name: stream.batch_size for name, stream in domain_streams(cfg, images, 4).items()}
     assert sizes == {"train": 9, "target": 9}
-    with pytest.raises(UsageError, match=r"^batch_size: expected at most the 36 images of the source, got 45 a step$"):
+    with pytest.raises(UsageError, match=r"^batch_size: expected at most the 36 images of the target, got 45 a step$"):
         domain_streams(cfg, images, 5)
