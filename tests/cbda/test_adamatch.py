@@ -33,6 +33,7 @@ from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
 from common.errors import NonFiniteError, UsageError
 from common.machine.seeding import permutation, uniform_per_sample
+from common.networks.pixels import pixels_of
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
 from common.training.opening import prepare
@@ -57,6 +58,15 @@ def test_the_papers_rows_differ_in_the_layer_alone():
         )  # fmt: skip
         assert sum(p.numel() for p in build_classifier(cfg, 10, kind="none").parameters()) == 1_467_610
         assert (cfg.source.name, cfg.target.name) == ("mnist", "svhn")
+
+
+def test_ucb_norm_gives_the_papers_network_the_same_in_training_and_in_tests():
+    cfg = config("paper_ucb.yaml")
+    layer = build_classifier(cfg, 10).norm
+    x = pixels_of(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, cfg.model.pixels)
+    trained = layer.train()(x)
+    torch.testing.assert_close(layer.eval()(x), trained)  # 94 deviations apart where only tests took Eq. 15
+    assert 0.1 < trained.std() < 10
 
 
 def test_the_official_configuration_is_the_authors():
