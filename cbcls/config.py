@@ -32,7 +32,7 @@ class ModelConfig:
     """Hand the cluster of each image to the last linear map, one-hot beside the features: the baseline that is told
     what scb and scb_base are told, without such a layer."""
     dropout: float = 0.0
-    """densenet: after each convolution of the blocks; 0.2 in the original where images are not augmented."""
+    """densenet: after each convolution but the first; 0.2 in the original where images are not augmented."""
     convert: list[str] = field(default_factory=list)
     """timm: BatchNorms of the network to replace by the layer under test, by name, or all (bn leaves them); without,
     one layer before the network normalises the images."""

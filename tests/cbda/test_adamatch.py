@@ -57,7 +57,7 @@ def test_the_papers_rows_differ_in_the_layer_alone():
             "inference", "sum", "none", "l2", "soft",
         )  # fmt: skip
         assert sum(p.numel() for p in build_classifier(cfg, 10, kind="none").parameters()) == 1_467_610
-        assert (cfg.source.name, cfg.target.name) == ("mnist", "svhn")
+        assert (cfg.source.name, cfg.target.name, cfg.data.flip) == ("mnist", "svhn", True)
 
 
 def test_ucb_norm_gives_the_papers_network_the_same_in_training_and_in_tests():
@@ -74,6 +74,7 @@ def test_the_official_configuration_is_the_authors():
     assert cfg.epochs * (cfg.steps_per_epoch or 0) * cfg.batch_size == 8 << 20
     assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.ema) == ("sgd", 0.03, 1e-3, 0.999)
     assert (cfg.schedule.kind, cfg.schedule.floor, cfg.batch_size, cfg.target_ratio) == ("arc", 0.25, 64, 3)
+    assert cfg.data.flip
     method = cfg.method.resolved()
     assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
         "training", "mean", "running", "sum", "hard",
