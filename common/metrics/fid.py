@@ -23,7 +23,15 @@ from common.metrics.features import quality
 from common.metrics.features.frechet import Statistics, frechet_distance, statistics
 from common.metrics.features.neighbours import Copying, Nearest, copying, nearest
 from common.metrics.features.quality import Quality
-from common.metrics.features.uncertainty import POINTS, REPLICATES, Interval, distance_interval, distance_limit, enough
+from common.metrics.features.uncertainty import (
+    FEWEST_FOR_LIMIT,
+    POINTS,
+    REPLICATES,
+    Interval,
+    distance_interval,
+    distance_limit,
+    enough,
+)
 from common.metrics.inception import Inception
 from common.metrics.logits import in_batches
 
@@ -101,7 +109,7 @@ class FidResult:
         quality: kid, inception_score, precision and recall, those that were asked for.
         interval: of the distance between the distributions of generated and real images; None where it was not asked
             for, or there are fewer than twice as many images as features.
-        limit: FID-infinity, under the same conditions.
+        limit: FID-infinity; None where there is no interval, or fewer than four times as many images as features.
         neighbours: of each generated image among the training images; None where it was not asked for.
         copying: what these say beside unseen real images.
     """
@@ -326,9 +334,10 @@ class Fid:
         real = reference.features if self.config.reference == "test" else reference.statistics
         if not enough(result.count, dim) or (self.config.reference == "test" and not enough(len(self._real), dim)):
             return result
-        interval = distance_interval(features, real, seed=SEED, device=self._device)
-        limit = distance_limit(features, reference.statistics, seed=SEED, device=self._device)
-        return replace(result, interval=interval, limit=limit)
+        result = replace(result, interval=distance_interval(features, real, seed=SEED, device=self._device))
+        if not enough(result.count, dim, FEWEST_FOR_LIMIT):
+            return result
+        return replace(result, limit=distance_limit(features, reference.statistics, seed=SEED, device=self._device))
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""
