@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
 from common.norms import calibrated
 from common.runs.log import listed
-from common.training.method import Tracked
+from common.training.method import Better, Tracked
 
 CATEGORIES = "categories.json"
 """In a run's folder: names of its classes and clusters, in the order of their numbers."""
@@ -228,7 +227,7 @@ def _categories(images: ImageSet) -> Categories:
 
 def choosable() -> dict[str, Tracked]:
     """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
-    chosen: list[tuple[str, Literal["higher", "lower"]]] = [
+    chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
     ]
     return {

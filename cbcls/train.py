@@ -18,8 +18,9 @@ from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
 from common.machine.seeding import drawing
+from common.metrics.scores import METRICS
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
@@ -36,6 +37,11 @@ class Classification(Method[ClassifierConfig]):
     def tracked(cls, cfg: ClassifierConfig) -> dict[str, Tracked]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
         return choosable()
+
+    def better(self) -> Mapping[str, Better]:
+        """Return it of the losses and of each metric, on training images too."""
+        of_training: dict[str, Better] = {f"metric/train_{name}": m.better for name, m in METRICS.items() if m.better}
+        return {**super().better(), **of_training, "loss/train": "lower", "loss/train_seen": "lower"}
 
     @classmethod
     def load(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:

@@ -13,14 +13,14 @@ from cbda.adaptation.losses import Alignment
 from cbda.adaptation.objective import Objective, collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import HEADLINE, Evaluation, check_choice, choosable, closing_rows
+from cbda.evaluation import HEADLINE, Evaluation, better, check_choice, choosable, closing_rows
 from cbda.models import build_networks
 from common.cli.command import run_command
 from common.data import ImageSet, Stream
 from common.machine.dist import Env
 from common.networks.pixels import pixels_of
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Update
 
@@ -43,6 +43,10 @@ class AdaMatch(Method[AdaMatchConfig]):
     def tracked(cls, cfg: AdaMatchConfig) -> dict[str, Tracked]:
         """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
         return choosable()
+
+    def better(self) -> Mapping[str, Better]:
+        """Return it of scores in both domains and of the source's losses; pseudo-labels change what the target's is."""
+        return better()
 
     @classmethod
     def load(cls, cfg: AdaMatchConfig) -> dict[str, ImageSet]:

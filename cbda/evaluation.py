@@ -22,7 +22,7 @@ from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
-from common.training.method import Moment, Tracked
+from common.training.method import Better, Moment, Tracked
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -60,6 +60,20 @@ def choosable() -> dict[str, Tracked]:
         "metric/target_information": Tracked("target", "higher"),
         "metric/target_density": Tracked("target", "higher"),
         "metric/target_accuracy": Tracked("target_test", "higher", chosen_by_test=True),
+    }
+
+
+def better() -> Mapping[str, Better]:
+    """Return whether higher or lower is better of each value that has a best, by tag."""
+    domains = ("source", "target")
+    scores = [f"metric/{domain}_{name}" for domain in domains
+              for name in ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1")]  # fmt: skip
+    by_cluster = [f"{score}_as_{name}" for score in scores for name in CLUSTERS]
+    alone = [f"metric/source_only_{domain}_accuracy" for domain in domains]
+    return {
+        **dict.fromkeys([*scores, *by_cluster, *alone, "metric/gain"], "higher"),
+        **dict.fromkeys(["loss/source", "loss/source_only"], "lower"),
+        **{tag: tracked.better for tag, tracked in choosable().items()},
     }
 
 

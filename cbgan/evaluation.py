@@ -25,7 +25,7 @@ from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
 from common.norms import calibrate
 from common.runs.log import read_metrics
-from common.training.method import Moment
+from common.training.method import Better, Moment
 
 GRID = 64
 """Images in a grid, eight a row."""
@@ -84,6 +84,13 @@ class Evaluation:
             return {}
         fitted = {"calibration_batches": self.cfg.calibration_batches} if self.cfg.norm.kind == "mn" else {}
         return {**self.fid.passport(), **fitted}
+
+    def better(self) -> Mapping[str, Better]:
+        """Return whether higher or lower is better of each measured value that has a best, by tag."""
+        if self.fid is None:
+            return {}
+        raw = f"{self.fid.tag}_raw"
+        return {**self.fid.better(), raw: "lower", "metric/classes_found": "higher", "metric/class_asked": "higher"}
 
     def class_counts(self) -> list[int]:
         """Return how many training images each class has; nothing where no class is asked for."""

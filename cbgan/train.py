@@ -18,7 +18,7 @@ from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.fid import other_split
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
 from common.training.update import Update, frozen
 
@@ -79,6 +79,10 @@ class Gan(Method[GanConfig]):
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Measure the real images."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, should_stop, self.env)
+
+    def better(self) -> Mapping[str, Better]:
+        """Return it of what is measured; the losses of a game have no best, nor has diversity, of which 1 is real."""
+        return self.evaluation.better()
 
     def passport(self) -> dict[str, object]:
         """Return what a FID of this run is comparable by."""

@@ -266,6 +266,12 @@ class Fid:
             found |= {self.tag_of("copies"): result.copying.share, self.tag_of("train_gap"): result.copying.gap}
         return found
 
+    def better(self) -> dict[str, Literal["higher", "lower"]]:
+        """Return whether higher or lower is better of each of `values` that has a best: not of floor and train gap."""
+        ends = (f"{self.tag}_{end}" for end in ("centre", "low", "high", "infinity"))
+        lower = (self.tag, self.other_tag, *ends, self.tag_of("copies"))
+        return {**dict.fromkeys(lower, "lower"), **{self.tag_of(name): way for name, way in quality.BETTER.items()}}
+
     def distances(self, values: Mapping[str, float]) -> list[str]:
         """Return the tags of distances to draw in one chart."""
         return [tag for tag in (self.tag, self.other_tag, self.floor_tag) if tag in values]

@@ -26,7 +26,7 @@ class LoggedRun:
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
         sessions: of environment.json, a dict for each start and resumption; empty without that file.
-        passport: of summary.json, what values are comparable by; empty where that is not known.
+        summary: of summary.json; empty without that file.
         unused: names of settings that mean nothing to the run's layer.
     """
 
@@ -35,8 +35,18 @@ class LoggedRun:
     seed: object
     lines: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
-    passport: dict[str, Any]
+    summary: dict[str, Any]
     unused: frozenset[str]
+
+    @property
+    def passport(self) -> dict[str, Any]:
+        """What values are comparable by; empty where that is not known."""
+        return self.summary.get("passport", {})
+
+    @property
+    def better(self) -> dict[str, str]:
+        """Whether "higher" or "lower" is better of each value that has a best, by tag."""
+        return self.summary.get("better", {})
 
     @property
     def epochs(self) -> int:
@@ -79,7 +89,7 @@ def read_run(path: Path) -> LoggedRun:
         lines = read_metrics(path)
         environment = path / "environment.json"
         sessions = json.loads(environment.read_text(encoding="utf-8"))["sessions"] if environment.exists() else []
-        passport = _passport(path / "summary.json")
+        summary = _summary(path / "summary.json")
     except FileNotFoundError as error:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
@@ -95,11 +105,14 @@ def read_run(path: Path) -> LoggedRun:
     named = dict(flatten(settings))
     seed, unused = named.pop("seed", None), _unused(named)
     meant = {name: value for name, value in named.items() if name not in unused}
-    return LoggedRun(path, meant, seed, lines, sessions, passport, unused)
+    return LoggedRun(path, meant, seed, lines, sessions, summary, unused)
 
 
-def _passport(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))["passport"]) if file.exists() else {}
+def _summary(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found | {"passport": dict(found["passport"]), "better": dict(found.get("better", {}))}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:

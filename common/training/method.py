@@ -22,6 +22,7 @@ from common.training.config import RunConfig
 from common.training.update import Update
 
 C = TypeVar("C", bound=RunConfig)
+Better = Literal["higher", "lower"]
 HELD_OUT = 0.1
 """Share of the training images that is held out where a choice needs them and no other share is asked for."""
 
@@ -37,7 +38,7 @@ class Tracked:
     """
 
     split: str
-    better: Literal["higher", "lower"]
+    better: Better
     chosen_by_test: bool = False
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -96,6 +97,10 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def tracked(cls, cfg: Any) -> dict[str, Tracked]:
         """Return the measured values that epochs can be chosen by; the first is the default choice."""
+
+    def better(self) -> Mapping[str, Better]:
+        """Return whether higher or lower is better of each logged value that has a best, by tag."""
+        return {tag: tracked.better for tag, tracked in self.tracked(self.cfg).items()}
 
     @property
     def workers(self) -> int:

@@ -318,7 +318,12 @@ def test_a_run_leaves_everything_behind(finished):
     told = ("source_accuracy", "target_accuracy", "gain", "target_information", "validation_accuracy")
     shown = "  ".join(f"metric/{name} {last[f'metric/{name}']:.4g}" for name in told)
     assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
-    assert json.loads((folder / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
+    noted = json.loads((folder / "summary.json").read_text())
+    assert noted["best"]["tag"] == "metric/validation_accuracy"
+    measured = {tag for tag in names if tag.startswith("metric/")} | {"loss/validation", "loss/source"}
+    assert {tag: noted["better"].get(tag) for tag in measured} == {
+        tag: "lower" if tag.startswith("loss/") else "higher" for tag in measured}  # fmt: skip
+    assert not noted["better"].keys() & {"loss/adamatch", "loss/target"}  # mu rises, labels change
 
 
 def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):

@@ -45,7 +45,7 @@ def lines(folder) -> list[dict[str, Any]]:
     return read_metrics(folder)
 
 
-def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
+def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(folder, lines):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
     quality = {f"metric/{name}_classifier" for name in ("precision", "recall", "copies", "train_gap")}
     measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found", "metric/diversity", *quality}
@@ -65,6 +65,12 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
         "step": [(0, 1), (0, 2), (1, 3), (1, 4)],
         "health": [(1, 2), (2, 4)],
     }
+    ways = json.loads((folder / "summary.json").read_text())["better"]
+    lower, higher = {FID, f"{FID}_test"}, {"metric/classes_found"}
+    lower |= {"metric/copies_classifier"}
+    higher |= {"metric/precision_classifier", "metric/recall_classifier"}
+    logged = {tag: ways[tag] for line in lines for tag in line if tag in ways}
+    assert logged == dict.fromkeys(lower, "lower") | dict.fromkeys(higher, "higher")  # not diversity, floor, losses
     named = ("_floor", "_test")
     alike = {tag for tag in step if "/g" in tag or tag == "discriminator/fake" or tag.endswith("_max")}
     also = {"metric/inception_score_classifier", "metric/kid_classifier"}

@@ -101,7 +101,8 @@ def columns(out: str) -> dict[str, str]:
 
 
 def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
-    first = long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95])
+    better = {"metric/accuracy": "higher", "loss/train": "lower"}
+    first = note(long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95]), better=better)
     tags = ["--tags", "metric/accuracy", "loss/train"]
     common.tables.main(["--runs", first, *tags, "--at", "1", "3"])  # of a run that is not finished
     out = capsys.readouterr().out
@@ -113,7 +114,7 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
         "loss/train at 3": "94", "loss/train best to 3": "94",
     }  # fmt: skip
     assert "its last value by the end of epoch 1 or 3 and its best so far" in out
-    second = long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4])
+    second = note(long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4]), better=better)
     common.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "3", "--last", "3"])
     got = columns(capsys.readouterr().out)
     assert got["metric/accuracy at 3"] == "nan"  # one of its last three was not finite
@@ -123,6 +124,43 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
     )
     assert "at: expected epochs from 0 on, got -1" in refused(capsys, "--runs", first, *tags, "--at", "-1")
     assert f"at: {first} has no metric/accuracy by epoch 0" in refused(capsys, "--runs", first, *tags, "--at", "0")
+
+
+def test_the_best_is_as_the_run_says_and_there_is_none_without_a_direction(tmp_path, capsys):
+    for way, want in (("higher", "0.9"), ("lower", "0.3"), (None, None)):
+        better = {} if way is None else {"metric/accuracy": way}
+        run = note(long_run(tmp_path, f"run-{way}", seed=0, accuracies=[0.3, 0.9, 0.5]), better=better)
+        common.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "3"])
+        got = columns(capsys.readouterr().out)
+        assert (got["metric/accuracy at 3"], got.get("metric/accuracy best to 3")) == ("0.5", want)
+
+
+def test_the_value_of_the_chosen_epoch_stands_beside_the_last(tmp_path, capsys):
+    def run(name: str, seed: int, epoch: int, accuracy: float | None, **more: object) -> str:
+        best = {"value": 0.1, "epoch": epoch, "tag": "loss/validation", "split": "validation", "oracle": False,
+                "with": {"metric/accuracy": accuracy}, **more}  # fmt: skip
+        made = long_run(tmp_path, name, seed=seed, accuracies=[0.3, 0.9, 0.5])
+        return note(made, state="finished", best=best)  # of nine epochs: it stopped early
+
+    runs = [run("a", 0, 2, 0.9), run("b", 1, 1, 0.3)]
+    common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--chosen"])
+    out = capsys.readouterr().out
+    got = columns(out)
+    assert got["metric/accuracy"] == "0.5 ± 0"
+    assert got["metric/accuracy at the chosen epoch"] == f"0.6 ± {statistics.stdev([0.9, 0.3]):.2g}"
+    assert "Epochs chosen by loss/validation (validation images): 2, 1." in out
+    common.tables.main(["--runs", runs[0], "--tags", "metric/accuracy", "--chosen", "--at", "1"])
+    assert list(columns(capsys.readouterr().out).values()) == ["bn", "0", "0.3", "0.9"]
+    oracle = run("c", 2, 2, None, tag="metric/accuracy", split="test", oracle=True)
+    common.tables.main(["--runs", oracle, "--tags", "metric/accuracy", "--chosen"])
+    out = capsys.readouterr().out
+    assert columns(out)["metric/accuracy at the chosen epoch"] == "nan"
+    assert "Epochs chosen by metric/accuracy (test images, an oracle): 2." in out
+    line = refused(capsys, "--runs", *runs, "--tags", "loss/train", "--chosen")
+    assert f"tags: {runs[0]} measured no loss/train in epoch 2, which it chose" in line
+    none = note(long_run(tmp_path, "d", seed=0, accuracies=[0.3]), state="finished", best=None)
+    line = refused(capsys, "--runs", none, "--tags", "metric/accuracy", "--chosen")
+    assert f"chosen: {none} chose no epoch" in line
 
 
 def test_the_folder_of_the_data_is_named(tmp_path, capsys):
@@ -192,9 +230,13 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
     assert "out: cannot write" in refused(capsys, *argv[:-1], f"{tmp_path}/t.csv/u.csv")
 
 
-def note_passport(run: str, **passport: object) -> str:
-    Path(run, "summary.json").write_text(json.dumps({"passport": passport}))
+def note(run: str, **summary: object) -> str:
+    Path(run, "summary.json").write_text(json.dumps({"passport": {}, **summary}))
     return run
+
+
+def note_passport(run: str, **passport: object) -> str:
+    return note(run, passport=passport)
 
 
 def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
