@@ -24,7 +24,7 @@ from common.machine.seeding import permutation
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
 from common.norms import calibrate
-from common.runs.log import read_metrics
+from common.runs.log import FINAL, read_metrics
 from common.training.method import Better, Moment
 
 GRID = 64
@@ -68,11 +68,6 @@ class Evaluation:
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
 
-    def count(self, epoch: int) -> int:
-        """Return how many images the measurement after this many epochs generates."""
-        final = self.cfg.fid.final_samples
-        return final if final is not None and epoch == self.cfg.epochs else self.cfg.fid.samples
-
     def fid_warnings(self, count: int) -> list[str]:
         """Return why a distance of so many images should not be trusted."""
         found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
@@ -89,8 +84,9 @@ class Evaluation:
         """Return whether higher or lower is better of each measured value that has a best, by tag."""
         if self.fid is None:
             return {}
-        raw = f"{self.fid.tag}_raw"
-        return {**self.fid.better(), raw: "lower", "metric/classes_found": "higher", "metric/class_asked": "higher"}
+        of_samples: dict[str, Better] = {**self.fid.better(), "metric/classes_found": "higher"}
+        final: dict[str, Better] = {f"{tag}{FINAL}": way for tag, way in of_samples.items()}
+        return {**of_samples, **final, f"{self.fid.tag}_raw": "lower", "metric/class_asked": "higher"}
 
     def class_counts(self) -> list[int]:
         """Return how many training images each class has; nothing where no class is asked for."""
@@ -160,14 +156,18 @@ class Evaluation:
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            last = moment.epoch >= self.cfg.epochs
-            thorough = self.fid.thorough(last=last)
-            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop, thorough=thorough)
-            values |= self.fid.values(result)
-            if result.classes is not None:
-                values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
+            last, count = moment.epoch >= self.cfg.epochs, self.cfg.fid.samples
+            more = self.cfg.fid.final_samples if last else None
+            thorough = self.fid.thorough(last=last and more is None)
+            self.latest = result = self.measure(g, count, moment.should_stop, thorough=thorough)
+            values |= self._values(result)
             if raw is not None:
-                values[f"{self.fid.tag}_raw"] = self.measure(raw, self.count(moment.epoch), moment.should_stop).fid
+                values[f"{self.fid.tag}_raw"] = self.measure(raw, count, moment.should_stop).fid
+            if more is not None:
+                thorough = self.fid.thorough(last=True)
+                self.latest = result = self.measure(g, more, moment.should_stop, thorough=thorough)
+                final = self._values(result)
+                values |= {f"{tag}{FINAL}": value for tag, value in final.items() if tag != self.fid.floor_tag}
             if moment.epoch == 0:
                 moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
             if last and result.copying is not None:
@@ -181,13 +181,21 @@ class Evaluation:
         self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
         return values
 
+    def _values(self, result: FidResult) -> dict[str, float]:
+        assert self.fid is not None
+        found = {} if result.classes is None else {"metric/classes_found": float(sum(n > 0 for n in result.classes))}
+        return self.fid.values(result) | found
+
     def told(self, values: Mapping[str, float]) -> list[str]:
         """Return what is printed of a measurement: the distance, its interval, precision, recall; the log has all."""
         if self.fid is None or self.fid.tag not in values:
             return []
-        lines, tag = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag
-        if f"{tag}_low" in values:
-            low, high = values[f"{tag}_low"], values[f"{tag}_high"]
+        lines, tag, end = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag, ""
+        if f"{tag}{FINAL}" in values:
+            end = FINAL
+            lines.append(f"of {self.cfg.fid.final_samples:,} samples {values[f'{tag}{end}']:.4g}")
+        if f"{tag}_low{end}" in values:
+            low, high = values[f"{tag}_low{end}"], values[f"{tag}_high{end}"]
             lines.append(f"between the distributions {low:.4g} to {high:.4g}")
         shown = {name: values.get(self.fid.tag_of(name)) for name in ("precision", "recall")}
         return lines + [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
@@ -265,7 +273,10 @@ class Evaluation:
                 text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
             if self.fid.floor is not None:
                 text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text), *uncertainty_rows(self.latest)]
+            rows = [(f"FID ({self.fid.extractor.name})", text)]
+            for epoch, value in fid_series(lines, f"{self.fid.tag}{FINAL}")[-1:]:
+                rows.append(("FID, final", f"{value:.4g} (epoch {epoch}) from {self.cfg.fid.final_samples:,} samples"))
+            rows += uncertainty_rows(self.latest)
         if self.latest is not None and self.latest.classes is not None:
             classes = self.latest.classes
             found = sum(n > 0 for n in classes)

@@ -58,7 +58,7 @@ class FidConfig:
     samples: int = 1000
     """Generated images in a measurement; few of them bias the distance upwards."""
     final_samples: int | None = None
-    """Generated images in the measurement at the end (null: as samples)."""
+    """Generated images of another measurement at the end, whose tags end in _final (null: there is none)."""
     extractor: str = field(default="classifier", metadata={"names": EXTRACTORS.names})
     """inception: the network of published numbers, 96 MB to download, slow on a CPU; dinov2 (ViT-L/14), dinov2_base and
     dinov2_small: 1.2 GB, 350 MB and 90 MB; classifier: trained in seconds on the labelled training images, comparable

@@ -13,7 +13,7 @@ from common.cli.arguments import flatten
 from common.errors import UsageError
 from common.norms.config import NormConfig, settings_of
 from common.norms.factory import BUILT_IN, default_options
-from common.runs.log import read_metrics
+from common.runs.log import FINAL, read_metrics
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
     firsts: dict[str, LoggedRun] = {}
     for run in runs:
         first = firsts.setdefault(repr([run.settings.get(name) for name in telling]), run)
-        ours, theirs = (_measured_by(each, tags) for each in (first, run))
+        ours, theirs = (measured_by(each, tags) for each in (first, run))
         differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
         if differ:
             raise UsageError(
@@ -176,7 +176,7 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
 
 def floor_tag(tag: str) -> str:
     """Return the tag of a value's floor: metric/fid_x_floor, of metric/fid_x and of its distance to the other split."""
-    return f"{tag.removesuffix('_train').removesuffix('_test')}_floor"
+    return f"{tag.removesuffix(FINAL).removesuffix('_train').removesuffix('_test')}_floor"
 
 
 def floor(run: LoggedRun, tag: str) -> float | None:
@@ -185,21 +185,25 @@ def floor(run: LoggedRun, tag: str) -> float | None:
 
 
 _OF_FEATURES = tuple(
-    f"metric/{name}_" for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap")
+    f"metric/{name}_"
+    for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap", "class", "classes")
 )
 """Beginnings of the tags of what else is computed of a FID's features."""
 
 
-def _measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
-    """Return what of a run's passport these tags depend on."""
+def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
+    """Return what of a run's passport these tags depend on, and the numbers of samples."""
     passport, names = run.passport, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
         names.add("content_test")
-    if any("fid" in tag or tag.startswith(_OF_FEATURES) for tag in tags):
+    of_features = [tag for tag in tags if "fid" in tag or tag.startswith(_OF_FEATURES)]
+    if of_features:
         names |= passport.keys() - {"content_train", "content_validation"}
         if passport.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
             names.discard("extractor_id")
-    return {name: value for name, value in passport.items() if name in names}
+    counts = {f"fid.{'final_' if tag.endswith(FINAL) else ''}samples" for tag in of_features} & run.settings.keys()
+    found = {name: value for name, value in passport.items() if name in names}
+    return found | {name: run.settings[name] for name in sorted(counts)}
 
 
 def group_by_seed(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:

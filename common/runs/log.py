@@ -14,6 +14,8 @@ from torch import Tensor
 from common.machine.atomic import naming
 
 METRICS = "metrics.jsonl"
+FINAL = "_final"
+"""How the tags end of what is measured on `fid.final_samples`: numbers of samples do not share a tag."""
 GROUPS = {
     "metric": "1_result",
     "adapt": "2_adaptation",
@@ -38,7 +40,7 @@ _ASIDE = {
     # a distance and its floor come first, what explains them below
     "4_quality": re.compile(
         r"metric/((copies|train_gap|precision|recall|kid|inception_score)_\w+|diversity"
-        r"|fid_\w+_(centre|low|high|infinity|raw))"
+        rf"|fid_\w+_(centre|low|high|infinity|raw)({FINAL})?)"
     ),
 }
 """Results that are not for the first page, by the group they have instead."""

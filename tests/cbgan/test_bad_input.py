@@ -134,7 +134,7 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     folder = str(tmp_path / "cbgan" / "run")
     assert "samples" in refused(capsys, cbgan.evaluate.main, "--run", folder, "--samples", "1")
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--check")
-    assert line == f"error: check: {folder} logged no metric/fid_classifier to compare with; leave it out"
+    assert line == f"error: check: {folder} logged no metric/fid_classifier of 60 samples to compare with; leave it out"
     (tmp_path / "mine.png").write_text("mine")
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--grid", str(tmp_path / "mine.png"))
     assert "mine.png exists; add --force" in line

@@ -264,14 +264,37 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
 
 
+def test_distances_of_other_numbers_of_samples_are_refused(tmp_path, capsys):
+    runs = []
+    for kind, final in (("bn", 500), ("ucb", 600)):
+        for count in (100, 200):
+            run = make_run(tmp_path, f"{kind}{count}", seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5)
+            with open(Path(run, "config.yaml"), "a") as file:
+                file.write(f"fid: {{samples: {count}, final_samples: {final}}}\n")
+            with open(Path(run, "metrics.jsonl"), "a") as file:
+                file.write(json.dumps({"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_final": 8.0,
+                                       "metric/classes_found": 3.0}) + "\n")  # fmt: skip
+            runs.append(run)
+    for tag in ("metric/fid_x", "metric/classes_found"):
+        line = refused(capsys, "--runs", runs[0], runs[3], "--tags", tag)
+        assert f"runs: {runs[0]} and {runs[3]} were measured otherwise (fid.samples differ)" in line
+        common.tables.main(["--runs", runs[0], runs[2], "--tags", tag])
+    line = refused(capsys, "--runs", runs[0], runs[2], "--tags", "metric/fid_x_final")
+    assert "were measured otherwise (fid.final_samples differ)" in line
+    common.tables.main(["--runs", runs[0], runs[1], "--tags", "metric/fid_x_final", "--settings", "fid.samples"])
+    common.tables.main(["--runs", runs[0], runs[3], "--tags", "metric/accuracy"])
+    common.tables.main(["--runs", runs[0], runs[1], "--tags", "metric/fid_x", "--settings", "fid.samples"])
+
+
 def test_floors_that_differ_are_refused(tmp_path, capsys):
     runs = []
     for kind, floor in (("bn", 3.0), ("ucb", 4.0), ("mn", 3.01)):
         runs.append(make_run(tmp_path, kind, seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5))
-        line = {"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_test": 9.0, "metric/fid_x_floor": floor}
+        line = {"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_test": 9.0, "metric/fid_x_floor": floor,
+                "metric/fid_x_final": 9.0, "metric/fid_x_test_final": 9.0}  # fmt: skip
         with open(Path(runs[-1], "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
-    for tag in ("metric/fid_x", "metric/fid_x_test"):
+    for tag in ("metric/fid_x", "metric/fid_x_test", "metric/fid_x_final", "metric/fid_x_test_final"):
         line = refused(capsys, "--runs", *runs, "--tags", tag)
         assert f"runs: metric/fid_x_floor is 3 in {runs[0]} and 4 in {runs[1]}" in line
     common.tables.main(["--runs", runs[0], runs[2], "--tags", "metric/fid_x"])  # another machine's rounding

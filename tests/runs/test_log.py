@@ -90,7 +90,10 @@ def test_charts_sort_as_they_are_read():
         "metric/as_x": "1_result/as_x",
         "metric/fid_x_floor": "1_result/fid_x_floor",
         "metric/fid_x_low": "4_quality/fid_x_low",
+        "metric/fid_x_final": "1_result/fid_x_final",
+        "metric/fid_x_low_final": "4_quality/fid_x_low_final",
         "metric/precision_x": "4_quality/precision_x",
+        "metric/precision_x_final": "4_quality/precision_x_final",
         "metric/diversity": "4_quality/diversity",
         "metric/macro_recall": "1_result/macro_recall",
     }
