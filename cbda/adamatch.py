@@ -88,7 +88,8 @@ class AdaMatch(Method[AdaMatchConfig]):
         """Return the layers' health and, if asked for, the variance of the gradients of all logits by domain."""
         values, warnings = super().health(step)
         if self.cfg.logits_variance:
-            values |= logits_vary(self.evaluation.same_logits, self.networks["adamatch"])
+            network = self.networks["adamatch"]
+            values |= logits_vary(self.evaluation.training_logits(network, step), network)
         return values, warnings
 
     def shown(self, means: Mapping[str, float]) -> Mapping[str, float]:

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet
+from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
-from common.machine.seeding import permutation
+from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.norms.factory import kinds
@@ -32,8 +34,8 @@ _CHARTS = {
     "pseudo-labels": [
         f"adapt/{name}" for name in ("pseudo_label_accuracy_oracle", "mask_rate", "threshold", "largest_class")
     ],
-    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
-    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
+    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "shared", "max")],
+    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "shared", "max")],
 }
 HEADLINE = (
     *(f"metric/{name}" for name in ("source_accuracy", "target_accuracy", "gain", "target_information")),
@@ -43,6 +45,8 @@ HEADLINE = (
 _BATCH = 256
 _SHOWN = 24
 _KNOW_UNKNOWN = ("scb", "scb_base")
+_TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
+"""Domain, training images and cluster."""
 
 
 def clusters_of(kind: str) -> dict[str, int]:
@@ -194,15 +198,25 @@ class Evaluation:
 
     def same_images(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield domain, training images (B, 3, S, S) and cluster of a batch of each, the same all through a run."""
-        for domain, split, cluster in (("source", "train", SOURCE), ("target", "target", TARGET)):
+        for domain, split, cluster in _TRAINING:
             order = permutation(len(self.images[split]), self.cfg.seed, "health")[: self.cfg.batch_size]
             yield domain, self.images[split].images[order], cluster
 
-    def same_logits(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield domain and logits (B, classes) of those images, in the network's own mode."""
-        for domain, images, cluster in self.same_images():
-            with autocast(self.device, self.cfg.precision):
-                yield domain, network(self.to_input(images), torch.full((len(images),), cluster, device=self.device))
+    def training_logits(self, network: nn.Module, step: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield domain and logits (B, classes) of fresh training images of each, weakly augmented.
+
+        The network is in training mode, and its running statistics stay as they are.
+        """
+        view, seed = weak(self.cfg.data.size, self.cfg.data.flip), self.cfg.seed
+        for domain, split, cluster in _TRAINING:
+            place = ("logits", split, step)
+            index = permutation(len(self.images[split]), seed, *place)[: self.cfg.batch_size]
+            x = self.to_input(view(self.images[split].images[index], index, seed, *place))
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            with autocast(self.device, self.cfg.precision), drawing(seed, *place):  # dropout
+                ids = torch.full((len(x),), cluster, device=self.device)
+                logits = functional_call(network, buffers, (x, ids))
+            yield domain, logits
 
     def _accuracy(self, split: str, logits: Tensor) -> float:
         return self._scored(split, logits).accuracy

@@ -54,7 +54,8 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(folder, 
     finals = {f"{tag}_final" for tag in of_samples}
     step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second",
             "time/peak_memory_mib", "discriminator/real", "discriminator/fake", "gradient/d_variance",
-            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max"}  # fmt: skip
+            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max",
+            "gradient/g_variance_shared"}  # fmt: skip
     kinds = {"measured": [], "final": [], "step": [], "health": []}
     for line in lines:
         tags = line.keys() - {"step", "epoch"}
