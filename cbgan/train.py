@@ -24,7 +24,10 @@ from common.training.update import Update, frozen
 
 
 class Gan(Method[GanConfig]):
-    """A GAN: a step updates the discriminator, then the generator, on one batch."""
+    """A GAN: a step updates the discriminator, then the generator, on one batch of real images.
+
+    chainer-gan-lib, which the recipe follows otherwise, updates the generator first, on the same generated images.
+    """
 
     application = "cbgan"
     config = GanConfig
