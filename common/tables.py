@@ -23,7 +23,7 @@ class TablesConfig:
     """Print a Markdown table of what runs logged; runs that differ by their seed alone share a row."""
 
     runs: list[Path] = field(default_factory=list)
-    """Folders of finished runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
+    """Folders of runs, unfinished ones left out, such as runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
     settings: list[str] = field(default_factory=lambda: ["norm.kind"])
     """Settings that tell the rows apart, for instance norm.kind norm.groups; of those that mean something to a run."""
     tags: list[str] = field(default_factory=list)
@@ -155,16 +155,16 @@ def table(
 
     A run counts with the mean of its ``last`` last values of a tag; with ``chosen`` in another column with the value of
     the epoch that it chose. A setting that means nothing to any run's layer has no column, and "-" in the rows of those
-    it means nothing to.
+    it means nothing to. Runs that are unfinished, or did not come to the last epoch of ``at``, are left out and named.
 
     Raises:
-        UsageError: if a run is unfinished (without ``at``), did not come so far or chose no epoch, no run knows a
-            setting or tag, runs of a row do not all have a tag, rows differ in a setting that is not named, or values
-            do not compare.
+        UsageError: if no run came so far, one chose no epoch, none knows a setting or tag, runs of a row do not all
+            have a tag, rows differ in a setting that is not named, or values do not compare.
     """
-    for run in runs:
-        if not at:
-            _check_finished(run)
+    behind = [run for run in runs if not _came_so_far(run, at)]
+    if len(behind) == len(runs):
+        raise UsageError(f"runs: none is finished: {'; '.join(map(_how_far, runs))}; wait, or take epochs by --at")
+    runs = [run for run in runs if run not in behind]
     for name in settings:
         if not any(name in run.settings or name in run.unused for run in runs):
             raise UsageError(f"settings: {runs[0].path} has no {name}; it has {', '.join(runs[0].settings)}")
@@ -189,6 +189,7 @@ def table(
     ]
     unnamed = [name for name in differing(runs) if name not in settings]
     also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
+    also += [f"Left out: {'; '.join(map(_how_far, behind))}."] if behind else []
     notes = [*_notes(runs, last, at), *(_choices(runs) if chosen else []), *also]
     return Table(settings, [title for title, _, _ in columns], filled, notes)
 
@@ -250,10 +251,18 @@ def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -
     return best(finite) if finite else math.nan
 
 
-def _check_finished(run: LoggedRun) -> None:
+def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
+    """Say whether a run came to the last of these epochs, or without any to its end."""
+    if at:
+        return run.epochs >= max(at)
     wanted = run.settings.get("epochs")
-    if isinstance(wanted, int) and run.epochs < wanted and run.summary.get("state") != "finished":  # best.patience
-        raise UsageError(f"runs: {run.path} is not finished, it has {run.epochs} of {wanted} epochs")
+    return (
+        not isinstance(wanted, int) or run.epochs >= wanted or run.summary.get("state") == "finished"
+    )  # best.patience
+
+
+def _how_far(run: LoggedRun) -> str:
+    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs"
 
 
 def _has(run: LoggedRun, tag: str) -> bool:

@@ -119,9 +119,10 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
     got = columns(capsys.readouterr().out)
     assert got["metric/accuracy at 3"] == "nan"  # one of its last three was not finite
     assert got["metric/accuracy best to 3"] == f"0.65 ± {statistics.stdev([0.9, 0.4]):.2g}"
-    assert f"at: {second} has 3 epochs, expected at most that, got 4" in refused(
-        capsys, "--runs", first, second, "--tags", "metric/accuracy", "--at", "4"
-    )
+    common.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "4"])
+    out = capsys.readouterr().out
+    assert columns(out)["seeds"] == "0"
+    assert f"Left out: {second} has 3 of 9 epochs." in out
     assert "at: expected epochs from 0 on, got -1" in refused(capsys, "--runs", first, *tags, "--at", "-1")
     assert f"at: {first} has no metric/accuracy by epoch 0" in refused(capsys, "--runs", first, *tags, "--at", "0")
 
@@ -327,7 +328,10 @@ def test_bad_input_is_one_line(tmp_path, runs, capsys):
     assert f"{without} has no health/usage" in refused(capsys, "--runs", *runs, without, "--tags", "health/usage")
     config = Path(runs[0], "config.yaml")
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 3"))
-    assert f"{runs[0]} is not finished, it has 2 of 3 epochs" in refused(capsys, "--runs", runs[0], *tags)
+    line = refused(capsys, "--runs", runs[0], *tags)
+    assert f"runs: none is finished: {runs[0]} has 2 of 3 epochs; wait" in line
+    common.tables.main(["--runs", *runs, *tags])
+    assert f"Left out: {runs[0]} has 2 of 3 epochs." in capsys.readouterr().out
     Path(runs[1], "environment.json").write_text("[]")
     assert f"runs: {runs[1]} cannot be read" in refused(capsys, "--runs", runs[1], *tags)
     Path(without, "summary.json").write_text("[]")
