@@ -28,6 +28,7 @@ from common.runs.log import FINAL, read_metrics
 from common.training.method import Better, Moment
 
 GRID = 64
+_CHARTS = {"gradient variance": [f"gradient/{name}" for name in ("d_variance", "g_variance", "g_variance_shared")]}
 """Images in a grid, eight a row."""
 CLASSES = "classes.json"
 """In the folder of a conditional run: names, and numbers of training images, of the classes."""
@@ -169,7 +170,7 @@ class Evaluation:
                 final = self._values(result)
                 values |= {f"{tag}{FINAL}": value for tag, value in final.items() if tag != self.fid.floor_tag}
             if moment.epoch == 0:
-                moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
+                moment.log.charts({"FID": self.fid.distances(values)} | _CHARTS, self.fid.bands(values))
             if last and result.copying is not None:
                 if result.copying.alarm:
                     moment.report(copying_line(result))

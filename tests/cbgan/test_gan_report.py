@@ -90,15 +90,18 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(folder, 
     assert all(1 <= line["metric/classes_found"] <= 10 for line in lines if FID in line)
 
 
-def test_the_distances_share_a_chart(folder):
+def test_the_distances_share_a_chart_and_so_do_gradient_variances(folder):
     events = EventAccumulator(str(folder)).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
     layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
-    (category,) = layout.category
-    (chart,) = category.chart
-    assert category.title == "FID"
+    distances, variance = (category.chart[0] for category in layout.category)
     name = "1_result/fid_classifier"
-    assert list(chart.multiline.tag) == [name, f"{name}_test", f"{name}_floor"]
+    assert list(distances.multiline.tag) == ["0_headline/fid_classifier", f"{name}_test", f"{name}_floor"]
+    assert list(variance.multiline.tag) == [
+        "5_gradient/d_variance",
+        "5_gradient/g_variance",
+        "5_gradient/g_variance_shared",
+    ]
 
 
 def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
