@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows
+from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows, recalibrate
 from cbcls.models import build_classifier
 from common.cli.command import run_command
 from common.data import ImageSet, PerImage, View, load
@@ -87,6 +87,10 @@ class Classification(Method[ClassifierConfig]):
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Choose the images that the layers' health is measured on."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, self.env)
+
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate statistics from training images."""
+        recalibrate(self.cfg, network, self.images["train"], self.device, go_on)
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""

@@ -13,7 +13,7 @@ from cbda.adaptation.losses import Alignment
 from cbda.adaptation.objective import Objective, collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import HEADLINE, Evaluation, better, check_choice, choosable, closing_rows
+from cbda.evaluation import HEADLINE, Evaluation, better, check_choice, choosable, closing_rows, recalibrate
 from cbda.models import build_networks
 from common.cli.command import run_command
 from common.data import ImageSet, Stream
@@ -103,6 +103,11 @@ class AdaMatch(Method[AdaMatchConfig]):
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Choose what is measured."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, self.to_input, self.env)
+
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate statistics from training images of both domains, or of the one that the network sees."""
+        alone = name == "source_only"
+        recalibrate(self.cfg, network, self.images, self.device, source_only=alone, go_on=go_on)
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure both classifiers in both domains."""

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
-from common.data import ImageSet
+from common.data import ImageSet, to_input
 from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
@@ -22,9 +22,11 @@ from common.machine.dist import Env
 from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
+from common.networks.pixels import pixels_of
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
 from common.training.method import Better, Moment, Tracked
+from common.training.recalibration import drawn, recalibrate_network
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -260,6 +262,53 @@ class Evaluation:
         path = moment.folder / "samples" / "predictions.png"
         picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
         write_atomic(path, lambda file: picture.save(file, "PNG"))
+
+
+def recalibrate(
+    cfg: AdaMatchConfig,
+    network: nn.Module,
+    images: Mapping[str, ImageSet],
+    device: torch.device,
+    *,
+    source_only: bool = False,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """Estimate anew what a classifier stores, from training images as evaluation sees them, the same each time.
+
+    A batch has images of both domains in the shares of a training step, each as its domain's cluster. The target's need
+    no labels.
+
+    Args:
+        cfg: the run's configuration, which says whether and how.
+        network: on the device.
+        images: the run's, "train" and "target".
+        device: where the network is.
+        source_only: the network saw the source alone, and so it does here.
+        go_on: called between batches.
+
+    Raises:
+        NonFiniteError: if a layer is fed what is not finite.
+    """
+    how = cfg.recalibrate
+    shares = {"train": 1} if source_only else {"train": 1, "target": cfg.target_ratio}
+
+    def share(number: int, domain: str) -> int:
+        return max(1, number * shares[domain] // sum(shares.values()))
+
+    batches = [
+        drawn(len(images[name]), share(how.images, name), share(how.batch_size, name), cfg.seed, name)
+        for name in shares
+    ]
+
+    def forward(parts: tuple[Tensor, ...]) -> None:
+        go_on()
+        x = torch.cat([images[name].images[index] for name, index in zip(shares, parts, strict=True)])
+        ids = torch.tensor([SOURCE] * len(parts[0]) + [TARGET] * (len(x) - len(parts[0])), device=device)
+        with autocast(device, cfg.precision):
+            x = to_input(x, device, channels_last=cfg.channels_last)
+            network(pixels_of(x, cfg.model.pixels), ids)
+
+    recalibrate_network(cfg, network, list(zip(*batches, strict=False)), forward)
 
 
 def _verdicts(said: Tensor, labels: Tensor | None) -> list[Verdict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
+from cbgan.evaluation import GRID, Evaluation, fid_series, recalibrate, save_grid
 from cbgan.export import checkpoint_of
 from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.networks.dcgan import Generator
@@ -144,7 +144,8 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     series = fid_series(lines, fid.tag)
     if options.check and not (series and count == was.fid.samples):
         raise UsageError(f"check: {folder} logged no {fid.tag} of {count:,} samples to compare with; leave it out")
-    g = g if stored.exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
+    if not stored.recalibrated:
+        recalibrate(cfg, g, evaluation.class_counts(), device)
     at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["at"]
     _warn(evaluation.fid_warnings(count))
     result = evaluation.measure(g, count, thorough=True)

@@ -1,9 +1,8 @@
 """What is measured of a generator: FID against real images, classes found, pictures."""
 
-import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from cbgan.config import GanConfig
 from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
-from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
+from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
@@ -23,13 +22,13 @@ from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
-from common.norms import calibrate
 from common.runs.log import FINAL, read_metrics
 from common.training.method import Better, Moment
+from common.training.recalibration import recalibrate_network
 
 GRID = 64
-_CHARTS = {"gradient variance": [f"gradient/{name}" for name in ("d_variance", "g_variance", "g_variance_shared")]}
 """Images in a grid, eight a row."""
+_CHARTS = {"gradient variance": [f"gradient/{name}" for name in ("d_variance", "g_variance", "g_variance_shared")]}
 CLASSES = "classes.json"
 """In the folder of a conditional run: names, and numbers of training images, of the classes."""
 
@@ -78,8 +77,7 @@ class Evaluation:
         """Return what a FID of this run is comparable by."""
         if self.fid is None:
             return {}
-        fitted = {"calibration_batches": self.cfg.calibration_batches} if self.cfg.norm.kind == "mn" else {}
-        return {**self.fid.passport(), **fitted}
+        return {**self.fid.passport(), "recalibrated": self.cfg.recalibrate.protocol}
 
     def better(self) -> Mapping[str, Better]:
         """Return whether higher or lower is better of each measured value that has a best, by tag."""
@@ -290,15 +288,32 @@ class Evaluation:
         ]
 
 
-def calibrated(g: nn.Module, cfg: GanConfig, device: torch.device) -> Generator:
-    """Return a generator as it is measured: one with Mixture Normalization is a copy, its mixtures fitted anew."""
-    assert isinstance(g, Generator)
-    if cfg.norm.kind != "mn" or not cfg.calibration_batches:
-        return g
-    fitted = copy.deepcopy(g)
-    with autocast(device, cfg.precision):
-        calibrate(fitted, calibration_noise(cfg, device), cfg.calibration_batches)
-    return fitted
+def recalibrate(
+    cfg: GanConfig,
+    g: nn.Module,
+    counts: Sequence[int],
+    device: torch.device,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """Estimate anew what a generator stores, from samples that are the same for every run.
+
+    Args:
+        cfg: the run's configuration, which says whether and how.
+        g: on the device.
+        counts: training images of each class that it can be asked for; empty where it cannot.
+        device: where the generator is.
+        go_on: called between batches.
+
+    Raises:
+        NonFiniteError: if a layer is fed what is not finite.
+    """
+
+    def forward(given: tuple[Tensor, ...]) -> None:
+        go_on()
+        with autocast(device, cfg.precision):
+            g(*given)
+
+    recalibrate_network(cfg, g, recalibration_noise(cfg, counts, device), forward)
 
 
 def distance(images: Tensor) -> float:

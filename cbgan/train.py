@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation, calibrated
+from cbgan.evaluation import Evaluation, recalibrate
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
 from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
@@ -17,6 +17,7 @@ from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.fid import other_split
+from common.norms import preserved_statistics
 from common.training.loop import train
 from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
@@ -103,10 +104,20 @@ class Gan(Method[GanConfig]):
         every = self.cfg.fid.every or self.cfg.checkpoint_every
         return (epoch % every == 0 or epoch == self.cfg.epochs) and bool(epoch or self.cfg.fid.every)
 
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate the generator's statistics from samples."""
+        recalibrate(self.cfg, network, self.evaluation.class_counts(), self.device, go_on)
+
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure the generator, as trained too where its average is what is measured, and draw what it makes."""
-        raw = calibrated(self.networks["g"], self.cfg, self.device) if self.cfg.ema else None
-        return self.evaluation.run(calibrated(networks["g"], self.cfg, self.device), moment, raw)
+        g, raw = networks["g"], self.networks["g"]
+        assert isinstance(g, Generator)
+        assert isinstance(raw, Generator)
+        if raw is g:
+            return self.evaluation.run(g, moment)
+        with preserved_statistics(raw):
+            self.recalibrate("g", raw, moment.go_on)
+            return self.evaluation.run(g, moment, raw)
 
     def told(self, values: Mapping[str, float]) -> list[str]:
         """Return the FID in short, or how images differ where it is not measured."""

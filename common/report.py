@@ -121,7 +121,8 @@ def section(published: Published, runs: Sequence[LoggedRun]) -> Iterator[str]:
             yield f"- {_name(group, groups)} differs from what the paper states: {', '.join(unlike)}."
     for note in published.notes:
         yield f"- {note}"
-    images = sorted({f"{name} {str(value)[:12]}" for run in runs for name, value in measured_by(run, tags).items()})
+    known = {(name, str(value)) for run in runs for name, value in measured_by(run, tags).items()}
+    images = sorted(f"{name} {value if name == 'recalibrated' else value[:12]}" for name, value in known)
     yield f"- Measured by: {', '.join(images) or 'not known'}."
     yield f"- {origin(runs)}"
 

@@ -148,12 +148,12 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
     """Refuse runs whose values of these tags do not compare, by their passports and by the floors they logged.
 
     The images that runs were trained on may differ, those they are measured on not. Runs that differ in a named
-    setting of data or FID stand in rows of their own, and are not compared.
+    setting of data, FID or the statistics measured by stand in rows of their own, and are not compared.
 
     Raises:
         UsageError: naming two runs and what differs.
     """
-    telling = [name for name in named if name.startswith(("data.", "fid."))]
+    telling = [name for name in named if name.startswith(("data.", "fid.", "recalibrate."))]
     firsts: dict[str, LoggedRun] = {}
     for run in runs:
         first = firsts.setdefault(repr([run.settings.get(name) for name in telling]), run)
@@ -196,6 +196,8 @@ def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
     passport, names = run.passport, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
         names.add("content_test")
+    if any(tag.startswith(("metric/", "loss/test", "loss/validation", "loss/train_seen")) for tag in tags):
+        names.add("recalibrated")
     of_features = [tag for tag in tags if "fid" in tag or tag.startswith(_OF_FEATURES)]
     if of_features:
         names |= passport.keys() - {"content_train", "content_validation"}

@@ -331,7 +331,8 @@ def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):
     folder, _ = finished
     cfg = parse(AdaMatchConfig, ["--config", str(folder / "config.yaml")])
     network = build_classifier(cfg, 3)
-    network.load_state_dict(load(folder / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
+    state = load(folder / "checkpoints" / "step-00000008.pt")
+    network.load_state_dict({**state["averages"]["adamatch"], **state["statistics"]["adamatch"]})
     last = next(line for line in reversed(read_metrics(folder)) if "metric/target_accuracy" in line)
     for domain, split in (("source", "test"), ("target", "target_test")):
         images = AdaMatch.load(cfg)[split]

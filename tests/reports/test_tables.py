@@ -242,7 +242,9 @@ def note_passport(run: str, **passport: object) -> str:
 
 def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     sound = {"extractor": "classifier", "extractor_id": "a", "n_real": 1000, "content_test": "x", "content_train": "x"}
+    sound |= {"recalibrated": "all, 2048 images by 256"}
     changes = {"n_real": 500, "content_test": "y", "content_train": "y", "extractor_id": "b", "resize": "none"}
+    changes |= {"recalibrated": "mn, 2048 images by 256"}
     logged = {"metric_fid": 1, "loss_train": 2}
     first = note_passport(make_run(tmp_path, "first", seed=0, norm="{kind: bn}", accuracy=0.5, **logged), **sound)
     others = {}
@@ -250,14 +252,16 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
         run = make_run(tmp_path, name, seed=0, norm="{kind: ucb}", accuracy=0.5, **logged)
         others[name] = note_passport(run, **(sound | {name: value}))
     fid, accuracy = ["--tags", "metric/fid"], ["--tags", "metric/accuracy"]
-    for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy)):
+    statistics = [("recalibrated", fid), ("recalibrated", accuracy)]
+    for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy), *statistics):
         line = refused(capsys, "--runs", first, others[name], *tags)
         assert f"runs: {first} and {others[name]} were measured otherwise ({name} differ)" in line
     # Accuracy does not depend on how FID is measured, nor a value on what was held out of training by another seed;
     # a classifier trained anew has other weights, and what one of them does not know is not compared.
     for name, tags in (("n_real", accuracy), ("content_train", accuracy), ("extractor_id", fid), ("resize", fid)):
         common.tables.main(["--runs", first, others[name], *tags])
-    common.tables.main(["--runs", first, others["content_test"], "--tags", "loss/train"])
+    for name in ("content_test", "recalibrated"):
+        common.tables.main(["--runs", first, others[name], "--tags", "loss/train"])
     Path(others["content_test"], "config.yaml").write_text("seed: 0\nepochs: 2\nnorm: {kind: bn}\ndata: {name: svhn}\n")
     argv = ["--runs", first, others["content_test"], *accuracy, "--settings", "data.name"]
     capsys.readouterr()
