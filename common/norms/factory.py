@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import checks
-from .backends import reference
+from .backends import capture, reference
 from .em_norm import MixtureNorm
 from .layer import DeviceLike, leaf
 from .supervised import SCBNorm, SCBNormBase
@@ -110,8 +110,9 @@ class DomainBatchNorm(nn.Module):
             another device than the layer, or a domain holds one value per channel in training.
         IndexError: an id outside [0, K), on the CPU.
 
-    A graph of torch.compile or torch.export cannot hold shapes that follow from ids. There all domains are weighed by
-    membership, with equal results; a wrong id, and in training a domain with one value per channel, give NaN.
+    A graph (torch.compile, torch.export, torch.jit.trace) cannot hold shapes that follow from ids. There all domains
+    are weighed by membership, with equal results; a wrong id, and in training a domain with one value per channel,
+    give NaN.
 
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
     """
@@ -136,7 +137,7 @@ class DomainBatchNorm(nn.Module):
         _check_input(first, x)
         checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
-        if torch.compiler.is_compiling():
+        if capture.traced():
             with torch.autocast(x.device.type, enabled=False):
                 return self._by_membership(reference.flatten(x), cluster).to(x.dtype).reshape(x.shape)
         order = cluster.argsort(stable=True)

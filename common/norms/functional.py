@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .backends import closed_form, reference
+from .backends import capture, closed_form, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
@@ -53,7 +53,7 @@ def choose_backend(
         ValueError: backend is no backend, or one that cannot run here, with the reason.
     """
     check_backend(backend, num_components)
-    if torch.compiler.is_exporting() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
+    if capture.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
     if backend == "compiled":
         if torch.compiler.is_compiling():
@@ -126,8 +126,8 @@ def cluster_norm(
         ValueError: x has not C channels or is not floating-point, mean and var are not both (K, C), cluster is not
             int64 (N,), a tensor is on another device than x, an option is none of those above, or the backend
             cannot run here.
-        IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
-            check would synchronise.
+        IndexError: an id beyond range, on the CPU. On a GPU, and in a graph, its row is NaN, since a check would
+            synchronise.
 
     Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
     """
@@ -141,7 +141,7 @@ def cluster_norm(
     if cluster is not None:
         if not allow_unknown and backend != "triton":
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
+        unasked = cluster.device.type != "cpu" or capture.traced()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     if x.numel() == 0:
         return _empty(x, mean, var)

@@ -1,4 +1,4 @@
-"""Steps that a CUDA graph captures: it repeats what the host has decided, and nothing that the host looks up."""
+"""Graphs of a step: they repeat what the host has decided, and nothing that the host looks up."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,16 @@ WARM_UP = "expected two training steps before the capture, since the second stil
 COUNTED = "expected refit_every=1 in what is captured, since the host counts the batches from one fit to the next"
 DRAWN = 'expected backend="triton" of a compiled MixtureNorm that is captured, since the host hands others their step'
 """Why one cannot be captured."""
+
+
+def exported() -> bool:
+    """Say whether torch.export or torch.jit.trace is making a graph for inputs of its own."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def traced() -> bool:
+    """Say whether a graph is being made that cannot look at values, by torch.compile or as ``exported``."""
+    return torch.compiler.is_compiling() or exported()
 
 
 def capturing(t: Tensor) -> bool:
