@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import checks
+from . import checks, functional
 from .backends import capture, reference
 from .em_norm import MixtureNorm
 from .layer import DeviceLike, leaf
@@ -103,7 +103,7 @@ class DomainBatchNorm(nn.Module):
 
     Shape:
         x (N, C, \*); cluster (N,) int64 in [0, K), in evaluation too; output as x. A domain absent from a
-        batch keeps its running statistics.
+        batch keeps its running statistics, and its parameters have gradients of zero.
 
     Raises:
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, one of them is on
@@ -146,7 +146,10 @@ class DomainBatchNorm(nn.Module):
         for share in shares:  # before the statistics of any domain move
             if len(share):
                 first._check_input_dim(share)
-        done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
+        done = [
+            norm(share) if len(share) else functional.empty(share, *norm.parameters())
+            for norm, share in zip(self.domains, shares, strict=True)
+        ]
         return torch.cat(done)[order.argsort()]
 
     def _by_membership(self, x: Tensor, cluster: Tensor) -> Tensor:

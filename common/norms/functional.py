@@ -83,7 +83,7 @@ def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
     check_parameter("var", var, mean.shape, x)
 
 
-def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
+def empty(x: Tensor, *parameters: Tensor) -> Tensor:
     """Return x, which holds nothing, in a graph that gives every parameter a gradient of zero."""
     return x + sum(p.sum() for p in parameters) * 0
 
@@ -144,7 +144,7 @@ def cluster_norm(
         unasked = cluster.device.type != "cpu" or capture.traced()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     if x.numel() == 0:
-        return _empty(x, mean, var)
+        return empty(x, mean, var)
     options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
@@ -217,7 +217,7 @@ def mixture_norm(
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
-        return _empty(x, *parameters), moments if statistics == "batch" else None
+        return empty(x, *parameters), moments if statistics == "batch" else None
     options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
     if backend == "compiled":
         y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)

@@ -16,7 +16,7 @@ from norm_cases import assert_within_budget, mixture_case
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.norms import UCBNorm, convert_norms
+from common.norms import DomainBatchNorm, UCBNorm, convert_norms
 from common.norms.backends import sync
 
 TIMEOUT = 600
@@ -130,6 +130,12 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         learned = UCBNorm(4, 3, process_group="world", update="weight", statistics="learned")
         learned(x).sum().backward()
     results["evaluation calls"] = dict(calls)
+    layer = DomainBatchNorm(4, 2)
+    model = DistributedDataParallel(layer)
+    for _ in range(2):  # a second pass is refused where the first one left a parameter without a gradient
+        model.zero_grad()
+        model(x, torch.tensor([0, 0, rank, rank])).square().sum().backward()
+    results["domains"] = x, [[p.grad for p in domain.parameters()] for domain in layer.domains]
     alone = [dist.new_group([member]) for member in range(2)][rank]
     calls.clear()
     y = UCBNorm(4, 3, process_group=alone)(x)
@@ -264,6 +270,20 @@ def test_two_forwards_before_one_backward_under_ddp(ranks, update):
         assert list(found) == list(want)
         for name, value in want.items():  # DDP averages the gradients of means over half the batch: the joined mean's
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_domain_that_a_rank_lacks_has_no_gradient_there(ranks):
+    want = torch.zeros(2, 2, 4)  # domains, weight and bias
+    for rank in range(2):
+        x, _ = ranks[rank]["domains"]
+        for k, share in enumerate([x, x[:0]] if rank == 0 else [x[:2], x[2:]]):
+            if len(share):
+                norm = nn.BatchNorm1d(4)
+                norm(share).square().sum().backward()
+                want[k] += torch.stack([p.grad for p in norm.parameters() if p.grad is not None]) / 2
+    for rank in ranks:
+        found = torch.stack([torch.stack(gradients) for gradients in rank["domains"][1]])
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_on_its_own_needs_no_group():
