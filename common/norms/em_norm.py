@@ -127,7 +127,7 @@ class MixtureNorm(MixtureLayer):
     def _store_seed(self, fit: Fit, found: Tensor) -> None:
         self._write_fit(self._stored(fit), where=found)
         self._write(self._stored(fit), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
         return self._fit(dtype, "fit_"), 2 * self.em_steps

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from .backends import capture
 P = ParamSpec("P")
 R = TypeVar("R")
 DeviceLike = torch.device | str | int | None
+FLAG = torch.float32
+"""Type of ``initialized``, where 0 is not seeded: ``AveragedModel`` cannot average bool, and rounds whole numbers down.
+
+A scalar of float64 torch.compile takes for a number, and compiles twice."""
 
 
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:
@@ -95,6 +99,11 @@ class NormLayer(nn.Module):
     def _learn_ready(self, ready: Tensor) -> None:
         if not torch.compiler.is_exporting():
             self._ready = ready
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.initialized = self.initialized.to(FLAG)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_initialized()

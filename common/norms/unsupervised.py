@@ -15,7 +15,7 @@ from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
 from .kernels import operators as kernels
-from .layer import DeviceLike, NormLayer, leaf
+from .layer import FLAG, DeviceLike, NormLayer, leaf
 from .native import loops
 
 Update = Literal["moving_average", "weight"]
@@ -94,7 +94,7 @@ class MixtureLayer(NormLayer):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(False, device=device))
+        self.register_buffer("initialized", torch.tensor(0.0, device=device, dtype=FLAG))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -314,7 +314,7 @@ class MixtureLayer(NormLayer):
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
-        checks.check_device("x", x, self.initialized.device, "the layer")
+        checks.check_device("x", x, self.logits.device, "the layer")
         if self.training:
             y = self._train(x)
         elif self._fused(x, "learned"):
@@ -479,7 +479,7 @@ class UCBNorm(MixtureLayer):
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
         if self.variance == "shared":

@@ -143,9 +143,9 @@ def seed_clusters(
     num, before = len(initialized), _is_ready(initialized, ready)
     if before or not x.numel():
         _, mean, log_var = _zeros(x, num)
-        return mean, log_var, torch.zeros_like(initialized), _said(before)
+        return mean, log_var, torch.zeros_like(initialized, dtype=torch.bool), _said(before)
     mean, log_var, found = em.cluster_moments(x, cluster, num, eps)
-    return mean, log_var, found & ~initialized, _said(before)
+    return mean, log_var, found & (initialized == 0), _said(before)
 
 
 @seed_clusters.register_fake
@@ -153,4 +153,5 @@ def _(
     x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, mean, log_var = _zeros(x, len(initialized))
-    return mean, log_var, torch.empty_like(initialized), torch.empty((), dtype=torch.bool, device="cpu")
+    fresh = torch.empty_like(initialized, dtype=torch.bool)
+    return mean, log_var, fresh, torch.empty((), dtype=torch.bool, device="cpu")
