@@ -100,7 +100,7 @@ def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) ->
     if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
         raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}")
     check_device("cluster", cluster, x.device, "x")
-    if not capture.traced() and cluster.device.type == "cpu" and len(cluster):
+    if not capture.unseen() and cluster.device.type == "cpu" and len(cluster):
         low, high = (int(v) for v in cluster.aminmax())
         if low < lowest or high >= num_clusters:
             wrong = low if low < lowest else high

@@ -137,7 +137,7 @@ class DomainBatchNorm(nn.Module):
         _check_input(first, x)
         checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
-        if capture.traced():
+        if capture.unseen():
             with torch.autocast(x.device.type, enabled=False):
                 return self._by_membership(reference.flatten(x), cluster).to(x.dtype).reshape(x.shape)
         order = cluster.argsort(stable=True)

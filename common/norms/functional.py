@@ -47,7 +47,8 @@ def choose_backend(
     """Return the backend that computes x with these parameters.
 
     "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
-    the loops of ``native`` can and x is large enough; else eager.
+    the loops of ``native`` can and x is large enough; else eager. Under torch.func and in exported graphs it is
+    reference, whatever was asked for.
 
     Raises:
         ValueError: backend is no backend, or one that cannot run here, with the reason.
@@ -55,6 +56,8 @@ def choose_backend(
     check_backend(backend, num_components)
     if capture.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
+    if capture.transformed():
+        return "reference"  # of which torch takes any derivative
     if backend == "compiled":
         if torch.compiler.is_compiling():
             return "eager"  # no graph can hold the loops
@@ -141,7 +144,7 @@ def cluster_norm(
     if cluster is not None:
         if not allow_unknown and backend != "triton":
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.device.type != "cpu" or capture.traced()
+        unasked = cluster.device.type != "cpu" or capture.unseen()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     if x.numel() == 0:
         return empty(x, mean, var)

@@ -19,6 +19,16 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or exported()
 
 
+def transformed() -> bool:
+    """Say whether torch.func transforms what is called (grad, jvp, vmap); torch has no public way to ask."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def unseen() -> bool:
+    """Say whether values cannot be looked at: in a graph, or under torch.func, whose vmap has many at once."""
+    return traced() or transformed()
+
+
 def capturing(t: Tensor) -> bool:
     """Say whether a CUDA graph is being captured of what happens to t."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
