@@ -100,9 +100,8 @@ class MixtureNorm(MixtureLayer):
             device=device,
             dtype=dtype,
         )
-        checks.check_size("refit_every", refit_every)
-        checks.check_size("em_steps", em_steps)
-        self.refit_every, self.em_steps = refit_every, em_steps
+        self.refit_every = checks.check_size("refit_every", refit_every)
+        self.em_steps = checks.check_size("em_steps", em_steps)
         self._words = draws.key(self.seed, "points", "fit")  # here, because a graph cannot find it
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))

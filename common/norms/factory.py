@@ -34,8 +34,8 @@ class BatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum, dtype)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        sizes = _checked_options(num_features, eps, momentum, dtype)
+        super().__init__(*sizes, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -63,8 +63,8 @@ class InstanceNorm(_InstanceNorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum, dtype)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        sizes = _checked_options(num_features, eps, momentum, dtype)
+        super().__init__(*sizes, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -78,12 +78,10 @@ class InstanceNorm(_InstanceNorm):
         return self._apply_instance_norm(input)
 
 
-def _check_options(num_features: object, eps: object, momentum: object, dtype: object) -> None:
+def _checked_options(num_features: object, eps: object, momentum: object, dtype: object) -> tuple[int, float, Any]:
     checks.check_dtype(dtype)
-    checks.check_size("num_features", num_features)
-    checks.check_eps(eps)
-    if momentum is not None:
-        checks.check_momentum(momentum)
+    size, eps = checks.check_size("num_features", num_features), checks.check_eps(eps)
+    return size, eps, None if momentum is None else checks.check_momentum(momentum)
 
 
 def _check_input(norm: _NormBase, x: Tensor) -> None:
@@ -119,9 +117,9 @@ class DomainBatchNorm(nn.Module):
 
     def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
         super().__init__()
-        checks.check_size("num_domains", num_domains)
-        self.num_features = num_features
+        num_domains = checks.check_size("num_domains", num_domains)
         self.domains = nn.ModuleList(BatchNorm(num_features, **options) for _ in range(num_domains))
+        self.num_features = int(num_features)
 
     def reset_parameters(self) -> None:
         """Reset every domain's parameters and running statistics."""

@@ -135,7 +135,7 @@ def cluster_norm(
     Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
     """
     _check_tensors(x, mean, var)
-    check_eps(eps)
+    eps = check_eps(eps)
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
     check_cluster_or_unknown(cluster, x, len(mean), allow_unknown)
@@ -211,10 +211,10 @@ def mixture_norm(
             check_parameter(name, value, mean.shape[1:], x)
     if (weight is None) != (bias is None):
         raise ValueError(f"weight: expected together with bias, got only {'bias' if weight is None else 'weight'}")
-    check_eps(eps)
+    eps = check_eps(eps)
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
-    check_groups(groups, mean.shape[1])
+    groups = check_groups(groups, mean.shape[1])
     given = log_lambda, mean, var
     backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups, (*given, weight, bias))
     if x.numel() == 0:

@@ -51,13 +51,12 @@ class NormLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_size("num_features", num_features)
-        checks.check_eps(eps)
+        self.num_features = checks.check_size("num_features", num_features)
+        self.eps = checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
         checks.check_dtype(dtype)
-        self.num_features, self.eps, self.affine = num_features, eps, affine
-        self.channel_dim, self.backend = channel_dim, backend
+        self.affine, self.channel_dim, self.backend = affine, int(channel_dim), backend
         shape, placed = (num_features,), {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(shape, **placed)) if affine else None
         self.bias = nn.Parameter(torch.empty(shape, **placed)) if affine else None

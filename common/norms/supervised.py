@@ -43,11 +43,11 @@ class _SupervisedNorm(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_choice("statistics", statistics, get_args(SupervisedStatistics))
-        checks.check_momentum(momentum)
+        momentum = checks.check_momentum(momentum)
         checks.check_choice("init", init, get_args(SupervisedInit))
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
-        checks.check_size("num_clusters", num_clusters)
+        num_clusters = checks.check_size("num_clusters", num_clusters)
         functional.check_backend(backend)
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)

@@ -66,24 +66,21 @@ class MixtureLayer(NormLayer):
         checks.check_choice("average", average, get_args(Average))
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
-        checks.check_size("num_components", num_components)
+        num_components = checks.check_size("num_components", num_components)
         functional.check_backend(backend, num_components)
-        if groups is not None:
-            checks.check_groups(groups, num_features)
-        checks.check_momentum(momentum)
+        self.groups = self.num_features if groups is None else checks.check_groups(groups, self.num_features)
+        self.momentum, self.seed = checks.check_momentum(momentum), checks.check_whole("seed", seed)
         if min_weight is not None and not 0 < min_weight <= 1 / num_components:
             raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
         if process_group is not None and backend in ("reference", "compiled"):
             raise ValueError(f"process_group: expected None with backend={backend!r}, got {process_group!r}")
         self.process_group = process_group
-        self.num_components, self.groups = num_components, groups or num_features
-        self._width = num_features // self.groups
+        self.num_components, self._width = num_components, self.num_features // self.groups
         self.average: Average = average
         self.scale: Scale = scale
         self.init: MixtureInit = init
-        self.momentum, self.seed = momentum, seed
-        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
+        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else float(min_weight)
         stored = Stored(
             torch.empty(num_components, **placed),
             torch.empty(num_components, num_features, **placed),
@@ -460,7 +457,7 @@ class UCBNorm(MixtureLayer):
         self.update: Update = update
         self.statistics: Statistics = statistics
         self.variance: Variance = variance
-        self.reseed = reseed
+        self.reseed = float(reseed)
         self._words = draws.key(self.seed, "reseed")  # here, because a graph cannot find it
         if reseed:
             self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))

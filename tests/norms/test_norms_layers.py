@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from norm_cases import any_norm as make_norm
@@ -356,3 +357,21 @@ def test_domain_batch_norm_is_one_batch_norm_a_domain():
 def test_importing_the_layers_imports_no_triton():
     code = "import sys; import common.norms; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", [*OWN, "bn", "in", "dsbn"])
+def test_numpy_numbers_become_pythons(kind):
+    options: dict[str, Any] = {"eps": np.float32(2**-10), "momentum": np.float32(0.25)}
+    if kind in ("mn", "ucb"):
+        options |= {"groups": np.int64(2), "seed": np.int64(7), "min_weight": np.float32(2**-12)}
+    if kind == "ucb":
+        options["reseed"] = np.float32(0.125)
+    if kind == "mn":
+        options |= {"refit_every": np.int32(2), "em_steps": np.int64(3)}
+    sizes: Any = np.int64(4), np.int32(3)
+    layer = make_norm(kind, *sizes, **options)
+    plain = make_norm(kind, 4, 3, **{name: value.item() for name, value in options.items()})
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for found, wanted in zip(layer.modules(), plain.modules(), strict=True):
+        kept = {k: v for k, v in vars(found).items() if isinstance(v, int | float | np.generic)}
+        assert repr(kept) == repr({k: vars(wanted)[k] for k in kept})
