@@ -121,6 +121,15 @@ class DomainBatchNorm(nn.Module):
         self.domains = nn.ModuleList(BatchNorm(num_features, **options) for _ in range(num_domains))
         self.num_features = int(num_features)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuse the domains of ``SyncBatchNorm.convert_sync_batchnorm``, which replaces modules by this method."""
+        if module is not None and any(isinstance(child, nn.SyncBatchNorm) for child in module.children()):
+            raise ValueError(
+                "DomainBatchNorm: a domain cannot be a SyncBatchNorm, since a process may lack it; take kind 'scb', "
+                "which has no statistics, or call convert_sync_batchnorm on the modules around this layer alone"
+            )
+        super().add_module(name, module)
+
     def reset_parameters(self) -> None:
         """Reset every domain's parameters and running statistics."""
         for domain in self.domains:
