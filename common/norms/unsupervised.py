@@ -105,8 +105,14 @@ class MixtureLayer(NormLayer):
         nn.init.zeros_(self.logits)
         nn.init.zeros_(self.log_var)
         spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
-        # One component is BatchNorm, which starts at 0 and has no symmetry to break.
-        self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
+        if self.num_components == 1:
+            spread.zero_()  # BatchNorm, which starts at 0 and has no symmetry to break
+        mean: Any = self.mean
+        if hasattr(mean, "device_mesh"):  # sharded, as by fully_shard: every rank draws all of it and keeps its rows
+            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (slow to load)
+
+            spread = distribute_tensor(spread, mean.device_mesh, mean.placements, src_data_rank=None)
+        mean.copy_(spread)
         self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def _in_graph(self) -> bool:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from norm_cases import assert_within_budget, mixture_case
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.norms import DomainBatchNorm, UCBNorm, convert_norms
@@ -136,6 +138,12 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         model.zero_grad()
         model(x, torch.tensor([0, 0, rank, rank])).square().sum().backward()
     results["domains"] = x, [[p.grad for p in domain.parameters()] for domain in layer.domains]
+    sharded: Any = UCBNorm(4, 3, update="weight", device="meta")
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    sharded.to_empty(device="cpu").reset_parameters()
+    start = {name: t.full_tensor() for name, t in sharded.named_parameters()}
+    sharded(x).square().sum().backward()
+    results["sharded"] = x, start, {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
     alone = [dist.new_group([member]) for member in range(2)][rank]
     calls.clear()
     y = UCBNorm(4, 3, process_group=alone)(x)
@@ -284,6 +292,18 @@ def test_a_domain_that_a_rank_lacks_has_no_gradient_there(ranks):
     for rank in ranks:
         found = torch.stack([torch.stack(gradients) for gradients in rank["domains"][1]])
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_layer_from_meta_starts_and_learns_as_any_other(ranks):
+    layer = UCBNorm(4, 3, update="weight")
+    start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for rank in ranks:
+        layer(rank["sharded"][0]).square().sum().backward()
+    gradients = {name: p.grad / 2 for name, p in layer.named_parameters() if p.grad is not None}
+    for rank in ranks:
+        _, found, learned = rank["sharded"]
+        torch.testing.assert_close(found, start, rtol=0, atol=0)
+        torch.testing.assert_close(learned, gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_on_its_own_needs_no_group():
