@@ -151,6 +151,7 @@ class MixtureNorm(MixtureLayer):
         device is asked after ``step`` was written from outside, never from one step to the next; but an exported
         graph, which has ``step`` alone, asks in every one.
         """
+        capture.refuse_traced()
         if torch.compiler.is_exporting():
             before = self.step.clone()
         else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks, functional
-from .backends import reference
+from .backends import capture, reference
 from .backends.reference import UnknownPosterior, UnknownScale
 from .estimation import em, operators
 from .kernels import cluster_operators as kernels
@@ -112,6 +112,7 @@ class _SupervisedNorm(NormLayer):
             )
             self._learn_ready(ready)
         else:
+            capture.refuse_traced()
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
             fresh = found & (self.initialized == 0)
         self._write(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import closed_form, reference, sync
+from .backends import capture, closed_form, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -142,6 +142,7 @@ class MixtureLayer(NormLayer):
             return ready
         if self.is_initialized():
             return True
+        capture.refuse_traced()
         points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
         group = sync.active(self.process_group)
         if group is not None:

@@ -278,6 +278,15 @@ def test_a_traced_layer_takes_batches_of_other_sizes_and_other_clusters(case):
     torch.testing.assert_close(traced(*second), layer(*second), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
+def test_a_trace_of_training_keeps_no_draws():
+    for case in ("mn", "scb", "ucb compiled"):
+        layer: Any = fresh(case)
+        with pytest.raises(RuntimeError, match=r"^torch\.jit\.trace: expected evaluation mode, .*"):
+            torch.jit.trace(layer, batches(case)[1])
+        torch.testing.assert_close(layer.state_dict(), fresh(case).state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", IN_EVALUATION)
 @torch.no_grad()
 def test_onnx_gives_the_numbers_of_evaluation(case):

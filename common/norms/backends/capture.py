@@ -19,6 +19,15 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or exported()
 
 
+def refuse_traced() -> None:
+    """Raise RuntimeError in torch.jit.trace, which would keep what is drawn or decided on the host as constants."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise RuntimeError(
+            "torch.jit.trace: expected evaluation mode, since a trace keeps what a layer draws while it is seeded or "
+            "fitted; torch.export takes a layer in training"
+        )
+
+
 def transformed() -> bool:
     """Say whether torch.func transforms what is called (grad, jvp, vmap); torch has no public way to ask."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
