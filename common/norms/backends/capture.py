@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 WARM_UP = "expected two training steps before the capture, since the second still asks the device what is seeded"
 COUNTED = "expected refit_every=1 in what is captured, since the host counts the batches from one fit to the next"
@@ -29,8 +30,9 @@ def refuse_traced() -> None:
 
 
 def transformed() -> bool:
-    """Say whether torch.func transforms what is called (grad, jvp, vmap); torch has no public way to ask."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    """Say whether torch.func (grad, jvp, vmap) or forward-mode AD is at work; torch has no public way to ask."""
+    active = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    return active or forward_ad._current_level >= 0
 
 
 def unseen() -> bool:

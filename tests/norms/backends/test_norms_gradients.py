@@ -7,6 +7,7 @@ import pytest
 import torch
 from norm_cases import backend, mixture_case, mixture_run
 from torch import nn
+from torch.autograd import forward_ad
 
 from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, make_norm, mixture_norm
 
@@ -144,6 +145,8 @@ def test_torch_func_transforms_a_layer(kind):
     tangent = torch.func.jvp(call, (x,), (v,))[1]
     torch.testing.assert_close(tangent, (call(x + 1e-6 * v) - call(x - 1e-6 * v)).detach() / 2e-6, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close((tangent * v).sum(), (want * v).sum())  # <J v, v> = <v, J^T v>
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(call(forward_ad.make_dual(x, v))).tangent, tangent)
     both = torch.func.vmap(call)(torch.stack([x, v]), torch.stack([ids, ids.flip(0)]))
     torch.testing.assert_close(both, torch.stack([call(x), call(v, ids.flip(0))]))
 
