@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..backends import recomputation
 from ..factory import DomainBatchNorm
 from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
@@ -20,9 +21,8 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
     """Give the samples of every model called inside the block their cluster ids.
 
     Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
-    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. A block must
-    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
-    ``torch.utils.checkpoint.checkpoint``.
+    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. What activation
+    checkpointing computes again has the ids that it had at first.
 
     Args:
         ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
@@ -43,10 +43,16 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
         _ids.reset(token)
 
 
-def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
-    if cluster is None and (ids := _ids.get()) is not None:
-        return ids.to(x.device)
-    return cluster
+def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
+    if cluster is not None:
+        return cluster
+    if recomputation.running() and (given := recomputation.recall(layer, x)):
+        return given[0]  # the block may have been left, or be another
+    if (ids := _ids.get()) is None:
+        return None
+    ids = ids.to(x.device)
+    recomputation.remember(layer, x, [ids])
+    return ids
 
 
 class RoutedSCBNorm(SCBNorm):
@@ -55,7 +61,7 @@ class RoutedSCBNorm(SCBNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedSCBNormBase(SCBNormBase):
@@ -64,7 +70,7 @@ class RoutedSCBNormBase(SCBNormBase):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedDomainBatchNorm(DomainBatchNorm):
@@ -73,7 +79,7 @@ class RoutedDomainBatchNorm(DomainBatchNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 ROUTED: dict[str, Callable[..., nn.Module]] = {
