@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import capture, direct, reference
+from .backends import capture, direct, recomputation, reference
 from .backends.reference import Moments, Scale
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -215,21 +215,25 @@ class MixtureNorm(MixtureLayer):
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
+        if recomputation.running():
+            return self._repeat(x, 0.0)
         new = self._refit(x, self._count_step(), self._seed(x)) if x.numel() else None
         fit = self._last_fit() if new is None else new
-        if self._fused(x, "batch"):
+        fused = self._fused(x, "batch")
+        native = not fused and self._native(x)
+        fit = self._given(x, fit, keeps=fused or native)
+        if fused:
             y, state = self._normalise_fused(x, fit, "batch", 0.0)
             if state is not None:
                 self._move_fused(state, new)
             return y
-        if x.numel() and self._native(x):
-            y, state = self._normalise_native(x, Stored(*(t.float().contiguous() for t in fit)), 0.0)
+        if native:
+            y, state = self._normalise_native(x, fit, 0.0)
             if new is not None:
                 self._store_fit(new, loops.moments_of(state, self.num_components, self.groups))
             self._average_in_native(state)
             return y
-        mixture = self._snapshot(fit.logits.log_softmax(0), fit.mean, fit.log_var.exp())
-        y, moments = self._normalise(x, *mixture, "batch")
+        y, moments = self._normalise(x, fit, 0.0, "batch")
         if moments is not None and x.numel():
             if new is not None:
                 self._store_fit(new, moments)

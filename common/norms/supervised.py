@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks, functional
-from .backends import capture, reference
+from .backends import capture, recomputation, reference
 from .backends.reference import UnknownPosterior, UnknownScale
 from .estimation import em, operators
 from .kernels import cluster_operators as kernels
@@ -96,7 +96,7 @@ class _SupervisedNorm(NormLayer):
         old = self.running_mean, self.running_var
         mean, var = (t.to(reference.compute_dtype(x), copy=True) for t in old)
         y = F.batch_norm(x, mean, var, None, None, self.training, self.momentum, self.eps)
-        if self.training:
+        if self.training and not recomputation.running():
             with torch.no_grad():
                 finite = mean.isfinite().all() & var.isfinite().all()
                 for buffer, new in zip(old, (mean, var), strict=True):

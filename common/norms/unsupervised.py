@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import capture, closed_form, reference, sync
+from .backends import capture, closed_form, recomputation, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -30,6 +30,12 @@ SEEDED_STEPS = 20
 """EM steps from k-means++, which is only a start."""
 CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
+
+
+def _log_weights(logits: Tensor, min_weight: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_weights = logits.log_softmax(0)
+    return log_weights.clamp(min=math.log(min_weight)) if min_weight else log_weights
 
 
 class MixtureLayer(NormLayer):
@@ -121,8 +127,7 @@ class MixtureLayer(NormLayer):
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at ``min_weight``."""
-        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        return logits.log_softmax(0).clamp(min=math.log(self.min_weight))
+        return _log_weights(self.logits, self.min_weight)
 
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
@@ -245,6 +250,7 @@ class MixtureLayer(NormLayer):
     ) -> tuple[Tensor, Tensor]:
         """Return what ``loops.mixture_norm`` does."""
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "min_weight": min_weight}
+        stored = Stored(*(t.float().contiguous() for t in stored))
         y, state = loops.mixture_norm(
             reference.flatten(x), stored, self.weight, self.bias, statistics=statistics, stored=True, **options
         )
@@ -282,12 +288,18 @@ class MixtureLayer(NormLayer):
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
         self._write(averages.moved(old, moments, rule), where=some)
 
-    @staticmethod
-    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy what a gradient may need after the buffers behind it have moved."""
+    def _copied(self, stored: Stored) -> Stored:
+        """Copy what a backward pass may need after the buffers behind it have moved."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return operators.snapshot(log_lambda, mean, var)
-        return log_lambda, mean.clone(), var  # the others are no buffers
+            return Stored(*operators.snapshot(*stored, self.training))
+        parts = torch.cat([t.reshape(-1) for t in reversed(stored)])  # at once, in a single launch
+        parts = parts.split([t.numel() for t in reversed(stored)])
+        return Stored(*(part.view_as(t) for part, t in zip(reversed(parts), stored, strict=True)))
+
+    def _given(self, x: Tensor, stored: Stored, *, keeps: bool) -> Stored:
+        """Return a mixture that will move for a training pass over x; keeps: what computes it copies what it needs."""
+        recomputation.remember(self, x, stored)
+        return stored if keeps and not torch.compiler.is_compiling() else self._copied(stored)
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
@@ -295,16 +307,17 @@ class MixtureLayer(NormLayer):
             checks.check_training_batch(x, self.num_features)
 
     def _normalise(
-        self, x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, statistics: Statistics
+        self, x: Tensor, given: Stored, min_weight: float, statistics: Statistics
     ) -> tuple[Tensor, Moments | None]:
+        mixture = _log_weights(given.logits, min_weight), given.mean, given.log_var.exp()
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
         options |= {"weight": self.weight, "bias": self.bias}
         group = sync.active(self.process_group) if statistics == "batch" else None
         if group is None:
-            return functional.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
+            return functional.mixture_norm(x, *mixture, backend=self.backend, **options)
         # Also for a batch that is empty here: every rank takes part in the exchange.
         with torch.autocast(x.device.type, enabled=False):
-            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, **options)
+            return closed_form.mixture_norm(x, *mixture, process_group=group, **options)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -321,13 +334,30 @@ class MixtureLayer(NormLayer):
         checks.check_device("x", x, self.logits.device, "the layer")
         if self.training:
             y = self._train(x)
-        elif self._fused(x, "learned"):
-            y, _ = self._normalise_fused(x, self._mixture(), "learned", self.min_weight)
-        elif self._native(x):
-            y, _ = self._normalise_native(x, self._mixture(), self.min_weight, "learned")
         else:
-            y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
+            given = self._mixture()
+            if torch.is_grad_enabled() and self.averages_mixture() and not torch.compiler.is_exporting():
+                given = self._copied(given)
+            y = self._transform(x, given, self.min_weight, "learned")
         return self._channels_back(y)
+
+    def _transform(self, x: Tensor, given: Stored, min_weight: float, statistics: Statistics = "batch") -> Tensor:
+        """Normalise x under a given mixture, and store nothing."""
+        if self._fused(x, statistics):
+            return self._normalise_fused(x, given, statistics, min_weight)[0]
+        if self._native(x):
+            return self._normalise_native(x, given, min_weight, statistics)[0]
+        return self._normalise(x, given, min_weight, statistics)[0]
+
+    def _repeat(self, x: Tensor, min_weight: float) -> Tensor:
+        """Repeat a training pass over x inside a backward pass."""
+        given = recomputation.recall(self, x)
+        if given is None:
+            raise RuntimeError(
+                f"activation checkpointing: a backward pass runs {type(self).__name__} in training over values that "
+                f"are not those of its last {recomputation.MOST} forward passes without gradients or under a checkpoint"
+            )
+        return self._transform(x, Stored(*given), min_weight)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -495,27 +525,30 @@ class UCBNorm(MixtureLayer):
     def _train(self, x: Tensor) -> Tensor:
         if self.statistics == "batch":
             self._check_training_batch(x)
+        moves = self.update == "moving_average"
+        if moves and recomputation.running():
+            return self._repeat(x, self.min_weight)
         self.seed_from(x)
-        shared = self.variance == "shared"
-        if self._fused(x, self.statistics):
-            stored = self._mixture()
-            y, state = self._normalise_fused(x, stored, self.statistics, self.min_weight)
-            if state is not None and self.update == "moving_average":
-                self._average_in_fused(stored, state, shared_variance=shared)
+        given, shared = self._mixture(), self.variance == "shared"
+        fused = self._fused(x, self.statistics)
+        native = not fused and self.statistics == "batch" and self._native(x)
+        if moves:
+            given = self._given(x, given, keeps=fused or native)
+        if fused:
+            y, state = self._normalise_fused(x, given, self.statistics, self.min_weight)
+            if state is not None and moves:
+                self._average_in_fused(self._mixture(), state, shared_variance=shared)
                 if self.reseed:
                     self._reseed_dead(x, kernels.moments_of(state, self.groups))
             return y
-        if self.statistics == "batch" and self._native(x):
-            y, state = self._normalise_native(x, self._mixture(), self.min_weight)
+        if native:
+            y, state = self._normalise_native(x, given, self.min_weight)
             self._average_in_native(state, shared_variance=shared)
             if self.reseed:
                 self._reseed_dead(x, loops.moments_of(state, self.num_components, self.groups))
             return y
-        mixture = self.log_weights(), self.mean, self.log_var.exp()
-        if self.update == "moving_average":  # which moves the buffers before the backward pass needs them
-            mixture = self._snapshot(*mixture)
-        y, moments = self._normalise(x, *mixture, self.statistics)
-        if moments is None or self.update == "weight":
+        y, moments = self._normalise(x, given, self.min_weight, self.statistics)
+        if moments is None or not moves:
             return y
         if x.numel() or sync.active(self.process_group) is not None:
             self._average_in(moments, shared_variance=shared)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import capture, reference
+from ..backends import capture, recomputation, reference
 from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
@@ -27,18 +27,23 @@ def _said(value: bool) -> Tensor:
 
 
 @custom_op(f"{NAMESPACE}::snapshot", mutates_args=())
-def snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy a mixture that is read from buffers which the same graph moves afterwards.
+def snapshot(logits: Tensor, mean: Tensor, log_var: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy a mixture that is read from buffers which the same graph moves afterwards, if in training.
 
     A backward graph may compute clones again, of the buffers as they are by then: torch 2.14 gave wrong gradients
     in silence. What an operator returns it keeps.
     """
-    return log_lambda.clone(), mean.clone(), var.clone()
+    if training and recomputation.running():
+        raise RuntimeError(
+            "activation checkpointing: a checkpoint around a compiled layer would run it again with statistics that "
+            "have moved; compile what holds the checkpoint, as in torch.compile(lambda x: checkpoint(block, x))"
+        )
+    return logits.clone(), mean.clone(), log_var.clone()
 
 
 @snapshot.register_fake
-def _(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(log_lambda), torch.empty_like(mean), torch.empty_like(var)
+def _(logits: Tensor, mean: Tensor, log_var: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(logits), torch.empty_like(mean), torch.empty_like(log_var)
 
 
 @custom_op(f"{NAMESPACE}::seed_mixture", mutates_args=())
@@ -155,3 +160,7 @@ def _(
     _, mean, log_var = _zeros(x, len(initialized))
     fresh = torch.empty_like(initialized, dtype=torch.bool)
     return mean, log_var, fresh, torch.empty((), dtype=torch.bool, device="cpu")
+
+
+for _operator in (snapshot, seed_mixture, refit_mixture, seed_clusters):
+    recomputation.compute_once(_operator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..backends import capture
+from ..backends import capture, recomputation
 from ..factory import DomainBatchNorm
 from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
@@ -24,10 +24,9 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
     """Give the samples of every model called inside the block their cluster ids.
 
     Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
-    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. Around torch.export
-    or torch.jit.trace ids would be constants of the graph: trace ``WithClusters(model)``. A block must
-    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
-    ``torch.utils.checkpoint.checkpoint``.
+    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. What activation
+    checkpointing computes again has the ids that it had at first. Around torch.export or torch.jit.trace ids would be
+    constants of the graph: trace ``WithClusters(model)``.
 
     Args:
         ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
@@ -76,9 +75,11 @@ class WithClusters(nn.Module):
             return self.model(x)
 
 
-def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
+def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
     if cluster is not None:
         return cluster
+    if recomputation.running() and (given := recomputation.recall(layer, x)):
+        return given[0]  # the block may have been left, or be another
     ids = _in_graph[-1] if _in_graph else _ids.get()
     if ids is None:
         return None
@@ -87,7 +88,9 @@ def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
             "clusters: a block around torch.export or torch.jit.trace makes its ids constants of the graph; trace "
             "WithClusters(model), which takes them as its second input"
         )
-    return ids.to(x.device)
+    ids = ids.to(x.device)
+    recomputation.remember(layer, x, [ids])
+    return ids
 
 
 class RoutedSCBNorm(SCBNorm):
@@ -96,7 +99,7 @@ class RoutedSCBNorm(SCBNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedSCBNormBase(SCBNormBase):
@@ -105,7 +108,7 @@ class RoutedSCBNormBase(SCBNormBase):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedDomainBatchNorm(DomainBatchNorm):
@@ -114,7 +117,7 @@ class RoutedDomainBatchNorm(DomainBatchNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 ROUTED: dict[str, Callable[..., nn.Module]] = {

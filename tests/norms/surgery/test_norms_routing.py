@@ -9,7 +9,6 @@ import pytest
 import torch
 from convert_cases import IDS, close, images, small
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, WithClusters, clusters, convert_norms
 
@@ -179,21 +178,3 @@ def test_a_block_inside_a_compiled_model_keeps_it_one_graph():
         want = manual(model, x, ids)
         with clusters(IDS.flip(0)):  # hidden by the inner block
             close(run(x, ids), want)
-
-
-def test_checkpointed_training_recomputes_under_the_ids():
-    model = small()
-    convert_norms(model, "scb")
-    apart(model)
-    x = images()
-
-    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with clusters(IDS):
-            loss = run().square().sum()
-        return torch.autograd.grad(loss, model[1].mean)[0]  # outside the block
-
-    def contexts():
-        return contextlib.nullcontext(), clusters(IDS)
-
-    want = gradient(lambda: model(x))
-    assert torch.equal(gradient(lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts)), want)
