@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import checks, functional
 from .backends import capture
@@ -90,6 +91,15 @@ class NormLayer(nn.Module):
     def _may_seed(self) -> bool:
         """Say whether something may be left to seed; a graph cannot ask the device."""
         return not self._seen_initialized and (torch.compiler.is_compiling() or not self.is_initialized())
+
+    def _check_seedable(self, option: str) -> None:
+        """Raise RuntimeError if what is written to a parameter now is lost."""
+        sharded = getattr(self, "_is_fsdp_managed_module", False)  # FSDP, of either version, says so to torch.compile
+        if sharded or any(parametrize.is_parametrized(module) for module in self.modules()):
+            raise RuntimeError(
+                f"{option}: the first training batches seed parameters, and FSDP and torch.nn.utils.parametrize lose "
+                "that; seed before wrapping: train on these batches, load a state dict or call set_initialized(True)"
+            )
 
     def _known_ready(self) -> Tensor | None:
         """Return what a graph is to know of the seeding; an exported one has only what the state dict holds."""

@@ -113,6 +113,7 @@ class _SupervisedNorm(NormLayer):
             self._learn_ready(ready)
         else:
             capture.refuse_traced()
+            self._check_seedable('init="data"')
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
             fresh = found & (self.initialized == 0)
         self._write(
@@ -137,7 +138,7 @@ class _SupervisedNorm(NormLayer):
         checks.check_cluster_or_unknown(cluster, x, self.num_clusters, allow_unknown=not self.training)
         if self.statistics == "batch" and x.numel():
             x = self._standardise(x)
-        if self.training and cluster is not None and x.numel() and self._may_seed():
+        if self.training and cluster is not None and self._may_seed() and not recomputation.running():
             self._seed(x, cluster)
         if cluster is not None and self._fused(x):
             options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
@@ -193,7 +194,7 @@ class SCBNorm(_SupervisedNorm):
         eps: added to the variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
-            training batch that holds it.
+            training batch that holds it, joined over all ranks: until then a training forward is collective.
         unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
@@ -211,6 +212,7 @@ class SCBNorm(_SupervisedNorm):
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, or it is None in
             training; x, cluster and the layer are not on one device; x holds one value per channel in training with
             statistics="batch".
+        RuntimeError: a batch is to seed parameters that FSDP or a parametrization has replaced.
         IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
 
     Source: arXiv:2403.16798, Eqs. 10 and 12. Unlike the authors' code, log_var starts at 0 and eps is added

@@ -140,19 +140,20 @@ class MixtureLayer(NormLayer):
         if self._seen_initialized:
             return True
         seeding = self.num_components, self.groups, self.seed, self.eps, self._seeding_steps()
+        joined = self.process_group is None and not self.averages_mixture()  # all ranks have the same parameters
         if self._in_graph():
-            *fit, found, ready = operators.seed_mixture(x.detach(), self.initialized, self._known_ready(), *seeding)
+            known = self.initialized, self._known_ready()
+            *fit, found, ready = operators.seed_mixture(x.detach(), *known, *seeding, joined)
             self._store_seed(Fit(*fit), found)
             self._learn_ready(ready)
             return ready
         if self.is_initialized():
             return True
         capture.refuse_traced()
-        points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
-        group = sync.active(self.process_group)
-        if group is not None:
-            points, finite = sync.join_points(points, finite, group)
-            points = em.sample_points(points, self.seed, "seed joined")
+        if not self.averages_mixture():
+            self._check_seedable('init="kmeans++"')
+        group = sync.active("world" if joined else self.process_group)
+        points, finite = em.seeding_points(x, self.seed, group)
         if len(points):
             fit = em.seed_and_fit(points, *seeding)
             self._store_seed(fit, finite & fit.is_finite())
@@ -228,7 +229,7 @@ class MixtureLayer(NormLayer):
 
     def averages_mixture(self) -> bool:
         """Say whether the mixture is estimated from activations, not learned by gradients."""
-        return not isinstance(self.mean, nn.Parameter)
+        return "mean" in self._buffers  # what FSDP or a parametrization puts in a parameter's place may be any tensor
 
     def _fused(self, x: Tensor, statistics: Statistics) -> bool:
         r"""Say whether kernels compute x (N, C, \*) from what is stored; they exchange nothing between ranks."""
@@ -398,7 +399,8 @@ class UCBNorm(MixtureLayer):
             (Eq. 15), which ties them to what evaluation uses. Only with update="weight".
         average: "em" moves each component by the share of the batch that it holds; "paper" all alike.
         scale: "sqrt_k" divides the output by sqrt(K).
-        init: means from "uniform" U(-1, 1), or by "kmeans++" from the first training batch.
+        init: means from "uniform" U(-1, 1), or by "kmeans++" from the first training batch; with update="weight" that
+            is joined over all ranks, unless process_group names fewer.
         momentum: weight of the new batch in the averages, PyTorch's orientation.
         min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
         variance: "component" stores a variance of each component; "shared" one a channel for all of them, their
@@ -429,6 +431,7 @@ class UCBNorm(MixtureLayer):
     Raises:
         ValueError: an option is out of range; x has not C channels; x holds one value per channel in
         training.
+        RuntimeError: a batch is to seed parameters that FSDP or a parametrization has replaced.
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15, Algorithm 2 with the batch's moments in lines 13 and 14.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import capture, recomputation, reference
+from ..backends import capture, recomputation, reference, sync
 from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
@@ -56,19 +56,22 @@ def seed_mixture(
     seed: int,
     eps: float,
     steps: int,
+    joined: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is.
+    r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is; joined: of all ranks.
 
     Returns:
         weight (K,), mean and var (K, C); whether to take them, on the device; and whether the mixture was seeded
         before, on the CPU.
     """
     before = _is_ready(initialized, ready)
-    if before or not x.numel():
-        weight, mean, var = _zeros(x, num)
-        return weight, mean, var, torch.zeros((), dtype=torch.bool, device=x.device), _said(before)
-    fit = em.seed_and_fit(em.sample_points(x, seed, "seed"), num, groups, seed, eps, steps)
-    return fit.weight, fit.mean, fit.var, x.isfinite().all() & fit.is_finite(), _said(before)
+    if not before:
+        points, finite = em.seeding_points(x, seed, sync.active("world" if joined else None))
+        if len(points):
+            fit = em.seed_and_fit(points, num, groups, seed, eps, steps)
+            return fit.weight, fit.mean, fit.var, finite & fit.is_finite(), _said(before)
+    weight, mean, var = _zeros(x, num)
+    return weight, mean, var, torch.zeros((), dtype=torch.bool, device=x.device), _said(before)
 
 
 def _zeros(x: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +90,7 @@ def _(
     seed: int,
     eps: float,
     steps: int,
+    joined: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight, mean, var = _zeros(x, num)
     return weight, mean, var, x.new_empty((), dtype=torch.bool), torch.empty((), dtype=torch.bool, device="cpu")
@@ -146,7 +150,7 @@ def seed_clusters(
         CPU.
     """
     num, before = len(initialized), _is_ready(initialized, ready)
-    if before or not x.numel():
+    if before:
         _, mean, log_var = _zeros(x, num)
         return mean, log_var, torch.zeros_like(initialized, dtype=torch.bool), _said(before)
     mean, log_var, found = em.cluster_moments(x, cluster, num, eps)
