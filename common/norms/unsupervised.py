@@ -131,6 +131,7 @@ class MixtureLayer(NormLayer):
         if not self._seen_initialized:
             self._seed(x)
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _seed(self, x: Tensor) -> bool | Tensor:
         """Seed as ``seed_from``; return whether that was done before: in a graph this is a tensor on the CPU."""
