@@ -39,7 +39,8 @@ class DomainConfig:
     download: bool = field(default=True, metadata=MAY_CHANGE)
     """Download a published data set where it is missing."""
     labelled: int | None = None
-    """Labels that may be used, images a class; null is all of the source's and none of the target's."""
+    """Labels that may be used, images a class, repeated where they do not fill a batch; null is all of the source's and
+    none of the target's."""
 
     def __post_init__(self) -> None:
         texts_to_paths(self)
@@ -152,7 +153,7 @@ class AdaMatchConfig(RunConfig):
     evaluate_every: int = 2
     """Epochs between two measurements; the last is always measured."""
     batch_size: int = 32
-    """Source images a step; each is seen weakly and strongly augmented."""
+    """Source images a step, and labelled target images if there are any; each is seen weakly and strongly augmented."""
     target_ratio: int = 1
     """Target images a step for each source image; AdaMatch's authors take 3."""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -170,8 +171,8 @@ class AdaMatchConfig(RunConfig):
     """Steps between two measurements of how each domain's gradient varies between eighths of a batch, which cost about
     eight steps each; 0: never."""
     logits_variance: bool = False
-    """Measure after each epoch also what the paper's authors plot: how the gradient of the sum of all logits of a batch
-    varies within each weight tensor, in evaluation mode."""
+    """Measure after each epoch also what the paper's authors plot: how the gradient of the sum of all logits of a fresh
+    weakly augmented batch varies within each weight tensor, in training mode."""
     source_only: bool = True
     """Train a second network by as many steps on the same source images alone, to compare with."""
     model: ModelConfig = field(default_factory=ModelConfig)

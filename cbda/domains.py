@@ -53,24 +53,32 @@ def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
 def domain_streams(cfg: AdaMatchConfig, images: Mapping[str, ImageSet], world: int) -> dict[str, Stream]:
     """Return what a process among ``world`` draws from: "train", "target" and, if there are any, "target_labelled".
 
-    Each image is seen weakly and strongly augmented.
+    Each image is seen weakly and strongly augmented. Labelled images that do not fill a step are repeated until they
+    do, each time in another view.
 
     Raises:
-        UsageError: if a domain has fewer images than a step takes.
+        UsageError: if the target has fewer images than a step takes.
     """
     views = weak(cfg.data.size, cfg.data.flip), strong(cfg.data.size, cfg.data.flip)
-    sizes = {"train": cfg.batch_size, "target": cfg.batch_size * cfg.target_ratio}
-    for name, size in sizes.items():
-        if size * world * cfg.accumulate > len(images[name]):
-            domain = "source" if name == "train" else "target"
-            raise UsageError(
-                f"batch_size: expected at most the {len(images[name])} images of the {domain}, got "
-                f"{size * world * cfg.accumulate} a step"
-            )
-    if "target_labelled" in images:
-        share = len(images["target_labelled"]) // (world * cfg.accumulate)
-        sizes["target_labelled"] = max(1, min(cfg.batch_size, share))
-    return {name: Stream(images[name], size, views) for name, size in sizes.items()}
+    labelled, target = cfg.batch_size * world * cfg.accumulate, images["target"]
+    if labelled * cfg.target_ratio > len(target):
+        raise UsageError(
+            f"batch_size: expected at most the {len(target)} images of the target, got {labelled * cfg.target_ratio} "
+            "a step"
+        )
+    streams = {
+        name: Stream(_repeated(images[name], labelled), cfg.batch_size, views)
+        for name in ("train", "target_labelled")
+        if name in images
+    }
+    return streams | {"target": Stream(target, cfg.batch_size * cfg.target_ratio, views)}
+
+
+def _repeated(images: ImageSet, count: int) -> ImageSet:
+    """Return the images as often as it takes to have ``count`` of them."""
+    if len(images) >= count:
+        return images
+    return images.select(torch.arange(len(images)).repeat(-(-count // len(images))))
 
 
 def _load(domain: DomainConfig, size: int) -> Splits:

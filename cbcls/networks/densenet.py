@@ -25,7 +25,7 @@ class DenseNet(Classifier):
         num_classes: length of the output.
         norm: the layer under test, on the 3 channels of the images.
         bottleneck: BC.
-        dropout: of what each layer adds.
+        dropout: after each convolution but the first.
         seed: of the mixture's own generator; everything else is drawn from torch's global one.
         num_clusters: as for `Classifier`.
 
@@ -59,7 +59,7 @@ class DenseNet(Classifier):
         for block in range(3):
             if block:
                 out = channels // 2 if bottleneck else channels
-                parts += [*_activated(channels, out, 1), nn.AvgPool2d(2)]
+                parts += [*_activated(channels, out, 1), *_dropped(dropout), nn.AvgPool2d(2)]
                 channels = out
             for _ in range(layers):
                 parts.append(_Layer(channels, growth, bottleneck, dropout))
@@ -80,15 +80,19 @@ def _activated(channels: int, out: int, kernel: int) -> list[nn.Module]:
     return [BatchNorm(channels), nn.ReLU(), nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)]
 
 
+def _dropped(dropout: float) -> list[nn.Module]:
+    return [nn.Dropout(dropout)] if dropout else []
+
+
 class _Layer(nn.Module):
     """Channels beside those that it is given."""
 
     def __init__(self, channels: int, growth: int, bottleneck: bool, dropout: float) -> None:
         super().__init__()
         steps = _activated(channels, 4 * growth, 1) if bottleneck else []
-        steps += [nn.Dropout(dropout)] if bottleneck and dropout else []
+        steps += _dropped(dropout) if bottleneck else []
         steps += _activated(4 * growth if bottleneck else channels, growth, 3)
-        steps += [nn.Dropout(dropout)] if dropout else []
+        steps += _dropped(dropout)
         self.steps = nn.Sequential(*steps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class OxfordCNN(Classifier):
         seed: of the mixture's own generator; everything else is drawn from torch's global one.
         num_clusters: as for `Classifier`.
 
-    Source: the page of mayur7garg/PetImageClassification, which the paper names as its baseline.
+    Source: the page of mayur7garg/PetImageClassification, which the paper names as its baseline. BatchNorm is torch's
+    here, with eps 1e-5 and momentum 0.1, where Keras has 1e-3 and, in this orientation, 0.01.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """The small vision transformer of the page of Keras that the paper follows, by timm."""
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -78,11 +79,13 @@ class ViT(Classifier):
         """Draw weights as Keras does: Glorot's uniform ones, positions up to 0.05, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                maps = module.weight.flatten(1)
-                for part in maps.chunk(3) if len(maps) == 3 * 4 * 64 else [maps]:  # query, key and value
-                    nn.init.xavier_uniform_(part)
+                nn.init.xavier_uniform_(module.weight.flatten(1))
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
+        for module in self.modules():  # Keras takes kernels of 64 x 4 heads x 64 for convolutions: fans 256 and 4,096
+            if isinstance(module, _Attention):
+                for maps, fans in ((module.qkv, 256 + 64 * 64), (module.proj, 256 + 256)):
+                    nn.init.uniform_(maps.weight, -math.sqrt(6 / fans), math.sqrt(6 / fans))
         assert isinstance(self.body.pos_embed, Tensor)
         nn.init.uniform_(self.body.pos_embed, -0.05, 0.05)
 

@@ -28,7 +28,8 @@ class Terms:
     """Both domains' losses on a part of a batch of B source and T target images, C classes, and what they follow from.
 
     Attributes:
-        source: loss of the source, and of the labelled target if there is any; a scalar.
+        source: loss of the source; a scalar.
+        labelled: loss of the target's labelled images, a scalar; None where there are none.
         target: loss of the target, without its weight mu; a scalar.
         from_source: logits (2 B, C) of the source's weak views, then of its strong ones.
         target_strong: logits (T, C) of the target's strong views.
@@ -41,6 +42,7 @@ class Terms:
     """
 
     source: Tensor
+    labelled: Tensor | None
     target: Tensor
     from_source: Tensor
     target_strong: Tensor
@@ -69,24 +71,27 @@ def adamatch(
     """
     source, target, labelled = part["train"], part["target"], part.batches.get("target_labelled")
     x = to_input(torch.cat([*source.views, *(labelled.views if labelled else ()), *target.views]))
-    rows, of_target = 2 * len(source.labels), 2 * len(target.labels)
+    rows, known = 2 * len(source.labels), len(x) - 2 * len(target.labels)
     cluster = torch.tensor([SOURCE] * rows + [TARGET] * (len(x) - rows), device=x.device)
 
-    # One pass over both domains, one over the source alone that leaves no trace; a mixture of both for the source.
+    # One pass over all images, one over the labelled alone that leaves no trace; a mixture of both for the labelled.
     if method.interpolation:
-        together, alone = network(x, cluster, rows, inference=method.source_pass == "inference")
+        together, alone = network(x, cluster, known, inference=method.source_pass == "inference")
         together = together.float()
-        from_source = interpolated(together[:rows], alone.float(), shares_drawn(part, together.shape[1], x.device))
+        shares = [shares_drawn(part, "train", together.shape[1])]
+        if labelled:
+            shares.append(shares_drawn(part, "target_labelled", together.shape[1]))
+        from_known = interpolated(together[:known], alone.float(), torch.cat(shares).to(x.device))
     else:
         together = network(x, cluster, 0, inference=method.source_pass == "inference").float()
-        from_source = together[:rows]
+        from_known = together[:known]
+    from_source, from_labelled = from_known[:rows], from_known[rows:]
     source_weak = from_source.chunk(2)[0]
-    target_weak, target_strong = together[-of_target:].chunk(2)
-    labelled_logits = together[rows : len(x) - of_target]
+    target_weak, target_strong = together[known:].chunk(2)
 
     # Pseudo-labels: the target's predictions, aligned with the distribution of classes that is wanted.
     p_source, p_target = source_weak.softmax(1), target_weak.softmax(1)
-    p_wanted = labelled_logits.chunk(2)[0].softmax(1) if method.align_by == "labelled" else p_source
+    p_wanted = from_labelled.chunk(2)[0].softmax(1) if method.align_by == "labelled" else p_source
     wanted, found = batch_mean(p_wanted), batch_mean(p_target)
     if method.alignment == "running":
         wanted, found = alignment(wanted, found)
@@ -97,11 +102,10 @@ def adamatch(
     # Only those count that are sure, measured by how sure the network is of the source.
     threshold = relative_threshold(p_source, method.tau)
     mask = pseudo.amax(1) >= threshold
-    logits, labels = [from_source], [source.labels]
-    if labelled:
-        logits, labels = [*logits, labelled_logits], [*labels, labelled.labels]
+    supervised = method.source_loss or "mean"
     terms = Terms(
-        source=source_cross_entropy(logits, labels, method.source_loss or "mean"),
+        source=source_cross_entropy(from_source, source.labels, supervised),
+        labelled=source_cross_entropy(from_labelled, labelled.labels, supervised) if labelled else None,
         target=masked_cross_entropy(target_strong, pseudo, mask, method.labels or "hard"),
         from_source=from_source,
         target_strong=target_strong,
@@ -117,9 +121,9 @@ def adamatch(
     return terms
 
 
-def shares_drawn(part: Part, classes: int, device: torch.device) -> Tensor:
-    """Draw a number in [0, 1) for each logit of weak and strong source images (2 B, C), whoever shares the step."""
-    index = part["train"].index
+def shares_drawn(part: Part, stream: str, classes: int) -> Tensor:
+    """Draw a number in [0, 1) for each logit of a stream's weak and strong views (2 B, C), whoever shares the step."""
+    index, key = part[stream].index, () if stream == "train" else (stream,)
     entries = (index[:, None] * classes + torch.arange(classes)).flatten()
-    draws = [uniform_per_sample(entries, part.seed, "interpolation", view, part.number) for view in (0, 1)]
-    return torch.cat(draws).view(2 * len(index), classes).to(device)
+    draws = [uniform_per_sample(entries, part.seed, "interpolation", *key, view, part.number) for view in (0, 1)]
+    return torch.cat(draws).view(2 * len(index), classes)

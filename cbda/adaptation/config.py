@@ -13,9 +13,10 @@ class MethodConfig:
     kind: Literal["official", "keras"] = "official"
     """As its authors' code, or as the page of Keras that the paper ran; switches below differ (docs/adaptation.md)."""
     interpolation: bool | None = None
-    """Mix the source's logits of the joint and the source-only pass at random; both kinds do."""
+    """Mix at random the logits that labelled images have in the joint pass and in one without unlabelled images; both
+    kinds do."""
     source_pass: Literal["training", "inference"] | None = None
-    """Mode of the source-only pass: official training, keras inference."""
+    """Mode of the pass without unlabelled images: official training, keras inference."""
     source_loss: SourceLoss | None = None
     """Of the losses of weak and strong source images: official mean, keras sum."""
     alignment: Literal["running", "batch", "none"] | None = None

@@ -4,7 +4,6 @@ B images, C classes. Statistics are over all ranks where there are several, so t
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -58,26 +57,26 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, kind: Lab
         labels: pseudo-labels (B, C).
         mask: bool (B,).
         kind: "hard" takes each label's largest entry for the class. "soft" takes the distribution; where it does not
-            sum to 1 the gradient is still softmax - label, as TensorFlow's is.
+            sum to 1, value and gradient are TensorFlow's: -sum(label log softmax), and softmax - label.
     """
     if kind == "hard":
         losses = F.cross_entropy(logits, labels.argmax(1), reduction="none")
     else:
-        losses = logits.logsumexp(1) - (labels * logits).sum(1)
+        normaliser = logits.logsumexp(1)
+        losses = normaliser + (labels.sum(1) - 1) * normaliser.detach() - (labels * logits).sum(1)
     return (losses * mask).mean()
 
 
-def source_cross_entropy(logits: Sequence[Tensor], labels: Sequence[Tensor], kind: SourceLoss = "mean") -> Tensor:
+def source_cross_entropy(logits: Tensor, labels: Tensor, kind: SourceLoss = "mean") -> Tensor:
     """Return the cross-entropy of weak images and that of strong ones, their "mean" or their "sum".
 
     Args:
-        logits: of one or more sets of images: (2 B, C), the weak views' first.
-        labels: of the same sets, (B,).
+        logits: (2 B, C), the weak views' first.
+        labels: (B,).
         kind: which of both.
     """
-    weak, strong = (torch.cat(half) for half in zip(*(each.chunk(2) for each in logits), strict=True))
-    truth = torch.cat(list(labels))
-    total = F.cross_entropy(weak, truth) + F.cross_entropy(strong, truth)
+    weak, strong = logits.chunk(2)
+    total = F.cross_entropy(weak, labels) + F.cross_entropy(strong, labels)
     return total / 2 if kind == "mean" else total
 
 

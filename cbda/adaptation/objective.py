@@ -43,7 +43,7 @@ class Objective:
         self._shown: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def adamatch(self, part: Part) -> Tensor:
-        """Return the classifier's loss: the source's, and mu times the target's."""
+        """Return the classifier's loss: the source's, the labelled target's if any, and mu times the target's."""
         networks, alignment = self.method.networks, self.method.networks["alignment"]
         assert isinstance(alignment, Alignment)
         terms = adamatch(self.cfg.method, part, self.method.wrapped["adamatch"], alignment, self.method.to_input)
@@ -54,14 +54,15 @@ class Objective:
             values |= gradients_differ(self.cfg.method, terms, part["train"].labels, networks["adamatch"])
         for name, value in values.items():
             self._shown[name].append(value.detach())
-        return terms.source + self.mu * terms.target
+        supervised = terms.source if terms.labelled is None else terms.source + terms.labelled
+        return supervised + self.mu * terms.target
 
     def source_only(self, part: Part) -> Tensor:
         """Return the loss of the classifier that sees the source alone, on the same images."""
         source = part["train"]
         x = self.method.to_input(torch.cat(source.views))
         logits = self.method.wrapped["source_only"](x, torch.full((len(x),), SOURCE, device=x.device))
-        return source_cross_entropy([logits.float()], [source.labels], self.cfg.method.source_loss or "mean")
+        return source_cross_entropy(logits.float(), source.labels, self.cfg.method.source_loss or "mean")
 
     def show(self, update: Update) -> None:
         """Hand over what is to be logged; of gradients, which few steps measure, the means over an epoch."""
@@ -84,6 +85,8 @@ class Objective:
             "adapt/largest_class": terms.shares.max(),
             "adapt/mask_rate": terms.mask.float().mean(),
         }
+        if terms.labelled is not None:
+            values["loss/target_labelled"] = terms.labelled
         if self.method.images["target"].labels is not None:
             values["adapt/passing_right"] = (terms.mask & (terms.pseudo.argmax(1) == labels)).float().mean()
         classes = self.method.images["train"].classes

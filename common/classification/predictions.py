@@ -67,7 +67,7 @@ class PredictionFiles:
         for file, (name, p), *more in zip(self.files, named, *columns.values(), strict=True):
             writer.writerow([file.relative_to(self.root), name, f"{p:.6f}", *more])
         write_text_atomic(self.table, text.getvalue())
-        captions = [f"{name} {100 * p:.0f} %" for name, p in named[:_SHOWN]]
+        captions = [f"{name}: {p:.0%}" for name, p in named[:_SHOWN]]
         picture = Image.fromarray(captioned_sheet(images[:_SHOWN], captions).permute(1, 2, 0).numpy())
         write_atomic(self.sheet, lambda file: picture.save(file, "PNG"))
         print(f"table      {self.table}\nsheet      {self.sheet}")

@@ -67,13 +67,17 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     """Run a command's main function and exit.
 
     Statuses: 0 done, 1 something unforeseen, 2 usage (among it files that may not be read or written), 3 non-finite,
-    4 a full disk, 128 + n stopped by signal n.
+    4 a full disk, 128 + n stopped by signal n, 141 (128 + SIGPIPE) where what reads its output has ended, as head does.
     """
     threading.excepthook = _unless_the_disk_is_full
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:
-        main()
+        try:
+            main()
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # a disk that is full only now is told like any other
     except UsageError as error:
         _leave(f"error: {error}", 4 if _full_disk(error) else 2, any_rank=isinstance(error, RankError))
@@ -81,6 +85,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         _leave(f"error: {error}", 3)
     except Stopped as stop:
         _leave(str(stop), 128 + stop.signum)
+    except BrokenPipeError:
+        _leave("", 128 + signal.SIGPIPE)
     except (OSError, RuntimeError) as error:
         if (full := _full_disk(error)) is not None:
             _leave(f"error: {full}; make room, then start again (a run goes on with --resume)", 4)
@@ -88,21 +94,32 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
                 _leave(f"error: {error.filename}: {error.strerror}; expected a place open to this user", 2)
             raise
-        if re.match(r"DataLoader worker \(pid", str(error)):  # torch raises it whatever the trainer is busy with
-            ended = str(error).split(". ", maxsplit=1)[0]
-            _leave(
-                f"error: workers: {ended}, usually because memory ran out; take fewer workers, or give it more memory, "
-                "and /dev/shm too, then start again (a run goes on with --resume)", 1, any_rank=True,
-            )  # fmt: skip
-        import torch  # noqa: PLC0415 - a mistyped flag is answered without it
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        if (line := _foreseen(error)) is None:
             raise
-        reason = str(error).split(". ", maxsplit=1)[0]
-        _leave(f"error: device: out of memory ({reason}); reduce batch_size or width, or use --precision bf16", 1)
+        _leave(f"error: {line}", 1, any_rank=True)
     except KeyboardInterrupt:
         _leave("stopped at once; the last checkpoint stands", 130)
     sys.exit(0)
+
+
+def _foreseen(error: RuntimeError) -> str | None:
+    """Say what went wrong if it is one of torch's errors that a user can do something about."""
+    reason = str(error).split(". ", maxsplit=1)[0]
+    if reason.startswith("DataLoader worker (pid"):  # torch raises it whatever the trainer is busy with
+        return (
+            f"workers: {reason}, usually because memory ran out; take fewer workers, or give it more memory, and "
+            "/dev/shm too, then start again (a run goes on with --resume)"
+        )
+    if re.search(r"gloo/transport/.*(by peer|Broken pipe)", reason):
+        return (
+            "world: another process of this run has ended; what it printed says why (if nothing, it was killed); start "
+            "again (a run goes on with --resume)"
+        )
+    import torch  # noqa: PLC0415 - a mistyped flag is answered without it
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"device: out of memory ({reason}); reduce batch_size or width, or use --precision bf16"
+    return None
 
 
 def _full_disk(error: BaseException | None) -> str | None:
@@ -127,11 +144,12 @@ def _unless_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
 
 
 def _leave(line: str, status: int, *, any_rank: bool = False) -> NoReturn:
-    if any_rank or os.environ.get("RANK", "0") == "0":  # of several processes of one run, one tells the user
+    if line and (any_rank or os.environ.get("RANK", "0") == "0"):  # of several processes of one run, one tells the user
         with contextlib.suppress(OSError):  # where what is printed goes to the full disk, the status alone can tell
             print(line, file=sys.stderr, flush=True)
-    try:
-        sys.stdout.flush()
-    except OSError:  # the interpreter would try again and end with 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try again and end with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)

@@ -30,7 +30,7 @@ class Augmentation:
     posterize to 4 to 8 bits; brightness and contrast by up to 0.6, colour by up to 0.9; autocontrast; nothing), and a
     rectangle of up to half the side cut out. Zoom: height and width scaled apart by 0.8 to 1.2, rotated by up to 7.2
     degrees, as the page of Keras on transformers does. Affine: rotated by up to 30 degrees, moved and scaled by up to
-    a tenth, sheared by up to 0.1, as the paper's authors do with pets.
+    a tenth, sheared by up to 0.1 degrees, as the paper's authors do with pets (what Keras makes of 0.1).
 
     Attributes:
         strength: which of them.
@@ -71,7 +71,6 @@ def _pipeline(of: Augmentation) -> Any:
     border = cv2.BORDER_REFLECT_101
     size, mirror = of.size, [A.HorizontalFlip(p=0.5)] if of.flip else []
     if of.strength in ("zoom", "affine"):
-        shear = math.degrees(math.atan(0.1))
         changes: dict[str, Any] = (
             {"scale": {"x": (0.8, 1.2), "y": (0.8, 1.2)}, "rotate": (-7.2, 7.2)}
             if of.strength == "zoom"
@@ -79,7 +78,7 @@ def _pipeline(of: Augmentation) -> Any:
                 "scale": {"x": (0.9, 1.1), "y": (0.9, 1.1)},
                 "rotate": (-30, 30),
                 "translate_percent": {"x": (-0.1, 0.1), "y": (-0.1, 0.1)},
-                "shear": {"x": (-shear, shear), "y": (0, 0)},
+                "shear": {"x": (-0.1, 0.1), "y": (0, 0)},
             }
         )
         return A.Compose([A.Affine(border_mode=border, p=1, **changes), *mirror])

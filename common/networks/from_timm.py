@@ -34,7 +34,7 @@ def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weigh
     except OSError as error:
         raise UsageError(
             f"model.pretrained: the weights of {name} cannot be had ({' '.join(str(error).split())[:200]}); "
-            "expected a connection, or a file by --model.weights"
+            "expected a connection, or a file by --model.weights; HF_HUB_OFFLINE=1 spares the retries"
         ) from None
     if weights is not None:
         _load(network, weights, f"timm:{name}")

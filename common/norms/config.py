@@ -80,7 +80,7 @@ class NormConfig:
         """
         return self._make(num_features, self.num_components, self.options(seed))
 
-    def options(self, seed: int = 0) -> dict[str, Any]:
+    def options(self, seed: int) -> dict[str, Any]:
         """Return the layer's keyword options that are set here, with the seed of a mixture's own generator."""
         known, given = default_options(self.kind), self._given() | {"backend": self.backend, "seed": seed}
         return {name: value for name, value in given.items() if name in known}

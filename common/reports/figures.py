@@ -133,10 +133,13 @@ def curve_panels(
     size = _SIZE if len(panels) == 1 else (_PANEL[0] * columns, _PANEL[1] * rows)
     with drawing_style():
         figure = Figure(figsize=size, layout="constrained")
+        drawn = []
         for number, (panel, series) in enumerate(zip(panels, checked, strict=True)):
             axes = figure.add_subplot(rows, columns, number + 1)
-            _draw_curves(axes, panel, series, log_y=log_y, legend=number == 0)
+            drawn.append(_draw_curves(axes, panel, series, log_y=log_y))
             axes.set_xlabel(xlabel)
+        means = any(len(ys) > 1 for _, ys in checked[0].values())
+        _legends(figure, drawn, len(checked[0]), means=means)
         if title is not None:
             if len(panels) == 1:
                 figure.axes[0].set_title(title, loc="left")
@@ -155,12 +158,11 @@ def _panel(panel: Curves, log_y: bool) -> dict[str, tuple[np.ndarray, np.ndarray
 
 
 def _draw_curves(
-    axes: Axes, panel: Curves, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, log_y: bool, legend: bool
-) -> None:
+    axes: Axes, panel: Curves, series: Mapping[str, tuple[np.ndarray, np.ndarray]], *, log_y: bool
+) -> tuple[list[Any], list[str]]:
+    """Draw a panel; return what a legend is made of: its lines, then its floor if it has one, and their names."""
     handles = [_line(axes, i, x, ys, log_y) for i, (x, ys) in enumerate(series.values())]
     names = [f"{label} (n = {len(ys)})" for label, (_, ys) in series.items()]
-    if not legend:  # that of the first panel
-        handles, names = [], []
     if panel.floor is not None:
         handles.append(axes.axhline(panel.floor, color="0.45", linestyle=(0, (1, 1.5)), linewidth=1.4))
         names.append(f"{panel.floor_label} ({panel.floor:.3g})")
@@ -172,11 +174,29 @@ def _draw_curves(
     if all((x == x.round()).all() for x, _ in series.values()):
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.set_ylabel(panel.ylabel)
-    means = legend and any(len(ys) > 1 for _, ys in series.values())
     # matplotlib leaves out what begins with an underscore
-    names = [f" {name}" if name.startswith("_") else name for name in names]
-    if names:
-        axes.legend(handles, names, title="mean ± standard deviation" if means else None, alignment="left")
+    return handles, [f" {name}" if name.startswith("_") else name for name in names]
+
+
+def _legends(figure: Figure, drawn: list[tuple[list[Any], list[str]]], lines: int, *, means: bool) -> None:
+    """Name lines and floor in a single panel; of several, the lines once below them all, each floor in its panel."""
+    title = "mean ± standard deviation" if means else None
+    if len(drawn) == 1:
+        figure.axes[0].legend(*drawn[0], title=title, alignment="left")
+        return
+    handles, names = drawn[0][0][:lines], drawn[0][1][:lines]
+    width, height = figure.get_size_inches()
+    rows = next(rows for rows in range(1, lines + 1) if rows == lines or _inches(names, rows) < width)
+    figure.set_size_inches(width, height + 0.25 * (rows + means))
+    figure.legend(handles, names, title=title, ncols=-(-lines // rows), loc="outside lower center")
+    for axes, (handles, names) in zip(figure.axes, drawn, strict=True):
+        if names[lines:]:
+            axes.legend(handles[lines:], names[lines:])
+
+
+def _inches(names: list[str], rows: int) -> float:
+    """Return about how wide a legend of so many rows is, which is filled column by column."""
+    return sum(0.6 + 0.085 * max(map(len, names[i : i + rows])) for i in range(0, len(names), rows))
 
 
 def grid(

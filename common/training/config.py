@@ -104,6 +104,27 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecalibrateConfig:
+    """Which stored statistics are estimated anew before each measurement, and from what (docs/results.md)."""
+
+    layers: Literal["all", "mn", "none"] = "all"
+    """all: of every layer that stores any, BatchNorm, BatchNorm by domain and mixtures, so that kinds compare; mn: of
+    Mixture Normalization alone, as it was published, beside the others' moving averages; none."""
+    images: int = 2048
+    """Training images (cbgan: samples) to estimate them from; cbda: of both domains, in the shares that a step has."""
+    batch_size: int = 256
+    """Images of these at once: the more, the nearer to what layers are fed in evaluation."""
+
+    def __post_init__(self) -> None:
+        _check_least({f"recalibrate.{name}": (getattr(self, name), 2) for name in ("images", "batch_size")})
+
+    @property
+    def protocol(self) -> str:
+        """What runs are compared by."""
+        return self.layers if self.layers == "none" else f"{self.layers}, {self.images} images by {self.batch_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Every application's configuration starts with this."""
 
@@ -165,6 +186,7 @@ class RunConfig:
     best: BestConfig = field(default_factory=BestConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     norm: NormConfig = field(default_factory=NormConfig)
+    recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
 
     def __post_init__(self) -> None:
         texts_to_paths(self)
@@ -262,6 +284,11 @@ def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
 def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
     for name, value in now.items():
         if name not in (*NOT_STORED, *free, "init_from") and value != before[name]:
+            if name == "epochs":
+                raise UsageError(
+                    f"epochs: the run has {before[name]}, which its schedule follows, got {value}; to train for longer "
+                    "start a new run (--init_from takes this one's weights), or begin with --schedule.kind constant"
+                )
             raise UsageError(
                 f"{name}: the run has {shown(before[name])}, got {shown(value)}; leave it out, or start a new run by "
                 f"another --name, since a resumed one keeps its settings (free to change: {', '.join(sorted(free))})"

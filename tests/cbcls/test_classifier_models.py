@@ -1,5 +1,6 @@
 """Every model has the published number of parameters, computes what its source says, and has the layer under test."""
 
+import math
 from typing import Any
 
 import pytest
@@ -157,11 +158,19 @@ def test_the_transformer_computes_what_the_page_of_keras_says():
     for number in (2, 5):
         h = gelu(network.head[number](h))
     torch.testing.assert_close(network(x), network.linear(h), rtol=1e-4, atol=1e-4)
-    largest = [float(part.abs().max()) for part in (*body.blocks[0].attn.qkv.weight.chunk(3), embed.weight)]
-    assert largest == pytest.approx([(6 / 320) ** 0.5] * 3 + [(6 / 172) ** 0.5], rel=0.02)  # Glorot's bounds
+    attention = body.blocks[0].get_submodule("attn")
+    maps = (*attention.get_parameter("qkv.weight").chunk(3), attention.get_parameter("proj.weight"), embed.weight)
+    kernels = [(64, 4, 64)] * 3 + [(4, 64, 64), (108, 64)]
+    assert [float(each.abs().max()) for each in maps] == pytest.approx([glorots_bound(*k) for k in kernels], rel=0.02)
     rates = [m.p for m in network.modules() if isinstance(m, nn.Dropout) and m.p]
     assert sorted(rates) == [0.1] * 24 + [0.5] * 3  # attention, and after both maps
     assert {block.get_submodule("attn").attn_drop.p for block in body.blocks} == {0.1}
+
+
+def glorots_bound(*kernel: int) -> float:
+    """The bound of Glorot's uniform weights with the fans that Keras' `compute_fans` takes of a kernel's shape."""
+    positions = math.prod(kernel[:-2])
+    return math.sqrt(6 / (kernel[-2] * positions + kernel[-1] * positions))
 
 
 @torch.no_grad()
@@ -278,10 +287,11 @@ def test_timms_networks_are_told_clusters_where_they_end_and_keep_their_last_map
 
 
 def test_dropout_is_as_asked_for():
-    network = built("--model.name", "densenet-10-4", "--model.dropout", "0.3", "--norm.kind", "none")
-    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.3] * 6
-    bottlenecks = built("--model.name", "densenet-bc-16-4", "--model.dropout", "0.3", "--norm.kind", "none")
-    assert [m.p for m in bottlenecks.modules() if isinstance(m, nn.Dropout)] == [0.3] * 12
+    for name in ("densenet-10-4", "densenet-bc-16-4"):  # the original drops after each convolution but the first
+        network = built("--model.name", name, "--model.dropout", "0.3", "--norm.kind", "none")
+        steps = [m for m in network.get_submodule("body").modules() if isinstance(m, nn.Conv2d | nn.Dropout)]
+        assert [type(m) for m in steps] == [nn.Conv2d, nn.Dropout] * (len(steps) // 2)
+        assert {m.p for m in steps if isinstance(m, nn.Dropout)} == {0.3}
 
 
 def test_runs_are_named_by_their_network():

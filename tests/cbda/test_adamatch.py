@@ -31,8 +31,10 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
+from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.seeding import permutation, uniform_per_sample
+from common.networks.pixels import pixels_of
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
 from common.training.opening import prepare
@@ -56,7 +58,16 @@ def test_the_papers_rows_differ_in_the_layer_alone():
             "inference", "sum", "none", "l2", "soft",
         )  # fmt: skip
         assert sum(p.numel() for p in build_classifier(cfg, 10, kind="none").parameters()) == 1_467_610
-        assert (cfg.source.name, cfg.target.name) == ("mnist", "svhn")
+        assert (cfg.source.name, cfg.target.name, cfg.data.flip) == ("mnist", "svhn", True)
+
+
+def test_ucb_norm_gives_the_papers_network_the_same_in_training_and_in_tests():
+    cfg = config("paper_ucb.yaml")
+    layer = build_classifier(cfg, 10).norm
+    x = pixels_of(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, cfg.model.pixels)
+    trained = layer.train()(x)
+    torch.testing.assert_close(layer.eval()(x), trained)  # 94 deviations apart where only tests took Eq. 15
+    assert 0.1 < trained.std() < 10
 
 
 def test_the_official_configuration_is_the_authors():
@@ -64,6 +75,7 @@ def test_the_official_configuration_is_the_authors():
     assert cfg.epochs * (cfg.steps_per_epoch or 0) * cfg.batch_size == 8 << 20
     assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.ema) == ("sgd", 0.03, 1e-3, 0.999)
     assert (cfg.schedule.kind, cfg.schedule.floor, cfg.batch_size, cfg.target_ratio) == ("arc", 0.25, 64, 3)
+    assert cfg.data.flip
     method = cfg.method.resolved()
     assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
         "training", "mean", "running", "sum", "hard",
@@ -132,7 +144,8 @@ def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
     p = tw.softmax(1)
     if kind == "keras":
         q = p / p.norm(dim=1, keepdim=True)
-        losses = ts.logsumexp(1) - (q.detach() * ts).sum(1)
+        normaliser = ts.logsumexp(1)  # its gradient counts once, its value as often as labels sum to
+        losses = normaliser + (q.sum(1) - 1).detach() * normaliser.detach() - (q.detach() * ts).sum(1)
         return supervised + mu * ((q.max(1).values >= threshold) * losses).mean()
     # The first batch: averages start at 1/3.
     p_source = 0.999 / 3 + 0.001 * mixed[0].softmax(1).mean(0)
@@ -191,17 +204,38 @@ def test_without_interpolation_there_is_no_second_pass(tiny):
 
 def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
     method, part, network = prepared(tiny, "--target.labelled", "2")
-    assert len(part["target_labelled"].labels) == 6
-    loss = loss_of(method, part, 0.0)[0]
-    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 12 + [TARGET] * 18
-    source, extra = part["train"], part["target_labelled"]
-    want = torch.zeros(())
-    for view, (logits, more) in enumerate(zip(forward(source, network), forward(extra, network), strict=True)):
-        entries = (source.index[:, None] * 3 + torch.arange(3)).flatten()
-        share = uniform_per_sample(entries, 5, "interpolation", view, 7).view(-1, 3)
-        mixed = logits + share * torch.tensor([1.0, 0.0, 0.0])
-        want = want + F.cross_entropy(torch.cat([mixed, more]), torch.cat([source.labels, extra.labels])) / 2
-    torch.testing.assert_close(loss, want)
+    assert len(part["target_labelled"].labels) == 9  # of six images
+    loss, values = loss_of(method, part, 0.0)
+    assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 18 + [TARGET] * 18
+    # google-research/adamatch, semi_supervised_domain_adaptation: xe + xet, both interpolated.
+    wanted = []
+    for stream, key in (("train", ()), ("target_labelled", ("target_labelled",))):
+        entropies = [F.cross_entropy(mixed, part[stream].labels) for mixed in mixed_by_hand(part, stream, key, network)]
+        wanted.append((entropies[0] + entropies[1]) / 2)
+    torch.testing.assert_close(loss, sum(wanted))
+    assert [values["loss/source"], values["loss/target_labelled"]] == pytest.approx([w.item() for w in wanted])
+
+
+def mixed_by_hand(part: Part, stream: str, key: tuple[str, ...], network: Linear) -> list[Tensor]:
+    """Weak and strong logits of a stream of labelled images, between the joint pass and their own."""
+    entries = (part[stream].index[:, None] * 3 + torch.arange(3)).flatten()
+    shares = [uniform_per_sample(entries, 5, "interpolation", *key, view, 7).view(-1, 3) for view in (0, 1)]
+    return [
+        logits + share * MORE["official"] for logits, share in zip(forward(part[stream], network), shares, strict=True)
+    ]
+
+
+def test_few_labels_are_repeated_to_a_full_batch_each_time_in_another_view(tiny):
+    cfg = parse(AdaMatchConfig, [*tiny, "--source.labelled", "1", "--target.labelled", "2"])
+    _, feed, _ = prepare(AdaMatch, cfg, AdaMatch.load(cfg), torch.device("cpu"), cbda.adamatch.Env())
+    batches = next(feed.epoch(0, 0, 5))[0]
+    for name, few in (("train", 3), ("target_labelled", 6)):
+        batch = batches[name]
+        assert len(batch.labels) == 9
+        assert (batch.index % few).bincount().max() <= math.ceil(9 / few)
+        same = batch.index[:, None] % few == batch.index % few
+        strong = batch.views[1].flatten(1)
+        assert any(not torch.equal(strong[a], strong[b]) for a, b in same.triu(1).nonzero().tolist())
 
 
 def test_alignment_by_the_labelled_target(tiny):
@@ -212,7 +246,7 @@ def test_alignment_by_the_labelled_target(tiny):
         torch.stack([loss_of(m, p, 0.0)[1][f"adapt/ratio/{name}"] for name in ("cat", "dog", "fox")])
         for m, p in ((by_source, part), (by_labelled, same))
     ]
-    wanted = forward(same["target_labelled"], network)[0].softmax(1).mean(0)
+    wanted = mixed_by_hand(same, "target_labelled", ("target_labelled",), network)[0].softmax(1).mean(0)
     found = forward(same["target"], network)[0].softmax(1).mean(0)
     torch.testing.assert_close(ratios[1], (wanted / found).detach())
     assert not torch.allclose(ratios[0], ratios[1])
@@ -285,14 +319,20 @@ def test_a_run_leaves_everything_behind(finished):
     told = ("source_accuracy", "target_accuracy", "gain", "target_information", "validation_accuracy")
     shown = "  ".join(f"metric/{name} {last[f'metric/{name}']:.4g}" for name in told)
     assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
-    assert json.loads((folder / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
+    noted = json.loads((folder / "summary.json").read_text())
+    assert noted["best"]["tag"] == "metric/validation_accuracy"
+    measured = {tag for tag in names if tag.startswith("metric/")} | {"loss/validation", "loss/source"}
+    assert {tag: noted["better"].get(tag) for tag in measured} == {
+        tag: "lower" if tag.startswith("loss/") else "higher" for tag in measured}  # fmt: skip
+    assert not noted["better"].keys() & {"loss/adamatch", "loss/target"}  # mu rises, labels change
 
 
 def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):
     folder, _ = finished
     cfg = parse(AdaMatchConfig, ["--config", str(folder / "config.yaml")])
     network = build_classifier(cfg, 3)
-    network.load_state_dict(load(folder / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
+    state = load(folder / "checkpoints" / "step-00000008.pt")
+    network.load_state_dict({**state["averages"]["adamatch"], **state["statistics"]["adamatch"]})
     last = next(line for line in reversed(read_metrics(folder)) if "metric/target_accuracy" in line)
     for domain, split in (("source", "test"), ("target", "target_test")):
         images = AdaMatch.load(cfg)[split]
@@ -301,11 +341,10 @@ def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):
             with torch.no_grad():
                 found = network.eval()(to_float(images.images), torch.full((len(images),), cluster)).argmax(1)
             accuracy = accuracy_score(images.labels, found)
-            assert last[f"metric/{domain}_accuracy_as_{name}"] == accuracy
-            if name == domain:
-                want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]  # pyright: ignore[reportArgumentType]
-                scores = [last[f"metric/{domain}_weighted_{score}"] for score in ("precision", "recall", "f1")]
-                assert [last[f"metric/{domain}_accuracy"], *scores] == pytest.approx([accuracy, *want])
+            want = precision_recall_fscore_support(images.labels, found, average="weighted", zero_division=0)[:3]  # pyright: ignore[reportArgumentType]
+            for suffix in (f"_as_{name}", *([""] if name == domain else [])):
+                scores = [last[f"metric/{domain}_weighted_{score}{suffix}"] for score in ("precision", "recall", "f1")]
+                assert [last[f"metric/{domain}_accuracy{suffix}"], *scores] == pytest.approx([accuracy, *want])
 
 
 def test_the_layer_everywhere_warns_in_training_and_not_afterwards(tiny, tmp_path, domains, capsys):
@@ -364,7 +403,7 @@ def test_a_run_whose_mu_is_rising_goes_on_where_it_was_killed(tiny, tmp_path):
     assert_same_runs(tmp_path / "cbda" / "killed", tmp_path / "cbda" / "whole")
     longer = run(cbda.adamatch.main, "--name", "killed", "--resume", "--out", str(tmp_path), "--epochs", "3")
     assert longer.statuses == [2]
-    assert "epochs: the run has 2, got 3" in longer.err
+    assert "epochs: the run has 2, which its schedule follows, got 3; " in longer.err
 
 
 def test_two_ranks_learn_one_model(tiny, tmp_path):
@@ -394,7 +433,7 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 
     monkeypatch.setattr(cbda.models, "build_classifier", build)
     flags = [*tiny, "--epochs", "1", "--norm.kind", "scb", "--optimizer", "sgd", "--lr", "0.1", "--method.tau", "0.95",
-             "--method.warmup", "0.1", "--variance_every", "2"]  # fmt: skip
+             "--method.warmup", "0.1", "--variance_every", "2", "--target.labelled", "3"]  # fmt: skip
     assert run(cbda.adamatch.main, *flags, "--batch_size", "16", "--name", "one").statuses == [0]
     pair = run(cbda.adamatch.main, *flags, "--batch_size", "8", "--name", "two", ranks=2)
     assert pair.statuses == [0, 0], pair.err
@@ -411,11 +450,8 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 
 def test_two_ranks_draw_the_shares_of_one(tiny):
     part = prepared(tiny, "--batch_size", "8")[1]
-    shares = shares_drawn(part, 3, torch.device("cpu"))
-    halves = [
-        shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), 3, torch.device("cpu")).chunk(2)
-        for rank in (0, 1)
-    ]
+    shares = shares_drawn(part, "train", 3)
+    halves = [shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), "train", 3).chunk(2) for rank in (0, 1)]
     assert torch.equal(torch.cat([halves[rank][view] for view in (0, 1) for rank in (0, 1)]), shares)
     assert 0 <= shares.min() < 0.2
     assert 0.8 < shares.max() < 1
@@ -436,7 +472,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
     for domain, loss in (("source", none), ("target", full - none)):  # without mu
         variance = torch.autograd.grad(loss, network.weight, retain_graph=True)[0].var(correction=0)
-        for how in ("mean", "max"):  # of one tensor
+        for how in ("mean", "max", "shared"):  # of one tensor
             torch.testing.assert_close(values[f"gradient/{domain}_variance_{how}"], variance, rtol=1e-4, atol=0)
     unsure = prepared(tiny, "--variance_every", "1", "--method.alignment", "none")
     unsure[0].networks["adamatch"] = unsure[2]
@@ -479,15 +515,15 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
         parts = [losses[a:b].mean() for a, b in ((0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11), (11, 12))]
         gradients = [torch.autograd.grad(loss, network.weight, retain_graph=True)[0] for loss in parts]
         want = torch.stack(gradients).var(0).mean()
-        for how in ("mean", "max"):
+        for how in ("mean", "max", "shared"):
             torch.testing.assert_close(values[f"gradient/{domain}_noise_{how}"], want, rtol=1e-4, atol=0)
 
 
 def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny, tmp_path, monkeypatch):
     sound, found = cbda.adaptation.gradients.gradient_variance, []
 
-    def noting(loss: Tensor, parameters):
-        values = sound(loss, parameters)
+    def noting(loss: Tensor, parameters, own):
+        values = sound(loss, parameters, own)
         found.append([v.item() for v in values])
         return values
 
@@ -495,7 +531,7 @@ def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny
     cbda.adamatch.main([*tiny, "--variance_every", "2", "--method.tau", "0.1", "--name", "run"])  # every label passes
     lines = read_metrics(tmp_path / "cbda" / "run")
     assert len(found) == 8  # two losses in two steps of each of two epochs: no pass more
-    for number, how in enumerate(("mean", "max")):
+    for number, how in enumerate(("mean", "max", "shared")):
         for domain, first in (("source", 0), ("target", 1)):
             values = [each[number] for each in found[first::2]]
             logged = [
@@ -510,27 +546,44 @@ def test_where_no_label_passes_in_an_epoch_its_variance_is_missing(tiny, tmp_pat
     monkeypatch.setattr(cbda.adaptation.algorithm, "relative_threshold", lambda *_: torch.tensor(1.1))
     cbda.adamatch.main([*tiny, "--variance_every", "1", "--noise_every", "1", "--epochs", "1", "--name", "run"])
     names = {name for line in read_metrics(tmp_path / "cbda" / "run") for name in line if name.startswith("gradient/")}
-    assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise") for how in ("mean", "max")} | {
+    assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise")
+                     for how in ("mean", "max", "shared")} | {
         "gradient/adamatch", "gradient/source_only",
     }  # fmt: skip
 
 
-def test_the_authors_variance_is_that_of_the_sum_of_all_logits(tiny, tmp_path):
-    cbda.adamatch.main([*tiny, "--logits_variance", "--variance_every", "0", "--norm.kind", "bn", "--name", "run"])
+@pytest.mark.parametrize("kind", ["bn", "scb"])
+def test_the_authors_variance_is_of_the_sum_of_all_logits_in_training_mode_on_a_fresh_weak_batch(tiny, tmp_path, kind):
+    flags = [*tiny, "--variance_every", "0", "--norm.kind", kind]
+    cbda.adamatch.main([*flags, "--logits_variance", "--name", "run"])
     cfg = parse(AdaMatchConfig, ["--config", str(tmp_path / "cbda" / "run" / "config.yaml")])
-    network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
-    network.load_state_dict(
-        load(tmp_path / "cbda" / "run" / "checkpoints" / "step-00000008.pt")["networks"]["adamatch"]
-    )
     logged = [line for line in read_metrics(tmp_path / "cbda" / "run") if "gradient/source_logits_variance_max" in line]
     assert [line["step"] for line in logged] == [4, 8]
-    for domain, split in (("source", "train"), ("target", "target")):
-        network.zero_grad()
-        batch = images[split].images[permutation(36, 0, "health")[:9]]
-        network.eval()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
-        variances = [p.grad.numpy().var() for p in network.parameters() if p.grad is not None and p.numel() > 1]
-        assert logged[-1][f"gradient/{domain}_logits_variance_mean"] == pytest.approx(np.mean(variances), rel=1e-3)
-        assert logged[-1][f"gradient/{domain}_logits_variance_max"] == pytest.approx(max(variances), rel=1e-3)
+    seen = {}
+    for line in logged:
+        network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
+        path = tmp_path / "cbda" / "run" / "checkpoints" / f"step-{line['step']:08d}.pt"
+        state = load(path)["networks"]["adamatch"]
+        for domain, split in (("source", "train"), ("target", "target")):
+            network.load_state_dict(state)
+            network.zero_grad()
+            place = ("logits", split, line["step"])
+            index = permutation(36, 0, *place)[:9]
+            seen[place] = index.tolist()
+            batch = weak(8)(images[split].images[index], index, 0, *place)
+            assert not torch.equal(batch, images[split].images[index])
+            network.train()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
+            found = {name: p.grad.numpy().var() for name, p in network.named_parameters()
+                     if p.grad is not None and p.numel() > 1}  # fmt: skip
+            shared = [variance for name, variance in found.items() if name.split(".")[0] == "network"]
+            assert len(shared) < len(found)
+            want = {"mean": np.mean(list(found.values())), "max": max(found.values()), "shared": np.mean(shared)}
+            assert {how: line[f"gradient/{domain}_logits_variance_{how}"] for how in want} == pytest.approx(
+                want, rel=1e-3)  # fmt: skip
+    assert len({tuple(index) for index in seen.values()}) == 4
+    cbda.adamatch.main([*flags, "--name", "without"])  # measuring leaves no trace
+    ours, theirs = (final_state(tmp_path / "cbda" / name)["networks"] for name in ("run", "without"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_bf16_and_accumulation_run(tiny, tmp_path):
@@ -597,5 +650,5 @@ def test_all_ranks_together_take_no_more_images_than_a_domain_has(tiny):
     images = load_domains(cfg)
     sizes = {name: stream.batch_size for name, stream in domain_streams(cfg, images, 4).items()}
     assert sizes == {"train": 9, "target": 9}
-    with pytest.raises(UsageError, match=r"^batch_size: expected at most the 36 images of the source, got 45 a step$"):
+    with pytest.raises(UsageError, match=r"^batch_size: expected at most the 36 images of the target, got 45 a step$"):
         domain_streams(cfg, images, 5)

@@ -28,7 +28,7 @@ FLAGS = {
     "--noise_every -1": ["noise_every", "0 or more", "-1"],
     "--noise_every 5 --batch_size 7": ["noise_every", "batch_size of at least 8", "5 for 7"],
     "--target_ratio 0": ["target_ratio", "at least 1", "0"],
-    "--batch_size 50": ["batch_size", "36", "source", "50"],
+    "--batch_size 50": ["batch_size", "36", "target", "50"],
     "--target_ratio 5": ["batch_size", "36", "target", "45"],
     "--source.labelled 0": ["source.labelled", "at least 1", "0"],
     "--source.labelled 50": ["source.labelled", "12", "class cat", "50"],

@@ -141,7 +141,7 @@ def test_weights_that_cannot_be_downloaded_are_missed_in_one_line(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     line = (
         "model.pretrained: the weights of resnet18 cannot be had (no route to host); expected a connection, or a file "
-        "by --model.weights"
+        "by --model.weights; HF_HUB_OFFLINE=1 spares the retries"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(line)}$"):
         build_classifier(config(name="timm:resnet18", pretrained=True), 3)

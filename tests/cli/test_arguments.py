@@ -72,6 +72,7 @@ def refused(cls: type, *argv: str) -> str:
         parse(cls, argv)
     line = str(caught.value)
     assert line.isprintable()
+    assert "<class" not in line  # types by their names alone
     return line
 
 

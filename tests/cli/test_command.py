@@ -136,6 +136,37 @@ run_command(lambda: print("x" * {count}))
 """
 
 
+PRINTING = """
+import sys
+from dataclasses import dataclass
+from common.cli.arguments import parse
+from common.cli.command import run_command
+
+@dataclass
+class Config:
+    number: int = 1
+
+run_command(lambda: {})
+"""
+
+
+@pytest.mark.parametrize(("stream", "prints"), [
+    ("stdout", "print('x')"),
+    ("stdout", "[print('x' * 99) for _ in range(999)]"),
+    ("stdout", "parse(Config, ['--help'])"),
+    ("stdout", "parse(Config, ['--print_config'])"),
+    ("stderr", "print('x', file=sys.stderr)"),
+])  # fmt: skip
+def test_a_command_whose_reader_has_ended_ends_as_a_shell_expects(monkeypatch, stream, prints):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    out, err = (writing if name == stream else subprocess.PIPE for name in ("stdout", "stderr"))
+    done = subprocess.run([sys.executable, "-c", PRINTING.format(prints)], stdout=out, stderr=err, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (128 + signal.SIGPIPE, b"", b"")
+
+
 @pytest.mark.parametrize(("count", "errors"), [(1, "kept"), (100_000, "kept"), (1, "full")])
 def test_a_full_disk_under_what_is_printed(count, errors):
     with open("/dev/full", "w") as nowhere:

@@ -11,11 +11,14 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from refusals import refused
 
 import common.figures
 from common.machine.seeding import generator
+from common.reports import figures
 from common.reports.figures import Curves, curve_panels, curves, grid
 
 X = [0.0, 10.0, 20.0, 30.0]
@@ -234,7 +237,40 @@ def test_panels_stand_two_or_three_a_row(tmp_path):
         curve_panels(tmp_path / "f", panels, xlabel="x")
         with Image.open(tmp_path / "f.png") as image:
             width, height = image.size
-        assert width / height == pytest.approx(4.2 * wide / (3.1 * count / wide), rel=0.01)
+        assert width / height == pytest.approx(4.2 * wide / (3.1 * count / wide + 0.25), rel=0.01)  # the legend
+
+
+def test_the_legend_of_several_panels_stands_below_them_and_the_panels_fill_the_rest(tmp_path, monkeypatch):
+    made: list[Figure] = []
+    monkeypatch.setattr(figures, "write_figure", lambda figure, path: made.append(figure))
+    names = ("ucb", "bn", "mn, groups 1", "scb, statistics batch, num_components 10")
+    for count in (2, 3, 4):
+        panels = [Curves({name: [(X, ONE)] for name in names}, "y", floor=2.0)] * count
+        curve_panels(tmp_path / "f", panels, xlabel="x", title="both")
+        figure = made[-1]
+        FigureCanvasAgg(figure).draw()
+        (legend,), (width, height) = figure.legends, figure.get_size_inches() * figure.dpi
+        box = legend.get_window_extent()
+        panes = [axes.get_window_extent() for axes in figure.axes]
+        assert min(box.x0, box.y0, width - box.x1) >= 0
+        assert box.y1 < min(pane.y0 for pane in panes)
+        assert sum(pane.width * pane.height for pane in panes) > 0.45 * width * height
+
+
+def test_what_follows_from_the_kind_of_layer_is_not_named(tmp_path, capsys):
+    norms = {
+        "a": "kind: ucb, affine: true, init: uniform",
+        "b": "kind: in, affine: false",
+        "c": "kind: bn, affine: true",
+    }
+    runs = [make_run(tmp_path, name, seed=0) for name in norms]
+    for run, norm in zip(runs, norms.values(), strict=True):
+        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{{norm}}}\n")
+    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["ucb", "in", "bn"]
+    Path(runs[2], "config.yaml").write_text("seed: 0\nnorm: {kind: bn, affine: false}\n")
+    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f", "--force"])
+    assert "bn, norm.affine false: " in capsys.readouterr().out
 
 
 def test_the_legend_names_what_differs(tmp_path, capsys):

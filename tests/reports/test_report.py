@@ -104,6 +104,11 @@ def test_low_values_are_the_best_of_fid_and_end_values_of_adaptation(tmp_path, c
         ["ucb", "0", "20", "96", "100", "90"],
         ["ucb", "0", "50", "79", "-", "-"],
     ]
+    known = adapt | {"norm": {"kind": "scb"}}
+    by_cluster = [line | {"metric/target_accuracy_as_source": 0.125} for line in score]
+    main(["--runs", make_run(tmp_path, "s", known, by_cluster)])
+    row = tables(capsys.readouterr().out)["Table VI: AdaMatch, SVHN (target)"][2]
+    assert row[:6] == ["scb", "3", "9", "54.7", "12.5", "12.5"]  # the paper names the source's cluster
     row = found["Table VI: AdaMatch, SVHN (target)"][2]
     assert row[:6] == ["none", "3", "9", "25.08", "25", "50"]
     assert row[6:9] == ["31.64", "-", "-"]  # precision is not logged

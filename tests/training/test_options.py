@@ -69,7 +69,7 @@ def test_a_schedule_reaches_the_optimizers_and_the_log(train):
 
 def test_a_cosine_ends_where_its_run_ends(train, tmp_path):
     folder, _ = train("--schedule.kind", "cosine", epochs=1)
-    with pytest.raises(UsageError, match="epochs: the run has 1, got 2"):
+    with pytest.raises(UsageError, match="epochs: the run has 1, which its schedule follows, got 2"):
         FOURTH.main(["--name", folder.name, "--out", str(tmp_path), "--resume", "--epochs", "2"])
 
 
@@ -187,6 +187,15 @@ def measured(monkeypatch):
         monkeypatch.setattr(Fourth, "evaluate", lambda *_: {"loss/validation": remaining.pop(0)})
 
     return values
+
+
+def test_losses_are_printed_of_the_epochs_that_logged_some(train, capsys):
+    _, training = train("--log_every", "1000", epochs=1)
+    steps = training.parts.at["step"]
+    capsys.readouterr()
+    train("--log_every", str(2 * steps), name="other", epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch") and ", step" in line]
+    assert ["loss/net" in line for line in lines] == [False, True, False]
 
 
 def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):

@@ -123,6 +123,15 @@ def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny,
 
 
 @toy_on_every_push
+def test_a_rank_that_is_killed_leaves_the_other_one_line_to_say(application, tiny):
+    pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
+    killed = run(application.main, *pair, "--name", "run", ranks=2, hit=Hit("step:3@1"))
+    assert killed.statuses == [1, -signal.SIGKILL]
+    (line,) = killed.err.splitlines()
+    assert line.startswith("error: world: another process of this run has ended; ")
+
+
+@toy_on_every_push
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(application, tiny, tmp_path):
     pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     hit = Hit("step:5@1", loss=application.loss)

@@ -130,7 +130,9 @@ def test_the_first_cause_is_kept_where_the_run_goes_on(flags, tmp_path, monkeypa
     FOURTH.main([*flags, "--name", "run", "--guard.action", "warn", "--lr", "0.01"])
     summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
     assert summary["collapsed"] == {"step": 8, "cause": "dead"}
-    assert capsys.readouterr().err.count("warning: collapsed in step 8: dead (") == 1
+    told, remedy = capsys.readouterr(), "dead; try a lower --lr, or --guard.action rewind"
+    assert told.err.count(f"warning: collapsed in step 8: {remedy}\n") == 1
+    assert f"collapsed  in step 8: {remedy}\n" in told.out
     causes = iter(["dead"])
     with pytest.raises(NonFiniteError, match=r"^collapsed in step 8: dead; the checkpoint before stands"):
         FOURTH.main([*flags, "--name", "stopped", "--guard.action", "stop", "--lr", "0.01"])

@@ -9,7 +9,7 @@ from cbgan.config import GanConfig
 from common.cli.fields import changeable
 from common.errors import UsageError
 from common.norms.config import NormConfig
-from common.training.config import RunConfig, resume_config, stored_yaml
+from common.training.config import RunConfig, ScheduleConfig, resume_config, stored_yaml
 
 
 def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_path):
@@ -32,6 +32,19 @@ def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change(tmp_path
     assert resume_config(RunConfig, [*argv, "--seed", "3"], tmp_path).seed == 3
     with pytest.raises(UsageError, match=r"^seed: the run has 3, got 4; .*free to change: cache, .*threads\)$"):
         resume_config(RunConfig, [*argv, "--seed", "4"], tmp_path)
+
+
+def test_a_run_whose_schedule_ends_with_it_is_not_prolonged_and_one_of_constant_rate_is(tmp_path):
+    argv = ["--name", "run", "--resume", "--epochs", "4"]
+    for kind in ("cosine", "constant"):
+        (tmp_path / "config.yaml").write_text(stored_yaml(RunConfig(epochs=2, schedule=ScheduleConfig(kind=kind))))
+        if kind == "constant":
+            assert resume_config(RunConfig, argv, tmp_path).epochs == 4
+            continue
+        with pytest.raises(
+            UsageError, match=r"^epochs: the run has 2, which its schedule .* got 4; .*--init_from.*--sch"
+        ):
+            resume_config(RunConfig, argv, tmp_path)
 
 
 PLACES = {"root", "test_root", "download"}

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from common.data.reading.layout import is_there
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 
@@ -63,7 +64,7 @@ def obtain(*files: Published, download: bool) -> None:
         reasons = []
         for url in file.urls:
             try:
-                write_atomic(file.path, lambda target, url=url, md5=file.md5: _fetch(url, md5, target))
+                _fetch(url, file)
                 break
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reasons.append(one_line(error))
@@ -75,12 +76,12 @@ def obtain(*files: Published, download: bool) -> None:
 def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> None:
     """Make sure that folders exist, each of which an archive holds at its top.
 
-    A folder that exists is taken as it is; what is wrong with it shows when it is read (see `reading`).
+    A folder that holds anything is taken as it is; what is wrong with it shows when it is read (see `reading`).
 
     Raises:
         UsageError: as `obtain` and `unpack` do.
     """
-    wanted = {folder: archive for folder, archive in archives.items() if not folder.exists()}
+    wanted = {folder: archive for folder, archive in archives.items() if not is_there(folder)}
     obtain(*wanted.values(), download=download)
     for folder, archive in wanted.items():
         unpack(archive.path, folder)
@@ -106,7 +107,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Args:
         archive: the file.
-        folder: what to create; it must not exist.
+        folder: what to create; it must not exist, or be empty.
 
     Raises:
         UsageError: if the archive is damaged, lacks the folder, or holds an absolute name, "..", a link or a device.
@@ -178,19 +179,22 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _fetch(url: str, md5: str, target: BinaryIO) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
+def _fetch(url: str, file: Published) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "cluster-based-norm"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        length = int(response.headers.get("Content-Length", 0)) or None
-        bar = tqdm(desc=url.rpartition("/")[2], total=length, unit="B", unit_scale=True, disable=None)
-        with bar:
-            while chunk := response.read(_CHUNK):
-                digest.update(chunk)
-                target.write(chunk)
-                bar.update(len(chunk))
-    if digest.hexdigest() != md5:
-        raise ValueError(f"{url} gave other content, or less: MD5 {digest.hexdigest()}, expected {md5}")
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # before a folder is made
+
+        def copy(target: BinaryIO) -> None:
+            digest = hashlib.md5(usedforsecurity=False)
+            length = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(desc=url.rpartition("/")[2], total=length, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read(_CHUNK):
+                    digest.update(chunk)
+                    target.write(chunk)
+                    bar.update(len(chunk))
+            if digest.hexdigest() != file.md5:
+                raise ValueError(f"{url} gave other content, or less: MD5 {digest.hexdigest()}, expected {file.md5}")
+
+        write_atomic(file.path, copy)
 
 
 _Member = tuple[str, Callable[[], BinaryIO] | None]

@@ -83,5 +83,10 @@ def refuse_splits(field: str, root: Path, found: list[str]) -> None:
     raise UsageError(f"{field}: {root} holds splits ({', '.join(splits)}), not classes; pass {remedy}")
 
 
+def is_there(path: Path) -> bool:
+    """Say whether there is a file, or a folder that holds anything: an empty one is what a failed download leaves."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
 def _holds(folder: Path, name: str) -> bool:
-    return any((folder / mark).exists() for mark in _MARKS.get(_SAME_FILES.get(name, name), ()))
+    return any(is_there(folder / mark) for mark in _MARKS.get(_SAME_FILES.get(name, name), ()))

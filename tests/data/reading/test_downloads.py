@@ -8,6 +8,7 @@ import pytest
 
 from common.data.reading import downloads
 from common.data.reading.downloads import Published, obtain, obtain_folders, obtain_unzipped, unpack
+from common.data.reading.layout import own_folders, published_root
 from common.errors import UsageError
 
 CONTENT = b"what the authors published" * 100_000
@@ -79,6 +80,13 @@ def test_a_server_is_told_who_asks_and_has_a_minute_to_answer(tmp_path, monkeypa
     assert asked == [(url, {"User-agent": "cluster-based-norm"}, 60) for url in files.urls]
 
 
+def test_a_server_that_is_not_reached_leaves_no_folder(tmp_path):
+    file = Published(tmp_path / "MNIST" / "raw" / "file.bin", md5(CONTENT), ((tmp_path / "nowhere").as_uri(),))
+    with pytest.raises(UsageError, match="could not be downloaded"):
+        obtain(file, download=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_fetched_again(tmp_path):
     file = published(tmp_path)
     file.path.parent.mkdir()
@@ -108,14 +116,14 @@ def test_a_download_with_another_checksum_leaves_nothing_behind(tmp_path):
 
 def test_an_interrupted_download_leaves_nothing_behind(tmp_path, monkeypatch):
     class Interrupting:
-        def __init__(self, *_, **__): ...
-        def __enter__(self): ...
+        def __enter__(self):
+            return self
+
         def __exit__(self, *_): ...
         def update(self, _):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(downloads, "tqdm", lambda **_: bar)
-    bar = Interrupting()
+    monkeypatch.setattr(downloads, "tqdm", lambda **_: Interrupting())
     file = published(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         obtain(file, download=True)
@@ -214,11 +222,20 @@ def test_a_folder_that_another_process_finished_first_is_kept(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "top"]
 
 
-def test_a_folder_that_exists_needs_no_archive(tmp_path):
+def test_a_folder_that_holds_something_needs_no_archive_and_an_empty_one_does(tmp_path):
+    archives = {tmp_path / "top": Published(tmp_path / "a.zip", "0" * 32, ("file:///nowhere/a.zip",))}
     (tmp_path / "top").mkdir()
-    obtain_folders(
-        {tmp_path / "top": Published(tmp_path / "a.zip", "0" * 32, ("file:///nowhere/a.zip",))}, download=False
-    )
+    with pytest.raises(UsageError, match=r"data\.root: no a\.zip"):
+        obtain_folders(archives, download=False)
+    (tmp_path / "top" / "a").touch()
+    obtain_folders(archives, download=False)
+
+
+def test_what_a_failed_download_left_is_no_data_set(tmp_path):
+    for folder in ("digits/MNIST/raw", "photos/cats", "photos/dogs"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert published_root("mnist", tmp_path) == tmp_path
+    assert own_folders(tmp_path, None) == (tmp_path, None)
 
 
 def test_a_file_that_is_not_gzip_is_refused(tmp_path):

@@ -267,7 +267,7 @@ def bad_folder(tmp_path, kind):
         for name in ("amazon/test", "amazon/train", "webcam/test", "webcam/train"):
             write(root / name / "a" / "1.png", pixels(8, 8))
     if kind == "published sets":
-        (root / "MNIST" / "raw").mkdir(parents=True)
+        (root / "MNIST" / "raw" / "train").mkdir(parents=True)
         (root / "street").mkdir()
         (root / "street" / "train_32x32.mat").touch()
     return root
