@@ -123,9 +123,6 @@ class ClassifierConfig(RunConfig):
     decay: Literal["of_lr", "absolute"] = "of_lr"
     """adamw: each step subtracts weight_decay times the learning rate from a weight of 1, as torch does, or
     weight_decay itself times the schedule's factor, as TensorFlow Addons did for the paper's authors."""
-    calibration_batches: int = 100
-    """mn: batches of training images that its mixture is fitted to anew before each measurement, without a trace in
-    training."""
     model: ModelConfig = field(default_factory=ModelConfig)
     clusters: ClustersConfig = field(default_factory=ClustersConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
@@ -140,8 +137,6 @@ class ClassifierConfig(RunConfig):
             raise ValueError(
                 f"model.cluster_input: {self.norm.kind} is told the clusters already; expected norm.kind {without}"
             )
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches: expected at least 1, got {self.calibration_batches}")
         if self.decay == "absolute" and self.optimizer != "adamw":
             raise ValueError(f"decay: expected of_lr, since absolute means adamw's, got absolute for {self.optimizer}")
         self._check_model()

@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
-from common.norms import calibrated
 from common.runs.log import listed
-from common.training.method import Tracked
+from common.training.method import Better, Tracked
+from common.training.recalibration import drawn, recalibrate_network
 
 CATEGORIES = "categories.json"
 """In a run's folder: names of its classes and clusters, in the order of their numbers."""
@@ -92,21 +91,9 @@ class Evaluation:
     def measuring(self, network: nn.Module) -> Iterator[None]:
         """Make a network the one that is measured inside the block, and what it was after it.
 
-        It is in evaluation mode, has rank 0's running averages, and its mixtures are calibrated if it has
-        Mixture Normalization.
-
-        Raises:
-            NonFiniteError: if what a mixture is to be calibrated to is not finite.
+        It is in evaluation mode, and has rank 0's statistics.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(evaluating(network))
-            stack.enter_context(self.env.buffers_of_first(network))
-            inputs = _Inputs(self.cfg, self.images["train"], self.device)
-            try:
-                with autocast(self.device, self.cfg.precision):
-                    stack.enter_context(calibrated(network, inputs, self.cfg.calibration_batches))
-            except ValueError as error:
-                raise NonFiniteError(f"mixtures cannot be calibrated ({error})") from None
+        with evaluating(network), self.env.buffers_of_first(network):
             yield
 
     def logits(
@@ -202,16 +189,34 @@ def logits_of(
     return classify(classifier, images, num_classes, clusters=clusters, batch_size=cfg.batch_size, env=env, go_on=go_on)
 
 
-class _Inputs:
-    """What a network is calibrated with: batches of training images, the same each time."""
+def recalibrate(
+    cfg: ClassifierConfig,
+    network: nn.Module,
+    train: ImageSet,
+    device: torch.device,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """Estimate anew what a network stores, from training images as evaluation sees them, the same each time.
 
-    def __init__(self, cfg: ClassifierConfig, train: ImageSet, device: torch.device) -> None:
-        self.cfg, self.train, self.device = cfg, train, device
+    Args:
+        cfg: the run's configuration, which says whether and how.
+        network: on the device.
+        train: the run's training images.
+        device: where the network is.
+        go_on: called between batches.
 
-    def __iter__(self) -> Iterator[Tensor]:
-        order = permutation(len(self.train), self.cfg.seed, "calibration")
-        for index in order.split(self.cfg.batch_size):
-            yield to_input(self.train.images[index], self.device, channels_last=self.cfg.channels_last)
+    Raises:
+        NonFiniteError: if a layer is fed what is not finite.
+    """
+
+    def forward(index: Tensor) -> None:
+        go_on()
+        with autocast(device, cfg.precision):
+            x = to_input(train.images[index], device, channels_last=cfg.channels_last)
+            network(x, train.clusters_at(index, device))
+
+    how = cfg.recalibrate
+    recalibrate_network(cfg, network, drawn(len(train), how.images, how.batch_size, cfg.seed), forward)
 
 
 def _scored(loss: str, prefix: str, images: ImageSet, logits: Tensor) -> dict[str, float]:
@@ -228,7 +233,7 @@ def _categories(images: ImageSet) -> Categories:
 
 def choosable() -> dict[str, Tracked]:
     """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
-    chosen: list[tuple[str, Literal["higher", "lower"]]] = [
+    chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
     ]
     return {

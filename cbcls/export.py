@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CATEGORIES, Evaluation, logits_of
+from cbcls.evaluation import CATEGORIES, logits_of, recalibrate
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
 from cbcls.train import Classification
@@ -18,7 +18,7 @@ from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.logits import evaluating
-from common.norms import MixtureNorm
+from common.training.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
     """A classifier that was trained, with what its use needs.
 
     Attributes:
-        network: in evaluation mode, its mixtures calibrated.
+        network: in evaluation mode, with the statistics by which it is measured.
         cfg: the configuration of its run.
         classes: names, in the order of the logits.
         clusters: names of the clusters that it can be told, in the order of their numbers; empty where it is told none.
@@ -87,8 +87,8 @@ def load_model(
 ) -> TrainedClassifier:
     """Load a classifier from a run's folder or from one that `save` wrote.
 
-    Nothing but tensors is read from files of weights, and nothing is unpickled. A run with Mixture Normalization needs
-    its training images, which mixtures are calibrated to; an exported one has that done.
+    Nothing but tensors is read from files of weights, and nothing is unpickled. A checkpoint that its run did not
+    measure needs the training images, from which statistics are estimated as they are before a measurement.
 
     Args:
         path: the folder.
@@ -125,11 +125,8 @@ def load_model(
         lambda facts: build_classifier(plain, len(facts["classes"]), len(facts["clusters"])),
     )
     network = model.network.to(device)
-    if not stored.exported and any(isinstance(layer, MixtureNorm) for layer in network.modules()):
-        found = Evaluation(cfg, images or Classification.load(cfg), torch.device(device))
-        with found.measuring(network):
-            state = {name: value.clone() for name, value in network.state_dict().items()}
-        network.load_state_dict(state)
+    if not stored.recalibrated and recalibrates(cfg, network):
+        recalibrate(cfg, network, (images or Classification.load(cfg))["train"], torch.device(device))
     return model
 
 

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows
+from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows, recalibrate
 from cbcls.models import build_classifier
 from common.cli.command import run_command
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
 from common.machine.seeding import drawing
+from common.metrics.scores import METRICS
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Part, Update
 
@@ -36,6 +37,11 @@ class Classification(Method[ClassifierConfig]):
     def tracked(cls, cfg: ClassifierConfig) -> dict[str, Tracked]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
         return choosable()
+
+    def better(self) -> Mapping[str, Better]:
+        """Return it of the losses and of each metric, on training images too."""
+        of_training: dict[str, Better] = {f"metric/train_{name}": m.better for name, m in METRICS.items() if m.better}
+        return {**super().better(), **of_training, "loss/train": "lower", "loss/train_seen": "lower"}
 
     @classmethod
     def load(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
@@ -81,6 +87,10 @@ class Classification(Method[ClassifierConfig]):
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Choose the images that the layers' health is measured on."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, self.env)
+
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate statistics from training images."""
+        recalibrate(self.cfg, network, self.images["train"], self.device, go_on)
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure loss and scores on the test images, and the validation images if there are any."""

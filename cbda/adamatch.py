@@ -13,14 +13,14 @@ from cbda.adaptation.losses import Alignment
 from cbda.adaptation.objective import Objective, collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import HEADLINE, Evaluation, check_choice, choosable, closing_rows
+from cbda.evaluation import HEADLINE, Evaluation, better, check_choice, choosable, closing_rows, recalibrate
 from cbda.models import build_networks
 from common.cli.command import run_command
 from common.data import ImageSet, Stream
 from common.machine.dist import Env
 from common.networks.pixels import pixels_of
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer
 from common.training.update import Update
 
@@ -43,6 +43,10 @@ class AdaMatch(Method[AdaMatchConfig]):
     def tracked(cls, cfg: AdaMatchConfig) -> dict[str, Tracked]:
         """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
         return choosable()
+
+    def better(self) -> Mapping[str, Better]:
+        """Return it of scores in both domains and of the source's losses; pseudo-labels change what the target's is."""
+        return better()
 
     @classmethod
     def load(cls, cfg: AdaMatchConfig) -> dict[str, ImageSet]:
@@ -84,7 +88,8 @@ class AdaMatch(Method[AdaMatchConfig]):
         """Return the layers' health and, if asked for, the variance of the gradients of all logits by domain."""
         values, warnings = super().health(step)
         if self.cfg.logits_variance:
-            values |= logits_vary(self.evaluation.same_logits, self.networks["adamatch"])
+            network = self.networks["adamatch"]
+            values |= logits_vary(self.evaluation.training_logits(network, step), network)
         return values, warnings
 
     def shown(self, means: Mapping[str, float]) -> Mapping[str, float]:
@@ -98,6 +103,11 @@ class AdaMatch(Method[AdaMatchConfig]):
     def prepare(self, should_stop: Callable[[], bool]) -> None:
         """Choose what is measured."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, self.to_input, self.env)
+
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate statistics from training images of both domains, or of the one that the network sees."""
+        alone = name == "source_only"
+        recalibrate(self.cfg, network, self.images, self.device, source_only=alone, go_on=go_on)
 
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure both classifiers in both domains."""

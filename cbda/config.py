@@ -171,8 +171,8 @@ class AdaMatchConfig(RunConfig):
     """Steps between two measurements of how each domain's gradient varies between eighths of a batch, which cost about
     eight steps each; 0: never."""
     logits_variance: bool = False
-    """Measure after each epoch also what the paper's authors plot: how the gradient of the sum of all logits of a batch
-    varies within each weight tensor, in evaluation mode."""
+    """Measure after each epoch also what the paper's authors plot: how the gradient of the sum of all logits of a fresh
+    weakly augmented batch varies within each weight tensor, in training mode."""
     source_only: bool = True
     """Train a second network by as many steps on the same source images alone, to compare with."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -9,20 +9,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
-from common.data import ImageSet
+from common.data import ImageSet, to_input
+from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
 from common.machine.dist import Env
-from common.machine.seeding import permutation
+from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
+from common.networks.pixels import pixels_of
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
-from common.training.method import Moment, Tracked
+from common.training.method import Better, Moment, Tracked
+from common.training.recalibration import drawn, recalibrate_network
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -32,8 +36,8 @@ _CHARTS = {
     "pseudo-labels": [
         f"adapt/{name}" for name in ("pseudo_label_accuracy_oracle", "mask_rate", "threshold", "largest_class")
     ],
-    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "max")],
-    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "max")],
+    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "shared", "max")],
+    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "shared", "max")],
 }
 HEADLINE = (
     *(f"metric/{name}" for name in ("source_accuracy", "target_accuracy", "gain", "target_information")),
@@ -43,6 +47,8 @@ HEADLINE = (
 _BATCH = 256
 _SHOWN = 24
 _KNOW_UNKNOWN = ("scb", "scb_base")
+_TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
+"""Domain, training images and cluster."""
 
 
 def clusters_of(kind: str) -> dict[str, int]:
@@ -60,6 +66,20 @@ def choosable() -> dict[str, Tracked]:
         "metric/target_information": Tracked("target", "higher"),
         "metric/target_density": Tracked("target", "higher"),
         "metric/target_accuracy": Tracked("target_test", "higher", chosen_by_test=True),
+    }
+
+
+def better() -> Mapping[str, Better]:
+    """Return whether higher or lower is better of each value that has a best, by tag."""
+    domains = ("source", "target")
+    scores = [f"metric/{domain}_{name}" for domain in domains
+              for name in ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1")]  # fmt: skip
+    by_cluster = [f"{score}_as_{name}" for score in scores for name in CLUSTERS]
+    alone = [f"metric/source_only_{domain}_accuracy" for domain in domains]
+    return {
+        **dict.fromkeys([*scores, *by_cluster, *alone, "metric/gain"], "higher"),
+        **dict.fromkeys(["loss/source", "loss/source_only"], "lower"),
+        **{tag: tracked.better for tag, tracked in choosable().items()},
     }
 
 
@@ -180,15 +200,25 @@ class Evaluation:
 
     def same_images(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield domain, training images (B, 3, S, S) and cluster of a batch of each, the same all through a run."""
-        for domain, split, cluster in (("source", "train", SOURCE), ("target", "target", TARGET)):
+        for domain, split, cluster in _TRAINING:
             order = permutation(len(self.images[split]), self.cfg.seed, "health")[: self.cfg.batch_size]
             yield domain, self.images[split].images[order], cluster
 
-    def same_logits(self, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield domain and logits (B, classes) of those images, in the network's own mode."""
-        for domain, images, cluster in self.same_images():
-            with autocast(self.device, self.cfg.precision):
-                yield domain, network(self.to_input(images), torch.full((len(images),), cluster, device=self.device))
+    def training_logits(self, network: nn.Module, step: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield domain and logits (B, classes) of fresh training images of each, weakly augmented.
+
+        The network is in training mode, and its running statistics stay as they are.
+        """
+        view, seed = weak(self.cfg.data.size, self.cfg.data.flip), self.cfg.seed
+        for domain, split, cluster in _TRAINING:
+            place = ("logits", split, step)
+            index = permutation(len(self.images[split]), seed, *place)[: self.cfg.batch_size]
+            x = self.to_input(view(self.images[split].images[index], index, seed, *place))
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            with autocast(self.device, self.cfg.precision), drawing(seed, *place):  # dropout
+                ids = torch.full((len(x),), cluster, device=self.device)
+                logits = functional_call(network, buffers, (x, ids))
+            yield domain, logits
 
     def _accuracy(self, split: str, logits: Tensor) -> float:
         return self._scored(split, logits).accuracy
@@ -232,6 +262,53 @@ class Evaluation:
         path = moment.folder / "samples" / "predictions.png"
         picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
         write_atomic(path, lambda file: picture.save(file, "PNG"))
+
+
+def recalibrate(
+    cfg: AdaMatchConfig,
+    network: nn.Module,
+    images: Mapping[str, ImageSet],
+    device: torch.device,
+    *,
+    source_only: bool = False,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """Estimate anew what a classifier stores, from training images as evaluation sees them, the same each time.
+
+    A batch has images of both domains in the shares of a training step, each as its domain's cluster. The target's need
+    no labels.
+
+    Args:
+        cfg: the run's configuration, which says whether and how.
+        network: on the device.
+        images: the run's, "train" and "target".
+        device: where the network is.
+        source_only: the network saw the source alone, and so it does here.
+        go_on: called between batches.
+
+    Raises:
+        NonFiniteError: if a layer is fed what is not finite.
+    """
+    how = cfg.recalibrate
+    shares = {"train": 1} if source_only else {"train": 1, "target": cfg.target_ratio}
+
+    def share(number: int, domain: str) -> int:
+        return max(1, number * shares[domain] // sum(shares.values()))
+
+    batches = [
+        drawn(len(images[name]), share(how.images, name), share(how.batch_size, name), cfg.seed, name)
+        for name in shares
+    ]
+
+    def forward(parts: tuple[Tensor, ...]) -> None:
+        go_on()
+        x = torch.cat([images[name].images[index] for name, index in zip(shares, parts, strict=True)])
+        ids = torch.tensor([SOURCE] * len(parts[0]) + [TARGET] * (len(x) - len(parts[0])), device=device)
+        with autocast(device, cfg.precision):
+            x = to_input(x, device, channels_last=cfg.channels_last)
+            network(pixels_of(x, cfg.model.pixels), ids)
+
+    recalibrate_network(cfg, network, list(zip(*batches, strict=False)), forward)
 
 
 def _verdicts(said: Tensor, labels: Tensor | None) -> list[Verdict]:

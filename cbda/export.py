@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
-from cbda.evaluation import CLASSES, CLUSTERS, clusters_of
+from cbda.evaluation import CLASSES, CLUSTERS, clusters_of, recalibrate
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
 from common.classification.stored import StoredModel, check_images, read_stored
@@ -17,6 +17,7 @@ from common.data import to_float
 from common.errors import UsageError
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
+from common.training.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
     """A classifier that was adapted, with what its use needs.
 
     Attributes:
-        network: in evaluation mode.
+        network: in evaluation mode, with the statistics by which it is measured.
         cfg: the configuration of its run.
         classes: names, in the order of the logits.
         threshold: of confidence, that pseudo-labels last had to reach.
@@ -61,7 +62,8 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedModel:
     """Load an adapted classifier from a run's folder (its newest checkpoint) or from one that `save` wrote.
 
-    Nothing but tensors is read from files of weights, and nothing is unpickled.
+    Nothing but tensors is read from files of weights, and nothing is unpickled. A checkpoint that its run did not
+    measure needs the training images, from which statistics are estimated as they are before a measurement.
 
     Raises:
         UsageError: if the folder is neither, its files do not belong together, or the layers' backend
@@ -79,5 +81,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedM
         return {"classes": classes, "threshold": threshold}
 
     model = stored.model(AdaptedModel, of_run, lambda facts: build_classifier(plain, len(facts["classes"])))
-    model.network.to(device)
+    network = model.network.to(device)
+    if not stored.recalibrated and recalibrates(cfg, network):
+        recalibrate(cfg, network, load_domains(cfg), torch.device(device))
     return model

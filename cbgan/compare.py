@@ -18,10 +18,11 @@ from common.errors import UsageError
 from common.machine.paths import refuse_overwriting
 from common.reports.figures import Run, curves, grid, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
-from common.tables import Cell
+from common.runs.log import FINAL
+from common.tables import Cell, best_of
 
-_PROTOCOL = ("fid.samples", "fid.final_samples", "fid.reference", "fid.extractor", "data.size")
-"""Settings that FIDs have to share to be compared, besides what the passports hold."""
+_PROTOCOL = ("fid.reference", "fid.extractor", "data.size")
+"""Settings that FIDs have to share to be compared, besides the number of samples and what the passports hold."""
 _ROWS = 4
 """Of eight samples of each run."""
 
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {name: cfg.out / name for name in ("fid-epoch", "fid-time", "samples")}
     refuse_overwriting(*(path for figure in figures.values() for path in stems(figure)), force=cfg.force)
     runs = [read_run(path) for path in cfg.runs]
-    refuse_unlike_protocols(runs)
     tag = cfg.tag or f"metric/fid_{runs[0].settings.get('fid.extractor')}"
+    refuse_unlike_protocols(runs, tag)
     refuse_unlike(runs, [tag])
     groups = labelled(group_by_seed(runs), cfg.label)
     sheet, captions = samples(groups)
@@ -83,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("written: " + ", ".join(str(path) for figure in figures.values() for path in stems(figure)))
 
 
-def refuse_unlike_protocols(runs: Sequence[LoggedRun]) -> None:
+def refuse_unlike_protocols(runs: Sequence[LoggedRun], tag: str) -> None:
     """Refuse runs whose distances were measured by different settings.
 
     Raises:
         UsageError: naming the setting, and the values that two runs have.
     """
-    for name in _PROTOCOL:
+    for name in ("fid.final_samples" if tag.endswith(FINAL) else "fid.samples", *_PROTOCOL):
         for run in runs[1:]:
             one, other = (shown(each.settings.get(name)) for each in (runs[0], run))
             if one != other:
@@ -165,15 +166,19 @@ def _picture(run: LoggedRun, name: str) -> Tensor:
 
 
 def _table(groups: dict[str, list[LoggedRun]], tag: str) -> list[str]:
-    """Return a Markdown table of the last and the lowest distance of each line, and of the hours it trained."""
-    lines = [f"| | seeds | {_title(tag)}, last | lowest | hours of training |", "|---|---|---|---|---|"]
+    """Return a Markdown table of the last and the best value of each line, and of the hours it trained."""
+    best = best_of([run for group in groups.values() for run in group], tag)
+    name = {min: "lowest", max: "highest"}.get(best)
+    head = ["seeds", f"{_title(tag)}, last", *([name] if name else []), "hours of training"]
+    lines = [f"| | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for label, group in groups.items():
         values = [run.values(tag) for run in group]
-        cells = ([each[-1] for each in values], [min(each) for each in values],
-                 [max(training_hours(run).values()) for run in group])  # fmt: skip
+        cells = [[each[-1] for each in values], *([[best(each) for each in values]] if best else []),
+                 [max(training_hours(run).values()) for run in group]]  # fmt: skip
         told = [Cell(fmean(each), stdev(each) if len(each) > 1 else None).text() for each in cells]
         lines.append(f"| {' | '.join([label, ' '.join(str(run.seed) for run in group), *told])} |")
-    return [*lines, "", "Mean ± standard deviation over seeds; the lowest was chosen by the distance itself."]
+    chosen = f"; the {name} was chosen by the value itself" if name else ""
+    return [*lines, "", f"Mean ± standard deviation over seeds{chosen}."]
 
 
 def _title(tag: str) -> str:

@@ -43,8 +43,6 @@ class GanConfig(RunConfig):
     """Factor gamma of the penalty gamma / 2 |gradient of the logit by the real image|^2; 0 leaves it out."""
     augment: list[str] = field(default_factory=lambda: ["translation"])
     """Changes to what the discriminator sees of both kinds of images: some of color, translation, cutout; or none."""
-    calibration_batches: int = 100
-    """mn: batches of noise from which the mixtures are fitted anew before each measurement; 0 takes moving averages."""
     best: BestConfig = field(default_factory=lambda: BestConfig(keep=True))
     data: DataConfig = field(default_factory=DataConfig)
     fid: FidConfig = field(default_factory=FidConfig)
@@ -53,9 +51,7 @@ class GanConfig(RunConfig):
         super().__post_init__()
         if not self.data.in_memory:
             raise ValueError("data.in_memory: expected true, since the FID reads real images as a whole, got false")
-        for name, least, wanted in (
-            ("latent_dim", 1, "at least 1"), ("r1", 0, "0 or more"), ("calibration_batches", 0, "0 or more"),
-        ):  # fmt: skip
+        for name, least, wanted in (("latent_dim", 1, "at least 1"), ("r1", 0, "0 or more")):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected {wanted}, got {getattr(self, name)}")
         if self.width < 8 or self.width % 8:

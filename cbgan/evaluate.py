@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, calibrated, fid_series, save_grid
+from cbgan.evaluation import GRID, Evaluation, fid_series, recalibrate, save_grid
 from cbgan.export import checkpoint_of
 from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.networks.dcgan import Generator
@@ -26,7 +26,7 @@ from common.machine.device import resolve_device, set_threads
 from common.machine.paths import expanded, refuse_overwriting
 from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig
-from common.runs.log import METRICS, read_metrics
+from common.runs.log import FINAL, METRICS, read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
@@ -49,7 +49,7 @@ class EvaluateConfig:
     images: Path | None = None
     """A folder of images to measure in place of a generator's, brought to data.size."""
     samples: int | None = None
-    """Images to generate, or to take of the folder; null: as many as the run itself did, or all."""
+    """Images to generate, or to take of the folder; null: fid.samples, or all."""
     out: Path | None = None
     """Folder for the JSON file and the pictures; null: evaluations, in the run's folder or here."""
     grid: Path | None = None
@@ -140,15 +140,20 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     evaluation, weights = Evaluation(cfg, images, device), weights_hash(g.state_dict())
     fid = evaluation.fid
     assert fid is not None
-    series = fid_series(read_metrics(folder), fid.tag) if same else []
-    if options.check and not series:
-        raise UsageError(f"check: {folder} logged no {fid.tag} to compare with; leave it out")
-    g = g if stored.exported else calibrated(g, cfg, device)  # an exported one was fitted before it was written
+    lines, count = read_metrics(folder) if same else [], options.samples or options.fid.samples
+    series = fid_series(lines, fid.tag)
+    if options.check and not (series and count == was.fid.samples):
+        raise UsageError(f"check: {folder} logged no {fid.tag} of {count:,} samples to compare with; leave it out")
+    if not stored.recalibrated:
+        recalibrate(cfg, g, evaluation.class_counts(), device)
     at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["at"]
-    count = options.samples or evaluation.count(at["epoch"])
     _warn(evaluation.fid_warnings(count))
     result = evaluation.measure(g, count, thorough=True)
-    logged = ["logged: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in series)] if series else []
+    logged = [
+        f"logged, of {number:,} samples: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in found)
+        for number, found in ((was.fid.samples, series), (was.fid.final_samples, fid_series(lines, fid.tag + FINAL)))
+        if found
+    ]
     classes = evaluation.named_classes(result)
     print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
     record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}

@@ -1,9 +1,8 @@
 """What is measured of a generator: FID against real images, classes found, pictures."""
 
-import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from cbgan.config import GanConfig
 from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
-from cbgan.noise import SEED, calibration_noise, fixed_labels, fixed_noise, spread_labels
+from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
@@ -23,12 +22,13 @@ from common.machine.dist import Env
 from common.machine.seeding import permutation
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
-from common.norms import calibrate
-from common.runs.log import read_metrics
-from common.training.method import Moment
+from common.runs.log import FINAL, read_metrics
+from common.training.method import Better, Moment
+from common.training.recalibration import recalibrate_network
 
 GRID = 64
 """Images in a grid, eight a row."""
+_CHARTS = {"gradient variance": [f"gradient/{name}" for name in ("d_variance", "g_variance", "g_variance_shared")]}
 CLASSES = "classes.json"
 """In the folder of a conditional run: names, and numbers of training images, of the classes."""
 
@@ -68,11 +68,6 @@ class Evaluation:
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
 
-    def count(self, epoch: int) -> int:
-        """Return how many images the measurement after this many epochs generates."""
-        final = self.cfg.fid.final_samples
-        return final if final is not None and epoch == self.cfg.epochs else self.cfg.fid.samples
-
     def fid_warnings(self, count: int) -> list[str]:
         """Return why a distance of so many images should not be trusted."""
         found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
@@ -82,8 +77,15 @@ class Evaluation:
         """Return what a FID of this run is comparable by."""
         if self.fid is None:
             return {}
-        fitted = {"calibration_batches": self.cfg.calibration_batches} if self.cfg.norm.kind == "mn" else {}
-        return {**self.fid.passport(), **fitted}
+        return {**self.fid.passport(), "recalibrated": self.cfg.recalibrate.protocol}
+
+    def better(self) -> Mapping[str, Better]:
+        """Return whether higher or lower is better of each measured value that has a best, by tag."""
+        if self.fid is None:
+            return {}
+        of_samples: dict[str, Better] = {**self.fid.better(), "metric/classes_found": "higher"}
+        final: dict[str, Better] = {f"{tag}{FINAL}": way for tag, way in of_samples.items()}
+        return {**of_samples, **final, f"{self.fid.tag}_raw": "lower", "metric/class_asked": "higher"}
 
     def class_counts(self) -> list[int]:
         """Return how many training images each class has; nothing where no class is asked for."""
@@ -153,16 +155,20 @@ class Evaluation:
         while self.warnings:
             moment.report(self.warnings.pop(0))
         if self.fid is not None:
-            last = moment.epoch >= self.cfg.epochs
-            thorough = self.fid.thorough(last=last)
-            self.latest = result = self.measure(g, self.count(moment.epoch), moment.should_stop, thorough=thorough)
-            values |= self.fid.values(result)
-            if result.classes is not None:
-                values["metric/classes_found"] = float(sum(n > 0 for n in result.classes))
+            last, count = moment.epoch >= self.cfg.epochs, self.cfg.fid.samples
+            more = self.cfg.fid.final_samples if last else None
+            thorough = self.fid.thorough(last=last and more is None)
+            self.latest = result = self.measure(g, count, moment.should_stop, thorough=thorough)
+            values |= self._values(result)
             if raw is not None:
-                values[f"{self.fid.tag}_raw"] = self.measure(raw, self.count(moment.epoch), moment.should_stop).fid
+                values[f"{self.fid.tag}_raw"] = self.measure(raw, count, moment.should_stop).fid
+            if more is not None:
+                thorough = self.fid.thorough(last=True)
+                self.latest = result = self.measure(g, more, moment.should_stop, thorough=thorough)
+                final = self._values(result)
+                values |= {f"{tag}{FINAL}": value for tag, value in final.items() if tag != self.fid.floor_tag}
             if moment.epoch == 0:
-                moment.log.charts({"FID": self.fid.distances(values)}, self.fid.bands(values))
+                moment.log.charts({"FID": self.fid.distances(values)} | _CHARTS, self.fid.bands(values))
             if last and result.copying is not None:
                 if result.copying.alarm:
                     moment.report(copying_line(result))
@@ -174,13 +180,21 @@ class Evaluation:
         self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
         return values
 
+    def _values(self, result: FidResult) -> dict[str, float]:
+        assert self.fid is not None
+        found = {} if result.classes is None else {"metric/classes_found": float(sum(n > 0 for n in result.classes))}
+        return self.fid.values(result) | found
+
     def told(self, values: Mapping[str, float]) -> list[str]:
         """Return what is printed of a measurement: the distance, its interval, precision, recall; the log has all."""
         if self.fid is None or self.fid.tag not in values:
             return []
-        lines, tag = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag
-        if f"{tag}_low" in values:
-            low, high = values[f"{tag}_low"], values[f"{tag}_high"]
+        lines, tag, end = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag, ""
+        if f"{tag}{FINAL}" in values:
+            end = FINAL
+            lines.append(f"of {self.cfg.fid.final_samples:,} samples {values[f'{tag}{end}']:.4g}")
+        if f"{tag}_low{end}" in values:
+            low, high = values[f"{tag}_low{end}"], values[f"{tag}_high{end}"]
             lines.append(f"between the distributions {low:.4g} to {high:.4g}")
         shown = {name: values.get(self.fid.tag_of(name)) for name in ("precision", "recall")}
         return lines + [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
@@ -258,7 +272,10 @@ class Evaluation:
                 text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
             if self.fid.floor is not None:
                 text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text), *uncertainty_rows(self.latest)]
+            rows = [(f"FID ({self.fid.extractor.name})", text)]
+            for epoch, value in fid_series(lines, f"{self.fid.tag}{FINAL}")[-1:]:
+                rows.append(("FID, final", f"{value:.4g} (epoch {epoch}) from {self.cfg.fid.final_samples:,} samples"))
+            rows += uncertainty_rows(self.latest)
         if self.latest is not None and self.latest.classes is not None:
             classes = self.latest.classes
             found = sum(n > 0 for n in classes)
@@ -271,15 +288,32 @@ class Evaluation:
         ]
 
 
-def calibrated(g: nn.Module, cfg: GanConfig, device: torch.device) -> Generator:
-    """Return a generator as it is measured: one with Mixture Normalization is a copy, its mixtures fitted anew."""
-    assert isinstance(g, Generator)
-    if cfg.norm.kind != "mn" or not cfg.calibration_batches:
-        return g
-    fitted = copy.deepcopy(g)
-    with autocast(device, cfg.precision):
-        calibrate(fitted, calibration_noise(cfg, device), cfg.calibration_batches)
-    return fitted
+def recalibrate(
+    cfg: GanConfig,
+    g: nn.Module,
+    counts: Sequence[int],
+    device: torch.device,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
+    """Estimate anew what a generator stores, from samples that are the same for every run.
+
+    Args:
+        cfg: the run's configuration, which says whether and how.
+        g: on the device.
+        counts: training images of each class that it can be asked for; empty where it cannot.
+        device: where the generator is.
+        go_on: called between batches.
+
+    Raises:
+        NonFiniteError: if a layer is fed what is not finite.
+    """
+
+    def forward(given: tuple[Tensor, ...]) -> None:
+        go_on()
+        with autocast(device, cfg.precision):
+            g(*given)
+
+    recalibrate_network(cfg, g, recalibration_noise(cfg, counts, device), forward)
 
 
 def distance(images: Tensor) -> float:

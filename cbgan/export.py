@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import CLASSES, calibrated
+from cbgan.evaluation import CLASSES, recalibrate
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
 from common.classification.stored import StoredModel, read_stored
@@ -31,7 +31,7 @@ class TrainedGenerator(StoredModel[GanConfig]):
     """A generator that was trained, with what its use needs.
 
     Attributes:
-        network: in evaluation mode, its mixtures fitted where it has Mixture Normalization.
+        network: in evaluation mode, with the statistics by which it is measured.
         cfg: the configuration of its run.
         classes: names of the classes it can be asked for; empty where it cannot.
         counts: training images of each class, by which classes are drawn where none is asked for.
@@ -157,9 +157,9 @@ def load_generator(
         of_run,
         lambda _: Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed),
     )
-    # An exported one was fitted before it was written.
-    network = model.network if stored.exported else calibrated(model.network, cfg, torch.device("cpu"))
-    return replace(model, network=network.requires_grad_(False).to(device))
+    if not stored.recalibrated:
+        recalibrate(cfg, model.network, model.counts, torch.device("cpu"))
+    return replace(model, network=model.network.requires_grad_(False).to(device))
 
 
 def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:

@@ -83,10 +83,9 @@ def uncertainty_rows(result: FidResult | None) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if result is None:
         return rows
-    if result.interval is not None and result.limit is not None:
-        low, high = result.interval.low, result.interval.high
-        text = f"{low:.4g} to {high:.4g} between the distributions (95 %); FID-infinity {result.limit:.4g}"
-        rows.append(("FID, last", text))
+    if result.interval is not None:
+        text = f"{result.interval.low:.4g} to {result.interval.high:.4g} between the distributions (95 %)"
+        rows.append(("FID, last", text if result.limit is None else f"{text}; FID-infinity {result.limit:.4g}"))
     if result.quality:
         named = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in result.quality.items())
         rows.append(("quality", named))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cbgan.config import GanConfig
-from common.machine.seeding import derive, generator
+from common.machine.seeding import generator
 
 SEED = 314159
 """The noise that generators are measured on is the same for every run, whatever its seed."""
@@ -36,6 +36,21 @@ def fixed_labels(counts: Sequence[int], count: int, device: torch.device) -> Ten
 def spread_labels(num_classes: int, count: int, device: torch.device) -> Tensor:
     """Return classes in rising order, each equally often, for pictures, int64 (count,)."""
     return (torch.arange(count) * num_classes // count).to(device)
+
+
+def recalibration_noise(cfg: GanConfig, counts: Sequence[int], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Return the noise, and of a conditional generator the classes, that statistics are estimated from, in batches.
+
+    Args:
+        cfg: the run's configuration, which says how many.
+        counts: training images of each class, by which classes are drawn; empty without classes.
+        device: where the generator is; the noise is the same on every one.
+    """
+    how = cfg.recalibrate
+    z = torch.randn(how.images, cfg.latent_dim, generator=generator(SEED, "recalibrate")).to(device)
+    asked = [fixed_labels(counts, how.images, device)] if counts else []
+    batches = list(zip(*(t.split(how.batch_size) for t in (z, *asked)), strict=True))
+    return batches[:-1] if len(batches) > 1 and how.images % how.batch_size else batches
 
 
 def numbered_noise(first: int, count: int, latent_dim: int, seed: int, limit: float | None = None) -> Tensor:
@@ -79,9 +94,3 @@ def between(z: Tensor, frames: int) -> Tensor:
     turned = ((1 - share) * angle).sin() * a + (share * angle).sin() * b
     direction = torch.where(straight, torch.lerp(a, b, share), turned / torch.where(straight, 1, angle.sin()))
     return direction * torch.lerp(length, to_length, share)
-
-
-def calibration_noise(cfg: GanConfig, device: torch.device) -> list[Tensor]:
-    """Return the batches of noise that mixtures are fitted to, as training draws them but from draws of their own."""
-    seed = derive(SEED, "calibration")
-    return [noise(cfg, number, cfg.batch_size, device, seed=seed) for number in range(cfg.calibration_batches)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cbgan.config import GanConfig
 from cbgan.networks.augmentation import augment
+from cbgan.networks.dcgan import UNDER_TEST
 from cbgan.networks.losses import discriminator_loss, generator_loss, gradient_penalty
 from cbgan.noise import noise
 from common.machine.seeding import generator
@@ -87,13 +88,19 @@ class Objective:
 
 
 def gradient_variances(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return mean and maximum over weight tensors of the variance within each one's last gradient, by tag."""
+    """Return mean and maximum over weight tensors of the variance within each one's last gradient, by tag.
+
+    Of the generator also the mean over those outside the layers under test, which every kind has.
+    """
     found: dict[str, Tensor] = {}
     for name, network in networks.items():
-        each = variances(p.grad for p in network.parameters() if p.grad is not None)
-        if each:
+        gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
+        if each := variances(gradients.values()):
             stacked = torch.stack(each)
             found |= {f"gradient/{name}_variance": stacked.mean(), f"gradient/{name}_variance_max": stacked.max()}
+        if each and name == "g":
+            shared = variances(g for key, g in gradients.items() if not key.startswith(UNDER_TEST))
+            found["gradient/g_variance_shared"] = torch.stack(shared).mean()
     return found
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation, calibrated
+from cbgan.evaluation import Evaluation, recalibrate
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
 from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
@@ -17,14 +17,18 @@ from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
 from common.metrics.fid import other_split
+from common.norms import preserved_statistics
 from common.training.loop import train
-from common.training.method import Method, Moment, Tracked
+from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import parameter_groups
 from common.training.update import Update, frozen
 
 
 class Gan(Method[GanConfig]):
-    """A GAN: a step updates the discriminator, then the generator, on one batch."""
+    """A GAN: a step updates the discriminator, then the generator, on one batch of real images.
+
+    chainer-gan-lib, which the recipe follows otherwise, updates the generator first, on the same generated images.
+    """
 
     application = "cbgan"
     config = GanConfig
@@ -80,6 +84,10 @@ class Gan(Method[GanConfig]):
         """Measure the real images."""
         self.evaluation = Evaluation(self.cfg, self.images, self.device, should_stop, self.env)
 
+    def better(self) -> Mapping[str, Better]:
+        """Return it of what is measured; the losses of a game have no best, nor has diversity, of which 1 is real."""
+        return self.evaluation.better()
+
     def passport(self) -> dict[str, object]:
         """Return what a FID of this run is comparable by."""
         return {**super().passport(), **self.evaluation.passport()}
@@ -96,10 +104,20 @@ class Gan(Method[GanConfig]):
         every = self.cfg.fid.every or self.cfg.checkpoint_every
         return (epoch % every == 0 or epoch == self.cfg.epochs) and bool(epoch or self.cfg.fid.every)
 
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate the generator's statistics from samples."""
+        recalibrate(self.cfg, network, self.evaluation.class_counts(), self.device, go_on)
+
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure the generator, as trained too where its average is what is measured, and draw what it makes."""
-        raw = calibrated(self.networks["g"], self.cfg, self.device) if self.cfg.ema else None
-        return self.evaluation.run(calibrated(networks["g"], self.cfg, self.device), moment, raw)
+        g, raw = networks["g"], self.networks["g"]
+        assert isinstance(g, Generator)
+        assert isinstance(raw, Generator)
+        if raw is g:
+            return self.evaluation.run(g, moment)
+        with preserved_statistics(raw):
+            self.recalibrate("g", raw, moment.go_on)
+            return self.evaluation.run(g, moment, raw)
 
     def told(self, values: Mapping[str, float]) -> list[str]:
         """Return the FID in short, or how images differ where it is not measured."""

@@ -12,7 +12,7 @@ from common.errors import UsageError
 from common.machine.atomic import write_text_atomic
 from common.machine.paths import refuse_overwriting
 from common.reports.published import PUBLISHED, Published
-from common.reports.records import LoggedRun, differing, group_by_seed, read_run, refuse_unlike
+from common.reports.records import LoggedRun, differing, group_by_seed, measured_by, read_run, refuse_unlike
 from common.tables import Cell, origin
 
 
@@ -96,7 +96,8 @@ def section(published: Published, runs: Sequence[LoggedRun]) -> Iterator[str]:
         UsageError: if its runs were measured on different images.
     """
     groups = group_by_seed(runs)
-    refuse_unlike(runs, [tag for tags in published.tags.values() for tag in tags])
+    tags = [tag for tags in published.tags.values() for tag in tags]
+    refuse_unlike(runs, tags)
     columns = [name for column in published.tags for name in (f"{column}, paper", column, f"{column}, best so far")]
     yield f"## {published.place}"
     yield ""
@@ -120,7 +121,8 @@ def section(published: Published, runs: Sequence[LoggedRun]) -> Iterator[str]:
             yield f"- {_name(group, groups)} differs from what the paper states: {', '.join(unlike)}."
     for note in published.notes:
         yield f"- {note}"
-    images = sorted({f"{name} {str(value)[:12]}" for run in runs for name, value in run.passport.items()})
+    known = {(name, str(value)) for run in runs for name, value in measured_by(run, tags).items()}
+    images = sorted(f"{name} {value if name == 'recalibrated' else value[:12]}" for name, value in known)
     yield f"- Measured by: {', '.join(images) or 'not known'}."
     yield f"- {origin(runs)}"
 

@@ -23,7 +23,7 @@ class TablesConfig:
     """Print a Markdown table of what runs logged; runs that differ by their seed alone share a row."""
 
     runs: list[Path] = field(default_factory=list)
-    """Folders of finished runs, for instance runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
+    """Folders of runs, unfinished ones left out, such as runs/cbgan/digits-ucb-seed0 runs/cbgan/digits-ucb-seed1."""
     settings: list[str] = field(default_factory=lambda: ["norm.kind"])
     """Settings that tell the rows apart, for instance norm.kind norm.groups; of those that mean something to a run."""
     tags: list[str] = field(default_factory=list)
@@ -31,7 +31,9 @@ class TablesConfig:
     last: int = 1
     """Take the mean of so many last logged values of each run: more steady where they jump from epoch to epoch."""
     at: list[int] = field(default_factory=list)
-    """Epochs, for instance 25 50: of each value the last at the end of that epoch, and the best so far."""
+    """Epochs, for instance 25 50: of each value the last at the end of that epoch, and the best by then, if any."""
+    chosen: bool = False
+    """Add a column for each measured value: that of the epoch that best.by chose."""
     out: Path | None = None
     """Write the table to this file too, as its ending says: .csv, .tex (LaTeX) or .md."""
     force: bool = False
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(TablesConfig, argv, prog="python -m common.tables")
     if cfg.out is not None:
         refuse_overwriting(cfg.out, force=cfg.force)
-    made = table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last, cfg.at)
+    made = table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last, cfg.at, chosen=cfg.chosen)
     if cfg.out is not None:
         try:
             write_text_atomic(cfg.out, _FORMATS[cfg.out.suffix](made))
@@ -141,20 +143,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def table(
-    runs: Sequence[LoggedRun], settings: Sequence[str], tags: Sequence[str], last: int = 1, at: Sequence[int] = ()
+    runs: Sequence[LoggedRun],
+    settings: Sequence[str],
+    tags: Sequence[str],
+    last: int = 1,
+    at: Sequence[int] = (),
+    *,
+    chosen: bool = False,
 ) -> Table:
     """Return a table with a row for each choice of settings and a column for each tag, or two for each epoch of ``at``.
 
-    A run counts with the mean of its ``last`` last values of a tag. A setting that means nothing to any run's layer
-    has no column, and "-" in the rows of those it means nothing to.
+    A run counts with the mean of its ``last`` last values of a tag; with ``chosen`` in another column with the value of
+    the epoch that it chose. A setting that means nothing to any run's layer has no column, and "-" in the rows of those
+    it means nothing to. Runs that are unfinished, or did not come to the last epoch of ``at``, are left out and named.
 
     Raises:
-        UsageError: if a run is unfinished (without ``at``) or did not come so far, no run knows a setting or tag, runs
-            of a row do not all have a tag, rows differ in a setting that is not named, or values do not compare.
+        UsageError: if no run came so far, one chose no epoch, none knows a setting or tag, runs of a row do not all
+            have a tag, rows differ in a setting that is not named, or values do not compare.
     """
-    for run in runs:
-        if not at:
-            _check_finished(run)
+    behind = [run for run in runs if not _came_so_far(run, at)]
+    if len(behind) == len(runs):
+        raise UsageError(f"runs: none is finished: {'; '.join(map(_how_far, runs))}; wait, or take epochs by --at")
+    runs = [run for run in runs if run not in behind]
     for name in settings:
         if not any(name in run.settings or name in run.unused for run in runs):
             raise UsageError(f"settings: {runs[0].path} has no {name}; it has {', '.join(runs[0].settings)}")
@@ -172,38 +182,68 @@ def table(
             raise UsageError(f"settings: {one.path} and {first.path} differ in {differ}; name it too")
         rows[name] = group
     refuse_unlike(runs, tags, settings)
-    columns = [column for tag in tags for column in _columns(tag, last, at)]
+    columns = [column for tag in tags for column in _columns(runs, tag, last, at, chosen)]
     filled = [
         (name, " ".join(str(run.seed) for run in group), [_cell(group, tag, take) for _, tag, take in columns])
         for name, group in rows.items()
     ]
     unnamed = [name for name in differing(runs) if name not in settings]
     also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
-    return Table(settings, [title for title, _, _ in columns], filled, [*_notes(runs, last, at), *also])
+    also += [f"Left out: {'; '.join(map(_how_far, behind))}."] if behind else []
+    notes = [*_notes(runs, last, at), *(_choices(runs) if chosen else []), *also]
+    return Table(settings, [title for title, _, _ in columns], filled, notes)
 
 
 _Take = Callable[[LoggedRun], float]
 
 
-def _columns(tag: str, last: int, at: Sequence[int]) -> list[tuple[str, str, _Take]]:
+def _columns(
+    runs: Sequence[LoggedRun], tag: str, last: int, at: Sequence[int], chosen: bool
+) -> list[tuple[str, str, _Take]]:
     """Return title, tag and the value of a run of each of a tag's columns."""
-    if not at:
-        return [(tag, tag, lambda run: fmean(run.values(tag)[-last:]))]
     columns: list[tuple[str, str, _Take]] = []
+    if not at:
+        columns.append((tag, tag, lambda run: fmean(run.values(tag)[-last:])))
     for epoch in at:
         columns.append((f"{tag} at {epoch}", tag, lambda run, e=epoch: fmean(run.values(tag, e)[-last:])))
-        if (best := _best_of(tag)) is not None:
+        if (best := best_of(runs, tag)) is not None:
             columns.append(
                 (f"{tag} best to {epoch}", tag, lambda run, e=epoch, best=best: _finite(best, run.values(tag, e)))
             )
+    if chosen:
+        columns.append((f"{tag} at the chosen epoch", tag, lambda run: _at_the_chosen_epoch(run, tag)))
     return columns
 
 
-def _best_of(tag: str) -> Callable[[Iterable[float]], float] | None:
-    """Return what finds the best of a tag's values: losses and distances shall be low, other metrics high."""
-    if tag.startswith(("loss/", "metric/kid_", "metric/copies_")) or "fid" in tag:
-        return min
-    return max if tag.startswith("metric/") else None
+def best_of(runs: Sequence[LoggedRun], tag: str) -> Callable[[Iterable[float]], float] | None:
+    """Return what finds the best of a tag's values, as the runs say; None where there is no best."""
+    ways = {run.better.get(tag) for run in runs if _has(run, tag)}
+    return min if ways == {"lower"} else max if ways == {"higher"} else None
+
+
+def _at_the_chosen_epoch(run: LoggedRun, tag: str) -> float:
+    """Return the value that a run measured at the epoch it chose, nan where it was not finite."""
+    best = _chosen(run)
+    if tag not in best["with"]:
+        raise UsageError(f"tags: {run.path} measured no {tag} in epoch {best['epoch']}, which it chose; leave it out")
+    value = best["with"][tag]
+    return math.nan if value is None else value
+
+
+def _chosen(run: LoggedRun) -> dict[str, Any]:
+    best = run.summary.get("best")
+    if not best:
+        raise UsageError(f"chosen: {run.path} chose no epoch (summary.json); train with --best.keep, or leave it out")
+    return best
+
+
+def _choices(runs: Sequence[LoggedRun]) -> list[str]:
+    """Say by what epochs were chosen, a line for each way."""
+    found: dict[str, list[str]] = {}
+    for best in map(_chosen, runs):
+        oracle = ", an oracle" if best["oracle"] else ""
+        found.setdefault(f"{best['tag']} ({best['split']} images{oracle})", []).append(str(best["epoch"]))
+    return [f"Epochs chosen by {how}: {', '.join(epochs)}." for how, epochs in found.items()]
 
 
 def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -> float:
@@ -211,10 +251,18 @@ def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -
     return best(finite) if finite else math.nan
 
 
-def _check_finished(run: LoggedRun) -> None:
+def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
+    """Say whether a run came to the last of these epochs, or without any to its end."""
+    if at:
+        return run.epochs >= max(at)
     wanted = run.settings.get("epochs")
-    if isinstance(wanted, int) and run.epochs < wanted:
-        raise UsageError(f"runs: {run.path} is not finished, it has {run.epochs} of {wanted} epochs")
+    return (
+        not isinstance(wanted, int) or run.epochs >= wanted or run.summary.get("state") == "finished"
+    )  # best.patience
+
+
+def _how_far(run: LoggedRun) -> str:
+    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs"
 
 
 def _has(run: LoggedRun, tag: str) -> bool:

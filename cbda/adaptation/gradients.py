@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from cbda.adaptation.algorithm import Terms
 from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.losses import masked_cross_entropy, source_cross_entropy
+from cbda.networks.classifier import own_parameters
 from common.machine.dist import mean_over_ranks
-from common.metrics.gradient_variance import gradient_noise, gradient_variance
+from common.metrics.gradient_variance import OverTensors, gradient_noise, gradient_variance
 
 NOISE_PARTS = 8
 """Parts of a batch whose gradients `noise_every` compares."""
-_HOW = ("mean", "max")
 
 
 def gradients_vary(terms: Terms, network: nn.Module) -> dict[str, Tensor]:
     """Return how the gradient of each domain's loss varies within each weight tensor.
 
-    Means and maxima over the tensors, ``gradient/DOMAIN_variance_HOW``. The target's loss is taken without mu; where no
+    Over the tensors mean, maximum and the mean of those outside the layer under test, which every kind has:
+    ``gradient/DOMAIN_variance_mean``, ``_max`` and ``_shared``. The target's loss is taken without mu; where no
     pseudo-label passes it has no values.
 
     Args:
@@ -42,32 +43,31 @@ def gradients_differ(method: MethodConfig, terms: Terms, labels: Tensor, network
     return _by_domain("noise", terms, gradient_noise, _losses_of_parts(method, terms, labels), network)
 
 
-def logits_vary(logits: Callable[[nn.Module], Iterable[tuple[str, Tensor]]], network: nn.Module) -> dict[str, float]:
+def logits_vary(logits: Iterable[tuple[str, Tensor]], network: nn.Module) -> dict[str, float]:
     """Return how the gradient of the sum of all logits varies by domain, which is what the paper's authors plot.
 
     Args:
-        logits: from the network to domain and logits (B, C) of a batch of each; it is asked in evaluation mode.
-        network: the classifier, which keeps its mode.
+        logits: domain and logits (B, C) of a batch of each.
+        network: the classifier that gave them.
     """
     values: dict[str, float] = {}
-    training = network.training
-    network.eval()
-    for domain, of_batch in logits(network):
-        found = gradient_variance(of_batch.float().sum(), network.parameters())
-        values |= {f"gradient/{domain}_logits_variance_{how}": float(v) for how, v in zip(_HOW, found, strict=True)}
-    network.train(training)
+    own = own_parameters(network)
+    for domain, of_batch in logits:
+        found = gradient_variance(of_batch.float().sum(), network.parameters(), own)
+        values |= {f"gradient/{domain}_logits_variance_{how}": float(v) for how, v in found._asdict().items()}
     return values
 
 
 def _by_domain(
-    what: str, terms: Terms, measure: Callable[[Any, Any], Any], losses: Sequence[Any], network: nn.Module
+    what: str, terms: Terms, measure: Callable[[Any, Any, Any], OverTensors], losses: Sequence[Any], network: nn.Module
 ) -> dict[str, Tensor]:
     passing = bool(mean_over_ranks(terms.mask.float().mean()) > 0)  # on any rank: all measure the same
     values: dict[str, Tensor] = {}
+    own = own_parameters(network)
     for domain, loss in zip(("source", "target"), losses, strict=True):
         if domain == "source" or passing:
-            found = measure(loss, network.parameters())
-            values |= {f"gradient/{domain}_{what}_{how}": value for how, value in zip(_HOW, found, strict=True)}
+            found = measure(loss, network.parameters(), own)
+            values |= {f"gradient/{domain}_{what}_{how}": value for how, value in found._asdict().items()}
     return values
 
 

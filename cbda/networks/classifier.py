@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.machine.seeding import derive
-from common.norms import clusters, convert_norms
+from common.norms import clusters, convert_norms, converted
 from common.norms.config import NormConfig
 from common.norms.factory import kinds
 
@@ -81,3 +81,9 @@ class Classifier(nn.Module):
     def _logits(self, x: Tensor, cluster: Tensor) -> Tensor:
         with clusters(cluster):
             return self.network(self.norm(x, cluster) if self._routed else self.norm(x))
+
+
+def own_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of a classifier's layer under test: of the first layer, or of what BatchNorms have become."""
+    places = ("norm.", *(f"{name}." for name in converted(network)))
+    return [p for name, p in network.named_parameters() if name.startswith(places)]

@@ -10,6 +10,8 @@ from common.norms.factory import kinds
 
 _SLOPE = 0.2
 _WEIGHT_STD = 0.02
+UNDER_TEST = ("norm1.", "norm2.")
+"""How the names of the generator's weights begin that belong to the layers under test."""
 
 
 class Generator(nn.Module):

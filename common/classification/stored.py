@@ -80,9 +80,12 @@ class Stored(Generic[C]):
     Attributes:
         folder: where it was read.
         cfg: the configuration of its run.
-        weights: parameters and buffers by name: the average's, where the run keeps one.
+        weights: parameters and buffers by name: the average's, where the run keeps one, and the statistics by which
+            the run measured them.
         facts: what an exported folder says beside the configuration; None of a run.
         state: the checkpoint of a run; empty of an exported folder.
+        recalibrated: whether statistics are those that the network is measured by; not so in a checkpoint of a run
+            that did not measure it.
     """
 
     folder: Path
@@ -90,6 +93,7 @@ class Stored(Generic[C]):
     weights: dict[str, Tensor]
     facts: Mapping[str, Any] | None
     state: Mapping[str, Any]
+    recalibrated: bool
 
     def fact(self, name: str, kind: Callable[[Any], T]) -> T:
         """Return one of an exported folder's facts, brought to its type.
@@ -182,14 +186,17 @@ def read_stored(
         if checkpoint != "last":
             raise UsageError(f"checkpoint: {folder} holds an exported model, which has no {checkpoint}; leave it out")
         weights, facts = _exported(folder)
-        return Stored(folder, stored_config(kind, folder), weights, facts, {})
+        return Stored(folder, stored_config(kind, folder), weights, facts, {}, recalibrated=True)
     state = _checkpoint(folder, checkpoint) if file is None else _load(file)
     if network not in state["networks"]:
         held = ", ".join(state["networks"])
         raise UsageError(f"run: {folder} holds the networks {held}, no {network}; expected a run of this command's")
     raw = state["networks"][network]
     weights = state["averages"].get(network, raw) if average else raw
-    return Stored(folder, stored_config(kind, folder), weights, None, state)
+    # Weights as trained are not what was measured where there is an average of them.
+    statistics = state["statistics"].get(network) if average or network not in state["averages"] else None
+    measured = {**weights, **(statistics or {})}
+    return Stored(folder, stored_config(kind, folder), measured, None, state, recalibrated=statistics is not None)
 
 
 def _facts(kind: type[StoredModel[Any]]) -> dict[str, Callable[[Any], Any]]:

@@ -23,7 +23,15 @@ from common.metrics.features import quality
 from common.metrics.features.frechet import Statistics, frechet_distance, statistics
 from common.metrics.features.neighbours import Copying, Nearest, copying, nearest
 from common.metrics.features.quality import Quality
-from common.metrics.features.uncertainty import POINTS, REPLICATES, Interval, distance_interval, distance_limit, enough
+from common.metrics.features.uncertainty import (
+    FEWEST_FOR_LIMIT,
+    POINTS,
+    REPLICATES,
+    Interval,
+    distance_interval,
+    distance_limit,
+    enough,
+)
 from common.metrics.inception import Inception
 from common.metrics.logits import in_batches
 
@@ -50,7 +58,7 @@ class FidConfig:
     samples: int = 1000
     """Generated images in a measurement; few of them bias the distance upwards."""
     final_samples: int | None = None
-    """Generated images in the measurement at the end (null: as samples)."""
+    """Generated images of another measurement at the end, whose tags end in _final (null: there is none)."""
     extractor: str = field(default="classifier", metadata={"names": EXTRACTORS.names})
     """inception: the network of published numbers, 96 MB to download, slow on a CPU; dinov2 (ViT-L/14), dinov2_base and
     dinov2_small: 1.2 GB, 350 MB and 90 MB; classifier: trained in seconds on the labelled training images, comparable
@@ -101,7 +109,7 @@ class FidResult:
         quality: kid, inception_score, precision and recall, those that were asked for.
         interval: of the distance between the distributions of generated and real images; None where it was not asked
             for, or there are fewer than twice as many images as features.
-        limit: FID-infinity, under the same conditions.
+        limit: FID-infinity; None where there is no interval, or fewer than four times as many images as features.
         neighbours: of each generated image among the training images; None where it was not asked for.
         copying: what these say beside unseen real images.
     """
@@ -258,6 +266,12 @@ class Fid:
             found |= {self.tag_of("copies"): result.copying.share, self.tag_of("train_gap"): result.copying.gap}
         return found
 
+    def better(self) -> dict[str, Literal["higher", "lower"]]:
+        """Return whether higher or lower is better of each of `values` that has a best: not of floor and train gap."""
+        ends = (f"{self.tag}_{end}" for end in ("centre", "low", "high", "infinity"))
+        lower = (self.tag, self.other_tag, *ends, self.tag_of("copies"))
+        return {**dict.fromkeys(lower, "lower"), **{self.tag_of(name): way for name, way in quality.BETTER.items()}}
+
     def distances(self, values: Mapping[str, float]) -> list[str]:
         """Return the tags of distances to draw in one chart."""
         return [tag for tag in (self.tag, self.other_tag, self.floor_tag) if tag in values]
@@ -326,9 +340,10 @@ class Fid:
         real = reference.features if self.config.reference == "test" else reference.statistics
         if not enough(result.count, dim) or (self.config.reference == "test" and not enough(len(self._real), dim)):
             return result
-        interval = distance_interval(features, real, seed=SEED, device=self._device)
-        limit = distance_limit(features, reference.statistics, seed=SEED, device=self._device)
-        return replace(result, interval=interval, limit=limit)
+        result = replace(result, interval=distance_interval(features, real, seed=SEED, device=self._device))
+        if not enough(result.count, dim, FEWEST_FOR_LIMIT):
+            return result
+        return replace(result, limit=distance_limit(features, reference.statistics, seed=SEED, device=self._device))
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""

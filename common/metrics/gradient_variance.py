@@ -4,7 +4,8 @@ On several ranks gradients are averaged first, so that of losses that are means 
 those of one process on the joined batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,18 @@ from torch import Tensor, nn
 from common.machine.dist import mean_over_ranks
 
 
-def gradient_variance(loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Return mean and maximum over weight tensors of the variance of the entries of the loss's gradient.
+class OverTensors(NamedTuple):
+    """Mean and maximum over weight tensors, and the mean over those that networks with another layer have too."""
+
+    mean: Tensor
+    max: Tensor
+    shared: Tensor
+
+
+def gradient_variance(
+    loss: Tensor, parameters: Iterable[nn.Parameter], own: Collection[nn.Parameter] = ()
+) -> OverTensors:
+    """Return, over weight tensors, the variance of the entries of the loss's gradient.
 
     The graph stays as it is, for the update's own backward pass, and no ``grad`` is written. Tensors of one entry have
     no variance and are left out, as are those that the loss does not depend on. The variance is that of the entries
@@ -22,16 +33,20 @@ def gradient_variance(loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple
     Args:
         loss: a scalar.
         parameters: weight tensors.
+        own: those of the layer under test, which ``shared`` leaves out.
 
     Raises:
         ValueError: if the loss depends on none of them.
     """
     weights = [p for p in parameters if p.requires_grad and p.numel() > 1]
-    return _mean_and_largest(variances(g for g in _gradients(loss, weights) if g is not None))
+    found = {p: g for p, g in zip(weights, _gradients(loss, weights), strict=True) if g is not None}
+    return _over_tensors(dict(zip(found, variances(found.values()), strict=True)), own)
 
 
-def gradient_noise(losses: Sequence[Tensor], parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """Return mean and maximum over weight tensors of the variance of the gradient between several losses.
+def gradient_noise(
+    losses: Sequence[Tensor], parameters: Iterable[nn.Parameter], own: Collection[nn.Parameter] = ()
+) -> OverTensors:
+    """Return, over weight tensors, the variance of the gradient between several losses.
 
     Of each entry it is the unbiased variance over the losses, parts of a batch say, and of a tensor the mean over its
     entries. As in `gradient_variance` the graph stays, and weights that no loss depends on are left out.
@@ -39,6 +54,7 @@ def gradient_noise(losses: Sequence[Tensor], parameters: Iterable[nn.Parameter])
     Args:
         losses: at least two scalars.
         parameters: weight tensors.
+        own: as for `gradient_variance`.
 
     Raises:
         ValueError: if there are fewer losses, or they depend on none of the weights.
@@ -47,9 +63,8 @@ def gradient_noise(losses: Sequence[Tensor], parameters: Iterable[nn.Parameter])
         raise ValueError(f"losses: expected at least 2, got {len(losses)}")
     weights = [p for p in parameters if p.requires_grad]
     by_weight = zip(*(_gradients(loss, weights) for loss in losses), strict=True)
-    return _mean_and_largest(
-        [torch.stack(found).var(0).mean() for each in by_weight if len(found := [g for g in each if g is not None]) > 1]
-    )
+    given = {p: [g for g in each if g is not None] for p, each in zip(weights, by_weight, strict=True)}
+    return _over_tensors({p: torch.stack(found).var(0).mean() for p, found in given.items() if len(found) > 1}, own)
 
 
 def _gradients(loss: Tensor, weights: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -64,8 +79,9 @@ def variances(gradients: Iterable[Tensor]) -> list[Tensor]:
     return [g.detach().float().var(correction=0) for g in gradients if g.numel() > 1]
 
 
-def _mean_and_largest(variances: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _over_tensors(variances: Mapping[nn.Parameter, Tensor], own: Collection[nn.Parameter]) -> OverTensors:
     if not variances:
         raise ValueError("parameters: expected some that the loss depends on, got none")
-    stacked = torch.stack(variances)
-    return stacked.mean(), stacked.max()
+    stacked, left_out = torch.stack(list(variances.values())), set(own)
+    shared = torch.stack([variance for p, variance in variances.items() if p not in left_out])
+    return OverTensors(stacked.mean(), stacked.max(), shared.mean())

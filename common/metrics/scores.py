@@ -92,7 +92,7 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
 
 
 class Metric(NamedTuple):
-    """A number that says how well a classifier did, and whether epochs can be chosen by it."""
+    """A number that says how well a classifier did, and which way it is better, if any."""
 
     measure: Callable[[Tensor, Tensor], float | None]
     better: Literal["higher", "lower"] | None
@@ -113,7 +113,7 @@ def register_metric(
         name: what it is called: lower-case letters, digits and underscores, a letter first.
         measure: from true classes, int64 (N,) in [0, C), and logits, float64 (N, C), both on the CPU, to a number;
             None where it says nothing, which is not logged.
-        better: "higher" or "lower" for one that `best.by` can choose epochs by.
+        better: "higher" or "lower"; None for one that has no best, so that `best.by` cannot choose epochs by it.
 
     Raises:
         ValueError: the name is taken or none, measure is no function, or better is something else.
@@ -306,7 +306,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 register_metric("accuracy", _accuracy, better="higher")
 register_metric("error", lambda labels, logits: 1 - _accuracy(labels, logits), better="lower")
-register_metric("macro_precision", _macro("precision"))
-register_metric("macro_recall", _macro("recall"))
-register_metric("macro_f1", _macro("f1"))
-register_metric("top5", _top5)
+register_metric("macro_precision", _macro("precision"), better="higher")
+register_metric("macro_recall", _macro("recall"), better="higher")
+register_metric("macro_f1", _macro("f1"), better="higher")
+register_metric("top5", _top5, better="higher")

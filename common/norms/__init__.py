@@ -6,7 +6,7 @@ from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm, regist
 from .functional import cluster_norm, mixture_norm
 from .health import Health, collect_health, health, log_scalars, mixture_layers
 from .supervised import SCBNorm, SCBNormBase
-from .surgery.calibration import calibrate, calibrated, recalibrate
+from .surgery.calibration import calibrate, preserved_statistics, recalibrate, statistics_layers
 from .surgery.convert import convert_norms, converted, revert_norms
 from .surgery.norm_act import NormAct, norm_act
 from .surgery.routing import WithClusters, clusters
@@ -26,7 +26,6 @@ __all__ = [
     "UCBNorm",
     "WithClusters",
     "calibrate",
-    "calibrated",
     "cluster_norm",
     "clusters",
     "collect_health",
@@ -38,9 +37,11 @@ __all__ = [
     "mixture_layers",
     "mixture_norm",
     "norm_act",
+    "preserved_statistics",
     "recalibrate",
     "register_norm",
     "revert_norms",
     "scb_state_from_base",
+    "statistics_layers",
     "ucb_state_from_batch_norm",
 ]

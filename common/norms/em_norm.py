@@ -164,6 +164,7 @@ class MixtureNorm(MixtureLayer):
         self.step += 1
         return before
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _refit(self, x: Tensor, before: Tensor, seeded: bool | Tensor) -> Stored | None:
         """Return the fit to this batch, or None unless this step, counted on the CPU, is one to make it.

@@ -134,6 +134,7 @@ class MixtureLayer(NormLayer):
         if not self._seen_initialized:
             self._seed(x)
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _seed(self, x: Tensor) -> bool | Tensor:
         """Seed as ``seed_from``; return whether that was done before: in a graph this is a tensor on the CPU."""
@@ -196,27 +197,41 @@ class MixtureLayer(NormLayer):
             ValueError: no batch, a batch of the wrong shape, one with a value that is not finite, or a layer whose
                 mixture is learned by gradients.
         """
+        points = [self.calibration_points(x, i) for i, x in enumerate(batches)]
+        self.calibrate_to(torch.cat(points) if points else torch.empty(0))
+
+    def calibration_points(self, x: Tensor, number: int, most: int = em.MAX_POINTS) -> Tensor:
+        r"""Return up to ``most`` locations (P, C) of x, the batch of this number, to calibrate to.
+
+        Raises:
+            ValueError: x is of the wrong shape, or holds a value that is not finite.
+        """
+        x = self._channels_first(x).to(self.mean.device)
+        if not x.isfinite().all():
+            raise ValueError(f"batches: expected finite values, got others in batch {number}")
+        return em.sample_points(x, self.seed, "calibrate", number, most)
+
+    @torch.no_grad()
+    def calibrate_to(self, points: Tensor) -> None:
+        """Fit the mixture of evaluation to points (P, C), as ``calibrate``.
+
+        Raises:
+            ValueError: less than two points, or a mixture that is learned by gradients.
+        """
         if not self.averages_mixture():
             raise ValueError("update: expected 'moving_average', since a mixture learned by gradients is no estimate")
-        points = []
-        for i, x in enumerate(batches):
-            own = self._channels_first(x).to(self.mean.device)
-            if not own.isfinite().all():
-                raise ValueError(f"batches: expected finite values, got others in batch {i}")
-            points.append(em.sample_points(own, self.seed, "calibrate", i))
-        pooled = torch.cat(points) if points else torch.empty(0)
-        if len(pooled) < 2:
-            raise ValueError(f"batches: expected at least two locations, got {len(pooled)} in all")
-        start, steps = self._calibration_start(pooled.dtype)
+        if len(points) < 2:
+            raise ValueError(f"batches: expected at least two locations, got {len(points)} in all")
+        start, steps = self._calibration_start(points.dtype)
         if self.is_initialized():
-            fit = em.moved_onto(points=pooled, fit=start)
+            fit = em.moved_onto(points=points, fit=start)
         else:
-            some = em.sample_points(pooled, self.seed, "calibrate seed")
+            some = em.sample_points(points, self.seed, "calibrate seed")
             rng = generator(self.seed, "kmeans++")
             fit = em.seed_mixture(some, self.num_components, self.groups, rng)
             steps = max(steps, SEEDED_STEPS)
-        fit = em.expectation_maximisation(pooled, fit, self.groups, self.eps, steps)
-        self._store_calibrated(pooled, fit)
+        fit = em.expectation_maximisation(points, fit, self.groups, self.eps, steps)
+        self._store_calibrated(points, fit)
         self.set_initialized(True)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:

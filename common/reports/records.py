@@ -13,7 +13,7 @@ from common.cli.arguments import flatten
 from common.errors import UsageError
 from common.norms.config import NormConfig, settings_of
 from common.norms.factory import BUILT_IN, default_options
-from common.runs.log import read_metrics
+from common.runs.log import FINAL, read_metrics
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LoggedRun:
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
         sessions: of environment.json, a dict for each start and resumption; empty without that file.
-        passport: of summary.json, what values are comparable by; empty where that is not known.
+        summary: of summary.json; empty without that file.
         unused: names of settings that mean nothing to the run's layer.
     """
 
@@ -35,8 +35,18 @@ class LoggedRun:
     seed: object
     lines: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
-    passport: dict[str, Any]
+    summary: dict[str, Any]
     unused: frozenset[str]
+
+    @property
+    def passport(self) -> dict[str, Any]:
+        """What values are comparable by; empty where that is not known."""
+        return self.summary.get("passport", {})
+
+    @property
+    def better(self) -> dict[str, str]:
+        """Whether "higher" or "lower" is better of each value that has a best, by tag."""
+        return self.summary.get("better", {})
 
     @property
     def epochs(self) -> int:
@@ -79,7 +89,7 @@ def read_run(path: Path) -> LoggedRun:
         lines = read_metrics(path)
         environment = path / "environment.json"
         sessions = json.loads(environment.read_text(encoding="utf-8"))["sessions"] if environment.exists() else []
-        passport = _passport(path / "summary.json")
+        summary = _summary(path / "summary.json")
     except FileNotFoundError as error:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
@@ -95,11 +105,14 @@ def read_run(path: Path) -> LoggedRun:
     named = dict(flatten(settings))
     seed, unused = named.pop("seed", None), _unused(named)
     meant = {name: value for name, value in named.items() if name not in unused}
-    return LoggedRun(path, meant, seed, lines, sessions, passport, unused)
+    return LoggedRun(path, meant, seed, lines, sessions, summary, unused)
 
 
-def _passport(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))["passport"]) if file.exists() else {}
+def _summary(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found | {"passport": dict(found["passport"]), "better": dict(found.get("better", {}))}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:
@@ -135,16 +148,16 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
     """Refuse runs whose values of these tags do not compare, by their passports and by the floors they logged.
 
     The images that runs were trained on may differ, those they are measured on not. Runs that differ in a named
-    setting of data or FID stand in rows of their own, and are not compared.
+    setting of data, FID or the statistics measured by stand in rows of their own, and are not compared.
 
     Raises:
         UsageError: naming two runs and what differs.
     """
-    telling = [name for name in named if name.startswith(("data.", "fid."))]
+    telling = [name for name in named if name.startswith(("data.", "fid.", "recalibrate."))]
     firsts: dict[str, LoggedRun] = {}
     for run in runs:
         first = firsts.setdefault(repr([run.settings.get(name) for name in telling]), run)
-        ours, theirs = (_measured_by(each, tags) for each in (first, run))
+        ours, theirs = (measured_by(each, tags) for each in (first, run))
         differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
         if differ:
             raise UsageError(
@@ -163,7 +176,7 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
 
 def floor_tag(tag: str) -> str:
     """Return the tag of a value's floor: metric/fid_x_floor, of metric/fid_x and of its distance to the other split."""
-    return f"{tag.removesuffix('_train').removesuffix('_test')}_floor"
+    return f"{tag.removesuffix(FINAL).removesuffix('_train').removesuffix('_test')}_floor"
 
 
 def floor(run: LoggedRun, tag: str) -> float | None:
@@ -172,21 +185,27 @@ def floor(run: LoggedRun, tag: str) -> float | None:
 
 
 _OF_FEATURES = tuple(
-    f"metric/{name}_" for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap")
+    f"metric/{name}_"
+    for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap", "class", "classes")
 )
 """Beginnings of the tags of what else is computed of a FID's features."""
 
 
-def _measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
-    """Return what of a run's passport these tags depend on."""
+def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
+    """Return what of a run's passport these tags depend on, and the numbers of samples."""
     passport, names = run.passport, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
         names.add("content_test")
-    if any("fid" in tag or tag.startswith(_OF_FEATURES) for tag in tags):
+    if any(tag.startswith(("metric/", "loss/test", "loss/validation", "loss/train_seen")) for tag in tags):
+        names.add("recalibrated")
+    of_features = [tag for tag in tags if "fid" in tag or tag.startswith(_OF_FEATURES)]
+    if of_features:
         names |= passport.keys() - {"content_train", "content_validation"}
         if passport.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
             names.discard("extractor_id")
-    return {name: value for name, value in passport.items() if name in names}
+    counts = {f"fid.{'final_' if tag.endswith(FINAL) else ''}samples" for tag in of_features} & run.settings.keys()
+    found = {name: value for name, value in passport.items() if name in names}
+    return found | {name: run.settings[name] for name in sorted(counts)}
 
 
 def group_by_seed(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from common.machine.atomic import naming
 
 METRICS = "metrics.jsonl"
+FINAL = "_final"
+"""How the tags end of what is measured on `fid.final_samples`: numbers of samples do not share a tag."""
 GROUPS = {
     "metric": "1_result",
     "adapt": "2_adaptation",
@@ -31,6 +33,10 @@ GROUPS = {
 """TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the names as they are. A part of a
 group, or one tag, may have a place of its own."""
 _ASIDE = {
+    # what a run is about: the first card
+    "0_headline": re.compile(
+        r"metric/(accuracy|gain|target_accuracy|fid_(?!\w*_(test|train|floor|centre|low|high|infinity|raw|final)$)\w+)"
+    ),
     # what the same images are taken for in another way
     "8_by_cluster": re.compile(r"metric/\w+_as_\w+"),
     # what says nearly the same as an accuracy
@@ -38,14 +44,14 @@ _ASIDE = {
     # a distance and its floor come first, what explains them below
     "4_quality": re.compile(
         r"metric/((copies|train_gap|precision|recall|kid|inception_score)_\w+|diversity"
-        r"|fid_\w+_(centre|low|high|infinity|raw))"
+        rf"|fid_\w+_(centre|low|high|infinity|raw)({FINAL})?)"
     ),
 }
-"""Results that are not for the first page, by the group they have instead."""
+"""Results by the group they have in place of their own."""
 
 
 def chart_name(tag: str) -> str:
-    """Return what TensorBoard calls a tag: ``metric/accuracy`` is ``1_result/accuracy``."""
+    """Return what TensorBoard calls a tag: ``metric/error`` is ``1_result/error``."""
     for aside, results in _ASIDE.items():
         if results.fullmatch(tag):
             return f"{aside}/{tag.removeprefix('metric/')}"

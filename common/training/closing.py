@@ -61,10 +61,10 @@ def write_summary(
     """Write summary.json, whole or not at all.
 
     It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
-    ``last`` measured values and the ``best`` one with their epochs and splits; the ``passport`` that says which runs'
-    values compare, content hash and size of each of the ``images`` sets; ``seconds`` of training and evaluation;
-    ``peak_memory_mib``; the first time and cause a run was found ``collapsed`` that goes on all the same; and the
-    ``rewinds`` there were.
+    ``last`` measured values and the ``best`` one with their epochs and splits; whether higher or lower is ``better``
+    by tag; the ``passport`` that says which runs' values compare, content hash and size of each of the ``images`` sets;
+    ``seconds`` of training and evaluation; ``peak_memory_mib``; the first time and cause a run was found ``collapsed``
+    that goes on all the same; and the ``rewinds`` there were.
     """
     at = parts.at
     best = at["best"]
@@ -78,6 +78,7 @@ def write_summary(
         "step": at["step"],
         "last": measured.last,
         "best": best,
+        "better": method.better(),
         "passport": method.passport(),
         "images": {
             name: {"content_hash": images.content_hash, "count": len(images)} for name, images in method.images.items()

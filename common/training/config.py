@@ -104,6 +104,27 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecalibrateConfig:
+    """Which stored statistics are estimated anew before each measurement, and from what (docs/results.md)."""
+
+    layers: Literal["all", "mn", "none"] = "all"
+    """all: of every layer that stores any, BatchNorm, BatchNorm by domain and mixtures, so that kinds compare; mn: of
+    Mixture Normalization alone, as it was published, beside the others' moving averages; none."""
+    images: int = 2048
+    """Training images (cbgan: samples) to estimate them from; cbda: of both domains, in the shares that a step has."""
+    batch_size: int = 256
+    """Images of these at once: the more, the nearer to what layers are fed in evaluation."""
+
+    def __post_init__(self) -> None:
+        _check_least({f"recalibrate.{name}": (getattr(self, name), 2) for name in ("images", "batch_size")})
+
+    @property
+    def protocol(self) -> str:
+        """What runs are compared by."""
+        return self.layers if self.layers == "none" else f"{self.layers}, {self.images} images by {self.batch_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Every application's configuration starts with this."""
 
@@ -165,6 +186,7 @@ class RunConfig:
     best: BestConfig = field(default_factory=BestConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     norm: NormConfig = field(default_factory=NormConfig)
+    recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
 
     def __post_init__(self) -> None:
         texts_to_paths(self)

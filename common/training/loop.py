@@ -15,6 +15,7 @@ from common.data import ImageSet
 from common.errors import Interrupted, NonFiniteError, Stopped
 from common.machine.device import resolve_device
 from common.machine.dist import Env, group, local_device
+from common.norms import preserved_statistics
 from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
 from common.training.closing import Measured, closing_lines, peak_memory, write_summary
@@ -187,6 +188,7 @@ class Training:
         rate = self.parts.set_learning_rates(factor * cfg.guard.lr_factor ** len(at["rewinds"]))
         update = Update(self.parts, self.guard, batches, self.device, cfg.precision, cfg.clip, share)
         self.guard.begin(at["step"] + 1)
+        self.parts.statistics = {}
         self.method.step(update)
         self.guard.finish()
         self.parts.average(cfg.ema, self.guard.good)
@@ -201,7 +203,8 @@ class Training:
         self._count_seconds("training")
         moment = Moment(at["epoch"], at["step"], self.folder, self.log, self._asked_to_stop, self._warn)
         try:
-            values = self.method.evaluate(self.parts.measured, moment)
+            with self._recalibrated(moment):
+                values = self.method.evaluate(self.parts.measured, moment)
         except Interrupted:
             if not self._scheduled():  # else the checkpoint before the measurement stands
                 self._save()
@@ -218,6 +221,18 @@ class Training:
         if values:
             self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", [*self.method.told(values), f"{seconds:.1f} s"])
         self._summarise("running", None)
+
+    @contextlib.contextmanager
+    def _recalibrated(self, moment: Moment) -> Iterator[None]:
+        """Estimate anew what the measured networks store, on all ranks alike, and undo that after the block."""
+        with contextlib.ExitStack() as stack:
+            for name in self.method.averaged:
+                network = self.parts.measured[name]
+                stack.enter_context(self.env.buffers_of_first(network))
+                stack.enter_context(preserved_statistics(network))
+                self.method.recalibrate(name, network, moment.go_on)
+                self.parts.note_statistics(name)
+            yield
 
     def _is_best(self, values: Mapping[str, float]) -> bool:
         """Note the value that epochs are chosen by, and say whether it is the best so far."""

@@ -22,6 +22,7 @@ from common.training.config import RunConfig
 from common.training.update import Update
 
 C = TypeVar("C", bound=RunConfig)
+Better = Literal["higher", "lower"]
 HELD_OUT = 0.1
 """Share of the training images that is held out where a choice needs them and no other share is asked for."""
 
@@ -37,7 +38,7 @@ class Tracked:
     """
 
     split: str
-    better: Literal["higher", "lower"]
+    better: Better
     chosen_by_test: bool = False
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -75,7 +76,7 @@ class Method(ABC, Generic[C]):
         config: its configuration's class.
         headline: tags of what is printed of a measurement, as far as it has them; by default all.
         remedy: what to try after a collapse.
-        averaged: names of the networks that `ema` keeps an average of, for measuring.
+        averaged: names of the networks that are measured, and that `ema` keeps an average of for it.
         networks: what `build` returned, on the device; the loop sets them before anything else is called.
         wrapped: the same networks as gradients are to flow through them, averaged over ranks.
     """
@@ -96,6 +97,10 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def tracked(cls, cfg: Any) -> dict[str, Tracked]:
         """Return the measured values that epochs can be chosen by; the first is the default choice."""
+
+    def better(self) -> Mapping[str, Better]:
+        """Return whether higher or lower is better of each logged value that has a best, by tag."""
+        return {tag: tracked.better for tag, tracked in self.tracked(self.cfg).items()}
 
     @property
     def workers(self) -> int:
@@ -192,9 +197,24 @@ class Method(ABC, Generic[C]):
         """Say whether the networks are measured after this many epochs."""
         return epoch > 0 and (epoch % self.cfg.evaluate_every == 0 or epoch >= self.cfg.epochs)
 
+    def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
+        """Estimate anew, as ``cfg.recalibrate`` says, the statistics of one of the networks that are ``averaged``.
+
+        Args:
+            name: which one.
+            network: as it is to be measured.
+            go_on: called between batches, on all ranks alike.
+
+        Raises:
+            Interrupted: if ``go_on`` raises it.
+            NonFiniteError: if a layer is fed what is not finite.
+        """
+
     @abstractmethod
     def evaluate(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
         """Measure the networks and return the values to log; every rank returns the same.
+
+        Those that are ``averaged`` have rank 0's statistics, estimated anew by ``recalibrate``.
 
         Raises:
             Interrupted: if ``moment.should_stop`` said so; nothing is logged then.
@@ -227,7 +247,8 @@ class Method(ABC, Generic[C]):
 
     def passport(self) -> dict[str, object]:
         """Return what the measured values are comparable by."""
-        return {f"content_{name}": images.content_hash for name, images in self.images.items()}
+        content = {f"content_{name}": images.content_hash for name, images in self.images.items()}
+        return {**content, "recalibrated": self.cfg.recalibrate.protocol}
 
     def accept(self, passport: Mapping[str, object]) -> None:
         """Compare the passport of a checkpoint with this process's.

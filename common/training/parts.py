@@ -36,6 +36,7 @@ class Parts:
         means: of what steps note, since the last log line.
         epoch_means: of what some steps note for their epoch, since its start.
         averages: copies of networks that hold exponential moving averages of their weights and buffers.
+        statistics: the buffers, by network, by which these weights were measured; none before they are.
         at: the position: finished ``epoch`` s, ``batch`` of the epoch under way, ``step`` in all, the last epoch
             ``evaluated`` (-1: none), the ``best`` value with its epoch, evaluations ``waited`` since, the step of the
             last ``good`` checkpoint to rewind to, that of the last one that was measured and found ``sound``, when and
@@ -76,6 +77,7 @@ class Parts:
         self.at: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "evaluated": -1, "best": None, "waited": 0,
                                    "good": None, "sound": None, "collapsed": None, "rewinds": []}  # fmt: skip
         self.clock = {"training": 0.0, "evaluation": 0.0}
+        self.statistics: dict[str, dict[str, Tensor]] = {}
 
     @property
     def seed(self) -> int:
@@ -87,6 +89,12 @@ class Parts:
     def measured(self) -> dict[str, nn.Module]:
         """The networks as they are measured: by their averages where there are any."""
         return self.networks | self.averages
+
+    def note_statistics(self, name: str) -> None:
+        """Keep the buffers that a measured network has now, for those who use it as it is measured."""
+        network = self.measured[name]
+        stored = network.state_dict().keys() & dict(network.named_buffers()).keys()
+        self.statistics[name] = {key: buffer.clone() for key, buffer in network.named_buffers() if key in stored}
 
     def set_learning_rates(self, factor: float) -> float:
         """Set every learning rate to ``factor`` times its first; return the first optimizer's first one."""
@@ -116,6 +124,7 @@ class Parts:
     def state_dict(self) -> dict[str, Any]:
         """Return state dicts and plain values only; every rank has to call it."""
         state: dict[str, Any] = {"at": copy.deepcopy(self.at), "clock": dict(self.clock)}
+        state["statistics"] = self.statistics
         for group, parts in self._groups().items():
             state[group] = {name: part.state_dict() for name, part in parts.items()}
         state |= {name: means.state_dict() for name, means in self._means().items()}
@@ -130,6 +139,7 @@ class Parts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint's state, and of what differs between ranks this one's share."""
         self.at, self.clock = copy.deepcopy(state["at"]), dict(state["clock"])
+        self.statistics = state["statistics"]
         for group, parts in self._groups().items():
             for name, part in parts.items():
                 part.load_state_dict(state[group][name])

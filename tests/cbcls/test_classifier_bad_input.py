@@ -35,7 +35,7 @@ FLAGS = {
     "--model.name oxford_cnn": ["data.size", "128", "8"],
     "--model.name oxford_cnn --data.size 128 --norm.kind in": ["norm.kind", "oxford_cnn", "in"],
     "--optimizer sgd --decay absolute": ["decay", "of_lr", "sgd"],
-    "--calibration_batches 0": ["calibration_batches", "at least 1", "0"],
+    "--recalibrate.images 1": ["recalibrate.images", "at least 2", "1"],
     "--batch_size 2000": ["batch_size", "60", "2000"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }

@@ -14,6 +14,7 @@ from sklearn.preprocessing import label_binarize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cbcls.evaluate
+import cbcls.evaluation
 import cbcls.train
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation, closing_rows
@@ -27,7 +28,7 @@ from common.data.sets.registry import load as load_images
 from common.errors import NonFiniteError
 from common.machine.seeding import permutation
 from common.metrics.scores import keras_threshold
-from common.norms import calibrate
+from common.norms import recalibrate
 from common.runs.checkpoint import load
 from common.runs.log import chart_name, read_metrics
 
@@ -42,6 +43,12 @@ def results(run: Path, out: Path, *flags: str) -> dict[str, Any]:
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return what was measured after each epoch."""
     return [line for line in read_metrics(run) if "metric/accuracy" in line]
+
+
+def measured(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return weights with the statistics by which they were measured."""
+    state = load(checkpoint)
+    return {**state["networks"]["network"], **state["statistics"]["network"]}
 
 
 def config(run: Path) -> ClassifierConfig:
@@ -139,7 +146,7 @@ def told_by_hand(run: Path, ids: torch.Tensor) -> float:
     """Return the accuracy of the last checkpoint with these clusters, apart from the code under test."""
     cfg = config(run)
     network = build_classifier(cfg, 6, 6)
-    network.load_state_dict(load(last(run))["networks"]["network"])
+    network.load_state_dict(measured(last(run)))
     test = Classification.load(cfg)["test"]
     with torch.no_grad():
         said = network.eval()(to_float(test.images), ids).argmax(1)
@@ -304,9 +311,10 @@ def test_other_settings_of_a_baseline_are_told(runs, tmp_path, capsys):
     assert "note       the baseline has lr 0.05, the model 0.01" in capsys.readouterr().out
 
 
-def test_mixtures_are_calibrated_to_training_images_before_each_measurement(runs, tmp_path):
-    """Against a calibration by hand, which gives other scores than the averages that training left."""
-    run = runs / "mn"
+@pytest.mark.parametrize("name", ["plain", "mn"])
+def test_statistics_are_estimated_from_training_images_before_each_measurement(runs, tmp_path, name):
+    """Against estimates by hand, which give other scores than the averages that training left."""
+    run = runs / name
     cfg, images = config(run), Classification.load(config(run))
     network = build_classifier(cfg, 6)
     network.load_state_dict(load(last(run))["networks"]["network"])
@@ -318,8 +326,21 @@ def test_mixtures_are_calibrated_to_training_images_before_each_measurement(runs
             return float(torch.nn.functional.cross_entropy(network.eval()(pixels), labels))
 
     averaged = loss()
-    order = permutation(len(images["train"]), cfg.seed, "calibration")[:30]
-    calibrate(network, list(to_float(images["train"].images[order]).split(15)))
+    order = permutation(len(images["train"]), cfg.seed, "recalibrate")[: cfg.recalibrate.images]
+    batches = list(to_float(images["train"].images[order]).split(cfg.recalibrate.batch_size))
+    if name == "mn":
+        recalibrate(network, batches)
+    else:  # of one batch, by torch's own averages in float64: each layer after those before it
+        assert len(batches) == 1
+        network.double()
+        for layer in (
+            module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        ):
+            layer.train().momentum = 1.0
+            with torch.no_grad():
+                network(batches[0].double())
+            layer.eval()
+        network.float()
     fitted = loss()
     assert abs(averaged - fitted) > 1e-3
     assert logged(run)[-1]["loss/test"] == pytest.approx(fitted, rel=1e-4)
@@ -329,9 +350,26 @@ def test_mixtures_are_calibrated_to_training_images_before_each_measurement(runs
     assert results(tmp_path / "model", tmp_path / "again")["test"]["loss"] == pytest.approx(fitted, rel=1e-4)
 
 
+def test_a_checkpoint_that_was_not_measured_is_evaluated_as_one_that_was(runs, tmp_path):
+    bare = altered(runs / "plain", tmp_path / "bare")
+    torch.save({**load(last(bare)), "statistics": {}}, last(bare))
+    want, found = load_model(runs / "plain").network.state_dict(), load_model(bare).network.state_dict()
+    assert not torch.equal(load(last(bare))["networks"]["network"]["norm1.running_mean"], want["norm1.running_mean"])
+    torch.testing.assert_close(dict(found), dict(want), rtol=0, atol=0)
+
+
+def test_moving_averages_are_measured_where_they_are_asked_for(tiny, tmp_path):
+    cbcls.train.main([*tiny, "--norm.kind", "bn", "--epochs", "1", "--name", "run", "--recalibrate.layers", "mn"])
+    run = tmp_path / "cbcls" / "run"
+    state = load(last(run))
+    assert state["passport"]["recalibrated"] == "mn, 2048 images by 256"
+    for name, value in load_model(run).network.state_dict().items():
+        assert torch.equal(value, state["networks"]["network"][name])
+
+
 def test_two_ranks_measure_the_mixtures_that_one_process_would(tiny, tmp_path):
     """Each rank's moving averages differ; all measure those of the first, fitted to the same images."""
-    flags = ["--norm.kind", "mn", "--calibration_batches", "2", "--epochs", "1", "--name", "pair"]
+    flags = ["--norm.kind", "mn", "--recalibrate.images", "30", "--epochs", "1", "--name", "pair"]
     pair = run_forked(cbcls.train.main, *tiny, *flags, ranks=2)
     assert pair.statuses == [0, 0], pair.err
     run = tmp_path / "cbcls" / "pair"
@@ -347,7 +385,7 @@ def test_measuring_leaves_no_trace_in_a_network(runs):
     cfg = config(runs / "mn")
     images = Classification.load(cfg)
     network = build_classifier(cfg, 6)
-    network.load_state_dict(load(last(runs / "mn"))["networks"]["network"])
+    network.load_state_dict(measured(last(runs / "mn")))
     network.train()
     before = copy.deepcopy(network.state_dict())
     Evaluation(cfg, images, CPU).scores(network, lambda: None)
@@ -355,8 +393,8 @@ def test_measuring_leaves_no_trace_in_a_network(runs):
     assert network.training
     with torch.no_grad():
         next(network.get_submodule("conv1").parameters()).fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match="mixtures cannot be calibrated"):
-        Evaluation(cfg, images, CPU).scores(network, lambda: None)
+    with pytest.raises(NonFiniteError, match="statistics cannot be estimated anew"):
+        cbcls.evaluation.recalibrate(cfg, network, images["train"], CPU)
 
 
 def test_bad_input(runs, tmp_path, capsys):

@@ -26,7 +26,8 @@ def by_hand(run: Path, images: torch.Tensor, cluster: int | None) -> torch.Tenso
     """Return probabilities of a run's last checkpoint, apart from the code under test."""
     model = load_model(run)
     network = build_classifier(model.cfg, 6, len(model.clusters))
-    network.load_state_dict(load(sorted((run / "checkpoints").glob("step-*.pt"))[-1])["networks"]["network"])
+    state = load(sorted((run / "checkpoints").glob("step-*.pt"))[-1])
+    network.load_state_dict({**state["networks"]["network"], **state["statistics"]["network"]})
     with torch.no_grad():
         ids = None if cluster is None else torch.full((len(images),), cluster)
         return network.eval()(to_float(images), ids).softmax(1)
@@ -92,7 +93,8 @@ def test_a_kept_epoch_can_be_asked(runs, pictures, tmp_path):
     cbcls.predict.main(["--run", str(runs / "plain"), "--images", str(pictures / "test"), "--out", str(tmp_path),
                         "--checkpoint", "1"])  # fmt: skip
     network = load_model(runs / "plain").network
-    network.load_state_dict(load(runs / "plain" / "checkpoints" / "epoch-0001.pt")["networks"]["network"])
+    state = load(runs / "plain" / "checkpoints" / "epoch-0001.pt")
+    network.load_state_dict({**state["networks"]["network"], **state["statistics"]["network"]})
     with torch.no_grad():
         best = network.eval()(to_float(read_images(images_below(pictures / "test", "images"), 8))).softmax(1).amax(1)
     assert [float(row["probability"]) for row in rows(tmp_path)] == pytest.approx(best.tolist(), abs=1e-5)
@@ -165,7 +167,7 @@ def domains_run(tmp_path) -> Path:
     """Make what a run of another application leaves, as far as reading it goes."""
     folder = tmp_path / "adapted"
     Checkpoints(folder / "checkpoints").save(
-        1, {"networks": {"adamatch": {}, "alignment": {}}, "averages": {}, "at": {}}
+        1, {"networks": {"adamatch": {}, "alignment": {}}, "averages": {}, "statistics": {}, "at": {}}
     )
     (folder / "config.yaml").write_text("source: {name: digits}\n")
     return folder

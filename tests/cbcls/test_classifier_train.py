@@ -56,7 +56,8 @@ def test_the_scores_of_a_run_are_those_of_its_weights(finished):
     folder, _ = finished
     cfg = parse(ClassifierConfig, ["--config", str(folder / "config.yaml")])
     network = ShallowCNN(6, cfg.norm)
-    network.load_state_dict(load(folder / "checkpoints" / "step-00000008.pt")["networks"]["network"])
+    state = load(folder / "checkpoints" / "step-00000008.pt")
+    network.load_state_dict({**state["networks"]["network"], **state["statistics"]["network"]})
     test = registry.load(cfg.data).test
     assert test is not None
     assert test.labels is not None
@@ -167,8 +168,9 @@ def test_dropout_of_a_resumed_run_is_that_of_an_uninterrupted_one(tiny, tmp_path
     cbcls.train.main([*flags, "--epochs", "1", "--name", "parts"])
     torch.rand(7)  # whatever a process draws in between
     cbcls.train.main([*flags, "--epochs", "2", "--name", "parts", "--resume"])
-    ours, theirs = (final(tmp_path / "cbcls" / name)["networks"] for name in ("whole", "parts"))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    ours, theirs = (final(tmp_path / "cbcls" / name) for name in ("whole", "parts"))
+    for group in ("networks", "statistics"):
+        torch.testing.assert_close(ours[group], theirs[group], rtol=0, atol=0)
 
 
 def test_weights_without_a_gradient_shrink_as_the_optimizer_says():

@@ -31,6 +31,7 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
+from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.seeding import permutation, uniform_per_sample
 from common.networks.pixels import pixels_of
@@ -318,14 +319,20 @@ def test_a_run_leaves_everything_behind(finished):
     told = ("source_accuracy", "target_accuracy", "gain", "target_information", "validation_accuracy")
     shown = "  ".join(f"metric/{name} {last[f'metric/{name}']:.4g}" for name in told)
     assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
-    assert json.loads((folder / "summary.json").read_text())["best"]["tag"] == "metric/validation_accuracy"
+    noted = json.loads((folder / "summary.json").read_text())
+    assert noted["best"]["tag"] == "metric/validation_accuracy"
+    measured = {tag for tag in names if tag.startswith("metric/")} | {"loss/validation", "loss/source"}
+    assert {tag: noted["better"].get(tag) for tag in measured} == {
+        tag: "lower" if tag.startswith("loss/") else "higher" for tag in measured}  # fmt: skip
+    assert not noted["better"].keys() & {"loss/adamatch", "loss/target"}  # mu rises, labels change
 
 
 def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):
     folder, _ = finished
     cfg = parse(AdaMatchConfig, ["--config", str(folder / "config.yaml")])
     network = build_classifier(cfg, 3)
-    network.load_state_dict(load(folder / "checkpoints" / "step-00000008.pt")["averages"]["adamatch"])
+    state = load(folder / "checkpoints" / "step-00000008.pt")
+    network.load_state_dict({**state["averages"]["adamatch"], **state["statistics"]["adamatch"]})
     last = next(line for line in reversed(read_metrics(folder)) if "metric/target_accuracy" in line)
     for domain, split in (("source", "test"), ("target", "target_test")):
         images = AdaMatch.load(cfg)[split]
@@ -465,7 +472,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
     for domain, loss in (("source", none), ("target", full - none)):  # without mu
         variance = torch.autograd.grad(loss, network.weight, retain_graph=True)[0].var(correction=0)
-        for how in ("mean", "max"):  # of one tensor
+        for how in ("mean", "max", "shared"):  # of one tensor
             torch.testing.assert_close(values[f"gradient/{domain}_variance_{how}"], variance, rtol=1e-4, atol=0)
     unsure = prepared(tiny, "--variance_every", "1", "--method.alignment", "none")
     unsure[0].networks["adamatch"] = unsure[2]
@@ -508,15 +515,15 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
         parts = [losses[a:b].mean() for a, b in ((0, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11), (11, 12))]
         gradients = [torch.autograd.grad(loss, network.weight, retain_graph=True)[0] for loss in parts]
         want = torch.stack(gradients).var(0).mean()
-        for how in ("mean", "max"):
+        for how in ("mean", "max", "shared"):
             torch.testing.assert_close(values[f"gradient/{domain}_noise_{how}"], want, rtol=1e-4, atol=0)
 
 
 def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny, tmp_path, monkeypatch):
     sound, found = cbda.adaptation.gradients.gradient_variance, []
 
-    def noting(loss: Tensor, parameters):
-        values = sound(loss, parameters)
+    def noting(loss: Tensor, parameters, own):
+        values = sound(loss, parameters, own)
         found.append([v.item() for v in values])
         return values
 
@@ -524,7 +531,7 @@ def test_variances_are_logged_once_an_epoch_as_means_over_its_sampled_steps(tiny
     cbda.adamatch.main([*tiny, "--variance_every", "2", "--method.tau", "0.1", "--name", "run"])  # every label passes
     lines = read_metrics(tmp_path / "cbda" / "run")
     assert len(found) == 8  # two losses in two steps of each of two epochs: no pass more
-    for number, how in enumerate(("mean", "max")):
+    for number, how in enumerate(("mean", "max", "shared")):
         for domain, first in (("source", 0), ("target", 1)):
             values = [each[number] for each in found[first::2]]
             logged = [
@@ -539,27 +546,44 @@ def test_where_no_label_passes_in_an_epoch_its_variance_is_missing(tiny, tmp_pat
     monkeypatch.setattr(cbda.adaptation.algorithm, "relative_threshold", lambda *_: torch.tensor(1.1))
     cbda.adamatch.main([*tiny, "--variance_every", "1", "--noise_every", "1", "--epochs", "1", "--name", "run"])
     names = {name for line in read_metrics(tmp_path / "cbda" / "run") for name in line if name.startswith("gradient/")}
-    assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise") for how in ("mean", "max")} | {
+    assert names == {f"gradient/source_{what}_{how}" for what in ("variance", "noise")
+                     for how in ("mean", "max", "shared")} | {
         "gradient/adamatch", "gradient/source_only",
     }  # fmt: skip
 
 
-def test_the_authors_variance_is_that_of_the_sum_of_all_logits(tiny, tmp_path):
-    cbda.adamatch.main([*tiny, "--logits_variance", "--variance_every", "0", "--norm.kind", "bn", "--name", "run"])
+@pytest.mark.parametrize("kind", ["bn", "scb"])
+def test_the_authors_variance_is_of_the_sum_of_all_logits_in_training_mode_on_a_fresh_weak_batch(tiny, tmp_path, kind):
+    flags = [*tiny, "--variance_every", "0", "--norm.kind", kind]
+    cbda.adamatch.main([*flags, "--logits_variance", "--name", "run"])
     cfg = parse(AdaMatchConfig, ["--config", str(tmp_path / "cbda" / "run" / "config.yaml")])
-    network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
-    network.load_state_dict(
-        load(tmp_path / "cbda" / "run" / "checkpoints" / "step-00000008.pt")["networks"]["adamatch"]
-    )
     logged = [line for line in read_metrics(tmp_path / "cbda" / "run") if "gradient/source_logits_variance_max" in line]
     assert [line["step"] for line in logged] == [4, 8]
-    for domain, split in (("source", "train"), ("target", "target")):
-        network.zero_grad()
-        batch = images[split].images[permutation(36, 0, "health")[:9]]
-        network.eval()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
-        variances = [p.grad.numpy().var() for p in network.parameters() if p.grad is not None and p.numel() > 1]
-        assert logged[-1][f"gradient/{domain}_logits_variance_mean"] == pytest.approx(np.mean(variances), rel=1e-3)
-        assert logged[-1][f"gradient/{domain}_logits_variance_max"] == pytest.approx(max(variances), rel=1e-3)
+    seen = {}
+    for line in logged:
+        network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
+        path = tmp_path / "cbda" / "run" / "checkpoints" / f"step-{line['step']:08d}.pt"
+        state = load(path)["networks"]["adamatch"]
+        for domain, split in (("source", "train"), ("target", "target")):
+            network.load_state_dict(state)
+            network.zero_grad()
+            place = ("logits", split, line["step"])
+            index = permutation(36, 0, *place)[:9]
+            seen[place] = index.tolist()
+            batch = weak(8)(images[split].images[index], index, 0, *place)
+            assert not torch.equal(batch, images[split].images[index])
+            network.train()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
+            found = {name: p.grad.numpy().var() for name, p in network.named_parameters()
+                     if p.grad is not None and p.numel() > 1}  # fmt: skip
+            shared = [variance for name, variance in found.items() if name.split(".")[0] == "network"]
+            assert len(shared) < len(found)
+            want = {"mean": np.mean(list(found.values())), "max": max(found.values()), "shared": np.mean(shared)}
+            assert {how: line[f"gradient/{domain}_logits_variance_{how}"] for how in want} == pytest.approx(
+                want, rel=1e-3)  # fmt: skip
+    assert len({tuple(index) for index in seen.values()}) == 4
+    cbda.adamatch.main([*flags, "--name", "without"])  # measuring leaves no trace
+    ours, theirs = (final_state(tmp_path / "cbda" / name)["networks"] for name in ("run", "without"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_bf16_and_accumulation_run(tiny, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier
+from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN, Classifier, own_parameters
 from cbda.networks.wide_resnet import WideResNet
 from common.metrics.logits import evaluating
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
@@ -55,6 +55,18 @@ def test_layers_deep_inside_are_converted_and_told_the_clusters():
             every = classifier(kind, ["all"])
         assert sum(isinstance(m, LAYERS[kind]) for m in every.modules()) == 7
         assert sum(isinstance(m, BatchNorm) for m in every.modules()) == (14 if kind == "dsbn" else 0)
+
+
+def test_own_weights_are_those_of_the_layer_under_test_wherever_it_is():
+    for kind, convert, places in (
+        ("scb", (), ["norm"]),
+        ("bn", (), ["norm"]),
+        ("scb", ["groups.0.0.norm1", "norm"], ["network.groups.0.0.norm1", "network.norm"]),
+    ):
+        network = classifier(kind, convert)
+        want = {id(p) for place in places for p in network.get_submodule(place).parameters()}
+        assert {id(p) for p in own_parameters(network)} == want != set()
+    assert own_parameters(classifier("none")) == []
 
 
 def test_clusters_change_what_an_scb_layer_does_and_unknown_is_evaluated():

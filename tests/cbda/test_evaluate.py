@@ -12,7 +12,9 @@ import cbda.adamatch
 import cbda.evaluate
 from cbda import load_model
 from cbda.adamatch import AdaMatch
+from cbda.domains import load_domains
 from common.machine.seeding import permutation
+from common.runs.checkpoint import load
 
 
 @pytest.mark.parametrize("kind", ["scb", "none"])
@@ -102,3 +104,28 @@ def test_bad_input(tmp_path, capsys):
     assert "run: give the run's folder" in refused(capsys, cbda.evaluate.main)
     assert "tsne: expected 0 or more, got -1" in refused(capsys, cbda.evaluate.main, "--run", "x", "--tsne", "-1")
     assert "holds no config.yaml" in refused(capsys, cbda.evaluate.main, "--run", str(tmp_path))
+
+
+def test_statistics_are_those_of_each_domains_training_images(tiny, domains, tmp_path):
+    """By their own cluster, in one float64 pass; the target's images need no labels."""
+    flags = ["--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--ema", "0",
+             "--epochs", "1", "--norm.kind", "dsbn"]  # fmt: skip
+    cbda.adamatch.main([*tiny, *flags, "--name", "all"])
+    cbda.adamatch.main([*tiny, *flags, "--name", "none", "--recalibrate.layers", "none"])
+    states = [load(tmp_path / "cbda" / name / "checkpoints" / "step-00000004.pt") for name in ("all", "none")]
+    torch.testing.assert_close(states[0]["networks"], states[1]["networks"], rtol=0, atol=0)
+    images = load_domains(load_model(tmp_path / "cbda" / "all").cfg)
+    for network, name, split in (
+        ("adamatch", "norm.domains.0", "train"),
+        ("adamatch", "norm.domains.1", "target"),
+        ("source_only", "norm", "train"),
+    ):
+        pixels = images[split].images[:].double().movedim(1, 3).flatten(0, 2) / 127.5 - 1
+        found = states[0]["statistics"][network]
+        torch.testing.assert_close(found[f"{name}.running_mean"].double(), pixels.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[f"{name}.running_var"].double(), pixels.var(0), rtol=1e-5, atol=1e-6)
+    loaded = load_model(tmp_path / "cbda" / "all").network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in states[0]["statistics"]["adamatch"].items())
+    torch.save({**states[0], "statistics": {}}, tmp_path / "cbda" / "all" / "checkpoints" / "step-00000004.pt")
+    again = load_model(tmp_path / "cbda" / "all").network.state_dict()
+    torch.testing.assert_close(dict(again), dict(loaded), rtol=0, atol=0)

@@ -32,7 +32,7 @@ def test_predictions_are_those_of_the_runs_average(run, domains, tmp_path, capsy
     assert [row["file"] for row in found] == [str(file.relative_to(folder)) for file in files]
     state = load(run / "checkpoints" / "step-00000004.pt")
     network = load_model(run).network
-    network.load_state_dict(state["averages"]["adamatch"])
+    network.load_state_dict({**state["averages"]["adamatch"], **state["statistics"]["adamatch"]})
     x = to_float(read_images(files, 8))
     with torch.no_grad():
         by = {k: network.eval()(x, torch.full((len(x),), k)).double().softmax(1) for k in (SOURCE, TARGET)}

@@ -38,7 +38,7 @@ FLAGS = {
     "--augment color flip": ["augment", "cutout", "flip"],
     "--augment color none": ["augment", "color", "got none"],
     "--loss wasserstein": ["loss", "hinge", "wasserstein"],
-    "--calibration_batches -1": ["calibration_batches", "0 or more", "-1"],
+    "--recalibrate.batch_size 1": ["recalibrate.batch_size", "at least 2", "1"],
     "--batch_size 2000": ["batch_size", "1000", "2000"],
     "--width 20": ["width", "multiple of 8", "20"],
     "--beta1 1": ["beta1", "1"],
@@ -134,7 +134,7 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     folder = str(tmp_path / "cbgan" / "run")
     assert "samples" in refused(capsys, cbgan.evaluate.main, "--run", folder, "--samples", "1")
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--check")
-    assert line == f"error: check: {folder} logged no metric/fid_classifier to compare with; leave it out"
+    assert line == f"error: check: {folder} logged no metric/fid_classifier of 60 samples to compare with; leave it out"
     (tmp_path / "mine.png").write_text("mine")
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--grid", str(tmp_path / "mine.png"))
     assert "mine.png exists; add --force" in line
@@ -142,7 +142,9 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     classifier = tmp_path / "classifier"
     classifier.mkdir()
     shutil.copy(Path(folder) / "config.yaml", classifier)
-    Checkpoints(classifier / "checkpoints").save(1, {"at": {}, "networks": {"network": {}}, "averages": {}})
+    Checkpoints(classifier / "checkpoints").save(
+        1, {"at": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
+    )
     line = refused(capsys, cbgan.evaluate.main, "--run", str(classifier))
     assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"
 

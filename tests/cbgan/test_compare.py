@@ -19,22 +19,24 @@ SIDE = 8
 
 def make_run(
     folder: Path, name: str, *, seed: int = 0, kind: str = "ucb", fids=(9.0, 3.0, 4.0), speed: float = 100.0,
-    size: int = 32, count: int = 100, content: str = "abc", colour: int = 0, world: int = 1,
+    size: int = 32, count: int = 100, content: str = "abc", colour: int = 0, world: int = 1, final: int = 500,
 ) -> str:  # fmt: skip
     """Write a run of two epochs of five steps of 10 images, logged every five steps, measured three times."""
     path = folder / name
     (path / "samples").mkdir(parents=True)
     (path / "config.yaml").write_text(
         f"seed: {seed}\nbatch_size: 10\naccumulate: 1\nnorm: {{kind: {kind}}}\ndata: {{name: digits, size: {size}}}\n"
-        f"fid: {{samples: {count}, reference: train, extractor: classifier}}\n"
+        f"fid: {{samples: {count}, final_samples: {final}, reference: train, extractor: classifier}}\n"
     )
     lines = [{"step": 0, "epoch": 0, FID: fids[0], f"{FID}_floor": 2.0}]
     for epoch, fid in enumerate(fids[1:], 1):
         lines.append({"step": 5 * epoch, "epoch": epoch - 1, "time/images_per_second": speed * epoch})
         lines.append({"step": 5 * epoch, "epoch": epoch, FID: fid, f"{FID}_floor": 2.0})
+    lines[-1] |= {f"{FID}_final": fids[-1] - 1, "metric/train_gap_classifier": 0.5}
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "environment.json").write_text(json.dumps({"sessions": [{"world": world}]}))
-    (path / "summary.json").write_text(json.dumps({"passport": {"extractor": "classifier", "content_hash": content}}))
+    passport, better = {"extractor": "classifier", "content_hash": content}, {FID: "lower", f"{FID}_final": "lower"}
+    (path / "summary.json").write_text(json.dumps({"passport": passport, "better": better}))
     for at, picture in enumerate(("real.png", "epoch-0001.png", "epoch-0002.png")):
         pixels = np.full((8 * (SIDE + 1) + 1, 8 * (SIDE + 1) + 1, 3), 10 * at + colour, dtype=np.uint8)
         pixels[4 * (SIDE + 1) + 1 :] = 255  # the lower rows
@@ -99,6 +101,10 @@ def test_three_figures_and_a_table_are_made(runs, tmp_path, capsys):
     assert line.startswith(f"error: out: {out / 'fid-epoch.png'} exists; add --force")
     cbgan.compare.main([*runs, "--out", str(out), "--force", "--label", "A", "B", "--log_y"])
     assert "| A | 0 1 |" in capsys.readouterr().out
+    for tag, row in ((f"{FID}_final", "| bn | 0 | 5 | 5 | 0.0002083 |"),
+                     ("metric/train_gap_classifier", "| bn | 0 | 0.5 | 0.0002083 |")):  # fmt: skip
+        cbgan.compare.main([*runs, "--out", str(out), "--force", "--tag", tag])
+        assert row in capsys.readouterr().out.splitlines()  # of the train gap there is no best
 
 
 def test_unlike_protocols_are_refused_by_the_name_of_what_differs(tmp_path, capsys):
@@ -113,6 +119,10 @@ def test_unlike_protocols_are_refused_by_the_name_of_what_differs(tmp_path, caps
         line = refused(capsys, cbgan.compare.main, one, other, "--out", str(tmp_path / "out"))
         assert what.format(one, other) in line
     assert not (tmp_path / "out").exists()
+    final = make_run(tmp_path, "e", seed=1, final=600)
+    line = refused(capsys, cbgan.compare.main, one, final, "--tag", f"{FID}_final", "--out", str(tmp_path / "out"))
+    assert f"fid.final_samples is 500 in {one} and 600 in {final}" in line
+    cbgan.compare.main([one, final, "--out", str(tmp_path / "out"), "--label", "A", "B"])  # alike but for the end
 
 
 def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):

@@ -23,9 +23,9 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(out) -> Path:
-    """Train an epoch of eight steps with an average, measured before and after, on 200 samples."""
+    """Train an epoch of eight steps with an average, measured before and after, on 256 samples."""
     cbgan.train.main(["--width", "8", "--batch_size", "125", "--lr", "0.1", "--latent_dim", "16", "--data.size", "8",
-                      "--fid.samples", "200", "--ema", "0.5", "--epochs", "1", "--checkpoint_keep", "1",
+                      "--fid.samples", "256", "--ema", "0.5", "--epochs", "1", "--checkpoint_keep", "1",
                       "--name", "run", "--out", str(out), "--cache", str(out / "cache")])  # fmt: skip
     return out / "cbgan" / "run"
 

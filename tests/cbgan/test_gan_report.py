@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -27,7 +28,7 @@ from common.runs.log import read_metrics
 from common.training.method import Method
 
 TINY = ["--width", "8", "--batch_size", "500", "--latent_dim", "16", "--log_every", "1", "--data.size", "8",
-        "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70"]  # fmt: skip
+        "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70", "--lr", "0.1"]  # fmt: skip
 FID = "metric/fid_classifier"
 
 
@@ -45,26 +46,38 @@ def lines(folder) -> list[dict[str, Any]]:
     return read_metrics(folder)
 
 
-def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
+def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(folder, lines):
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
     quality = {f"metric/{name}_classifier" for name in ("precision", "recall", "copies", "train_gap")}
-    measured = {FID, f"{FID}_test", f"{FID}_floor", "metric/classes_found", "metric/diversity", *quality}
+    of_samples = {FID, f"{FID}_test", "metric/classes_found", *quality}
+    measured = {*of_samples, f"{FID}_floor", "metric/diversity"}
+    finals = {f"{tag}_final" for tag in of_samples}
     step = {"loss/d", "loss/g", "gradient/d", "gradient/g", "schedule/lr", "time/images_per_second",
             "time/peak_memory_mib", "discriminator/real", "discriminator/fake", "gradient/d_variance",
-            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max"}  # fmt: skip
-    kinds = {"measured": [], "step": [], "health": []}
+            "gradient/d_variance_max", "gradient/g_variance", "gradient/g_variance_max",
+            "gradient/g_variance_shared"}  # fmt: skip
+    kinds = {"measured": [], "final": [], "step": [], "health": []}
     for line in lines:
         tags = line.keys() - {"step", "epoch"}
-        kind = "measured" if tags == measured else "step" if tags == step else "health"
+        named = {"measured": measured, "final": measured | finals, "step": step}
+        kind = next((kind for kind, wanted in named.items() if tags == wanted), "health")
         kinds[kind].append((line["epoch"], line["step"]))
         if kind == "health":
             assert {tag.split("/")[1] for tag in tags} == {"norm1", "norm2"}
             assert all(tag.startswith("health/norm") for tag in tags)
     assert kinds == {
-        "measured": [(0, 0), (2, 4)],
+        "measured": [(0, 0)],
+        "final": [(2, 4)],
         "step": [(0, 1), (0, 2), (1, 3), (1, 4)],
         "health": [(1, 2), (2, 4)],
     }
+    ways = json.loads((folder / "summary.json").read_text())["better"]
+    lower, higher = {FID, f"{FID}_test"}, {"metric/classes_found"}
+    lower |= {"metric/copies_classifier"}
+    higher |= {"metric/precision_classifier", "metric/recall_classifier"}
+    lower, higher = ({*tags, *(f"{tag}_final" for tag in tags)} for tags in (lower, higher))
+    logged = {tag: ways[tag] for line in lines for tag in line if tag in ways}
+    assert logged == dict.fromkeys(lower, "lower") | dict.fromkeys(higher, "higher")  # not diversity, floor, losses
     named = ("_floor", "_test")
     alike = {tag for tag in step if "/g" in tag or tag == "discriminator/fake" or tag.endswith("_max")}
     also = {"metric/inception_score_classifier", "metric/kid_classifier"}
@@ -73,18 +86,22 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(lines):
     for tag in (measured - quality) | (step - alike) | {"health/LAYER/..."}:
         ending = next((end for end in named if tag.endswith(end)), None)
         assert f"`{tag if ending is None else f'metric/fid_...{ending}'}`" in page, tag
+    assert "`metric/..._final`" in page
     assert all(1 <= line["metric/classes_found"] <= 10 for line in lines if FID in line)
 
 
-def test_the_distances_share_a_chart(folder):
+def test_the_distances_share_a_chart_and_so_do_gradient_variances(folder):
     events = EventAccumulator(str(folder)).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
     layout = layout_pb2.Layout.FromString(text)  # pyright: ignore[reportAttributeAccessIssue]
-    (category,) = layout.category
-    (chart,) = category.chart
-    assert category.title == "FID"
+    distances, variance = (category.chart[0] for category in layout.category)
     name = "1_result/fid_classifier"
-    assert list(chart.multiline.tag) == [name, f"{name}_test", f"{name}_floor"]
+    assert list(distances.multiline.tag) == ["0_headline/fid_classifier", f"{name}_test", f"{name}_floor"]
+    assert list(variance.multiline.tag) == [
+        "5_gradient/d_variance",
+        "5_gradient/g_variance",
+        "5_gradient/g_variance_shared",
+    ]
 
 
 def test_there_are_pictures_of_real_images_and_of_each_measurement(folder):
@@ -166,7 +183,7 @@ VERDICTS = [
 
 
 def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, capsys):
-    found = [FidResult(fid, 77, classes) for fid, classes, *_ in VERDICTS]
+    found = [FidResult(fid, 60, classes) for fid, classes, *_ in VERDICTS]
     counts = []
 
     def measure(self, g, count, *, thorough):
@@ -176,15 +193,17 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
 
     monkeypatch.setattr(Evaluation, "measure", measure)
     monkeypatch.setattr(Evaluation, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
-    monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: [(0, 300.0), (2, 30.5)])
+    series = {FID: [(0, 300.0), (2, 30.5)], f"{FID}_final": [(2, 29.5)]}
+    monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: series[tag])
     for fid, classes, status, verdict in VERDICTS:
         with pytest.raises(SystemExit) if status else contextlib.nullcontext() as left:
-            cbgan.evaluate.main(["--run", str(folder), "--check", "--samples", "77"])
+            cbgan.evaluate.main(["--run", str(folder), "--check"])
         assert (left.value.code if left else 0) == status
         out = capsys.readouterr().out.splitlines()
-        assert out[0] == f"epoch 2: FID (classifier) {fid:.4g} from 77 samples"
+        assert out[0] == f"epoch 2: FID (classifier) {fid:.4g} from 60 samples"
         assert out[1].startswith("real test images: ")
-        assert out[2] == "logged: 300 (epoch 0), 30.5 (epoch 2)"
+        assert out[2] == "logged, of 60 samples: 300 (epoch 0), 30.5 (epoch 2)"
+        assert out[3] == "logged, of 70 samples: 29.5 (epoch 2)"
         listed = (
             []
             if classes is None
@@ -193,13 +212,15 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
                 f"samples of {', '.join(f'{name}: {n}' for name, n in enumerate(classes))}"
             ]
         )
-        assert [*out[3 : 3 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
-    assert counts == [77] * len(VERDICTS)
+        assert [*out[4 : 4 + len(listed)], out[-1]] == [*listed, f"check: {verdict}"]
+    assert counts == [60] * len(VERDICTS)
+    line = refused(capsys, cbgan.evaluate.main, "--run", str(folder), "--check", "--samples", "70")
+    assert f"check: {folder} logged no {FID} of 70 samples to compare with" in line
 
 
 def test_a_measurement_is_told_in_short():
     gan, evaluation = Gan(GanConfig(), {}, torch.device("cpu")), object.__new__(Evaluation)
-    gan.evaluation = evaluation
+    gan.evaluation, evaluation.cfg = evaluation, GanConfig(fid=FidConfig(final_samples=50_000))
     fid = SimpleNamespace(tag=FID, extractor=SimpleNamespace(name="classifier"), tag_of="metric/{}_classifier".format)
     evaluation.fid = cast(Any, fid)
     values = {FID: 5.4321, f"{FID}_test": 6.0, "metric/precision_classifier": 0.61234, "metric/recall_classifier": 0.7,
@@ -207,21 +228,39 @@ def test_a_measurement_is_told_in_short():
     told = ["FID (classifier) 5.432", "between the distributions 4.5 to 5.25", "precision 0.612", "recall 0.7"]
     assert gan.told(values) == told
     assert gan.told({FID: 5.4321, "metric/diversity": 0.5}) == told[:1]
+    final = {f"{FID}_final": 5.25, f"{FID}_low_final": 4.75, f"{FID}_high_final": 5.125}
+    told[1:2] = ["of 50,000 samples 5.25", "between the distributions 4.75 to 5.125"]
+    assert gan.told(values | final) == told
     evaluation.fid = None  # fid.every 0
     assert gan.told({"metric/diversity": 0.5}) == ["metric/diversity 0.5"]
 
 
-def test_the_end_is_measured_on_the_final_samples(folder, lines, capsys):
-    cbgan.evaluate.main(["--run", str(folder)])
-    out = capsys.readouterr().out.splitlines()
+def test_the_end_is_measured_on_both_numbers_of_samples_each_under_a_tag_of_its_own(folder, lines, capsys):
     last = [line for line in lines if FID in line][-1]
-    assert out[0] == f"epoch 2: FID (classifier) {last[FID]:.4g} from 70 samples"
-    assert out[1] == f"real test images: {last[f'{FID}_floor']:.4g}"
-    found = json.loads((folder / "summary.json").read_text())["last"]["metric/classes_found"]["value"]
-    assert out[3].startswith(f"classes: {found:.0f} of 10 found; samples of 0: ")
-    counts = [int(word.split(": ")[1]) for word in out[3].split("samples of ")[1].split(", ")]
-    assert sum(counts) == 70
-    assert sum(count > 0 for count in counts) == found
+    summary = json.loads((folder / "summary.json").read_text())
+    logged = [f"logged, of 60 samples: {lines[0][FID]:.4g} (epoch 0), {last[FID]:.4g} (epoch 2)",
+              f"logged, of 70 samples: {last[f'{FID}_final']:.4g} (epoch 2)"]  # fmt: skip
+    assert last[FID] != last[f"{FID}_final"]
+    assert summary["best"]["value"] == min(lines[0][FID], last[FID])
+    for flags, count, end in (((), 60, ""), (("--samples", "70"), 70, "_final")):
+        cbgan.evaluate.main(["--run", str(folder), *flags])
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == f"epoch 2: FID (classifier) {last[f'{FID}{end}']:.4g} from {count} samples"
+        assert out[1] == f"real test images: {last[f'{FID}_floor']:.4g}"
+        assert out[2:4] == logged
+        found = summary["last"][f"metric/classes_found{end}"]["value"]
+        assert out[4].startswith(f"classes: {found:.0f} of 10 found; samples of 0: ")
+        counts = [int(word.split(": ")[1]) for word in out[4].split("samples of ")[1].split(", ")]
+        assert sum(counts) == count
+        assert sum(n > 0 for n in counts) == found
+
+
+def test_the_closing_lines_keep_the_numbers_of_samples_apart():
+    gan = method_after(FidResult(11.5, 50_000, None))
+    gan.evaluation.cfg = GanConfig(fid=FidConfig(final_samples=50_000))
+    told = closing(gan, [*SERIES[:-1], SERIES[-1] | {f"{FID}_final": 11.5}])
+    assert told["FID (classifier)"].startswith("first 300.2 (epoch 0), best 12.5 (2), last 20 (6)")
+    assert told["FID, final"] == "11.5 (epoch 6) from 50,000 samples"
 
 
 def test_epochs_that_are_due():

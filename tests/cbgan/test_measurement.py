@@ -1,5 +1,6 @@
 """What of a generator is measured: fitted mixtures, averages and raw weights, classes, how much samples differ."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -15,19 +16,21 @@ import cbgan.evaluation
 import cbgan.train
 import common.metrics.fid
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation, calibrated, distance, largest
+from cbgan.evaluation import Evaluation, distance, largest, recalibrate
 from cbgan.networks.dcgan import Generator
-from cbgan.noise import calibration_noise
+from cbgan.noise import recalibration_noise
 from cbgan.train import Gan
+from common.cli.arguments import parse
 from common.data import DataConfig
 from common.data.sets.digits import digits
 from common.errors import NonFiniteError
 from common.machine.dist import Env
 from common.metrics.features.neighbours import Copying
 from common.metrics.fid import FidResult
-from common.norms import calibrate
+from common.norms import recalibrate as norm_recalibrate
 from common.norms.config import NormConfig
 from common.runs.log import read_metrics
+from common.training.config import RecalibrateConfig
 from common.training.opening import prepare
 
 CPU = torch.device("cpu")
@@ -38,54 +41,47 @@ def fresh(cfg: GanConfig) -> Generator:
     return Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size)
 
 
-def test_mixture_normalization_is_fitted_anew_on_a_copy():
-    cfg = GanConfig(width=8, latent_dim=4, batch_size=8, calibration_batches=2, norm=NormConfig(kind="mn"))
-    g = fresh(cfg)
-    g(torch.randn(8, 4))
-    before = {name: value.clone() for name, value in g.state_dict().items()}
-    fitted, expected = calibrated(g, cfg, CPU), fresh(cfg)
-    expected.load_state_dict(before)
-    calibrate(expected, calibration_noise(cfg, CPU), 2)
-    for name, value in fitted.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name])
-        assert torch.equal(g.state_dict()[name], before[name])
-    assert not torch.equal(fitted.state_dict()["norm1.mean"], before["norm1.mean"])
-
-
-def test_what_needs_no_fit_is_measured_as_it_is():
-    for kind, batches in (("ucb", 10), ("mn", 0)):
-        cfg = GanConfig(width=8, latent_dim=4, norm=NormConfig(kind=kind), calibration_batches=batches)
-        g = fresh(cfg)
-        assert calibrated(g, cfg, CPU) is g
-
-
-def test_the_passport_of_mixture_normalization_tells_its_fit():
+def test_the_protocol_of_a_generator_tells_its_statistics():
     evaluation = Evaluation.__new__(Evaluation)
     evaluation.fid = cast(Any, SimpleNamespace(passport=lambda: {"split": "train"}))
-    evaluation.cfg = GanConfig(norm=NormConfig(kind="mn"), calibration_batches=7)
-    assert evaluation.passport() == {"split": "train", "calibration_batches": 7}
-    evaluation.cfg = GanConfig(calibration_batches=7)
-    assert evaluation.passport() == {"split": "train"}
+    evaluation.cfg = GanConfig(recalibrate=RecalibrateConfig(images=100, batch_size=10))
+    assert evaluation.passport() == {"split": "train", "recalibrated": "all, 100 images by 10"}
+    evaluation.cfg = GanConfig(recalibrate=RecalibrateConfig(layers="none"))
+    assert evaluation.passport() == {"split": "train", "recalibrated": "none"}
 
 
-def test_a_run_measures_its_mixtures_fitted(tiny, monkeypatch):
-    measured: list[tuple[nn.Module, nn.Module | None]] = []
-    fitted: list[nn.Module] = []
-    sound = cbgan.evaluation.calibrate
-    monkeypatch.setattr("cbgan.evaluation.calibrate", lambda g, *rest: fitted.append(g) or sound(g, *rest))
-    monkeypatch.setattr(Evaluation, "run", lambda self, g, moment, raw=None: measured.append((g, raw)) or {})
-    flags = ["--norm.kind", "mn", "--calibration_batches", "1", "--epochs", "1", "--batch_size", "500",
-             "--fid.every", "0"]  # fmt: skip
-    cbgan.train.main([*tiny, *flags, "--ema", "0.5"])
-    g, raw = measured[-1]
-    assert raw is not None
-    assert not torch.equal(g.get_parameter("deconv1.weight"), raw.get_parameter("deconv1.weight"))
-    assert all(
-        ours is theirs for ours, theirs in zip(fitted, [g for pair in measured for g in reversed(pair)], strict=True)
-    )
-    measured.clear()
-    cbgan.train.main([*tiny, *flags])
-    assert [raw for _, raw in measured] == [None]
+@pytest.mark.parametrize("kind", ["bn", "ucb", "mn"])
+def test_a_run_measures_statistics_that_were_estimated_anew(tiny, tmp_path, monkeypatch, kind):
+    """The average's and the raw weights'; training goes on as if nothing had been measured."""
+    measured: list[list[dict[str, torch.Tensor]]] = []
+
+    def run(self: Evaluation, *generators: Any) -> dict[str, float]:
+        measured.append([copy.deepcopy(g.state_dict()) for g in (generators[0], *generators[2:])])
+        return {}
+
+    monkeypatch.setattr(Evaluation, "run", run)
+    flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--fid.every", "0", "--ema", "0.5",
+             "--recalibrate.images", "100", "--recalibrate.batch_size", "50"]  # fmt: skip
+    cbgan.train.main([*tiny, *flags, "--name", "all"])
+    cbgan.train.main([*tiny, *flags, "--name", "none", "--recalibrate.layers", "none"])
+    states = [
+        torch.load(sorted((tmp_path / "cbgan" / name / "checkpoints").glob("step-*.pt"))[-1], weights_only=True)
+        for name in ("all", "none")
+    ]
+    for group in ("networks", "averages"):
+        for name, trained in states[0][group].items():
+            torch.testing.assert_close(dict(trained), dict(states[1][group][name]), rtol=0, atol=0)
+    cfg = parse(GanConfig, ["--config", str(tmp_path / "cbgan" / "all" / "config.yaml")])
+    g = Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size)
+    for group, found in zip(("averages", "networks"), measured[-2], strict=True):
+        g.load_state_dict(states[0][group]["g"])
+        norm_recalibrate(g, [z for (z,) in recalibration_noise(cfg, [], CPU)])
+        torch.testing.assert_close(found, dict(g.state_dict()), rtol=0, atol=0)
+        assert any(not torch.equal(found[name], value) for name, value in states[0][group]["g"].items())
+    for name, value in states[0]["statistics"]["g"].items():
+        assert torch.equal(value, measured[-2][0][name])
+    loaded = cbgan.load_generator(tmp_path / "cbgan" / "all").network.state_dict()
+    torch.testing.assert_close(dict(loaded), measured[-2][0], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +106,7 @@ def test_average_and_raw_weights_are_both_measured(conditional, cache):
     assert isinstance(g, Generator)
     for tag, weights in ((FID, state["averages"]["g"]), (f"{FID}_raw", state["networks"]["g"])):
         g.load_state_dict(weights)
+        recalibrate(cfg, g, Evaluation(cfg, images, CPU).class_counts(), CPU)
         assert Evaluation(cfg, images, CPU).measure(g, 50).fid == pytest.approx(last[tag], rel=1e-6)
     assert last[FID] != last[f"{FID}_raw"]
 

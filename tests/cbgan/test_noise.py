@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
 import torch
 
 from cbgan.config import GanConfig
-from cbgan.noise import between, calibration_noise, fixed_labels, noise, numbered_noise, spread_labels
+from cbgan.noise import between, fixed_labels, fixed_noise, noise, numbered_noise, recalibration_noise, spread_labels
+from common.norms.config import NormConfig
+from common.training.config import RecalibrateConfig
 
 CPU = torch.device("cpu")
 
@@ -53,11 +56,13 @@ def test_classes_are_as_frequent_as_asked_and_follow_from_their_position():
     assert spread_labels(3, 7, CPU).tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
-def test_mixtures_are_fitted_to_noise_that_training_never_sees():
-    cfg = GanConfig(batch_size=6, latent_dim=5, calibration_batches=3)
-    batches = calibration_noise(cfg, CPU)
-    assert [batch.shape for batch in batches] == [(6, 5)] * 3
-    assert not any(torch.equal(batch, noise(cfg, number, 6, CPU)) for number, batch in enumerate(batches))
-    assert not torch.equal(batches[0], batches[1])
-    other = calibration_noise(GanConfig(batch_size=6, latent_dim=5, calibration_batches=1, seed=9), CPU)
-    assert torch.equal(other[0], batches[0])  # whatever the run's seed
+def test_statistics_are_estimated_from_noise_that_nothing_else_sees():
+    cfg = GanConfig(latent_dim=5, recalibrate=RecalibrateConfig(images=20, batch_size=6))
+    batches = recalibration_noise(cfg, [], CPU)
+    assert [part.shape for (part,) in batches] == [(6, 5)] * 3
+    z = torch.cat([part for (part,) in batches])
+    for other in (fixed_noise(18, 5, CPU), noise(cfg, 0, 18, CPU)):
+        assert not torch.isin(z, other).any()
+    again = recalibration_noise(replace(cfg, seed=9, norm=NormConfig(kind="scb", num_components=2)), [1, 3], CPU)
+    assert torch.equal(again[1][0], batches[1][0])  # whatever the run's seed, and with classes
+    assert torch.cat([labels for _, labels in again]).tolist() == fixed_labels([1, 3], 18, CPU).tolist()

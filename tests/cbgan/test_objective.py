@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 import cbgan.objective
 from cbgan.config import GanConfig
 from cbgan.networks.augmentation import augment
+from cbgan.networks.dcgan import Generator
 from cbgan.noise import noise
 from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
 from cbgan.train import Gan
@@ -135,6 +136,13 @@ def test_a_step_logs_variances_of_gradients_with_the_line_they_belong_to():
         assert len(found) > 5
         assert update.values[f"gradient/{name}_variance"].item() == pytest.approx(sum(found) / len(found), rel=1e-4)
         assert update.values[f"gradient/{name}_variance_max"].item() == pytest.approx(max(found), rel=1e-4)
+    g = method.networks["g"]
+    assert isinstance(g, Generator)
+    outside = [p for layer in (g.linear, g.deconv1, g.deconv2, g.deconv3, g.norm3, g.deconv4)
+               for p in layer.parameters()]  # fmt: skip
+    shared = [p.grad.numpy().var() for p in outside if p.grad is not None and p.numel() > 1]
+    assert len(outside) < len(list(g.parameters()))
+    assert update.values["gradient/g_variance_shared"].item() == pytest.approx(sum(shared) / len(shared), rel=1e-4)
     assert {"discriminator/real", "discriminator/fake", "loss/d", "loss/g"} <= update.values.keys()
     method, _, update = started(log_every=2)
     method.step(update)  # the first of two

@@ -12,7 +12,7 @@ from refusals import refused
 import cbgan
 import cbgan.sample
 from cbgan.config import GanConfig
-from cbgan.evaluation import calibrated
+from cbgan.evaluation import recalibrate
 from cbgan.export import load_generator
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import between, numbered_noise
@@ -20,7 +20,7 @@ from common.data import DataConfig
 from common.data.image_set import to_uint8
 from common.norms.config import NormConfig
 from common.runs.checkpoint import Checkpoints
-from common.training.config import stored_yaml
+from common.training.config import RecalibrateConfig, stored_yaml
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -29,8 +29,8 @@ NAMES = ("cat", "dog", "eel")
 def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanConfig]:
     """Write a run of images of 8 pixels as training would leave it, after 3 epochs, its weights random."""
     cfg = GanConfig(
-        width=8, latent_dim=4, batch_size=4, data=DataConfig(size=8), ema=0.9 * average, calibration_batches=2,
-        norm=NormConfig(kind=kind, num_components=3),
+        width=8, latent_dim=4, batch_size=4, data=DataConfig(size=8), ema=0.9 * average,
+        norm=NormConfig(kind=kind, num_components=3), recalibrate=RecalibrateConfig(images=8, batch_size=4),
     ).resolved()  # fmt: skip
     networks = []
     for seed in (0, 1):
@@ -43,6 +43,7 @@ def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanC
         "at": {"epoch": 3, "step": 30},
         "networks": {"g": networks[0], "d": Discriminator(8, 8).state_dict()},
         "averages": {"g": networks[1]} if average else {},
+        "statistics": {},  # as of a checkpoint that was not measured
     }
     Checkpoints(folder / "checkpoints").save(30, state)
     (folder / "config.yaml").write_text(stored_yaml(cfg))
@@ -54,6 +55,7 @@ def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanC
 def generator(folder: Path, cfg: GanConfig, which: str = "networks") -> Generator:
     g = Generator(8, 4, cfg.norm, 8)
     g.load_state_dict(torch.load(folder / "checkpoints" / "step-00000030.pt", weights_only=True)[which]["g"])
+    recalibrate(cfg, g, [1, 0, 3] if cfg.conditional else [], CPU)
     return g.eval()
 
 
@@ -151,7 +153,7 @@ def test_an_exported_generator_makes_the_runs_images(tmp_path, kind):
     draw("--run", folder, "--export", "model")
     z, labels = numbered_noise(0, 5, 4, 0), torch.tensor([0, 2, 2, 1, 0])
     asked = (labels,) if kind == "scb" else ()
-    want = calibrated(generator(folder, cfg), cfg, CPU)(z, *asked)
+    want = generator(folder, cfg)(z, *asked)
     found = cbgan.load_generator("model")
     assert torch.equal(found.network(z, *asked), want)
     assert (found.classes, found.counts, found.epoch) == ((NAMES, (1, 0, 3), 3) if asked else ((), (), 3))
@@ -224,7 +226,9 @@ def test_runs_that_cannot_be_read(plain, by_class, tmp_path, capsys):
     for path in (plain / "checkpoints").iterdir():
         path.unlink()
     assert "has no checkpoint yet" in line(plain)
-    Checkpoints(plain / "checkpoints").save(1, {"at": {}, "networks": {"network": {}}, "averages": {}})
+    Checkpoints(plain / "checkpoints").save(
+        1, {"at": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
+    )
     assert "no g;" in line(plain)
     stray = tmp_path / "stray.pt"
     stray.write_bytes(b"")

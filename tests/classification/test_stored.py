@@ -26,7 +26,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 def checkpoint(value: float, *, average: float | None = None) -> dict:
     averages = {} if average is None else {"network": weights(average)}
-    return {"networks": {"network": weights(value)}, "averages": averages, "at": {"step": 1}}
+    return {"networks": {"network": weights(value)}, "averages": averages, "statistics": {}, "at": {"step": 1}}
 
 
 @pytest.fixture

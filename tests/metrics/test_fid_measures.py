@@ -152,12 +152,16 @@ def test_copied_training_images_are_found_out_and_test_images_are_not(pixels, tm
     assert not judged(images(200, "fresh", 9)).alarm
 
 
-def test_an_interval_takes_twice_as_many_samples_as_features(pixels, tmp_path):
-    for reference, count, there in (("train", 8, True), ("train", 7, False), ("test", 8, True)):
-        fid = built(tmp_path, reference=reference)
-        result = fid.measure(lambda start, n: FAKE.images[start : start + n], count, thorough=True)
-        assert (result.interval is not None, result.limit is not None) == (there, there)
-        assert result.copying is not None
+def test_an_interval_takes_twice_as_many_samples_as_features_and_the_limit_four_times(pixels, tmp_path):
+    for reference in ("train", "test"):
+        for count, interval, limit in ((7, False, False), (8, True, False), (15, True, False), (16, True, True)):
+            fid = built(tmp_path, reference=reference)
+            result = fid.measure(lambda start, n: FAKE.images[start : start + n], count, thorough=True)
+            assert (result.interval is not None, result.limit is not None) == (interval, limit)
+            assert (f"{fid.tag}_low" in fid.values(result), f"{fid.tag}_infinity" in fid.values(result)) == (
+                interval, limit)  # fmt: skip
+            assert fid.passports(result).keys() == fid.values(result).keys()
+            assert result.copying is not None
 
 
 def test_few_test_images_have_no_interval_as_a_sample(pixels, tmp_path):

@@ -11,8 +11,9 @@ def test_mean_and_maximum_counted_by_hand():
     a, b, one, unused = (nn.Parameter(torch.ones(n)) for n in (2, 3, 1, 4))
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     loss = (a * torch.tensor([1.0, 3.0])).sum() + (b * torch.tensor([0.0, 0.0, 6.0])).sum() + 5 * one.sum()
-    mean, largest = gradient_variance(loss, [a, b, one, unused, frozen])
-    assert (mean.item(), largest.item()) == (4.5, 8.0)
+    weights = [a, b, one, unused, frozen]
+    for own, shared in (([], 4.5), ([b, unused], 1.0), ([a], 8.0)):
+        assert [each.item() for each in gradient_variance(loss, weights, own)] == [4.5, 8.0, shared]
     assert a.grad is None
     loss.backward()  # the graph is still there
     assert a.grad is not None
@@ -26,7 +27,8 @@ def test_it_is_what_backward_and_numpy_say():
     found = gradient_variance(loss, network.parameters())
     loss.backward()
     variances = [p.grad.numpy().var() for p in network.parameters() if p.grad is not None]
-    assert [v.item() for v in found] == pytest.approx([sum(variances) / len(variances), max(variances)], rel=1e-5)
+    mean = sum(variances) / len(variances)
+    assert [v.item() for v in found] == pytest.approx([mean, max(variances), mean], rel=1e-5)
 
 
 def test_a_loss_of_other_parameters_is_refused():
@@ -39,8 +41,8 @@ def test_noise_counted_by_hand():
     a, b, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(4))
     slopes = [((1.0, 0.0), 0.0), ((2.0, 0.0), 0.0), ((6.0, 3.0), 6.0)]
     losses = [(a * torch.tensor(of_a)).sum() + of_b * b.sum() for of_a, of_b in slopes]
-    mean, largest = gradient_noise(losses, [a, b, unused])
-    assert (mean.item(), largest.item()) == (pytest.approx(8.5), pytest.approx(12))
+    assert [each.item() for each in gradient_noise(losses, [a, b, unused])] == pytest.approx([8.5, 12, 8.5])
+    assert gradient_noise(losses, [a, b, unused], [b]).shared.item() == pytest.approx(5)
     assert a.grad is None
     sum(losses, torch.zeros(())).backward()  # the graph is still there
 
@@ -57,7 +59,8 @@ def test_noise_is_what_backward_and_numpy_say_of_the_parts_of_a_batch():
         loss.backward(retain_graph=True)
         gradients.append([p.grad.numpy().copy() for p in network.parameters() if p.grad is not None])
     variances = [np.stack(of_one).var(0, ddof=1).mean() for of_one in zip(*gradients, strict=True)]
-    assert [v.item() for v in found] == pytest.approx([np.mean(variances), max(variances)], rel=1e-4)
+    mean = np.mean(variances)
+    assert [v.item() for v in found] == pytest.approx([mean, max(variances), mean], rel=1e-4)
 
 
 def test_noise_takes_two_losses():

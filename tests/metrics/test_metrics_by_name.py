@@ -50,12 +50,20 @@ def test_what_cannot_be_measured_is_refused():
 
 def test_a_classifiers_run_logs_a_metric_of_ones_own_and_chooses_an_epoch_by_it(tmp_path):
     register_metric("confidence", confidence, better="lower")
+    register_metric("plain", confidence)
     flags = ["--epochs", "2", "--batch_size", "500", "--data.size", "8", "--out", str(tmp_path), "--name", "run"]
     cbcls.train.main([*flags, "--best.keep", "--best.by", "metric/validation_confidence"])
     values = [line for line in read_metrics(tmp_path / "cbcls" / "run") if "metric/confidence" in line]
     assert [0.1 < line["metric/confidence"] <= 1 for line in values] == [True, True]
     summary = yaml.safe_load((tmp_path / "cbcls" / "run" / "summary.json").read_text())
     assert summary["best"]["value"] == min(line["metric/validation_confidence"] for line in values)
+    better = {"accuracy": "higher", "error": "lower", "macro_f1": "higher", "top5": "higher", "confidence": "lower"}
+    for name, way in better.items():
+        for split in ("", "validation_", "train_"):
+            assert summary["better"][f"metric/{split}{name}"] == way
+    assert {tag for tag, way in summary["better"].items() if way == "lower" and tag.startswith("loss/")} == {
+        "loss/train", "loss/train_seen", "loss/validation", "loss/test"}  # fmt: skip
+    assert "metric/plain" not in summary["better"]
     with pytest.raises(UsageError, match=r"metric/confidence is measured on test images"):
         cbcls.train.main([*flags[:-1], "other", "--best.keep", "--best.by", "metric/confidence"])
 

@@ -1,6 +1,7 @@
 """Activation checkpointing computes what training without it computes: outputs, gradients and buffers."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case, needs_compiler
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from common.norms import clusters, convert_norms
 from common.norms.backends import recomputation
@@ -103,6 +104,17 @@ def test_passes_that_wait_for_their_backward_passes_are_told_apart_by_their_valu
         found.append(gradients(network, first, second + third, inputs=inputs))
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # of two sums in another order
+
+
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_selective_checkpoint_saves_operators_of_the_model_alone(kind):
+    """It pairs what it saves by order, and a fit multiplies matrices too."""
+    plain, checkpointed = pair(kind, False)
+    saved = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, saved)
+    checkpointed.run = lambda function, x: checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+    for want, got in zip(steps(plain), steps(checkpointed), strict=True):
+        assert torch.equal(want, got)
 
 
 def test_passes_over_the_same_values_are_refused():

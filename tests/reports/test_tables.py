@@ -101,7 +101,8 @@ def columns(out: str) -> dict[str, str]:
 
 
 def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
-    first = long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95])
+    better = {"metric/accuracy": "higher", "loss/train": "lower"}
+    first = note(long_run(tmp_path, "a", seed=0, accuracies=[0.3, 0.9, 0.5, 0.95]), better=better)
     tags = ["--tags", "metric/accuracy", "loss/train"]
     common.tables.main(["--runs", first, *tags, "--at", "1", "3"])  # of a run that is not finished
     out = capsys.readouterr().out
@@ -113,16 +114,54 @@ def test_values_at_epochs_are_the_last_and_the_best_by_then(tmp_path, capsys):
         "loss/train at 3": "94", "loss/train best to 3": "94",
     }  # fmt: skip
     assert "its last value by the end of epoch 1 or 3 and its best so far" in out
-    second = long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4])
+    second = note(long_run(tmp_path, "b", seed=1, accuracies=[0.1, None, 0.4]), better=better)
     common.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "3", "--last", "3"])
     got = columns(capsys.readouterr().out)
     assert got["metric/accuracy at 3"] == "nan"  # one of its last three was not finite
     assert got["metric/accuracy best to 3"] == f"0.65 ± {statistics.stdev([0.9, 0.4]):.2g}"
-    assert f"at: {second} has 3 epochs, expected at most that, got 4" in refused(
-        capsys, "--runs", first, second, "--tags", "metric/accuracy", "--at", "4"
-    )
+    common.tables.main(["--runs", first, second, "--tags", "metric/accuracy", "--at", "4"])
+    out = capsys.readouterr().out
+    assert columns(out)["seeds"] == "0"
+    assert f"Left out: {second} has 3 of 9 epochs." in out
     assert "at: expected epochs from 0 on, got -1" in refused(capsys, "--runs", first, *tags, "--at", "-1")
     assert f"at: {first} has no metric/accuracy by epoch 0" in refused(capsys, "--runs", first, *tags, "--at", "0")
+
+
+def test_the_best_is_as_the_run_says_and_there_is_none_without_a_direction(tmp_path, capsys):
+    for way, want in (("higher", "0.9"), ("lower", "0.3"), (None, None)):
+        better = {} if way is None else {"metric/accuracy": way}
+        run = note(long_run(tmp_path, f"run-{way}", seed=0, accuracies=[0.3, 0.9, 0.5]), better=better)
+        common.tables.main(["--runs", run, "--tags", "metric/accuracy", "--at", "3"])
+        got = columns(capsys.readouterr().out)
+        assert (got["metric/accuracy at 3"], got.get("metric/accuracy best to 3")) == ("0.5", want)
+
+
+def test_the_value_of_the_chosen_epoch_stands_beside_the_last(tmp_path, capsys):
+    def run(name: str, seed: int, epoch: int, accuracy: float | None, **more: object) -> str:
+        best = {"value": 0.1, "epoch": epoch, "tag": "loss/validation", "split": "validation", "oracle": False,
+                "with": {"metric/accuracy": accuracy}, **more}  # fmt: skip
+        made = long_run(tmp_path, name, seed=seed, accuracies=[0.3, 0.9, 0.5])
+        return note(made, state="finished", best=best)  # of nine epochs: it stopped early
+
+    runs = [run("a", 0, 2, 0.9), run("b", 1, 1, 0.3)]
+    common.tables.main(["--runs", *runs, "--tags", "metric/accuracy", "--chosen"])
+    out = capsys.readouterr().out
+    got = columns(out)
+    assert got["metric/accuracy"] == "0.5 ± 0"
+    assert got["metric/accuracy at the chosen epoch"] == f"0.6 ± {statistics.stdev([0.9, 0.3]):.2g}"
+    assert "Epochs chosen by loss/validation (validation images): 2, 1." in out
+    common.tables.main(["--runs", runs[0], "--tags", "metric/accuracy", "--chosen", "--at", "1"])
+    assert list(columns(capsys.readouterr().out).values()) == ["bn", "0", "0.3", "0.9"]
+    oracle = run("c", 2, 2, None, tag="metric/accuracy", split="test", oracle=True)
+    common.tables.main(["--runs", oracle, "--tags", "metric/accuracy", "--chosen"])
+    out = capsys.readouterr().out
+    assert columns(out)["metric/accuracy at the chosen epoch"] == "nan"
+    assert "Epochs chosen by metric/accuracy (test images, an oracle): 2." in out
+    line = refused(capsys, "--runs", *runs, "--tags", "loss/train", "--chosen")
+    assert f"tags: {runs[0]} measured no loss/train in epoch 2, which it chose" in line
+    none = note(long_run(tmp_path, "d", seed=0, accuracies=[0.3]), state="finished", best=None)
+    line = refused(capsys, "--runs", none, "--tags", "metric/accuracy", "--chosen")
+    assert f"chosen: {none} chose no epoch" in line
 
 
 def test_the_folder_of_the_data_is_named(tmp_path, capsys):
@@ -192,14 +231,20 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
     assert "out: cannot write" in refused(capsys, *argv[:-1], f"{tmp_path}/t.csv/u.csv")
 
 
-def note_passport(run: str, **passport: object) -> str:
-    Path(run, "summary.json").write_text(json.dumps({"passport": passport}))
+def note(run: str, **summary: object) -> str:
+    Path(run, "summary.json").write_text(json.dumps({"passport": {}, **summary}))
     return run
+
+
+def note_passport(run: str, **passport: object) -> str:
+    return note(run, passport=passport)
 
 
 def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     sound = {"extractor": "classifier", "extractor_id": "a", "n_real": 1000, "content_test": "x", "content_train": "x"}
+    sound |= {"recalibrated": "all, 2048 images by 256"}
     changes = {"n_real": 500, "content_test": "y", "content_train": "y", "extractor_id": "b", "resize": "none"}
+    changes |= {"recalibrated": "mn, 2048 images by 256"}
     logged = {"metric_fid": 1, "loss_train": 2}
     first = note_passport(make_run(tmp_path, "first", seed=0, norm="{kind: bn}", accuracy=0.5, **logged), **sound)
     others = {}
@@ -207,14 +252,16 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
         run = make_run(tmp_path, name, seed=0, norm="{kind: ucb}", accuracy=0.5, **logged)
         others[name] = note_passport(run, **(sound | {name: value}))
     fid, accuracy = ["--tags", "metric/fid"], ["--tags", "metric/accuracy"]
-    for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy)):
+    statistics = [("recalibrated", fid), ("recalibrated", accuracy)]
+    for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy), *statistics):
         line = refused(capsys, "--runs", first, others[name], *tags)
         assert f"runs: {first} and {others[name]} were measured otherwise ({name} differ)" in line
     # Accuracy does not depend on how FID is measured, nor a value on what was held out of training by another seed;
     # a classifier trained anew has other weights, and what one of them does not know is not compared.
     for name, tags in (("n_real", accuracy), ("content_train", accuracy), ("extractor_id", fid), ("resize", fid)):
         common.tables.main(["--runs", first, others[name], *tags])
-    common.tables.main(["--runs", first, others["content_test"], "--tags", "loss/train"])
+    for name in ("content_test", "recalibrated"):
+        common.tables.main(["--runs", first, others[name], "--tags", "loss/train"])
     Path(others["content_test"], "config.yaml").write_text("seed: 0\nepochs: 2\nnorm: {kind: bn}\ndata: {name: svhn}\n")
     argv = ["--runs", first, others["content_test"], *accuracy, "--settings", "data.name"]
     capsys.readouterr()
@@ -222,14 +269,37 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
 
 
+def test_distances_of_other_numbers_of_samples_are_refused(tmp_path, capsys):
+    runs = []
+    for kind, final in (("bn", 500), ("ucb", 600)):
+        for count in (100, 200):
+            run = make_run(tmp_path, f"{kind}{count}", seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5)
+            with open(Path(run, "config.yaml"), "a") as file:
+                file.write(f"fid: {{samples: {count}, final_samples: {final}}}\n")
+            with open(Path(run, "metrics.jsonl"), "a") as file:
+                file.write(json.dumps({"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_final": 8.0,
+                                       "metric/classes_found": 3.0}) + "\n")  # fmt: skip
+            runs.append(run)
+    for tag in ("metric/fid_x", "metric/classes_found"):
+        line = refused(capsys, "--runs", runs[0], runs[3], "--tags", tag)
+        assert f"runs: {runs[0]} and {runs[3]} were measured otherwise (fid.samples differ)" in line
+        common.tables.main(["--runs", runs[0], runs[2], "--tags", tag])
+    line = refused(capsys, "--runs", runs[0], runs[2], "--tags", "metric/fid_x_final")
+    assert "were measured otherwise (fid.final_samples differ)" in line
+    common.tables.main(["--runs", runs[0], runs[1], "--tags", "metric/fid_x_final", "--settings", "fid.samples"])
+    common.tables.main(["--runs", runs[0], runs[3], "--tags", "metric/accuracy"])
+    common.tables.main(["--runs", runs[0], runs[1], "--tags", "metric/fid_x", "--settings", "fid.samples"])
+
+
 def test_floors_that_differ_are_refused(tmp_path, capsys):
     runs = []
     for kind, floor in (("bn", 3.0), ("ucb", 4.0), ("mn", 3.01)):
         runs.append(make_run(tmp_path, kind, seed=0, norm=f"{{kind: {kind}}}", accuracy=0.5))
-        line = {"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_test": 9.0, "metric/fid_x_floor": floor}
+        line = {"step": 9, "epoch": 2, "metric/fid_x": 9.0, "metric/fid_x_test": 9.0, "metric/fid_x_floor": floor,
+                "metric/fid_x_final": 9.0, "metric/fid_x_test_final": 9.0}  # fmt: skip
         with open(Path(runs[-1], "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
-    for tag in ("metric/fid_x", "metric/fid_x_test"):
+    for tag in ("metric/fid_x", "metric/fid_x_test", "metric/fid_x_final", "metric/fid_x_test_final"):
         line = refused(capsys, "--runs", *runs, "--tags", tag)
         assert f"runs: metric/fid_x_floor is 3 in {runs[0]} and 4 in {runs[1]}" in line
     common.tables.main(["--runs", runs[0], runs[2], "--tags", "metric/fid_x"])  # another machine's rounding
@@ -262,7 +332,10 @@ def test_bad_input_is_one_line(tmp_path, runs, capsys):
     assert f"{without} has no health/usage" in refused(capsys, "--runs", *runs, without, "--tags", "health/usage")
     config = Path(runs[0], "config.yaml")
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 3"))
-    assert f"{runs[0]} is not finished, it has 2 of 3 epochs" in refused(capsys, "--runs", runs[0], *tags)
+    line = refused(capsys, "--runs", runs[0], *tags)
+    assert f"runs: none is finished: {runs[0]} has 2 of 3 epochs; wait" in line
+    common.tables.main(["--runs", *runs, *tags])
+    assert f"Left out: {runs[0]} has 2 of 3 epochs." in capsys.readouterr().out
     Path(runs[1], "environment.json").write_text("[]")
     assert f"runs: {runs[1]} cannot be read" in refused(capsys, "--runs", runs[1], *tags)
     Path(without, "summary.json").write_text("[]")

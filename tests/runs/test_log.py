@@ -22,7 +22,7 @@ def test_the_same_names_and_values_in_both_places(tmp_path):
     }
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("2_loss/d")] == [(10, 0.5), (20, 0.25)]
-    assert [(e.step, e.value) for e in events.Scalars("1_result/fid_classifier")] == [(10, 12.25)]
+    assert [(e.step, e.value) for e in events.Scalars("0_headline/fid_classifier")] == [(10, 12.25)]
 
 
 def test_a_resumed_log_is_cut_back_to_its_checkpoint(tmp_path):
@@ -71,7 +71,10 @@ def test_values_are_listed_by_their_last_names_and_those_that_are_none_left_out(
 
 def test_charts_sort_as_they_are_read():
     names = {
-        "metric/accuracy": "1_result/accuracy",
+        "metric/accuracy": "0_headline/accuracy",
+        "metric/error": "1_result/error",
+        "metric/gain": "0_headline/gain",
+        "metric/source_accuracy": "1_result/source_accuracy",
         "loss/d": "2_loss/d",
         "samples/generated": "3_samples/generated",
         "gradient/d": "5_gradient/d",
@@ -83,14 +86,18 @@ def test_charts_sort_as_they_are_read():
         "adapt/mask_rate": "2_adaptation/mask_rate",
         "adapt/ratio/cat": "4_alignment/cat",
         "schedule/mu": "2_adaptation/mu",
-        "metric/target_accuracy": "1_result/target_accuracy",
+        "metric/target_accuracy": "0_headline/target_accuracy",
         "metric/target_accuracy_as_source": "8_by_cluster/target_accuracy_as_source",
         "metric/target_weighted_f1": "4_averages/target_weighted_f1",
         "metric/target_weighted_f1_as_source": "8_by_cluster/target_weighted_f1_as_source",
         "metric/as_x": "1_result/as_x",
+        "metric/fid_x": "0_headline/fid_x",
         "metric/fid_x_floor": "1_result/fid_x_floor",
         "metric/fid_x_low": "4_quality/fid_x_low",
+        "metric/fid_x_final": "1_result/fid_x_final",
+        "metric/fid_x_low_final": "4_quality/fid_x_low_final",
         "metric/precision_x": "4_quality/precision_x",
+        "metric/precision_x_final": "4_quality/precision_x_final",
         "metric/diversity": "4_quality/diversity",
         "metric/macro_recall": "1_result/macro_recall",
     }
@@ -116,7 +123,7 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
     assert [category.title for category in layout.category] == ["FID", "Interval"]
     (chart,), (other,) = (category.chart for category in layout.category)
     assert (chart.title, other.title) == ("FID", "Interval")
-    assert list(chart.multiline.tag) == ["1_result/fid_x", "1_result/fid_x_floor"]
+    assert list(chart.multiline.tag) == ["0_headline/fid_x", "1_result/fid_x_floor"]
     (series,) = other.margin.series
     assert (series.value, series.lower, series.upper) == tuple(map(chart_name, band))
     plugin = {name: events.summary_metadata[f"_hparams_/{name}"].plugin_data.content
@@ -128,7 +135,7 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
     assert {name: started[name].string_value for name in ("norm.kind", "clip", "keep")} == {
         "norm.kind": "ucb", "clip": "None", "keep": "[1, 2]"}  # fmt: skip
     metrics = read["experiment"].experiment.metric_infos
-    assert [info.name.tag for info in metrics] == ["1_result/accuracy"]
+    assert [info.name.tag for info in metrics] == ["0_headline/accuracy"]
     (image,) = events.Images("3_samples/generated")
     assert (image.step, image.width, image.height) == (7, 5, 4)
 

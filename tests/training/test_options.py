@@ -69,7 +69,7 @@ def test_a_schedule_reaches_the_optimizers_and_the_log(train):
 
 def test_a_cosine_ends_where_its_run_ends(train, tmp_path):
     folder, _ = train("--schedule.kind", "cosine", epochs=1)
-    with pytest.raises(UsageError, match="epochs: the run has 1, got 2"):
+    with pytest.raises(UsageError, match="epochs: the run has 1, which its schedule follows, got 2"):
         FOURTH.main(["--name", folder.name, "--out", str(tmp_path), "--resume", "--epochs", "2"])
 
 

@@ -23,6 +23,9 @@ PARAMETERS: dict[str, dict[str, str | int]] = {
     "recall": {"seed": SEED, "neighbours": NEIGHBOURS, "at_most": MOST},
 }
 """What a number depends on besides the images and their features."""
+BETTER: dict[str, Literal["higher", "lower"]] = {
+    "kid": "lower", "inception_score": "higher", "precision": "higher", "recall": "higher",
+}  # fmt: skip
 
 
 def kernel_distance(generated: Tensor, real: Tensor) -> float:

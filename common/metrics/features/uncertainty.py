@@ -15,8 +15,9 @@ from common.metrics.features.frechet import Reference, Statistics
 REPLICATES = 20
 _QUANTILE = 2.0930240544  # of Student's t with 19 degrees of freedom, at 0.975
 POINTS = 15
-_FEWEST = 2
-"""Samples for each dimension below which a covariance says too little of its own error."""
+FEWEST_FOR_INTERVAL, FEWEST_FOR_LIMIT = 2, 4
+"""Samples for each dimension below which a covariance says too little of its own error, and the limit falls far below
+the distance: docs/evaluation.md has a simulation."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Interval:
         return self.centre + self.half_width
 
 
-def enough(count: int, dim: int) -> bool:
-    """Say whether so many samples give an interval and a limit in so many dimensions: twice as many as these."""
-    return count >= _FEWEST * dim
+def enough(count: int, dim: int, fewest: int = FEWEST_FOR_INTERVAL) -> bool:
+    """Say whether there are at least ``fewest`` samples for each dimension."""
+    return count >= fewest * dim
 
 
 def distance_interval(
@@ -78,11 +79,11 @@ def distance_interval(
 def distance_limit(generated: Tensor, real: Statistics, *, seed: int, device: torch.device | str = "cpu") -> float:
     """Return FID-infinity: the distance that infinitely many samples would have (Chong and Forsyth 2020).
 
-    The distance is measured on 15 random subsets of a tenth to all of the samples (a half, where a tenth is too few
-    for the dimensions) and extrapolated along its regression line over 1 / n to 0.
+    The distance is measured on 15 random subsets of a tenth (at least twice D) to all of the samples and extrapolated
+    along its regression line over 1 / n to 0.
 
     Args:
-        generated: features (N, D), N at least twice D.
+        generated: features (N, D), N at least four times D.
         real: statistics of the real images.
         seed: what the draws follow from.
         device: where it is computed.
@@ -90,9 +91,9 @@ def distance_limit(generated: Tensor, real: Statistics, *, seed: int, device: to
     Raises:
         ValueError: if there are too few samples.
     """
-    sample, reference = _Sample(generated, device), Reference(_moved(real, device))
+    sample, reference = _Sample(generated, device, FEWEST_FOR_LIMIT), Reference(_moved(real, device))
     count, dim = generated.shape
-    first = min(max(count // 10, _FEWEST * dim), count // 2)
+    first = max(count // 10, FEWEST_FOR_INTERVAL * dim)
     sizes = torch.linspace(first, count, POINTS).round().long().tolist()
     distances = []
     for number, size in enumerate(sizes):
@@ -108,10 +109,10 @@ def distance_limit(generated: Tensor, real: Statistics, *, seed: int, device: to
 class _Sample:
     """Features of which the statistics are taken many times, with other weights."""
 
-    def __init__(self, features: Tensor, device: torch.device | str) -> None:
+    def __init__(self, features: Tensor, device: torch.device | str, fewest: int = FEWEST_FOR_INTERVAL) -> None:
         count, dim = features.shape
-        if not enough(count, dim):
-            raise ValueError(f"features: expected at least {_FEWEST * dim} samples of {dim} dimensions, got {count}")
+        if not enough(count, dim, fewest):
+            raise ValueError(f"features: expected at least {fewest * dim} samples of {dim} dimensions, got {count}")
         x = features.to(device, torch.float64)
         self._centre = x.mean(dim=0)
         self._features = x - self._centre  # so that no digits cancel below

@@ -4,17 +4,23 @@ By then the first pass has moved the stored mixture. So a layer keeps what that 
 autograd keeps nothing of it: without gradients, or under hooks for saved tensors.
 """
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from . import capture
 
+P = ParamSpec("P")
+R = TypeVar("R")
+SELECTIVE = type(create_selective_checkpoint_contexts([])[0])
+"""Torch's mode that counts the operators of a selective checkpoint, or marks them in a graph; its name is private."""
 MOST = 8
 """Forward passes of a layer that are kept until their backward pass."""
 SAMPLED = 64
@@ -61,10 +67,12 @@ def remember(layer: nn.Module, x: Tensor, given: Sequence[Tensor]) -> None:
     """Keep copies of what a forward pass of the layer over x was given, if it may be repeated."""
     if not running() and _may_follow():
         waiting = [p for p in _passes.get(layer, []) if not p.repeated]
-        found = _Pass(x.shape, _sample(x), tuple(t.detach().clone() for t in given))
+        with _disable_current_modes():
+            found = _Pass(x.shape, _sample(x), tuple(t.detach().clone() for t in given))
         _passes[layer] = [*waiting, found][-MOST:]
 
 
+@_disable_current_modes()
 def recall(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
     """Return what the pass that is repeated over x was given, or None if the layer kept nothing like it.
 
@@ -89,11 +97,21 @@ def recall(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
     return first.given
 
 
-def compute_once(operator: Any) -> None:
-    """Let a graph that holds a checkpoint save what an operator of ``custom_op`` returns, as it reads what later moves.
+def computed_once(function: Callable[P, R]) -> Callable[P, R]:
+    """Hide from selective checkpoints what a repeated pass leaves out: they pair operators of both by their order."""
 
-    Torch has a mode find what a checkpoint in a graph computes again, and no public name for its class.
-    """
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not isinstance(_get_current_dispatch_mode(), SELECTIVE):
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def save_in_graphs(operator: Any) -> None:
+    """Let a graph that holds a checkpoint save what an operator of ``custom_op`` returns: it reads what later moves."""
 
     def saved(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: CheckpointPolicy.MUST_SAVE
@@ -102,4 +120,4 @@ def compute_once(operator: Any) -> None:
         finally:
             mode.policy_fn = policy
 
-    operator.register_torch_dispatch(type(create_selective_checkpoint_contexts([])[0]), saved)
+    operator.register_torch_dispatch(SELECTIVE, saved)

@@ -167,4 +167,4 @@ def _(
 
 
 for _operator in (snapshot, seed_mixture, refit_mixture, seed_clusters):
-    recomputation.compute_once(_operator)
+    recomputation.save_in_graphs(_operator)

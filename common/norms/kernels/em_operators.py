@@ -84,4 +84,4 @@ def _(
     return _tables(logits, mean, log_var)
 
 
-recomputation.compute_once(fit_mixture)
+recomputation.save_in_graphs(fit_mixture)

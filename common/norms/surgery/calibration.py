@@ -1,165 +1,230 @@
-"""Fitting the mixtures that a model's layers evaluate with."""
+"""Estimating anew the statistics that a model's layers evaluate with."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..em_norm import MixtureNorm
-from ..health import mixture_layers
+from ..estimation import em
+from ..supervised import SCBNorm, SCBNormBase
 from ..unsupervised import MixtureLayer
 
+POOLED = 8 * em.MAX_POINTS
+"""Locations of all batches together that a mixture is fitted to."""
 
-def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> list[str]:
-    """Estimate anew the stored mixtures of every UCBNorm and MixtureNorm in a model, from what they are fed.
 
-    What ``torch.optim.swa_utils.update_bn`` is for BatchNorm, which it leaves as it is: after weights were averaged
-    (EMA, SWA), changed or converted, the mixtures describe activations that are no more. Everything that
-    ``calibrate`` says holds here: one layer after the other in evaluation mode, one pass over the batches each.
-    In a model that has BatchNorm too, call ``update_bn`` first.
+def recalibrate(
+    model: nn.Module, loader: Iterable[Any], batches: int = 100, *, forward: Callable[[Any], object] | None = None
+) -> list[str]:
+    """Estimate anew the statistics of every layer of a model that stores any, from what it is fed in evaluation.
+
+    What ``torch.optim.swa_utils.update_bn`` is for BatchNorm, here for all kinds alike: after weights were averaged
+    (EMA, SWA), changed or converted, and wherever moving averages lag behind weights, stored statistics describe
+    activations that are no more. Estimated are BatchNorm with running statistics (those in ``DomainBatchNorm`` too),
+    UCBNorm with moving averages, MixtureNorm, and SCBNorm with statistics="batch".
+
+    A BatchNorm's mean and (unbiased) variance become those of all locations of all batches. A mixture is fitted to up
+    to 32,768 locations: UCBNorm's takes a step of EM, MixtureNorm's converges.
+
+    One pass over the batches serves all layers. Each layer is estimated from every batch by itself before it hands the
+    batch on, as BatchNorm does in training and ``update_bn``, and in the end from all batches; with one batch that is
+    what evaluation feeds it, and with several the nearer to it the larger they are (measured on a ResNet-18: logits
+    differ by 1 % with 240 images a batch, by 9 % with 48). Nothing else moves: no dropout, no averages. What mixtures
+    are fitted to is held in memory, up to 128 KiB a channel.
+
+    Training afterwards moves the statistics again, and goes on from these: to measure in the middle of a training
+    run, put it into ``preserved_statistics``, or take a copy of the model.
 
     Args:
-        model: holds the layers, or is one; called as ``model(input)``. A layer that does not run stays as it is, and
-            so does one whose mixture is learned by gradients (``update="weight"``).
-        loader: as for ``calibrate``.
-        batches: the most that are taken each time.
+        model: holds the layers, or is one. A layer that does not run stays as it is, and so does one whose mixture is
+            learned by gradients (``update="weight"``).
+        loader: batches, each a tensor or a tuple or list whose first item is the input; gone through once.
+        batches: the most that are taken.
+        forward: runs the model on a batch of any kind; by default it is called as ``model(input)``.
 
     Returns:
-        The qualified names of the layers, in the order of fitting.
+        The qualified names of the layers, in the order in which they run.
 
     Raises:
-        ValueError: as ``calibrate``, and where the model has neither UCBNorm with moving averages nor MixtureNorm.
+        ValueError: the model has no such layer; the loader has no batch, or gives no tensors; batches is less than 1; a
+            layer is fed a value that is not finite. After any error the model is as it was.
+
+    Source: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3, for BatchNorm.
     """
-    layers = {layer: name for name, layer in mixture_layers(model).items() if layer.averages_mixture()}
+    layers = statistics_layers(model)
     if not layers:
-        raise ValueError("model: expected at least one UCBNorm with moving averages or MixtureNorm, found none")
-    return _fit(model, layers, loader, batches)
+        raise ValueError("model: expected at least one layer that stores statistics, found none")
+    return _estimate(model, layers, loader, batches, forward)
 
 
-def calibrate(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> list[str]:
-    """Fit the stored mixture of each MixtureNorm in a model once, by EM, to what it is fed in evaluation.
+def calibrate(
+    model: nn.Module, loader: Iterable[Any], batches: int = 100, *, forward: Callable[[Any], object] | None = None
+) -> list[str]:
+    """Fit the stored mixture of each MixtureNorm in a model by EM, as ``recalibrate`` does; nothing else moves.
 
-    One layer after the other, in the order in which the model runs them, so that each is fitted to inputs that
-    the layers before it, fitted already, give in evaluation mode. So nothing else in the model moves: no running
-    statistics, no dropout. The price is one pass over the batches for each layer, and one layer's sampled inputs
-    in memory, up to 4,096 locations a batch in float32: 420 MB for 256 channels and 100 batches.
-
-    Training afterwards moves the mixtures again, and goes on from these: to measure in the middle of a training
-    run, calibrate a copy of the model.
-
-    Args:
-        model: holds the layers, or is one; called as ``model(input)``. A layer that does not run stays as it is.
-        loader: batches, each a tensor or a tuple or list whose first item is the input; gone through several times.
-        batches: the most that are taken each time.
-
-    Returns:
-        The qualified names of the fitted layers, in the order of fitting.
+    The inference of Mixture Normalization as it was published, beside which other kinds keep their moving averages.
 
     Raises:
-        ValueError: the model has no MixtureNorm; the loader has no batch, can be gone through only once, or gives
-            no tensors; batches is less than 1; a layer is fed a value that is not finite. After any error the
-            model is as it was.
+        ValueError: as ``recalibrate``, and where the model has no MixtureNorm.
 
     Source: arXiv:2403.16798, section III-B: process T mini-batches, run EM, store for inference.
     """
-    found = mixture_layers(model).items()
-    layers: dict[MixtureLayer, str] = {layer: name for name, layer in found if isinstance(layer, MixtureNorm)}
+    layers: dict[str, nn.Module] = {
+        name: layer for name, layer in statistics_layers(model).items() if isinstance(layer, MixtureNorm)
+    }
     if not layers:
         raise ValueError("model: expected at least one MixtureNorm layer, found none")
-    return _fit(model, layers, loader, batches)
+    return _estimate(model, layers, loader, batches, forward)
+
+
+def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that ``recalibrate`` estimates, by qualified name; a model that is one goes by its class's."""
+    return {name or type(layer).__name__: layer for name, layer in model.named_modules() if _stores(layer)}
+
+
+def _stores(layer: nn.Module) -> bool:
+    if isinstance(layer, MixtureLayer):
+        return layer.averages_mixture()
+    if isinstance(layer, SCBNorm | SCBNormBase):
+        return layer.statistics == "batch"
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
 @contextmanager
-def calibrated(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> Iterator[list[str]]:
-    """Calibrate a model inside the block, and give its layers back the mixtures that they had after it.
-
-    For measuring in the middle of a training run, which then goes on as if nothing had been measured. A model
-    without MixtureNorm stays as it is.
-
-    Args:
-        model: as for ``calibrate``.
-        loader: as for ``calibrate``.
-        batches: as for ``calibrate``.
-
-    Yields:
-        The qualified names of the fitted layers.
-
-    Raises:
-        ValueError: as ``calibrate``.
-    """
-    layers = [layer for layer in mixture_layers(model).values() if isinstance(layer, MixtureNorm)]
-    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+def preserved_statistics(model: nn.Module) -> Iterator[None]:
+    """Give a model's layers back, after the block, the statistics that they had before it."""
+    layers = list(statistics_layers(model).values())
+    before = [_saved(layer) for layer in layers]
     try:
-        yield calibrate(model, loader, batches) if layers else []
+        yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-        for layer in layers:
-            layer.forget_initialized()
+        for layer, buffers in zip(layers, before, strict=True):
+            _put_back(layer, buffers)
+
+
+def _saved(layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(buffer, buffer.clone()) for buffer in layer.buffers()]
 
 
 @torch.no_grad()
-def _fit(model: nn.Module, layers: Mapping[MixtureLayer, str], loader: Iterable[Any], batches: int) -> list[str]:
+def _put_back(layer: nn.Module, buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    if isinstance(layer, MixtureLayer):
+        layer.forget_initialized()
+
+
+class _Moments:
+    """The mean and variance of what a layer with running statistics is fed."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.before = layer, _saved(layer)
+        self._dim = getattr(layer, "channel_dim", 1)
+
+    def look(self, x: Tensor, _: int) -> tuple[int, Tensor, Tensor]:
+        """Return how many locations x has, and their mean and variance (C,)."""
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).movedim(self._dim, 0).flatten(1)
+        if not x.shape[1]:
+            return 0, x.new_zeros(len(x)), x.new_zeros(len(x))
+        var, mean = torch.var_mean(x, 1, correction=0)
+        return x.shape[1], mean, var
+
+    def store(self, parts: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Store the moments of some parts together; of less than two locations those from before."""
+        _put_back(self.layer, self.before)
+        counts, means, variances = zip(*parts, strict=True)
+        total = sum(counts)
+        if total < 2:
+            return
+        share = torch.tensor(counts, dtype=torch.float64)[:, None] / total
+        mean, var = (torch.stack(values).cpu().double() for values in (means, variances))
+        centre = (share * mean).sum(0)
+        pooled = (share * (var + (mean - centre).square())).sum(0) * total / (total - 1)
+        self.layer.running_mean.copy_(centre)
+        self.layer.running_var.copy_(pooled)
+
+
+class _Points:
+    """The locations that a mixture is fitted to."""
+
+    def __init__(self, layer: MixtureLayer, most: int) -> None:
+        self.layer, self.before, self._most = layer, _saved(layer), most
+
+    def look(self, x: Tensor, number: int) -> Tensor:
+        """Return some locations (P, C) of x, the batch of this number."""
+        return self.layer.calibration_points(x, number, self._most).clone()  # of x, which may change in place
+
+    def store(self, parts: list[Tensor]) -> None:
+        """Fit the mixture from before to the locations of some batches."""
+        _put_back(self.layer, self.before)
+        self.layer.calibrate_to(torch.cat(parts))
+
+
+@torch.no_grad()
+def _estimate(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    loader: Iterable[Any],
+    batches: int,
+    forward: Callable[[Any], object] | None,
+) -> list[str]:
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches: expected a whole number of at least 1, got {batches}")
-    if not isinstance(loader, Iterable) or isinstance(loader, Iterator | Tensor):
-        given = type(loader).__name__
-        raise ValueError(f"loader: expected a DataLoader or a list, to go through several times, got {given}")
+    if not isinstance(loader, Iterable) or isinstance(loader, Tensor):
+        raise ValueError(f"loader: expected a DataLoader or a list of batches, got {type(loader).__name__}")
+    count = max(1, min(batches, length_hint(loader, batches)))
+    most = min(em.MAX_POINTS, POOLED // count)
+    estimates: dict[str, Any] = {
+        name: _Points(layer, most) if isinstance(layer, MixtureLayer) else _Moments(layer)
+        for name, layer in layers.items()
+    }
+    fed: dict[str, list[Any]] = {}
+    number = 0
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args[0].isfinite().all():
+                raise ValueError(f"loader: expected finite activations, but batch {number} feeds {name} others")
+            fed.setdefault(name, []).append(estimates[name].look(args[0], number))
+            estimates[name].store(fed[name][-1:])
+
+        return look
+
     training = {module: module.training for module in model.modules()}
-    saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     model.eval()
-    fitted: list[str] = []
     try:
-        for layer in _in_order(model, list(layers), loader):
-            layer.calibrate(_inputs(model, layer, layers[layer], islice(loader, batches)))
-            fitted.append(layers[layer])
+        with _eagerly():
+            for batch in islice(loader, batches):
+                _run(model, batch) if forward is None else forward(batch)
+                number += 1
+        if not number:
+            raise ValueError("loader: expected at least one batch, got none")
+        for name, parts in fed.items():
+            if len(parts) > 1:
+                estimates[name].store(parts)
     except BaseException:
-        for buffer, before in saved:
-            buffer.copy_(before)
-        for layer in layers:
-            layer.forget_initialized()
+        for estimate in estimates.values():
+            _put_back(estimate.layer, estimate.before)
         raise
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    return fitted
-
-
-def _in_order(model: nn.Module, layers: list[MixtureLayer], loader: Iterable[Any]) -> list[MixtureLayer]:
-    """Return the layers in the order in which the first batch reaches them."""
-    reached: dict[Any, None] = {}
-    handles = [layer.register_forward_pre_hook(lambda layer, _: reached.setdefault(layer)) for layer in layers]
-    try:
-        for batch in islice(loader, 1):
-            _run(model, batch)
-            return list(reached)
     finally:
         for handle in handles:
             handle.remove()
-    raise ValueError("loader: expected at least one batch, got none")
+        for module, mode in training.items():
+            module.training = mode
+    return list(fed)
 
 
-def _inputs(model: nn.Module, layer: MixtureLayer, name: str, batches: Iterable[Any]) -> Iterator[Tensor]:
-    """Run the model on each batch and yield what it fed the layer: several times if it runs several times."""
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
-
-    for i, batch in enumerate(batches):
-        caught.clear()
-        handle = layer.register_forward_pre_hook(catch)
-        try:
-            _run(model, batch)
-        finally:
-            handle.remove()
-        if not all(x.isfinite().all() for x in caught):
-            raise ValueError(f"loader: expected finite activations, but batch {i} feeds {name} others")
-        yield from caught
+def _eagerly() -> Any:
+    """Return a context in which compiled models run as they are written: their graphs know nothing of hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _run(model: nn.Module, batch: Any) -> None:

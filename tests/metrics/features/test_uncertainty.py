@@ -45,16 +45,17 @@ def test_an_interval_is_the_distance_less_its_bias_and_students_quantile_of_resa
 
 
 def test_the_limit_is_nearer_to_the_truth_than_the_distance_of_a_few_samples():
-    pairs = [(frechet_distance(statistics(x), STANDARD), distance_limit(x, STANDARD, seed=0))
-             for x in (drawn(100, seed) for seed in range(30))]  # fmt: skip
-    few, limits = np.mean(pairs, axis=0)
-    assert few - TRUTH > 0.1  # of 100 samples it is too large by a tenth
-    assert abs(limits - TRUTH) < (few - TRUTH) / 2
+    for count in (100, 4 * DIM):
+        pairs = [(frechet_distance(statistics(x), STANDARD), distance_limit(x, STANDARD, seed=0))
+                 for x in (drawn(count, seed) for seed in range(60))]  # fmt: skip
+        few, limits = np.mean(pairs, axis=0)
+        assert few - TRUTH > 10 / count  # of 100 samples it is too large by a tenth
+        assert abs(limits - TRUTH) < (few - TRUTH) / 2
 
 
 def test_the_limit_is_where_the_line_through_fifteen_subsets_meets_infinity():
-    """From a tenth of the samples, twice the dimensions or half the samples, whichever is allowed."""
-    for count, first in ((400, 40), (100, 16), (24, 12)):
+    """From a tenth of the samples, or twice the dimensions, on."""
+    for count, first in ((400, 40), (100, 16), (32, 16)):
         fake = drawn(count, 5)
         sizes = np.round(np.linspace(first, count, 15)).astype(int)
         subsets = [fake[permutation(count, 7, "subset", number)[:size]] for number, size in enumerate(sizes)]
@@ -66,9 +67,9 @@ def test_the_limit_is_where_the_line_through_fifteen_subsets_meets_infinity():
 def test_too_few_samples_are_refused():
     assert enough(16, 8)
     assert not enough(15, 8)
-    for measure in (distance_interval, distance_limit):
-        with pytest.raises(ValueError, match="expected at least 16 samples of 8 dimensions, got 15"):
-            measure(drawn(15, 0), STANDARD, seed=0)
+    for measure, fewest in ((distance_interval, 16), (distance_limit, 32)):
+        with pytest.raises(ValueError, match=f"expected at least {fewest} samples of 8 dimensions, got {fewest - 1}"):
+            measure(drawn(fewest - 1, 0), STANDARD, seed=0)
     with pytest.raises(ValueError, match="got 15"):
         distance_interval(drawn(16, 0), drawn(15, 0), seed=0)
 

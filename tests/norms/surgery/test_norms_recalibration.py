@@ -1,11 +1,13 @@
-"""``recalibrate``: the stored mixtures of a model, estimated anew from what its layers are fed."""
+"""``recalibrate``: the stored statistics of a model, estimated anew from what its layers are fed."""
+
+import copy
 
 import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
-from common.norms import MixtureNorm, UCBNorm, calibrate, recalibrate
+from common.norms import MixtureNorm, UCBNorm, calibrate, make_norm, recalibrate
 
 
 def inputs(shift: float = 0.0) -> torch.Tensor:
@@ -99,10 +101,76 @@ def test_each_layer_is_fed_what_those_before_it_give_after_their_own_estimate():
         torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-3, atol=1e-3)  # its variance is unbiased
 
 
+def of_all(x, ids=None):
+    """Return mean and unbiased variance of locations (N, C, L) in one float64 pass, of those with an id."""
+    points = (x if ids is None else x[ids]).double().movedim(1, 2).flatten(0, 1).numpy()
+    return torch.from_numpy(points.mean(0)), torch.from_numpy(points.var(0, ddof=1))
+
+
+def test_batch_norms_statistics_are_those_of_one_pass_in_float64():
+    torch.manual_seed(0)
+    x = 1e3 + torch.randn(70, 3, 8)
+    x[:35] += 2.0  # batches whose means differ: the mean of their variances is another one
+    ids = (torch.arange(70) % 3 == 0).long()
+    for layer, wanted in (
+        (nn.BatchNorm1d(3), {"": None}),
+        (make_norm("dsbn", 3, 2), {"domains.0.": ids == 0, "domains.1.": ids == 1}),
+        (make_norm("scb", 3, 2, statistics="batch"), {"": None}),
+    ):
+        model = nn.Sequential(nn.Identity(), layer)
+        takes = () if isinstance(layer, nn.BatchNorm1d) else (ids,)
+        parts = list(zip(*(t.split(32) for t in (x, *takes)), strict=True))
+        recalibrate(model, parts, forward=lambda part, layer=layer: layer(*part))
+        for prefix, members in wanted.items():
+            for name, want in zip(("running_mean", "running_var"), of_all(x, members), strict=True):
+                torch.testing.assert_close(layer.state_dict()[prefix + name].double(), want, rtol=1e-4, atol=0)
+
+
+def test_batch_norms_of_a_network_come_out_as_by_update_bn():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    x = torch.randn(240, 3, 12, 12)
+    twin = copy.deepcopy(model)
+    twin[3] = nn.Identity()  # for the dropout that evaluation leaves out, and update_bn does not
+    for batches in (list(x.split(80)), [x]):
+        torch.optim.swa_utils.update_bn(batches, twin)
+        recalibrate(model, batches)
+        for name, want in twin.state_dict().items():
+            if "running" in name:
+                torch.testing.assert_close(model.state_dict()[name], want, rtol=2e-3, atol=2e-4)
+
+
+def test_a_domain_without_images_keeps_its_statistics():
+    layer = make_norm("dsbn", 3, 2)
+    before = copy.deepcopy(layer.state_dict())
+    recalibrate(layer, [torch.randn(8, 3, 4) + 5], forward=lambda x: layer(x, torch.zeros(8, dtype=torch.long)))
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items() if name.startswith("domains.1"))
+    assert float(layer.state_dict()["domains.0.running_mean"].min()) > 4
+
+
+def test_a_compiled_model_is_estimated_as_one_that_is_not_and_compiles_nothing_more():
+    torch.manual_seed(0)
+    x = inputs().float()
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), UCBNorm(3, 2))
+    plain = copy.deepcopy(model)
+    recalibrate(plain, [x])
+    graphs = []
+    model.eval().compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    model(x)
+    compiled = len(graphs)
+    recalibrate(model, [x])
+    model(x)
+    assert len(graphs) == compiled > 0
+    torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(model(x), plain.eval()(x))
+
+
 def test_both_kinds_are_estimated_and_others_left_alone():
     torch.manual_seed(0)
     learned = UCBNorm(2, 2, update="weight")
-    model = nn.Sequential(nn.BatchNorm1d(2), UCBNorm(2, 2), MixtureNorm(2, 2), learned, nn.Dropout())
+    model = nn.Sequential(nn.LayerNorm(2), UCBNorm(2, 2), MixtureNorm(2, 2), learned, nn.Dropout())
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model.train()
     assert recalibrate(model, [inputs().float()]) == ["1", "2"]
@@ -113,7 +181,7 @@ def test_both_kinds_are_estimated_and_others_left_alone():
 
 
 def test_a_mixture_learned_by_gradients_is_no_estimate():
-    with pytest.raises(ValueError, match="expected at least one UCBNorm with moving averages or"):
+    with pytest.raises(ValueError, match="expected at least one layer that stores statistics"):
         recalibrate(UCBNorm(2, 2, update="weight"), [inputs()])
     with pytest.raises(ValueError, match=r"^update: expected 'moving_average'"):
         UCBNorm(2, 2, update="weight").calibrate([inputs()])
