@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import capture, direct, reference
+from .backends import capture, direct, recomputation, reference
 from .backends.reference import Moments, Scale
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -100,9 +100,8 @@ class MixtureNorm(MixtureLayer):
             device=device,
             dtype=dtype,
         )
-        checks.check_size("refit_every", refit_every)
-        checks.check_size("em_steps", em_steps)
-        self.refit_every, self.em_steps = refit_every, em_steps
+        self.refit_every = checks.check_size("refit_every", refit_every)
+        self.em_steps = checks.check_size("em_steps", em_steps)
         self._words = draws.key(self.seed, "points", "fit")  # here, because a graph cannot find it
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
@@ -127,7 +126,7 @@ class MixtureNorm(MixtureLayer):
     def _store_seed(self, fit: Fit, found: Tensor) -> None:
         self._write_fit(self._stored(fit), where=found)
         self._write(self._stored(fit), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
         return self._fit(dtype, "fit_"), 2 * self.em_steps
@@ -152,6 +151,7 @@ class MixtureNorm(MixtureLayer):
         device is asked after ``step`` was written from outside, never from one step to the next; but an exported
         graph, which has ``step`` alone, asks in every one.
         """
+        capture.refuse_traced()
         if torch.compiler.is_exporting():
             before = self.step.clone()
         else:
@@ -164,6 +164,7 @@ class MixtureNorm(MixtureLayer):
         self.step += 1
         return before
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _refit(self, x: Tensor, before: Tensor, seeded: bool | Tensor) -> Stored | None:
         """Return the fit to this batch, or None unless this step, counted on the CPU, is one to make it.
@@ -215,21 +216,25 @@ class MixtureNorm(MixtureLayer):
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
+        if recomputation.running():
+            return self._repeat(x, 0.0)
         new = self._refit(x, self._count_step(), self._seed(x)) if x.numel() else None
         fit = self._last_fit() if new is None else new
-        if self._fused(x, "batch"):
+        fused = self._fused(x, "batch")
+        native = not fused and self._native(x)
+        fit = self._given(x, fit, keeps=fused or native)
+        if fused:
             y, state = self._normalise_fused(x, fit, "batch", 0.0)
             if state is not None:
                 self._move_fused(state, new)
             return y
-        if x.numel() and self._native(x):
-            y, state = self._normalise_native(x, Stored(*(t.float().contiguous() for t in fit)), 0.0)
+        if native:
+            y, state = self._normalise_native(x, fit, 0.0)
             if new is not None:
                 self._store_fit(new, loops.moments_of(state, self.num_components, self.groups))
             self._average_in_native(state)
             return y
-        mixture = self._snapshot(fit.logits.log_softmax(0), fit.mean, fit.log_var.exp())
-        y, moments = self._normalise(x, *mixture, "batch")
+        y, moments = self._normalise(x, fit, 0.0, "batch")
         if moments is not None and x.numel():
             if new is not None:
                 self._store_fit(new, moments)

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import checks, functional
 from .backends import capture
@@ -13,6 +14,10 @@ from .backends import capture
 P = ParamSpec("P")
 R = TypeVar("R")
 DeviceLike = torch.device | str | int | None
+FLAG = torch.float32
+"""Type of ``initialized``, where 0 is not seeded: ``AveragedModel`` cannot average bool, and rounds whole numbers down.
+
+A scalar of float64 torch.compile takes for a number, and compiles twice."""
 
 
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:
@@ -47,13 +52,12 @@ class NormLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_size("num_features", num_features)
-        checks.check_eps(eps)
+        self.num_features = checks.check_size("num_features", num_features)
+        self.eps = checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
         checks.check_dtype(dtype)
-        self.num_features, self.eps, self.affine = num_features, eps, affine
-        self.channel_dim, self.backend = channel_dim, backend
+        self.affine, self.channel_dim, self.backend = affine, int(channel_dim), backend
         shape, placed = (num_features,), {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(shape, **placed)) if affine else None
         self.bias = nn.Parameter(torch.empty(shape, **placed)) if affine else None
@@ -88,6 +92,15 @@ class NormLayer(nn.Module):
         """Say whether something may be left to seed; a graph cannot ask the device."""
         return not self._seen_initialized and (torch.compiler.is_compiling() or not self.is_initialized())
 
+    def _check_seedable(self, option: str) -> None:
+        """Raise RuntimeError if what is written to a parameter now is lost."""
+        sharded = getattr(self, "_is_fsdp_managed_module", False)  # FSDP, of either version, says so to torch.compile
+        if sharded or any(parametrize.is_parametrized(module) for module in self.modules()):
+            raise RuntimeError(
+                f"{option}: the first training batches seed parameters, and FSDP and torch.nn.utils.parametrize lose "
+                "that; seed before wrapping: train on these batches, load a state dict or call set_initialized(True)"
+            )
+
     def _known_ready(self) -> Tensor | None:
         """Return what a graph is to know of the seeding; an exported one has only what the state dict holds."""
         return None if torch.compiler.is_exporting() else self._ready
@@ -95,6 +108,11 @@ class NormLayer(nn.Module):
     def _learn_ready(self, ready: Tensor) -> None:
         if not torch.compiler.is_exporting():
             self._ready = ready
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.initialized = self.initialized.to(FLAG)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_initialized()

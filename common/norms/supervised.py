@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks, functional
-from .backends import reference
+from .backends import capture, recomputation, reference
 from .backends.reference import UnknownPosterior, UnknownScale
 from .estimation import em, operators
 from .kernels import cluster_operators as kernels
-from .layer import DeviceLike, NormLayer, leaf
+from .layer import FLAG, DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
 SupervisedStatistics = Literal["learned", "batch"]
@@ -43,11 +43,11 @@ class _SupervisedNorm(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_choice("statistics", statistics, get_args(SupervisedStatistics))
-        checks.check_momentum(momentum)
+        momentum = checks.check_momentum(momentum)
         checks.check_choice("init", init, get_args(SupervisedInit))
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
-        checks.check_size("num_clusters", num_clusters)
+        num_clusters = checks.check_size("num_clusters", num_clusters)
         functional.check_backend(backend)
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
@@ -58,7 +58,7 @@ class _SupervisedNorm(NormLayer):
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
         self._build(**placed)
-        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool, device=device))
+        self.register_buffer("initialized", torch.zeros(num_clusters, device=device, dtype=FLAG))
         if statistics == "batch":
             for name in ("running_mean", "running_var"):
                 self.register_buffer(name, torch.empty(num_features, **placed))
@@ -96,7 +96,7 @@ class _SupervisedNorm(NormLayer):
         old = self.running_mean, self.running_var
         mean, var = (t.to(reference.compute_dtype(x), copy=True) for t in old)
         y = F.batch_norm(x, mean, var, None, None, self.training, self.momentum, self.eps)
-        if self.training:
+        if self.training and not recomputation.running():
             with torch.no_grad():
                 finite = mean.isfinite().all() & var.isfinite().all()
                 for buffer, new in zip(old, (mean, var), strict=True):
@@ -112,15 +112,17 @@ class _SupervisedNorm(NormLayer):
             )
             self._learn_ready(ready)
         else:
+            capture.refuse_traced()
+            self._check_seedable('init="data"')
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
-            fresh = found & ~self.initialized
+            fresh = found & (self.initialized == 0)
         self._write(
             lambda old_mean, old_log_var: (
                 torch.where(fresh[:, None], mean.to(old_mean), old_mean),
                 torch.where(fresh[:, None], log_var.to(old_log_var), old_log_var),
             )
         )
-        self.initialized |= fresh
+        self.initialized.masked_fill_(fresh, 1)
 
     def _fused(self, x: Tensor) -> bool:
         r"""Say whether kernels compute x (N, C, \*), whose ids are given, from what is stored."""
@@ -136,7 +138,7 @@ class _SupervisedNorm(NormLayer):
         checks.check_cluster_or_unknown(cluster, x, self.num_clusters, allow_unknown=not self.training)
         if self.statistics == "batch" and x.numel():
             x = self._standardise(x)
-        if self.training and cluster is not None and x.numel() and self._may_seed():
+        if self.training and cluster is not None and self._may_seed() and not recomputation.running():
             self._seed(x, cluster)
         if cluster is not None and self._fused(x):
             options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
@@ -192,7 +194,7 @@ class SCBNorm(_SupervisedNorm):
         eps: added to the variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
-            training batch that holds it.
+            training batch that holds it, joined over all ranks: until then a training forward is collective.
         unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
@@ -210,6 +212,7 @@ class SCBNorm(_SupervisedNorm):
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, or it is None in
             training; x, cluster and the layer are not on one device; x holds one value per channel in training with
             statistics="batch".
+        RuntimeError: a batch is to seed parameters that FSDP or a parametrization has replaced.
         IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
 
     Source: arXiv:2403.16798, Eqs. 10 and 12. Unlike the authors' code, log_var starts at 0 and eps is added

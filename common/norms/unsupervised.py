@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import closed_form, reference, sync
+from .backends import capture, closed_form, recomputation, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
 from .kernels import operators as kernels
-from .layer import DeviceLike, NormLayer, leaf
+from .layer import FLAG, DeviceLike, NormLayer, leaf
 from .native import loops
 
 Update = Literal["moving_average", "weight"]
@@ -30,6 +30,12 @@ SEEDED_STEPS = 20
 """EM steps from k-means++, which is only a start."""
 CANDIDATES = 8
 """Locations that a dead component may move to: a cloud of a third of the batch is missed in 4 % of the draws."""
+
+
+def _log_weights(logits: Tensor, min_weight: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_weights = logits.log_softmax(0)
+    return log_weights.clamp(min=math.log(min_weight)) if min_weight else log_weights
 
 
 class MixtureLayer(NormLayer):
@@ -66,24 +72,21 @@ class MixtureLayer(NormLayer):
         checks.check_choice("average", average, get_args(Average))
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
-        checks.check_size("num_components", num_components)
+        num_components = checks.check_size("num_components", num_components)
         functional.check_backend(backend, num_components)
-        if groups is not None:
-            checks.check_groups(groups, num_features)
-        checks.check_momentum(momentum)
+        self.groups = self.num_features if groups is None else checks.check_groups(groups, self.num_features)
+        self.momentum, self.seed = checks.check_momentum(momentum), checks.check_whole("seed", seed)
         if min_weight is not None and not 0 < min_weight <= 1 / num_components:
             raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
         if process_group is not None and backend in ("reference", "compiled"):
             raise ValueError(f"process_group: expected None with backend={backend!r}, got {process_group!r}")
         self.process_group = process_group
-        self.num_components, self.groups = num_components, groups or num_features
-        self._width = num_features // self.groups
+        self.num_components, self._width = num_components, self.num_features // self.groups
         self.average: Average = average
         self.scale: Scale = scale
         self.init: MixtureInit = init
-        self.momentum, self.seed = momentum, seed
-        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
+        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else float(min_weight)
         stored = Stored(
             torch.empty(num_components, **placed),
             torch.empty(num_components, num_features, **placed),
@@ -94,7 +97,7 @@ class MixtureLayer(NormLayer):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(False, device=device))
+        self.register_buffer("initialized", torch.tensor(0.0, device=device, dtype=FLAG))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -108,8 +111,14 @@ class MixtureLayer(NormLayer):
         nn.init.zeros_(self.logits)
         nn.init.zeros_(self.log_var)
         spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
-        # One component is BatchNorm, which starts at 0 and has no symmetry to break.
-        self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
+        if self.num_components == 1:
+            spread.zero_()  # BatchNorm, which starts at 0 and has no symmetry to break
+        mean: Any = self.mean
+        if hasattr(mean, "device_mesh"):  # sharded, as by fully_shard: every rank draws all of it and keeps its rows
+            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (slow to load)
+
+            spread = distribute_tensor(spread, mean.device_mesh, mean.placements, src_data_rank=None)
+        mean.copy_(spread)
         self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def _in_graph(self) -> bool:
@@ -118,32 +127,34 @@ class MixtureLayer(NormLayer):
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at ``min_weight``."""
-        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
-        return logits.log_softmax(0).clamp(min=math.log(self.min_weight))
+        return _log_weights(self.logits, self.min_weight)
 
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
         if not self._seen_initialized:
             self._seed(x)
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _seed(self, x: Tensor) -> bool | Tensor:
         """Seed as ``seed_from``; return whether that was done before: in a graph this is a tensor on the CPU."""
         if self._seen_initialized:
             return True
         seeding = self.num_components, self.groups, self.seed, self.eps, self._seeding_steps()
+        joined = self.process_group is None and not self.averages_mixture()  # all ranks have the same parameters
         if self._in_graph():
-            *fit, found, ready = operators.seed_mixture(x.detach(), self.initialized, self._known_ready(), *seeding)
+            known = self.initialized, self._known_ready()
+            *fit, found, ready = operators.seed_mixture(x.detach(), *known, *seeding, joined)
             self._store_seed(Fit(*fit), found)
             self._learn_ready(ready)
             return ready
         if self.is_initialized():
             return True
-        points, finite = em.sample_points(x, self.seed, "seed"), x.isfinite().all()
-        group = sync.active(self.process_group)
-        if group is not None:
-            points, finite = sync.join_points(points, finite, group)
-            points = em.sample_points(points, self.seed, "seed joined")
+        capture.refuse_traced()
+        if not self.averages_mixture():
+            self._check_seedable('init="kmeans++"')
+        group = sync.active("world" if joined else self.process_group)
+        points, finite = em.seeding_points(x, self.seed, group)
         if len(points):
             fit = em.seed_and_fit(points, *seeding)
             self._store_seed(fit, finite & fit.is_finite())
@@ -233,7 +244,7 @@ class MixtureLayer(NormLayer):
 
     def averages_mixture(self) -> bool:
         """Say whether the mixture is estimated from activations, not learned by gradients."""
-        return not isinstance(self.mean, nn.Parameter)
+        return "mean" in self._buffers  # what FSDP or a parametrization puts in a parameter's place may be any tensor
 
     def _fused(self, x: Tensor, statistics: Statistics) -> bool:
         r"""Say whether kernels compute x (N, C, \*) from what is stored; they exchange nothing between ranks."""
@@ -255,6 +266,7 @@ class MixtureLayer(NormLayer):
     ) -> tuple[Tensor, Tensor]:
         """Return what ``loops.mixture_norm`` does."""
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "min_weight": min_weight}
+        stored = Stored(*(t.float().contiguous() for t in stored))
         y, state = loops.mixture_norm(
             reference.flatten(x), stored, self.weight, self.bias, statistics=statistics, stored=True, **options
         )
@@ -292,12 +304,18 @@ class MixtureLayer(NormLayer):
         rule = averages.Rule(self.momentum, self.average, self.min_weight, shared_variance)
         self._write(averages.moved(old, moments, rule), where=some)
 
-    @staticmethod
-    def _snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copy what a gradient may need after the buffers behind it have moved."""
+    def _copied(self, stored: Stored) -> Stored:
+        """Copy what a backward pass may need after the buffers behind it have moved."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return operators.snapshot(log_lambda, mean, var)
-        return log_lambda, mean.clone(), var  # the others are no buffers
+            return Stored(*operators.snapshot(*stored, self.training))
+        parts = torch.cat([t.reshape(-1) for t in reversed(stored)])  # at once, in a single launch
+        parts = parts.split([t.numel() for t in reversed(stored)])
+        return Stored(*(part.view_as(t) for part, t in zip(reversed(parts), stored, strict=True)))
+
+    def _given(self, x: Tensor, stored: Stored, *, keeps: bool) -> Stored:
+        """Return a mixture that will move for a training pass over x; keeps: what computes it copies what it needs."""
+        recomputation.remember(self, x, stored)
+        return stored if keeps and not torch.compiler.is_compiling() else self._copied(stored)
 
     def _check_training_batch(self, x: Tensor) -> None:
         # The other ranks' locations count too; how many is known on the device only.
@@ -305,16 +323,17 @@ class MixtureLayer(NormLayer):
             checks.check_training_batch(x, self.num_features)
 
     def _normalise(
-        self, x: Tensor, log_lambda: Tensor, mean: Tensor, var: Tensor, statistics: Statistics
+        self, x: Tensor, given: Stored, min_weight: float, statistics: Statistics
     ) -> tuple[Tensor, Moments | None]:
+        mixture = _log_weights(given.logits, min_weight), given.mean, given.log_var.exp()
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
         options |= {"weight": self.weight, "bias": self.bias}
         group = sync.active(self.process_group) if statistics == "batch" else None
         if group is None:
-            return functional.mixture_norm(x, log_lambda, mean, var, backend=self.backend, **options)
+            return functional.mixture_norm(x, *mixture, backend=self.backend, **options)
         # Also for a batch that is empty here: every rank takes part in the exchange.
         with torch.autocast(x.device.type, enabled=False):
-            return closed_form.mixture_norm(x, log_lambda, mean, var, process_group=group, **options)
+            return closed_form.mixture_norm(x, *mixture, process_group=group, **options)
 
     @torch.no_grad()
     def posterior(self, x: Tensor) -> Tensor:
@@ -328,16 +347,33 @@ class MixtureLayer(NormLayer):
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
-        checks.check_device("x", x, self.initialized.device, "the layer")
+        checks.check_device("x", x, self.logits.device, "the layer")
         if self.training:
             y = self._train(x)
-        elif self._fused(x, "learned"):
-            y, _ = self._normalise_fused(x, self._mixture(), "learned", self.min_weight)
-        elif self._native(x):
-            y, _ = self._normalise_native(x, self._mixture(), self.min_weight, "learned")
         else:
-            y, _ = self._normalise(x, self.log_weights(), self.mean, self.log_var.exp(), "learned")
+            given = self._mixture()
+            if torch.is_grad_enabled() and self.averages_mixture() and not torch.compiler.is_exporting():
+                given = self._copied(given)
+            y = self._transform(x, given, self.min_weight, "learned")
         return self._channels_back(y)
+
+    def _transform(self, x: Tensor, given: Stored, min_weight: float, statistics: Statistics = "batch") -> Tensor:
+        """Normalise x under a given mixture, and store nothing."""
+        if self._fused(x, statistics):
+            return self._normalise_fused(x, given, statistics, min_weight)[0]
+        if self._native(x):
+            return self._normalise_native(x, given, min_weight, statistics)[0]
+        return self._normalise(x, given, min_weight, statistics)[0]
+
+    def _repeat(self, x: Tensor, min_weight: float) -> Tensor:
+        """Repeat a training pass over x inside a backward pass."""
+        given = recomputation.recall(self, x)
+        if given is None:
+            raise RuntimeError(
+                f"activation checkpointing: a backward pass runs {type(self).__name__} in training over values that "
+                f"are not those of its last {recomputation.MOST} forward passes without gradients or under a checkpoint"
+            )
+        return self._transform(x, Stored(*given), min_weight)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -378,7 +414,8 @@ class UCBNorm(MixtureLayer):
             (Eq. 15), which ties them to what evaluation uses. Only with update="weight".
         average: "em" moves each component by the share of the batch that it holds; "paper" all alike.
         scale: "sqrt_k" divides the output by sqrt(K).
-        init: means from "uniform" U(-1, 1), or by "kmeans++" from the first training batch.
+        init: means from "uniform" U(-1, 1), or by "kmeans++" from the first training batch; with update="weight" that
+            is joined over all ranks, unless process_group names fewer.
         momentum: weight of the new batch in the averages, PyTorch's orientation.
         min_weight: floor of a component's weight, at most 1 / K; None is 1e-3 / K.
         variance: "component" stores a variance of each component; "shared" one a channel for all of them, their
@@ -409,6 +446,7 @@ class UCBNorm(MixtureLayer):
     Raises:
         ValueError: an option is out of range; x has not C channels; x holds one value per channel in
         training.
+        RuntimeError: a batch is to seed parameters that FSDP or a parametrization has replaced.
 
     Source: arXiv:2403.16798, Eqs. 4-9 and 15, Algorithm 2 with the batch's moments in lines 13 and 14.
     """
@@ -474,7 +512,7 @@ class UCBNorm(MixtureLayer):
         self.update: Update = update
         self.statistics: Statistics = statistics
         self.variance: Variance = variance
-        self.reseed = reseed
+        self.reseed = float(reseed)
         self._words = draws.key(self.seed, "reseed")  # here, because a graph cannot find it
         if reseed:
             self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))
@@ -493,7 +531,7 @@ class UCBNorm(MixtureLayer):
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
         if self.variance == "shared":
@@ -505,27 +543,30 @@ class UCBNorm(MixtureLayer):
     def _train(self, x: Tensor) -> Tensor:
         if self.statistics == "batch":
             self._check_training_batch(x)
+        moves = self.update == "moving_average"
+        if moves and recomputation.running():
+            return self._repeat(x, self.min_weight)
         self.seed_from(x)
-        shared = self.variance == "shared"
-        if self._fused(x, self.statistics):
-            stored = self._mixture()
-            y, state = self._normalise_fused(x, stored, self.statistics, self.min_weight)
-            if state is not None and self.update == "moving_average":
-                self._average_in_fused(stored, state, shared_variance=shared)
+        given, shared = self._mixture(), self.variance == "shared"
+        fused = self._fused(x, self.statistics)
+        native = not fused and self.statistics == "batch" and self._native(x)
+        if moves:
+            given = self._given(x, given, keeps=fused or native)
+        if fused:
+            y, state = self._normalise_fused(x, given, self.statistics, self.min_weight)
+            if state is not None and moves:
+                self._average_in_fused(self._mixture(), state, shared_variance=shared)
                 if self.reseed:
                     self._reseed_dead(x, kernels.moments_of(state, self.groups))
             return y
-        if self.statistics == "batch" and self._native(x):
-            y, state = self._normalise_native(x, self._mixture(), self.min_weight)
+        if native:
+            y, state = self._normalise_native(x, given, self.min_weight)
             self._average_in_native(state, shared_variance=shared)
             if self.reseed:
                 self._reseed_dead(x, loops.moments_of(state, self.num_components, self.groups))
             return y
-        mixture = self.log_weights(), self.mean, self.log_var.exp()
-        if self.update == "moving_average":  # which moves the buffers before the backward pass needs them
-            mixture = self._snapshot(*mixture)
-        y, moments = self._normalise(x, *mixture, self.statistics)
-        if moments is None or self.update == "weight":
+        y, moments = self._normalise(x, given, self.min_weight, self.statistics)
+        if moments is None or not moves:
             return y
         if x.numel() or sync.active(self.process_group) is not None:
             self._average_in(moments, shared_variance=shared)

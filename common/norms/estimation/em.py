@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import eager, reference
+from ..backends import eager, reference, sync
 from ..backends.passes import Mixture
 from ..backends.reference import Moments
 from ..native import loops
@@ -157,15 +157,28 @@ def refit(
     return expectation_maximisation(points, fit, groups, eps, steps)
 
 
+def seeding_points(x: Tensor, seed: int, process_group: Any) -> tuple[Tensor, Tensor]:
+    r"""Draw locations of x (N, C, \*), or of the joined batch of a group's ranks; say whether all of it is finite."""
+    points, finite = sample_points(x, seed, "seed"), x.isfinite().all()
+    if process_group is None:
+        return points, finite
+    points, finite = sync.join_points(points, finite, process_group)
+    return sample_points(points, seed, "seed joined"), finite
+
+
 def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return each cluster's mean and log variance (K, C) in x (N, C, \*), and which clusters x tells them of, (K,).
 
-    A variance is at least eps: no gradient could leave log(0).
+    With several ranks, whose parameters have to be the same, x is the joined batch. A variance is at least eps: no
+    gradient could leave log(0).
     """
     flat = reference.flatten(x).to(reference.compute_dtype(x))
     tau = (cluster == torch.arange(num, device=x.device)[:, None]).to(flat.dtype)
     mass, mean, var = reference.batch_moments(flat, tau[:, :, None, None].expand(-1, -1, 1, flat.shape[2]))
-    return mean, var.clamp(min=eps).log(), (mass[:, 0] > 0) & x.isfinite().all()
+    if (group := sync.active("world")) is not None:
+        mass, *joined = sync.combine(mass, mean[:, None, :, None], var[:, None, :, None], group)
+        mean, var = (t[:, 0, :, 0] for t in joined)
+    return mean, var.clamp(min=eps).log(), (mass[:, 0] > 0) & mean.isfinite().all() & var.isfinite().all()
 
 
 def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import capture, reference
+from ..backends import capture, recomputation, reference, sync
 from ..backends.namespace import NAMESPACE
 from . import em
 from .em import Fit
@@ -27,18 +27,23 @@ def _said(value: bool) -> Tensor:
 
 
 @custom_op(f"{NAMESPACE}::snapshot", mutates_args=())
-def snapshot(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy a mixture that is read from buffers which the same graph moves afterwards.
+def snapshot(logits: Tensor, mean: Tensor, log_var: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy a mixture that is read from buffers which the same graph moves afterwards, if in training.
 
     A backward graph may compute clones again, of the buffers as they are by then: torch 2.14 gave wrong gradients
     in silence. What an operator returns it keeps.
     """
-    return log_lambda.clone(), mean.clone(), var.clone()
+    if training and recomputation.running():
+        raise RuntimeError(
+            "activation checkpointing: a checkpoint around a compiled layer would run it again with statistics that "
+            "have moved; compile what holds the checkpoint, as in torch.compile(lambda x: checkpoint(block, x))"
+        )
+    return logits.clone(), mean.clone(), log_var.clone()
 
 
 @snapshot.register_fake
-def _(log_lambda: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(log_lambda), torch.empty_like(mean), torch.empty_like(var)
+def _(logits: Tensor, mean: Tensor, log_var: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(logits), torch.empty_like(mean), torch.empty_like(log_var)
 
 
 @custom_op(f"{NAMESPACE}::seed_mixture", mutates_args=())
@@ -51,19 +56,22 @@ def seed_mixture(
     seed: int,
     eps: float,
     steps: int,
+    joined: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is.
+    r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is; joined: of all ranks.
 
     Returns:
         weight (K,), mean and var (K, C); whether to take them, on the device; and whether the mixture was seeded
         before, on the CPU.
     """
     before = _is_ready(initialized, ready)
-    if before or not x.numel():
-        weight, mean, var = _zeros(x, num)
-        return weight, mean, var, torch.zeros((), dtype=torch.bool, device=x.device), _said(before)
-    fit = em.seed_and_fit(em.sample_points(x, seed, "seed"), num, groups, seed, eps, steps)
-    return fit.weight, fit.mean, fit.var, x.isfinite().all() & fit.is_finite(), _said(before)
+    if not before:
+        points, finite = em.seeding_points(x, seed, sync.active("world" if joined else None))
+        if len(points):
+            fit = em.seed_and_fit(points, num, groups, seed, eps, steps)
+            return fit.weight, fit.mean, fit.var, finite & fit.is_finite(), _said(before)
+    weight, mean, var = _zeros(x, num)
+    return weight, mean, var, torch.zeros((), dtype=torch.bool, device=x.device), _said(before)
 
 
 def _zeros(x: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +90,7 @@ def _(
     seed: int,
     eps: float,
     steps: int,
+    joined: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight, mean, var = _zeros(x, num)
     return weight, mean, var, x.new_empty((), dtype=torch.bool), torch.empty((), dtype=torch.bool, device="cpu")
@@ -141,11 +150,11 @@ def seed_clusters(
         CPU.
     """
     num, before = len(initialized), _is_ready(initialized, ready)
-    if before or not x.numel():
+    if before:
         _, mean, log_var = _zeros(x, num)
-        return mean, log_var, torch.zeros_like(initialized), _said(before)
+        return mean, log_var, torch.zeros_like(initialized, dtype=torch.bool), _said(before)
     mean, log_var, found = em.cluster_moments(x, cluster, num, eps)
-    return mean, log_var, found & ~initialized, _said(before)
+    return mean, log_var, found & (initialized == 0), _said(before)
 
 
 @seed_clusters.register_fake
@@ -153,4 +162,9 @@ def _(
     x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, mean, log_var = _zeros(x, len(initialized))
-    return mean, log_var, torch.empty_like(initialized), torch.empty((), dtype=torch.bool, device="cpu")
+    fresh = torch.empty_like(initialized, dtype=torch.bool)
+    return mean, log_var, fresh, torch.empty((), dtype=torch.bool, device="cpu")
+
+
+for _operator in (snapshot, seed_mixture, refit_mixture, seed_clusters):
+    recomputation.save_in_graphs(_operator)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import capture
+from ..backends import capture, recomputation
 from ..backends.namespace import NAMESPACE
 from . import launch, operators
 
@@ -82,3 +82,6 @@ def _(
     empty: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _tables(logits, mean, log_var)
+
+
+recomputation.save_in_graphs(fit_mixture)

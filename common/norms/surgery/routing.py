@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..backends import capture, recomputation
 from ..factory import DomainBatchNorm
 from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
+_in_graph: list[Tensor | None] = []
+"""Ids of the blocks that a graph which is being made holds; torch.compile cannot trace the write of a ContextVar."""
 
 
 @contextmanager
@@ -20,15 +24,16 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
     """Give the samples of every model called inside the block their cluster ids.
 
     Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
-    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. A block must
-    also surround recomputation: pass ``context_fn=lambda: (nullcontext(), clusters(ids))`` to
-    ``torch.utils.checkpoint.checkpoint``.
+    first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. What activation
+    checkpointing computes again has the ids that it had at first. Around torch.export or torch.jit.trace ids would be
+    constants of the graph: trace ``WithClusters(model)``.
 
     Args:
         ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
 
     Raises:
         ValueError: ids are not int64 (N,).
+        RuntimeError: a layer in the block is exported or traced.
 
     Example:
         >>> with clusters(labels):
@@ -36,6 +41,13 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
     """
     if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
         raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {checks.describe(ids)}")
+    if capture.traced():
+        _in_graph.append(ids)
+        try:
+            yield
+        finally:
+            _in_graph.pop()
+        return
     token = _ids.set(ids)
     try:
         yield
@@ -43,10 +55,42 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
         _ids.reset(token)
 
 
-def _routed(cluster: Tensor | None, x: Tensor) -> Tensor | None:
-    if cluster is None and (ids := _ids.get()) is not None:
-        return ids.to(x.device)
-    return cluster
+class WithClusters(nn.Module):
+    r"""A converted model that takes its samples' cluster ids as a second input, as a graph needs them.
+
+    Args:
+        model: called as ``model(x)``.
+
+    Shape:
+        x as the model's; cluster int64 (N,), or None; output as the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Any:
+        """Call the model with x inside ``clusters(cluster)``."""
+        with clusters(cluster):
+            return self.model(x)
+
+
+def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
+    if cluster is not None:
+        return cluster
+    if recomputation.running() and (given := recomputation.recall(layer, x)):
+        return given[0]  # the block may have been left, or be another
+    ids = _in_graph[-1] if _in_graph else _ids.get()
+    if ids is None:
+        return None
+    if not _in_graph and capture.exported():
+        raise RuntimeError(
+            "clusters: a block around torch.export or torch.jit.trace makes its ids constants of the graph; trace "
+            "WithClusters(model), which takes them as its second input"
+        )
+    ids = ids.to(x.device)
+    recomputation.remember(layer, x, [ids])
+    return ids
 
 
 class RoutedSCBNorm(SCBNorm):
@@ -55,7 +99,7 @@ class RoutedSCBNorm(SCBNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedSCBNormBase(SCBNormBase):
@@ -64,7 +108,7 @@ class RoutedSCBNormBase(SCBNormBase):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 class RoutedDomainBatchNorm(DomainBatchNorm):
@@ -73,7 +117,7 @@ class RoutedDomainBatchNorm(DomainBatchNorm):
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(cluster, x))
+        return super().forward(x, _routed(self, cluster, x))
 
 
 ROUTED: dict[str, Callable[..., nn.Module]] = {

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from norm_cases import assert_within_budget, mixture_case
+from norm_cases import any_norm, assert_within_budget, mixture_case
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
-from common.norms import UCBNorm, convert_norms
+from common.norms import DomainBatchNorm, UCBNorm, convert_norms
 from common.norms.backends import sync
 
 TIMEOUT = 600
@@ -85,9 +89,19 @@ def train(layer: UCBNorm, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
     return stacked | state  # pyright: ignore[reportReturnType]
 
 
-def network(**options: Any) -> nn.Sequential:
+class Network(nn.Sequential):
+    """A model in a checkpoint, if it is checkpointed."""
+
+    checkpointed = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        run = super().forward
+        return checkpoint(run, input, use_reentrant=False) if self.checkpointed else run(input)
+
+
+def network(**options: Any) -> Network:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(3, 4, 2), UCBNorm(4, 3, **options), nn.ReLU(), nn.Conv1d(4, 2, 2)).double()
+    return Network(nn.Conv1d(3, 4, 2), UCBNorm(4, 3, **options), nn.ReLU(), nn.Conv1d(4, 2, 2)).double()
 
 
 def two_forwards(model: nn.Module, rank: int | None) -> dict[str, Tensor]:
@@ -97,6 +111,27 @@ def two_forwards(model: nn.Module, rank: int | None) -> dict[str, Tensor]:
     module = model.module if isinstance(model, DistributedDataParallel) else model
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     return gradients | {f"state {name}": value.clone() for name, value in module.state_dict().items()}
+
+
+SEEDED: dict[str, dict[str, Any]] = {
+    "scb": {"init": "data"},
+    "scb_base": {"init": "data"},
+    "ucb": {"init": "kmeans++", "update": "weight"},
+}
+
+
+def ids_of(kind: str) -> list[Tensor]:
+    return [] if kind == "ucb" else [torch.tensor([0, 0, 0, 0, 0, 2])]
+
+
+def seeded(kind: str, rank: int | None) -> dict[str, Tensor]:
+    """Return what two batches leave of a fresh layer; one cluster is in neither, and rank 1 has none of the second."""
+    layer = any_norm(kind, 4, 3, **SEEDED[kind]).double()
+    for step in range(2):
+        x = mixture_case((6, 4, 5), num=1, seed=step)[0]
+        mine = slice(None) if rank is None else [slice(2 * step + 4), slice(2 * step + 4, None)][rank]
+        layer(x[mine], *(ids[mine] for ids in ids_of(kind)))
+    return {name: value.clone() for name, value in layer.state_dict().items()}
 
 
 def numerics(rank: int, group: Any, calls: Counter) -> dict[Any, Any]:
@@ -130,6 +165,18 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         learned = UCBNorm(4, 3, process_group="world", update="weight", statistics="learned")
         learned(x).sum().backward()
     results["evaluation calls"] = dict(calls)
+    layer = DomainBatchNorm(4, 2)
+    model = DistributedDataParallel(layer)
+    for _ in range(2):  # a second pass is refused where the first one left a parameter without a gradient
+        model.zero_grad()
+        model(x, torch.tensor([0, 0, rank, rank])).square().sum().backward()
+    results["domains"] = x, [[p.grad for p in domain.parameters()] for domain in layer.domains]
+    placed: Any = UCBNorm(4, 3, update="weight", device="meta")
+    fully_shard(placed, mesh=init_device_mesh("cpu", (2,)))
+    placed.to_empty(device="cpu").reset_parameters()
+    start = {name: t.full_tensor() for name, t in placed.named_parameters()}
+    placed(x).square().sum().backward()
+    results["from meta"] = x, start, {name: p.grad.full_tensor() for name, p in placed.named_parameters()}
     alone = [dist.new_group([member]) for member in range(2)][rank]
     calls.clear()
     y = UCBNorm(4, 3, process_group=alone)(x)
@@ -137,6 +184,17 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
     for update in ("moving_average", "weight"):
         model = DistributedDataParallel(network(process_group="world", update=update))
         results["two forwards", update] = two_forwards(model, rank)
+        model = network(process_group="world", update=update)
+        model.checkpointed = True
+        results["two forwards", update, "checkpointed"] = two_forwards(DistributedDataParallel(model), rank)
+    for kind in SEEDED:
+        results["seeded", kind] = seeded(kind, rank)
+    for kind, options in SEEDED.items():
+        sharded: Any = fully_shard(any_norm(kind, 4, 3, **options), mesh=init_device_mesh("cpu", (2,)))
+        try:
+            sharded(x, *(ids[:4] for ids in ids_of(kind)))
+        except RuntimeError as error:
+            results["sharded", kind] = str(error)
     converted: dict[str, tuple[nn.Module, dict[str, Any]]] = {
         "told": (nn.BatchNorm1d(4), {"process_group": "world"}),
         "synchronised": (nn.SyncBatchNorm(4), {}),
@@ -262,8 +320,60 @@ def test_two_forwards_before_one_backward_under_ddp(ranks, update):
     for rank in ranks:
         found = rank["two forwards", update]
         assert list(found) == list(want)
+        again = rank["two forwards", update, "checkpointed"]
+        assert all(torch.equal(again[name], value) for name, value in found.items())
         for name, value in want.items():  # DDP averages the gradients of means over half the batch: the joined mean's
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_domain_that_a_rank_lacks_has_no_gradient_there(ranks):
+    want = torch.zeros(2, 2, 4)  # domains, weight and bias
+    for rank in range(2):
+        x, _ = ranks[rank]["domains"]
+        for k, share in enumerate([x, x[:0]] if rank == 0 else [x[:2], x[2:]]):
+            if len(share):
+                norm = nn.BatchNorm1d(4)
+                norm(share).square().sum().backward()
+                want[k] += torch.stack([p.grad for p in norm.parameters() if p.grad is not None]) / 2
+    for rank in ranks:
+        found = torch.stack([torch.stack(gradients) for gradients in rank["domains"][1]])
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_layer_from_meta_starts_and_learns_as_any_other(ranks):
+    layer = UCBNorm(4, 3, update="weight")
+    start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for rank in ranks:
+        layer(rank["from meta"][0]).square().sum().backward()
+    gradients = {name: p.grad / 2 for name, p in layer.named_parameters() if p.grad is not None}
+    for rank in ranks:
+        _, found, learned = rank["from meta"]
+        torch.testing.assert_close(found, start, rtol=0, atol=0)
+        torch.testing.assert_close(learned, gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_parameters_are_seeded_by_the_joined_batch(ranks, kind):
+    want = seeded(kind, None)
+    for rank in ranks:
+        torch.testing.assert_close(rank["seeded", kind], want, rtol=1e-10, atol=1e-12)
+    for first, second in zip(*(rank["seeded", kind].values() for rank in ranks), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_parameters_that_would_lose_their_seed_are_refused(ranks, kind):
+    layer = any_norm(kind, 4, 3, **SEEDED[kind])
+    if kind == "scb_base":
+        parametrize.register_parametrization(layer.mean, "weight", nn.Tanh())
+    else:
+        parametrize.register_parametrization(layer, "mean", nn.Tanh())
+    x = torch.randn(6, 4, 5)
+    with pytest.raises(RuntimeError, match="seed before wrapping") as error:
+        layer(x, *ids_of(kind))
+    assert [rank["sharded", kind] for rank in ranks] == [str(error.value)] * 2
+    layer.set_initialized(True)
+    layer(x, *ids_of(kind))
 
 
 def test_a_rank_on_its_own_needs_no_group():

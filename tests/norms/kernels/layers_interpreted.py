@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from norm_cases import any_norm, in_full, mixture_case
+from torch.utils.checkpoint import checkpoint
 
 from common.norms.backends import reference
 from common.norms.estimation import draws, em
@@ -93,6 +94,25 @@ def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
     for layer in (kernel, exact):
         layer.eval()
     assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["default", "mixture normalization"])
+def test_a_checkpointed_layer_steps_as_without(name):
+    """After an evaluation, whose gradient the step leaves as it is."""
+    found = []
+    for checkpointed in (False, True):
+        kernel, _ = pair(*OPTIONS[name])
+        x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+        first, x = x.detach().requires_grad_(), x.detach().requires_grad_()
+        evaluated = kernel.eval()(first)
+        gradients = torch.autograd.grad(evaluated, first, g, retain_graph=True)
+        kernel.train()
+        y = checkpoint(kernel, x, use_reentrant=False) if checkpointed else kernel(x)
+        again = torch.autograd.grad([y, evaluated], [x, first], [g, g])
+        assert torch.equal(again[1], gradients[0])
+        found.append([y, again[0], *kernel.state_dict().values()])
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got, want)
 
 
 FITTED = {

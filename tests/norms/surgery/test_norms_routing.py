@@ -9,9 +9,8 @@ import pytest
 import torch
 from convert_cases import IDS, close, images, small
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, clusters, convert_norms
+from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, WithClusters, clusters, convert_norms
 
 
 def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -146,19 +145,36 @@ def test_compiled_models_see_the_ids_of_each_call(kind):
                 close(compiled(x), manual(model, x, torch.zeros_like(IDS)))
 
 
-def test_checkpointed_training_recomputes_under_the_ids():
-    model = small()
-    convert_norms(model, "scb")
+EXPORTS: dict[str, Callable[..., Any]] = {
+    "strict": lambda model, *args: torch.export.export(model, args, strict=True).module(),
+    "not strict": lambda model, *args: torch.export.export(model, args, strict=False).module(),
+    "traced": lambda model, *args: torch.jit.trace(model, args, check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
+@pytest.mark.parametrize("how", EXPORTS)
+@pytest.mark.parametrize("kind", ["scb", "scb_base", "dsbn"])
+def test_an_exported_model_takes_ids_as_an_input_and_never_as_constants(kind, how):
+    model = convert_norms(small().eval()[:3], kind)
     apart(model)
+    x, others = images(), torch.tensor([2, 2, 0, 2, 1, 2])  # as many of no cluster
+    with pytest.raises(Exception, match=r"clusters: .* constants .* WithClusters\(model\)"), clusters(IDS):
+        EXPORTS[how](model, x)
+    exported = EXPORTS[how](WithClusters(model), x, IDS)
+    for ids in (IDS, others):
+        close(exported(x, ids), manual(model, x, ids))
+    with clusters(IDS):  # the graph left nothing behind
+        close(model(x), manual(model, x, IDS))
+
+
+def test_a_block_inside_a_compiled_model_keeps_it_one_graph():
+    model = convert_norms(small().eval()[:3], "scb")
+    apart(model)
+    run: Callable[..., torch.Tensor] = torch.compile(WithClusters(model), backend="eager", fullgraph=True)
     x = images()
-
-    def gradient(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with clusters(IDS):
-            loss = run().square().sum()
-        return torch.autograd.grad(loss, model[1].mean)[0]  # outside the block
-
-    def contexts():
-        return contextlib.nullcontext(), clusters(IDS)
-
-    want = gradient(lambda: model(x))
-    assert torch.equal(gradient(lambda: checkpoint(model, x, use_reentrant=False, context_fn=contexts)), want)
+    for ids in (IDS, None):
+        want = manual(model, x, ids)
+        with clusters(IDS.flip(0)):  # hidden by the inner block
+            close(run(x, ids), want)

@@ -1,0 +1,123 @@
+"""Activation checkpointing: a forward pass is run again inside the backward pass, and has to give the same again.
+
+By then the first pass has moved the stored mixture. So a layer keeps what that pass was given, which is small, wherever
+autograd keeps nothing of it: without gradients, or under hooks for saved tensors.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from . import capture
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SELECTIVE = type(create_selective_checkpoint_contexts([])[0])
+"""Torch's mode that counts the operators of a selective checkpoint, or marks them in a graph; its name is private."""
+MOST = 8
+"""Forward passes of a layer that are kept until their backward pass."""
+SAMPLED = 64
+"""About as many values of an activation tell passes apart."""
+
+
+@dataclass
+class _Pass:
+    shape: torch.Size
+    sample: Tensor
+    given: tuple[Tensor, ...]
+    repeated: bool = False
+
+
+_passes: "weakref.WeakKeyDictionary[nn.Module, list[_Pass]]" = weakref.WeakKeyDictionary()
+
+
+def running() -> bool:
+    """Say whether a backward pass calls this: a forward pass is then one that is repeated."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _may_follow() -> bool:
+    """Say whether autograd leaves it to a later pass to find what the backward pass needs."""
+    if capture.unseen() or torch.is_inference_mode_enabled():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.is_grad_enabled() or hooks(True) is not None
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Copy some tens of values of x, spread over all its dimensions."""
+    each = max(2, round(SAMPLED ** (1 / x.ndim)))
+    steps = [max(1, -(-size // each)) for size in x.shape]
+    return x.detach()[tuple(slice(step // 2, None, step) for step in steps)].nan_to_num()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Say whether two samples differ by no more than sums in another order do."""
+    return bool((a.float() - b.float()).norm() <= 0.01 * b.float().norm())
+
+
+def remember(layer: nn.Module, x: Tensor, given: Sequence[Tensor]) -> None:
+    """Keep copies of what a forward pass of the layer over x was given, if it may be repeated."""
+    if not running() and _may_follow():
+        waiting = [p for p in _passes.get(layer, []) if not p.repeated]
+        with _disable_current_modes():
+            found = _Pass(x.shape, _sample(x), tuple(t.detach().clone() for t in given))
+        _passes[layer] = [*waiting, found][-MOST:]
+
+
+@_disable_current_modes()
+def recall(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
+    """Return what the pass that is repeated over x was given, or None if the layer kept nothing like it.
+
+    Raises:
+        RuntimeError: several passes over the same values wait for their backward pass, which were given other things.
+    """
+    passes = [p for p in _passes.get(layer, []) if p.shape == x.shape]
+    if not passes:
+        return None
+    sample = _sample(x)
+    found = [p for p in passes if p.sample.equal(sample)] or [p for p in passes if _alike(p.sample, sample)]
+    found = [p for p in found if not p.repeated] or found
+    if not found:
+        return None
+    first, *others = found
+    if any(not torch.equal(a, b) for p in others for a, b in zip(first.given, p.given, strict=True)):
+        raise RuntimeError(
+            f"activation checkpointing: {len(found)} forward passes of {type(layer).__name__} over the same values "
+            "wait for a backward pass and cannot be told apart; run the backward pass of each before the next one"
+        )
+    first.repeated = True
+    return first.given
+
+
+def computed_once(function: Callable[P, R]) -> Callable[P, R]:
+    """Hide from selective checkpoints what a repeated pass leaves out: they pair operators of both by their order."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not isinstance(_get_current_dispatch_mode(), SELECTIVE):
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def save_in_graphs(operator: Any) -> None:
+    """Let a graph that holds a checkpoint save what an operator of ``custom_op`` returns: it reads what later moves."""
+
+    def saved(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        policy, mode.policy_fn = mode.policy_fn, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+        try:
+            return mode.__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            mode.policy_fn = policy
+
+    operator.register_torch_dispatch(SELECTIVE, saved)

@@ -1,0 +1,230 @@
+"""Activation checkpointing computes what training without it computes: outputs, gradients and buffers."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from norm_cases import any_norm, mixture_case, needs_compiler
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from common.norms import clusters, convert_norms
+from common.norms.backends import recomputation
+
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ucb": ("ucb", {"groups": 1, "init": "kmeans++"}),
+    "ucb reference": ("ucb", {"backend": "reference"}),
+    "ucb reseed": ("ucb", {"reseed": 0.3, "variance": "shared"}),
+    "ucb weight": ("ucb", {"update": "weight", "init": "kmeans++"}),
+    "mn": ("mn", {"refit_every": 2}),
+    "mn reference": ("mn", {"backend": "reference"}),
+    "scb": ("scb", {"statistics": "batch", "init": "data"}),
+    "scb_base": ("scb_base", {"init": "data"}),
+}
+NATIVE = {"ucb compiled": ("ucb", {"backend": "compiled"}), "mn compiled": ("mn", {"backend": "compiled"})}
+MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+IDS = torch.arange(8) % 3
+
+
+class Network(nn.Module):
+    """A layer between convolutions, checkpointed or not."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        norm = any_norm(kind, 4, 3, **options)
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1)
+        self.ids = (IDS,) if kind.startswith("scb") else ()
+        self.run: Callable[..., Tensor] = lambda function, x: function(x)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x), *self.ids))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.inner, x)
+
+
+def pair(kind: str, reentrant: bool, **options: Any) -> tuple[Network, Network]:
+    """Return two networks alike, the second checkpointed."""
+    torch.manual_seed(0)
+    plain = Network(kind, **options)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.run = lambda function, x: checkpoint(function, x, use_reentrant=reentrant)
+    return plain, checkpointed
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def gradients(network: nn.Module, *losses: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Run a backward pass for each loss; return what they sum to, with the buffers behind it."""
+    network.zero_grad()
+    for loss in losses:
+        loss.backward()
+    found = [t.grad for t in (*inputs, *network.parameters())]
+    return [*(t for t in found if t is not None), *(b.clone() for b in network.buffers())]
+
+
+def steps(network: Network) -> list[Tensor]:
+    """Return what three steps show."""
+    seen = []
+    for seed in range(3):
+        x = batch(seed).detach().to(network.first.weight).requires_grad_()
+        y = network(x)
+        seen += [y.detach(), *gradients(network, y.square().sum(), inputs=[x])]
+        with torch.no_grad():
+            for p in network.parameters():
+                p.sub_(p.grad, alpha=0.01)  # pyright: ignore[reportArgumentType]
+    return seen
+
+
+@MODES
+@pytest.mark.parametrize("case", [*LAYERS, *(pytest.param(name, marks=needs_compiler) for name in NATIVE)])
+def test_a_checkpointed_layer_trains_as_without(case, reentrant):
+    kind, options = (LAYERS | NATIVE)[case]
+    plain, checkpointed = pair(kind, reentrant, **options)
+    for want, got in zip(steps(plain), steps(checkpointed), strict=True):
+        assert torch.equal(want, got)
+
+
+@MODES
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_passes_that_wait_for_their_backward_passes_are_told_apart_by_their_values(kind, reentrant):
+    """A GAN's real and fake batches, of one shape; one more pass that has no backward pass; backward passes in turn."""
+    found = []
+    for network in pair(kind, reentrant):
+        inputs = [batch(seed) for seed in range(3)]
+        first, second = network(inputs[0]).square().sum(), network(inputs[1]).pow(3).sum()
+        with torch.no_grad():
+            network(batch(3))
+        third = network(inputs[2]).sum()
+        found.append(gradients(network, first, second + third, inputs=inputs))
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # of two sums in another order
+
+
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_selective_checkpoint_saves_operators_of_the_model_alone(kind):
+    """It pairs what it saves by order, and a fit multiplies matrices too."""
+    plain, checkpointed = pair(kind, False)
+    saved = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, saved)
+    checkpointed.run = lambda function, x: checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+    for want, got in zip(steps(plain), steps(checkpointed), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_passes_over_the_same_values_are_refused():
+    _, network = pair("ucb", reentrant=False)
+    x = batch(0)
+    both = network(x).sum() + network(x).square().sum()
+    with pytest.raises(RuntimeError, match="2 forward passes of UCBNorm over the same values wait for a backward pass"):
+        both.backward()
+    _, network = pair("ucb", reentrant=False)
+    for _ in range(2):  # one after the other
+        network(x).square().sum().backward()
+
+
+def test_a_pass_that_was_not_kept_is_refused():
+    _, network = pair("ucb", reentrant=True)
+    waiting = [network(batch(seed)).square().sum() for seed in range(recomputation.MOST + 1)]
+    waiting[-1].backward()
+    with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm in training over values that are not those"):
+        waiting[0].backward()
+
+
+def test_a_backward_pass_may_be_repeated():
+    found = []
+    for network in pair("mn", reentrant=False):
+        x = batch(0)
+        loss = network(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append([x.grad, *network.buffers()])
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("kind", ["ucb", "mn", "scb"])
+def test_a_graph_that_holds_a_checkpoint_trains_as_without(kind):
+    """Through the partitioner that decides what a backward graph computes again."""
+    torch._dynamo.reset()
+    options = {"ucb": {}, "mn": {"eps": 1.0, "em_steps": 2}, "scb": {"statistics": "batch"}}  # of steps that are small
+    plain, checkpointed = pair(kind, False, **options[kind])
+    for network in (plain, checkpointed):
+        network.double()
+    checkpointed.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=kind == "mn"):
+        found = steps(checkpointed)
+    for want, got in zip(steps(plain), found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_checkpoint_around_a_graph_is_refused():
+    _, network = pair("ucb", False)
+    network.norm.compile(backend="aot_eager")
+    loss = network(batch(0)).sum()
+    with pytest.raises(RuntimeError, match="compile what holds the checkpoint"):
+        loss.backward()
+
+
+def test_only_a_backward_pass_makes_a_pass_a_repeated_one():
+    """What torch says of it is private."""
+    said = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            said.append(recomputation.running())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            said.append(recomputation.running())
+            return grads[0]
+
+    x = torch.ones(2, requires_grad=True)
+    (Probe.apply(x).sum() * 2).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert [*said, recomputation.running()] == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", pytest.param("compiled", marks=needs_compiler)])
+@pytest.mark.parametrize("size", [3, 65], ids=["small", "large"])
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_training_leaves_the_gradient_of_an_evaluation_as_it_is(kind, size, backend):
+    layer = any_norm(kind, 4, 3, backend=backend)
+    x = mixture_case((8, 4, size, size), 3, dtype=torch.float32)[0]
+    layer(x.detach())
+    x.requires_grad_()
+    want = torch.autograd.grad(layer.eval()(x).square().sum(), x)
+    loss = layer(x).square().sum()
+    layer.train()(x.detach() + 1)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], want[0])
+
+
+@MODES
+@pytest.mark.parametrize(("kind", "training"), [("scb", True), ("scb", False), ("dsbn", True)])
+def test_what_is_computed_again_has_the_ids_of_its_block(kind, training, reentrant):
+    """Also after the block, or inside another one."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    convert_norms(network, kind, num_components=3)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    network.train(training)
+
+    def gradient(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x, other = batch(0), batch(1)
+        with clusters(IDS):
+            loss = run(x).square().sum()
+        with clusters(IDS.flip(0)):
+            loss = loss + run(other).square().sum()
+            loss.backward()
+        return [t.grad for t in (x, other)]  # pyright: ignore[reportReturnType]
+
+    want = gradient(network)
+    for a, b in zip(want, gradient(lambda x: checkpoint(network, x, use_reentrant=reentrant)), strict=True):
+        assert torch.equal(a, b)
