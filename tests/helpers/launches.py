@@ -128,10 +128,7 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
-    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device.
-
-    What it returns, if not None, is launched in its place from then on, as a compiled kernel.
-    """
+    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device."""
     from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - an optional dependency
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
@@ -140,8 +137,6 @@ def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
 
     with (
         mock.patch.object(launch, "refusal", return_value=None),
-        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
-        mock.patch.object(launch, "COMPILED", {}),  # what was launched before is not launched past this
         mock.patch.object(JITFunction, "run", replaced),
         mock.patch.object(InterpretedFunction, "run", replaced),
     ):

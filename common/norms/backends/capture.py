@@ -9,6 +9,11 @@ DRAWN = 'expected backend="triton" of a compiled MixtureNorm that is captured, s
 """Why one cannot be captured."""
 
 
+def transformed() -> bool:
+    """Say whether torch.func transforms what is called (grad, jvp, vmap); torch has no public way to ask."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def capturing(t: Tensor) -> bool:
     """Say whether a CUDA graph is being captured of what happens to t."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -138,10 +138,6 @@ def refuse(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('backend: the kernels have no second derivative; build the layer with backend="reference"')
 
 
-COMPILED: dict[tuple, tuple[Any, tuple]] = {}
-"""What Triton made of a kernel for what it was launched with, and the values of its constants in order."""
-MOST_COMPILED = 4096
-"""Of them: each kernel has one for every size of an activation."""
 FP_FUSION = True
 """Whether the compiler may fuse a product and a sum, which rounds once and not twice: said at every launch, since
 Triton 3.9 is the last in which this is the default."""
@@ -153,30 +149,9 @@ def start(
     """Launch a kernel on the device of its first tensor, whichever is current.
 
     The kernel's arguments are tensors, numbers and constants, in this order.
-
-    Triton takes several times as long to find out what it compiled for such arguments as to launch that. What it found
-    is therefore kept by all that it may depend on: types, where tensors begin between multiples of 16 bytes, and whole
-    numbers.
     """
-    index = tensors[0].device.index  # pyright: ignore[reportOptionalMemberAccess]
-    if index is not None and index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            start(kernel, grid, tensors, numbers, **constants)
-        return
-    kinds = [t if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors]
-    whole = [n if n.__class__ is int else n.__class__ for n in numbers]  # of floats Triton looks at the type alone
-    key = id(kernel), index, *whole, *kinds, *constants.values()
-    found = COMPILED.get(key)
-    if found is not None:
-        compiled, rest = found
-        compiled[(*grid, 1, 1)](*tensors, *numbers, *rest)
-        return
-    compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=FP_FUSION, **constants)
-    if hasattr(compiled, "__getitem__"):  # not None, of the interpreter, nor what is still being compiled
-        if len(COMPILED) >= MOST_COMPILED:
-            COMPILED.clear()
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        COMPILED[key] = compiled, tuple([constants[name] for name in names])
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, *numbers, enable_fp_fusion=FP_FUSION, **constants)
 
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:
