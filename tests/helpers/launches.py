@@ -198,14 +198,14 @@ def compiled(launched: Launch, arch: int) -> Any:
         return launched.kernel.run(*launched.args, grid=launched.grid, warmup=True, **launched.kwargs)
 
 
-def spilled(kernel: Any) -> int:
-    """Return the bytes of a thread for which the registers of a compiled kernel did not suffice."""
+def resources(kernel: Any) -> tuple[int, int]:
+    """Return the registers of a thread of a compiled kernel, and the bytes for which they did not suffice."""
     import triton.backends.nvidia  # noqa: PLC0415 - an optional dependency
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     assert found, said
-    return int(found[1]) + int(found[2])
+    return int(found[1]), int(found[2]) + int(found[3])

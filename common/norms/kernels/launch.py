@@ -88,6 +88,8 @@ RESIDENT_BYTES = 65_536
 much."""
 CHANNEL = Launch(2048, 8)
 """Of such programs."""
+FEWEST_CHANNELS = 100
+"""For which such programs keep most of an H100's multiprocessors busy."""
 MAX_CHANNEL_COMPONENTS = 4
 """With more, registers do not suffice."""
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
@@ -342,6 +344,15 @@ def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, in
         return None
     block_l = min(power_of_two(walk.positions), CHANNEL.elements)
     return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
+
+
+def channel_limits(num_components: int) -> dict[str, int]:
+    """Return the most registers of a thread of mixture_channel_kernel, if there is to be a limit.
+
+    The compiler takes 160, with which a multiprocessor has room for one program. Of 128 it has for two, and 256
+    channels run in one wave; more than 3 components would spill. AMD's compiler does not know the option.
+    """
+    return {"maxnreg": 128} if num_components <= 3 and not torch.version.hip else {}
 
 
 def sums_tile() -> tuple[int, int]:

@@ -72,7 +72,7 @@ def planned(
 def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
     """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
     x = activations[0]
-    if groups != x.shape[1] or x.shape[0] * x.shape[2] > launch.RESIDENT:
+    if groups != x.shape[1] or groups < launch.FEWEST_CHANNELS or x.shape[0] * x.shape[2] > launch.RESIDENT:
         return None
     return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
 
@@ -87,6 +87,8 @@ def channel_planned(
     if tile is None:
         return None
     constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    if kernel == "mixture_channel_kernel":
+        constants |= launch.channel_limits(num_components)
     sizes = walk.samples, walk.channels, walk.positions
     return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
 

@@ -277,6 +277,23 @@ def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(ch
             assert tiling.block_l * tiling.block_c <= 1024
 
 
+@pytest.mark.parametrize(("num", "want"), [(3, 128), (4, None)])
+def test_a_program_of_a_channel_has_registers_for_two_in_a_multiprocessor(num, want):
+    """With more components it would spill."""
+    x = torch.empty(64, 128, 64, device="meta")
+    plan = operators._channel_plan("mixture_channel_kernel", (x, x), 128, num)
+    assert plan is not None
+    assert plan.constants.get("maxnreg") == want
+
+
+@pytest.mark.parametrize(("channels", "takes"), [(16, False), (64, False), (100, True), (256, True)])
+def test_a_program_takes_a_channel_where_there_are_enough_of_them(channels, takes):
+    """An H100 has 132 multiprocessors."""
+    x = torch.empty(64, channels, 64, device="meta")
+    for kernel, tensors in (("mixture_channel_kernel", (x, x)), ("mixture_channel_bwd_kernel", (x, x, x))):
+        assert (operators._channel_plan(kernel, tensors, channels, 3) is not None) is takes
+
+
 def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed():
     x = torch.empty(64, 64, 256, device="meta").mT
     for kernel in launch.MIXTURE:
