@@ -118,8 +118,10 @@ STATE_PLANES = 8
 """Tables (K, C) of a mixture and its moments that kernels hand on, see ``mixture_tiles``."""
 NO_FLOOR = -1e30
 """Of a log weight."""
-MOST_LOCATIONS = 2**31 - 2**16
-"""A tile's number and the last location in it are counted in 32 bits."""
+MOST_LOCATIONS = 2**31 - 2**22
+"""Counted in 32 bits, also those of the tile behind the last: of up to 1,024 programs, with 2,048 locations each."""
+MOST_CHANNELS = 65_535
+"""Programs of the second dimension of a grid at most, of which each has a channel at least."""
 
 
 def refusal(x: Tensor) -> str | None:
@@ -130,6 +132,8 @@ def refusal(x: Tensor) -> str | None:
         return "needs the package triton, which is not installed"
     if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"needs a CUDA tensor, or TRITON_INTERPRET=1 and a CPU tensor, got one on {x.device.type}"
+    if x.ndim > 1 and x.shape[1] > MOST_CHANNELS:
+        return f"takes up to {MOST_CHANNELS} channels, got {x.shape[1]}"
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
     return None

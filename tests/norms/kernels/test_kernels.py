@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import LAYERS, record
 from norm_cases import in_full, mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
@@ -141,11 +142,32 @@ def test_columns_are_as_narrow_as_a_batch_of_64_needs(samples):
 
 
 def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeypatch):
+    """A loop's counter goes one step of all programs beyond the last location."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(launch, "INSTALLED", True)
-    most = 2**31 - 2**16
+    most = launch.MOST_LOCATIONS
     assert launch.refusal(torch.empty(1).expand(2, 5, most // 2 - 1)) is None
     assert launch.refusal(torch.empty(1).expand(2, 5, most // 2)) == f"counts fewer than {most} locations, got {most}"
+    length = most - 1
+    for channels, adjacent in itertools.product((1, 5, 64, 2048), ("positions", "channels")):
+        strides = (0, length, 1) if adjacent == "positions" else (0, 1, channels)
+        walk = launch.Walk(1, channels, length, (strides,))
+        for sums in (False, True):
+            tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, 3, 2, sums=sums)
+            assert length + tiling.shares * tiling.block_l < 2**31
+        assert length + launch.unknown_shares(walk) * launch.unknown_tile(walk)[0] < 2**31
+
+
+@needs_triton
+def test_more_channels_than_a_grid_has_columns_are_refused(monkeypatch):
+    """CUDA takes 65,535 in its second and third dimension."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "INSTALLED", True)
+    assert launch.refusal(torch.empty(1).expand(2, 65_535, 3)) is None
+    assert launch.refusal(torch.empty(1).expand(2, 65_536, 3)) == "takes up to 65535 channels, got 65536"
+    for name in ("UCBNorm", "SCBNorm", "SCBNorm, affine"):
+        step = record(LAYERS[name], (2, 65_535, 3), torch.float32, "NCHW")
+        assert all(max(each.grid[1:], default=1) <= 65_535 for each in (*step.forward, *step.backward) if each.kernel)
 
 
 def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
