@@ -170,8 +170,12 @@ def record(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype, layout: str
 
 
 @contextlib.contextmanager
-def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[None]:
-    """Let Triton compile for compute capability ``arch`` (90 is sm_90) and call run in place of a kernel's launcher."""
+def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[SimpleNamespace]:
+    """Let Triton compile for compute capability ``arch`` (90 is sm_90) and call run in place of a kernel's launcher.
+
+    Yields:
+        What stands in for Triton's driver.
+    """
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - an optional dependency
     from triton.runtime.driver import driver  # noqa: PLC0415
 
@@ -190,7 +194,7 @@ def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[None]:
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
         mock.patch.object(driver, "_active", own),
     ):
-        yield
+        yield own
 
 
 def compiled(launched: Launch, arch: int) -> Any:

@@ -1,8 +1,11 @@
 """Where the Triton backend can run, how a kernel is launched, and every size it is launched with."""
 
+import functools
 import importlib.util
 import math
 import os
+import subprocess
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +127,30 @@ MOST_CHANNELS = 65_535
 """Programs of the second dimension of a grid at most, of which each has a channel at least."""
 
 
+@functools.cache
+def _failure() -> str | None:
+    from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+
+    try:
+        cluster_kernels.nothing[(1,)]()
+        return None
+    except subprocess.CalledProcessError as error:  # its text is a long command, and why stands on the terminal
+        reason = f"{error.cmd[0]} compiles nothing: are there Python's headers?"
+    except Exception as error:  # whatever Triton may miss
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    warnings.warn(f"backend: Triton cannot start ({reason}); 'auto' takes eager", stacklevel=2)
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def failure() -> str | None:
+    """Say why Triton cannot compile and launch a kernel on the current device, or return None if it can.
+
+    It is tried once in a process, without a tensor, which a mode might replace, and warned of once.
+    """
+    return _failure()
+
+
 def refusal(x: Tensor) -> str | None:
     """Say why the kernels cannot run on x, or return None if they can."""
     if x.dtype not in DTYPES:
@@ -136,6 +163,8 @@ def refusal(x: Tensor) -> str | None:
         return f"takes up to {MOST_CHANNELS} channels, got {x.shape[1]}"
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
+    if x.is_cuda and (reason := failure()):
+        return f"cannot start: {reason}"
     return None
 
 

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from launches import LAYERS, gpu, record, replaced_kernels
 
+from common.norms import functional
 from common.norms.kernels import launch, operators
 
 triton = pytest.importorskip("triton")
@@ -56,3 +61,43 @@ def test_kernels_are_launched_while_triton_compiles_in_other_threads():
                 launch.start(kernel, *LOGITS, **CONSTANTS)
         launch.start(kernel, *LOGITS, **CONSTANTS)
     assert len(launched) == 3
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("gcc", None),
+        (None, "Failed to find C compiler"),
+        ("false", "false compiles nothing: are there Python's headers[?]"),
+    ],
+)
+def test_the_automatic_choice_is_eager_with_a_warning_where_triton_cannot_start(monkeypatch, compiler, reason):
+    """Triton compiles in C what launches a kernel, as slim containers cannot."""
+    from triton.runtime.build import compile_module_from_src  # noqa: PLC0415
+
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", "")
+
+    def launcher(source, metadata):
+        if compiler != "gcc":
+            compile_module_from_src("", "launcher")
+        return lambda *_: None
+
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, ndim=0)
+    launch._failure.cache_clear()
+    with gpu(90) as driver, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        driver.launcher_cls = launcher
+        chosen = [functional.choose_backend("auto", x, 3) for _ in range(2)]
+        assert chosen == ["eager" if reason else "triton"] * 2
+        if reason:
+            with pytest.raises(ValueError, match=f"^backend: 'triton' cannot start: {reason}"):
+                functional.choose_backend("triton", x, 3)
+    launch._failure.cache_clear()
+    said = [str(each.message) for each in caught]
+    assert len(said) == bool(reason)
+    assert all(re.match(rf"backend: Triton cannot start \({reason}.*\); 'auto' takes eager$", text) for text in said)
