@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import capture, direct, recomputation, reference
+from .backends import capture, dispatch, recomputation, reference
 from .backends.reference import Moments, Scale
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
@@ -184,7 +184,7 @@ class MixtureNorm(MixtureLayer):
             last = (t.contiguous() for t in self._last_fit())
             flat = reference.flatten(x.detach())
             given = flat, *last, self.step, ready, before, every, *rule, *limits
-            return Stored(*direct.call(em_operators.fit_mixture, *given))
+            return Stored(*dispatch.call(em_operators.fit_mixture, em_operators.launch_fit_mixture, *given))
         how, last = (self.groups, self.seed, self.eps, self.em_steps), self._fit(reference.compute_dtype(x), "fit_")
         if self._in_graph():
             *fit, found = operators.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)

@@ -15,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from norm_cases import any_norm
 from torch import Tensor
@@ -129,10 +130,7 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
-    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device.
-
-    What it returns, if not None, is launched in its place from then on, as a compiled kernel.
-    """
+    """Call run(kernel, grid, args, kwargs) in place of launching a kernel of Triton's, on any device."""
     from triton.runtime.interpreter import InterpretedFunction  # noqa: PLC0415 - an optional dependency
     from triton.runtime.jit import JITFunction  # noqa: PLC0415
 
@@ -141,8 +139,6 @@ def replaced_kernels(run: Callable[..., Any]) -> Iterator[None]:
 
     with (
         mock.patch.object(launch, "refusal", return_value=None),
-        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
-        mock.patch.object(launch, "COMPILED", {}),  # what was launched before is not launched past this
         mock.patch.object(JITFunction, "run", replaced),
         mock.patch.object(InterpretedFunction, "run", replaced),
     ):
@@ -176,8 +172,12 @@ def record(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype, layout: str
 
 
 @contextlib.contextmanager
-def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[None]:
-    """Let Triton compile for compute capability ``arch`` (90 is sm_90) and call run in place of a kernel's launcher."""
+def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[SimpleNamespace]:
+    """Let Triton compile for compute capability ``arch`` (90 is sm_90) and call run in place of a kernel's launcher.
+
+    Yields:
+        What stands in for Triton's driver.
+    """
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415 - an optional dependency
     from triton.runtime.driver import driver  # noqa: PLC0415
 
@@ -196,7 +196,7 @@ def gpu(arch: int, run: Callable[..., None] | None = None) -> Iterator[None]:
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
         mock.patch.object(driver, "_active", own),
     ):
-        yield
+        yield own
 
 
 def compiled(launched: Launch, arch: int) -> Any:
@@ -205,14 +205,58 @@ def compiled(launched: Launch, arch: int) -> Any:
         return launched.kernel.run(*launched.args, grid=launched.grid, warmup=True, **launched.kwargs)
 
 
-def spilled(kernel: Any) -> int:
-    """Return the bytes of a thread for which the registers of a compiled kernel did not suffice."""
+def resources(kernel: Any) -> tuple[int, int]:
+    """Return the registers of a thread of a compiled kernel, and the bytes for which they did not suffice."""
     import triton.backends.nvidia  # noqa: PLC0415 - an optional dependency
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     assert found, said
-    return int(found[1]) + int(found[2])
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+@contextlib.contextmanager
+def as_accurate_as_a_gpu() -> Iterator[None]:
+    """Let Triton's interpreter be off by as much as NVIDIA documents, up or down as a result's bits have it.
+
+    The PTX ISA allows div.full.f32 and ex2.approx.f32 2 ulp (2 to the power of 0 is 1), and rsqrt.approx.f32 2^-22.9 of
+    the result; the CUDA C++ Programming Guide allows logf and log2f 1 ulp (the logarithm of 1 is 0).
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: PLC0415 - an optional dependency
+
+    def off(handle: Any, ulps: int, share: float = 0.0) -> Any:
+        value = handle.data
+        if value.dtype != np.float32:
+            return handle
+        up = (value.view(np.int32).astype(np.uint32) * np.uint32(2654435761)) >> np.uint32(31) == 0
+        wrong = value * np.float32(1 - share) if share else value
+        wrong = np.where(up & (share > 0), value * np.float32(1 + share), wrong)
+        for _ in range(ulps):
+            wrong = np.nextafter(wrong, np.where(up, np.float32(np.inf), np.float32(-np.inf)))
+        exact = ~np.isfinite(value) | (value == 0)
+        return TensorHandle(np.where(exact, value, wrong).astype(np.float32), handle.dtype)
+
+    def divide(self: Any, a: Any, b: Any) -> Any:
+        return off(self.create_precise_divf(a, b), 2)
+
+    def exp2(self: Any, a: Any) -> Any:
+        result = self.unary_op(a, np.exp2)
+        return TensorHandle(np.where(a.data == 0, result.data, off(result, 2).data), result.dtype)
+
+    def exp(self: Any, a: Any) -> Any:
+        return exp2(self, TensorHandle(a.data * a.data.dtype.type(np.log2(np.e)), a.dtype))
+
+    builder = mock.patch.multiple(
+        InterpreterBuilder,
+        create_fdiv=divide,
+        create_exp2=exp2,
+        create_exp=exp,
+        create_log=lambda self, a: off(self.unary_op(a, np.log), 1),
+        create_log2=lambda self, a: off(self.unary_op(a, np.log2), 1),
+        create_rsqrt=lambda self, a: off(self.unary_op(a, lambda x: 1 / np.sqrt(x)), 0, 2**-22.9),
+    )
+    with builder:
+        yield

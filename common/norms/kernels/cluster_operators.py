@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import closed_form, direct, reference
+from ..backends import closed_form, dispatch, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, UnknownPosterior, UnknownScale
 from . import launch, operators
@@ -82,8 +82,7 @@ def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, i
     )
 
 
-@custom_op(f"{NAMESPACE}::scb_forward", mutates_args=())
-def scb_forward(
+def launch_scb_forward(
     x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
 ) -> Tensor:  # fmt: skip
@@ -108,6 +107,9 @@ def scb_forward(
     return y
 
 
+scb_forward = custom_op(f"{NAMESPACE}::scb_forward", launch_scb_forward, mutates_args=())
+
+
 @scb_forward.register_fake
 def _(
     x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
@@ -121,8 +123,7 @@ def _pair(like: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32) if like is None else like.new_empty(2, len(like))
 
 
-@custom_op(f"{NAMESPACE}::scb_backward", mutates_args=())
-def scb_backward(
+def launch_scb_backward(
     x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
     weight: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -160,6 +161,9 @@ def scb_backward(
     return dx, dmean, dvar, added, affine
 
 
+scb_backward = custom_op(f"{NAMESPACE}::scb_backward", launch_scb_backward, mutates_args=())
+
+
 @scb_backward.register_fake
 def _(
     x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
@@ -179,14 +183,14 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple:
     if g is None:
         return (None,) * 13
     x, *rest = ctx.saved_tensors
-    dx, dmean, dvar, *pairs = direct.call(scb_backward, x, g, *rest, *ctx.options)
+    dx, dmean, dvar, *pairs = dispatch.call(scb_backward, launch_scb_backward, x, g, *rest, *ctx.options)
     more = [each for pair in pairs for each in (pair.unbind() if pair.numel() else (None, None))]
     return dx, None, dmean, dvar, *more, None, None, None, None, None
 
 
 scb_forward.register_autograd(_gradients, setup_context=_setup)
 scb_backward.register_autograd(launch.refuse)
-_scb_forward = direct.differentiable(scb_forward, _setup, _gradients)
+_scb_forward = dispatch.differentiable(scb_forward, launch_scb_forward, _setup, _gradients)
 
 
 def _kappa(scale: UnknownScale, num_clusters: int) -> float:

@@ -35,8 +35,7 @@ def _tables(logits: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tens
     )
 
 
-@custom_op(f"{NAMESPACE}::fit_mixture", mutates_args=())
-def fit_mixture(
+def launch_fit_mixture(
     x: Tensor, logits: Tensor, mean: Tensor, log_var: Tensor, step: Tensor, ready: Tensor | None, before: Tensor,
     every: int, groups: int, eps: float, steps: int, limit: int, high: int, low: int, min_weight: float, least: float,
     empty: float,
@@ -73,6 +72,9 @@ def fit_mixture(
         )  # fmt: skip
         mixture, new, other = new, other, new
     return other
+
+
+fit_mixture = custom_op(f"{NAMESPACE}::fit_mixture", launch_fit_mixture, mutates_args=())
 
 
 @fit_mixture.register_fake

@@ -1,8 +1,11 @@
 """Where the Triton backend can run, how a kernel is launched, and every size it is launched with."""
 
+import functools
 import importlib.util
 import math
 import os
+import subprocess
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +91,8 @@ RESIDENT_BYTES = 65_536
 much."""
 CHANNEL = Launch(2048, 8)
 """Of such programs."""
+FEWEST_CHANNELS = 100
+"""For which such programs keep most of an H100's multiprocessors busy."""
 MAX_CHANNEL_COMPONENTS = 4
 """With more, registers do not suffice."""
 MAX_GROUP_CHANNELS = {2: 1024, 4: 512, 8: 256}
@@ -116,8 +121,34 @@ STATE_PLANES = 8
 """Tables (K, C) of a mixture and its moments that kernels hand on, see ``mixture_tiles``."""
 NO_FLOOR = -1e30
 """Of a log weight."""
-MOST_LOCATIONS = 2**31 - 2**16
-"""A tile's number and the last location in it are counted in 32 bits."""
+MOST_LOCATIONS = 2**31 - 2**22
+"""Counted in 32 bits, also those of the tile behind the last: of up to 1,024 programs, with 2,048 locations each."""
+MOST_CHANNELS = 65_535
+"""Programs of the second dimension of a grid at most, of which each has a channel at least."""
+
+
+@functools.cache
+def _failure() -> str | None:
+    from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+
+    try:
+        cluster_kernels.nothing[(1,)]()
+        return None
+    except subprocess.CalledProcessError as error:  # its text is a long command, and why stands on the terminal
+        reason = f"{error.cmd[0]} compiles nothing: are there Python's headers?"
+    except Exception as error:  # whatever Triton may miss
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    warnings.warn(f"backend: Triton cannot start ({reason}); 'auto' takes eager", stacklevel=2)
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def failure() -> str | None:
+    """Say why Triton cannot compile and launch a kernel on the current device, or return None if it can.
+
+    It is tried once in a process, without a tensor, which a mode might replace, and warned of once.
+    """
+    return _failure()
 
 
 def refusal(x: Tensor) -> str | None:
@@ -128,8 +159,12 @@ def refusal(x: Tensor) -> str | None:
         return "needs the package triton, which is not installed"
     if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"needs a CUDA tensor, or TRITON_INTERPRET=1 and a CPU tensor, got one on {x.device.type}"
+    if x.ndim > 1 and x.shape[1] > MOST_CHANNELS:
+        return f"takes up to {MOST_CHANNELS} channels, got {x.shape[1]}"
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
+    if x.is_cuda and (reason := failure()):
+        return f"cannot start: {reason}"
     return None
 
 
@@ -138,10 +173,6 @@ def refuse(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError('backend: the kernels have no second derivative; build the layer with backend="reference"')
 
 
-COMPILED: dict[tuple, tuple[Any, tuple]] = {}
-"""What Triton made of a kernel for what it was launched with, and the values of its constants in order."""
-MOST_COMPILED = 4096
-"""Of them: each kernel has one for every size of an activation."""
 FP_FUSION = True
 """Whether the compiler may fuse a product and a sum, which rounds once and not twice: said at every launch, since
 Triton 3.9 is the last in which this is the default."""
@@ -153,30 +184,9 @@ def start(
     """Launch a kernel on the device of its first tensor, whichever is current.
 
     The kernel's arguments are tensors, numbers and constants, in this order.
-
-    Triton takes several times as long to find out what it compiled for such arguments as to launch that. What it found
-    is therefore kept by all that it may depend on: types, where tensors begin between multiples of 16 bytes, and whole
-    numbers.
     """
-    index = tensors[0].device.index  # pyright: ignore[reportOptionalMemberAccess]
-    if index is not None and index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            start(kernel, grid, tensors, numbers, **constants)
-        return
-    kinds = [t if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors]
-    whole = [n if n.__class__ is int else n.__class__ for n in numbers]  # of floats Triton looks at the type alone
-    key = id(kernel), index, *whole, *kinds, *constants.values()
-    found = COMPILED.get(key)
-    if found is not None:
-        compiled, rest = found
-        compiled[(*grid, 1, 1)](*tensors, *numbers, *rest)
-        return
-    compiled = kernel[grid](*tensors, *numbers, enable_fp_fusion=FP_FUSION, **constants)
-    if hasattr(compiled, "__getitem__"):  # not None, of the interpreter, nor what is still being compiled
-        if len(COMPILED) >= MOST_COMPILED:
-            COMPILED.clear()
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        COMPILED[key] = compiled, tuple([constants[name] for name in names])
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, *numbers, enable_fp_fusion=FP_FUSION, **constants)
 
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:
@@ -367,6 +377,15 @@ def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, in
         return None
     block_l = min(power_of_two(walk.positions), CHANNEL.elements)
     return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
+
+
+def channel_limits(num_components: int) -> dict[str, int]:
+    """Return the most registers of a thread of mixture_channel_kernel, if there is to be a limit.
+
+    The compiler takes 160, with which a multiprocessor has room for one program. Of 128 it has for two, and 256
+    channels run in one wave; more than 3 components would spill. AMD's compiler does not know the option.
+    """
+    return {"maxnreg": 128} if num_components <= 3 and not torch.version.hip else {}
 
 
 def sums_tile() -> tuple[int, int]:

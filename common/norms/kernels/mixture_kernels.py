@@ -55,6 +55,8 @@ from .mixture_tiles import (
     zero_tiles,
 )
 
+STAGES = tl.constexpr(3)  # of a loop over x: what two tiles on need is on its way from memory
+
 
 @triton.jit
 def _program_plane(ptr, plane: tl.constexpr, C, K: tl.constexpr):
@@ -155,7 +157,7 @@ def mixture_moments_kernel(
     tau = posteriors(x, inside, mean, scale, constant, K, JOINT)
     pivot, mass, first, second = first_moments(x, inside, tau, pilot, K)
 
-    for _ in range(tl.program_id(0) + tl.num_programs(0), tiles, tl.num_programs(0)):
+    for _ in tl.range(tl.program_id(0) + tl.num_programs(0), tiles, tl.num_programs(0), num_stages=STAGES):
         n, block = _next(n, block, samples, rest, blocks, FLAT)
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
@@ -190,7 +192,7 @@ def mixture_apply_kernel(
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
-    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for _ in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
         x = read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
@@ -216,7 +218,7 @@ def mixture_sums_kernel(
     sum_g, sum_gu = zero_tiles(K, BLOCK_L, BLOCK_C), zero_tiles(K, BLOCK_L, BLOCK_C)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
-    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for _ in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
         # Outside is where posteriors are numbers, whatever the mean: times a gradient of 0 they add nothing.
@@ -273,7 +275,7 @@ def mixture_bwd_kernel(
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
-    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for _ in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
         x = read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..backends import direct, reference
+from ..backends import dispatch, reference
 from ..backends.namespace import NAMESPACE
 from ..backends.reference import Moments, Scale, Statistics
 from . import launch
@@ -72,7 +72,7 @@ def planned(
 def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
     """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
     x = activations[0]
-    if groups != x.shape[1] or x.shape[0] * x.shape[2] > launch.RESIDENT:
+    if groups != x.shape[1] or groups < launch.FEWEST_CHANNELS or x.shape[0] * x.shape[2] > launch.RESIDENT:
         return None
     return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
 
@@ -87,6 +87,8 @@ def channel_planned(
     if tile is None:
         return None
     constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    if kernel == "mixture_channel_kernel":
+        constants |= launch.channel_limits(num_components)
     sizes = walk.samples, walk.channels, walk.positions
     return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
 
@@ -107,8 +109,7 @@ def _gather(
     )  # fmt: skip
 
 
-@custom_op(f"{NAMESPACE}::mixture_forward", mutates_args=())
-def mixture_forward(
+def launch_mixture_forward(
     x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
     groups: int, eps: float, kappa: float, floor: float, stored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -124,6 +125,9 @@ def mixture_forward(
     pointers = (x, None, None, None, state, weight, bias, y)
     _plan("mixture_apply_kernel", (x, y), groups, num).run(pointers, (eps, floor, kappa), STORED=False)
     return y, state
+
+
+mixture_forward = custom_op(f"{NAMESPACE}::mixture_forward", launch_mixture_forward, mutates_args=())
 
 
 def new_state(x: Tensor, mean: Tensor) -> Tensor:
@@ -171,8 +175,7 @@ def moments_of(state: Tensor, groups: int) -> Moments:
 FITS = ("fit_logits", "fit_mean", "fit_log_var")
 
 
-@custom_op(f"{NAMESPACE}::move_averages", mutates_args=("logits", "mean", "log_var", *FITS))
-def move_averages(
+def launch_move_averages(
     logits: Tensor, mean: Tensor, log_var: Tensor, before: Tensor | None, state: Tensor,
     new_logits: Tensor | None, new_mean: Tensor | None, new_log_var: Tensor | None,
     fit_logits: Tensor | None, fit_mean: Tensor | None, fit_log_var: Tensor | None,
@@ -194,13 +197,18 @@ def move_averages(
     )  # fmt: skip
 
 
+move_averages = custom_op(
+    f"{NAMESPACE}::move_averages", launch_move_averages, mutates_args=("logits", "mean", "log_var", *FITS)
+)
+
+
 def averages_moved(stored: Sequence[Tensor], before: Tensor | None, state: Tensor, *rest: Any) -> None:
     """Call ``move_averages``, of which rest is a new fit, the last fit and the rule."""
-    direct.call(move_averages, *stored, before, state, *rest, changed=(*stored, *rest[3:6]))
+    given = *stored, before, state, *rest
+    dispatch.call(move_averages, launch_move_averages, *given, changed=(*stored, *rest[3:6]))
 
 
-@custom_op(f"{NAMESPACE}::mixture_backward", mutates_args=())
-def mixture_backward(
+def launch_mixture_backward(
     x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
     groups: int, eps: float, floor: float, stored: bool, parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -226,6 +234,9 @@ def mixture_backward(
     rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
                                      (eps, floor, 1.0), stored, parameters)  # fmt: skip
     return dx, affine, rows, log
+
+
+mixture_backward = custom_op(f"{NAMESPACE}::mixture_backward", launch_mixture_backward, mutates_args=())
 
 
 def _affine_gradients(like: Tensor, weight: Tensor | None) -> Tensor:
@@ -298,8 +309,7 @@ def _fake_rows(like: Tensor, mean: Tensor, parameters: bool) -> tuple[Tensor, Te
     return like.new_empty(2, *mean.shape, dtype=torch.float32), like.new_empty(len(mean), dtype=torch.float32)
 
 
-@custom_op(f"{NAMESPACE}::learned_forward", mutates_args=())
-def learned_forward(
+def launch_learned_forward(
     x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
     groups: int, eps: float, kappa: float, floor: float, stored: bool,
 ) -> Tensor:  # fmt: skip
@@ -310,6 +320,9 @@ def learned_forward(
     return y
 
 
+learned_forward = custom_op(f"{NAMESPACE}::learned_forward", launch_learned_forward, mutates_args=())
+
+
 @learned_forward.register_fake
 def _(
     x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -318,8 +331,7 @@ def _(
     return torch.empty_like(x)
 
 
-@custom_op(f"{NAMESPACE}::learned_backward", mutates_args=())
-def learned_backward(
+def launch_learned_backward(
     x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
     groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -330,6 +342,9 @@ def learned_backward(
     sums = _backward_pass(x, g, dx, sources, groups, numbers, planes, stored=stored)
     sources = (log, var, None, None, weight)
     return dx, affine, *_parameter_gradients(sums, sources, _some(affine), groups, numbers, stored, parameters)
+
+
+learned_backward = custom_op(f"{NAMESPACE}::learned_backward", launch_learned_backward, mutates_args=())
 
 
 @learned_backward.register_fake
@@ -359,10 +374,10 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
     parameters = any(ctx.needs_input_grad[1:4])
     if len(saved) == 2:
         options = (ctx.groups, ctx.eps, ctx.floor, ctx.stored, parameters)
-        dx, affine, rows, log = direct.call(mixture_backward, x, g, *saved, *options)
+        dx, affine, rows, log = dispatch.call(mixture_backward, launch_mixture_backward, x, g, *saved, *options)
     else:
         options = (ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored, parameters)
-        dx, affine, rows, log = direct.call(learned_backward, x, g, *saved, *options)
+        dx, affine, rows, log = dispatch.call(learned_backward, launch_learned_backward, x, g, *saved, *options)
     found = [log, *rows] if parameters else [None, None, None]
     found += [affine[0], affine[1]] if affine.numel() else [None, None]
     cast = [
@@ -375,8 +390,9 @@ def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
 for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
     _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
     _backward.register_autograd(launch.refuse)
-_mixture_forward = direct.differentiable(mixture_forward, _mixture_setup, _mixture_gradients)
-_learned_forward = direct.differentiable(learned_forward, _mixture_setup, _mixture_gradients)
+_of_both = _mixture_setup, _mixture_gradients
+_mixture_forward = dispatch.differentiable(mixture_forward, launch_mixture_forward, *_of_both)
+_learned_forward = dispatch.differentiable(learned_forward, launch_learned_forward, *_of_both)
 
 
 def mixture_norm(

@@ -183,8 +183,9 @@ def mixture_averages_kernel(
                 pooled += weight * var
                 weights += weight
             else:
-                # As a ratio, so that rounding moves no variance that stays; a tiny one has no ratio.
-                ratio = old_log + tl.log(tl.maximum(var / tl.maximum(old_var, TINY), TINY))
+                # As a ratio, so that rounding moves no variance that stays: a plain division may be 2 ulp off, and
+                # the logarithm of 1 is 0. A tiny variance has no ratio.
+                ratio = old_log + tl.log(tl.maximum(tl.div_rn(var, tl.maximum(old_var, TINY)), TINY))
                 log_var = tl.where(old_var > 1e-20, ratio, tl.log(tl.maximum(var, TINY)))
                 tl.store(log_var_ptr + k * C + c, log_var, mask=mask)
             if tl.program_id(0) == 0:

@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from ..backends import direct
+from ..backends import dispatch
 from ..backends.closed_form import first_derivative_only
 from ..backends.reference import Moments, Scale, Statistics
 
@@ -131,8 +131,8 @@ def refusal(x: Tensor, num_components: int, *parameters: Tensor | None) -> str |
     """Say why the loops cannot compute x with these parameters, or return None if they can; compile them if need be."""
     if reason := refusal_of_components(num_components):
         return reason
-    if direct.watched(x):
-        return "is closed to transforms of torch.func, torch.jit.trace, dispatch modes and subclasses of Tensor"
+    if dispatch.watched(x):
+        return "is closed to dispatch modes and subclasses of Tensor"
     for t in (x, *parameters):
         if t is None:
             continue

@@ -251,6 +251,7 @@ def test_a_home_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, ho
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert loops.library(1) is not None  # which remembers where the compiler is: the next line would hide it
     monkeypatch.setattr(os, "access", lambda *_: False)  # which root always may
     loops._library.cache_clear()
     try:
@@ -308,11 +309,9 @@ def test_what_has_to_see_operators_is_refused():
     class Other(Tensor):
         pass
 
-    line = r"^backend: 'compiled' is closed to transforms of torch\.func, .* and subclasses of Tensor$"
+    line = r"^backend: 'compiled' is closed to dispatch modes and subclasses of Tensor$"
     with pytest.raises(ValueError, match=line):
         UCBNorm(4, 3, backend="compiled")(torch.randn(6, 4, 5).as_subclass(Other))
-    with pytest.raises(ValueError, match=line):
-        torch.func.grad(lambda x: UCBNorm(4, 3, backend="compiled")(x).sum())(torch.randn(6, 4, 5))
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

@@ -24,6 +24,7 @@ LAYERS = {
 def small(monkeypatch):
     """Cut tiles down, so that a program has several, and fill fresh memory with NaN."""
     monkeypatch.setattr(launch, "CHANNEL", launch.Launch(elements=16, num_warps=1))
+    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
     monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
     torch.use_deterministic_algorithms(True)
     yield

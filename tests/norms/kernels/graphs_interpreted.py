@@ -73,9 +73,10 @@ class Capture(Recorder):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Look at no id, and let a batch have few programs, which all run in turn here."""
+    """Look at no id, and let a batch have few programs, which all run in turn here, and few channels."""
     monkeypatch.setattr(checks, "check_cluster", lambda *_, **__: None)
     monkeypatch.setattr(launch, "PROGRAMS", 4)
+    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
 
 
 def step(layer, x, g, ids):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from launches import as_accurate_as_a_gpu
 from norm_cases import any_norm, in_full, mixture_case
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Cut tiles down, so that small inputs have many, and fill fresh memory with NaN."""
+    """Cut tiles down, so that small inputs have many, fill fresh memory with NaN, and err as a GPU may."""
     entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
     monkeypatch.setattr(launch, "MIXTURE", entries)
     monkeypatch.setattr(launch, "TALL", entries)
@@ -43,7 +44,8 @@ def small(monkeypatch):
     monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
     monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
     torch.use_deterministic_algorithms(True)
-    yield
+    with as_accurate_as_a_gpu():
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -80,11 +82,11 @@ def assert_near(got, want, rtol):
 def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
     """The second step sees what the first has stored; evaluation what both have.
 
-    EM leaves a component one location alone, with the least variance that it allows, 6e-3: the slope of posteriors is
-    1 / variance, so that what they are off by, 3e-7, is magnified 160 times; and the spread of that location, 0, by
-    1 / sqrt(eps), hence the eps.
+    A GPU's posteriors may be off by 5e-7, 2 ulp of a power and 2^-21.9 of one over their sum: magnified 100 times by
+    slopes and sums. EM leaves a component one location alone, with the least variance that it allows, 6e-3: the slope
+    of posteriors is 1 / variance, 160; and the spread of that location, 0, is magnified by 1 / sqrt(eps): hence eps.
     """
-    rtol = 1e-4 if OPTIONS[name][0] == "mn" else 2e-5
+    rtol = 2e-4 if OPTIONS[name][0] == "mn" else 5e-5
     kernel, exact = pair(*OPTIONS[name])
     x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
     for shift in (1, -1):

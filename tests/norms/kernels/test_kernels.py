@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import LAYERS, record
 from norm_cases import in_full, mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
@@ -141,11 +142,32 @@ def test_columns_are_as_narrow_as_a_batch_of_64_needs(samples):
 
 
 def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeypatch):
+    """A loop's counter goes one step of all programs beyond the last location."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(launch, "INSTALLED", True)
-    most = 2**31 - 2**16
+    most = launch.MOST_LOCATIONS
     assert launch.refusal(torch.empty(1).expand(2, 5, most // 2 - 1)) is None
     assert launch.refusal(torch.empty(1).expand(2, 5, most // 2)) == f"counts fewer than {most} locations, got {most}"
+    length = most - 1
+    for channels, adjacent in itertools.product((1, 5, 64, 2048), ("positions", "channels")):
+        strides = (0, length, 1) if adjacent == "positions" else (0, 1, channels)
+        walk = launch.Walk(1, channels, length, (strides,))
+        for sums in (False, True):
+            tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, 3, 2, sums=sums)
+            assert length + tiling.shares * tiling.block_l < 2**31
+        assert length + launch.unknown_shares(walk) * launch.unknown_tile(walk)[0] < 2**31
+
+
+@needs_triton
+def test_more_channels_than_a_grid_has_columns_are_refused(monkeypatch):
+    """CUDA takes 65,535 in its second and third dimension."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "INSTALLED", True)
+    assert launch.refusal(torch.empty(1).expand(2, 65_535, 3)) is None
+    assert launch.refusal(torch.empty(1).expand(2, 65_536, 3)) == "takes up to 65535 channels, got 65536"
+    for name in ("UCBNorm", "SCBNorm", "SCBNorm, affine"):
+        step = record(LAYERS[name], (2, 65_535, 3), torch.float32, "NCHW")
+        assert all(max(each.grid[1:], default=1) <= 65_535 for each in (*step.forward, *step.backward) if each.kernel)
 
 
 def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
@@ -211,6 +233,7 @@ class OnGpu:
 )
 def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, installed, want):
     monkeypatch.setattr(launch, "INSTALLED", installed)
+    monkeypatch.setattr(launch, "failure", lambda: None)
     assert functional.choose_backend("auto", OnGpu(dtype), num, width) == want  # pyright: ignore[reportArgumentType]
 
 
@@ -275,6 +298,23 @@ def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(ch
             rest = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
             tiling = launch.mixture_tiling(kernel, rest, 1, 3)
             assert tiling.block_l * tiling.block_c <= 1024
+
+
+@pytest.mark.parametrize(("num", "want"), [(3, 128), (4, None)])
+def test_a_program_of_a_channel_has_registers_for_two_in_a_multiprocessor(num, want):
+    """With more components it would spill."""
+    x = torch.empty(64, 128, 64, device="meta")
+    plan = operators._channel_plan("mixture_channel_kernel", (x, x), 128, num)
+    assert plan is not None
+    assert plan.constants.get("maxnreg") == want
+
+
+@pytest.mark.parametrize(("channels", "takes"), [(16, False), (64, False), (100, True), (256, True)])
+def test_a_program_takes_a_channel_where_there_are_enough_of_them(channels, takes):
+    """An H100 has 132 multiprocessors."""
+    x = torch.empty(64, channels, 64, device="meta")
+    for kernel, tensors in (("mixture_channel_kernel", (x, x)), ("mixture_channel_bwd_kernel", (x, x, x))):
+        assert (operators._channel_plan(kernel, tensors, channels, 3) is not None) is takes
 
 
 def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed():
