@@ -41,6 +41,8 @@ class EvaluateConfig:
 
     run: Path | None = None
     """A run's folder, for instance runs/cbda/digits-digits_m-scb-seed0, or an exported model's."""
+    checkpoint: str = "last"
+    """Which checkpoint of the run: last, best, or the number of an epoch that was kept (checkpoint_keep)."""
     out: Path | None = None
     """Where results go; null is the folder evaluation in that of the run."""
     tsne: int = 500
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert cfg.run is not None  # EvaluateConfig refuses otherwise
     out = cfg.out or cfg.run / "evaluation"
     refuse_overwriting(out / _RESULTS, force=cfg.force)
-    model = load_model(cfg.run, resolve_device(cfg.device))
+    model = load_model(cfg.run, resolve_device(cfg.device), checkpoint=cfg.checkpoint)
     images = load_domains(model.cfg)
     if images["train"].classes != model.classes:
         raise UsageError(f"run: the source in {model.cfg.source.name} has other classes now than the model knows")

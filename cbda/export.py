@@ -59,17 +59,22 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
             return classify(classifier, images, len(self.classes), batch_size=256)
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> AdaptedModel:
-    """Load an adapted classifier from a run's folder (its newest checkpoint) or from one that `save` wrote.
+def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoint: str = "last") -> AdaptedModel:
+    """Load an adapted classifier from a run's folder or from one that `save` wrote.
 
     Nothing but tensors is read from files of weights, and nothing is unpickled. A checkpoint that its run did not
     measure needs the training images, from which statistics are estimated as they are before a measurement.
 
+    Args:
+        path: the folder.
+        device: where the classifier is to be.
+        checkpoint: of a run: last, best, or the number of an epoch that was kept.
+
     Raises:
-        UsageError: if the folder is neither, its files do not belong together, or the layers' backend
-            cannot run there.
+        UsageError: if the folder is neither, there is no such checkpoint, its files do not belong together, or the
+            layers' backend cannot run there.
     """
-    stored = read_stored(AdaMatchConfig, path, "adamatch")
+    stored = read_stored(AdaMatchConfig, path, "adamatch", checkpoint)
     cfg = stored.cfg
     cfg.check_backend(torch.device(device))
     # Weights come from the file, not from wherever training started.

@@ -22,6 +22,8 @@ class PredictConfig:
     """A run's folder, for instance runs/cbda/digits-digits_m-scb-seed0, or an exported model's."""
     images: Path | None = None
     """The folder of images; sub-folders are searched, their names mean nothing."""
+    checkpoint: str = "last"
+    """Which checkpoint of the run: last, best, or the number of an epoch that was kept (checkpoint_keep)."""
     out: Path = Path(".")
     """Where the table and the contact sheet go."""
     cluster: Literal["source", "target", "unknown"] = "target"
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = None if cfg.images is None else PredictionFiles(cfg.images, cfg.out, force=cfg.force)
     if cfg.export is not None:
         check_free(cfg.export)
-    model = load_model(cfg.run, resolve_device(cfg.device))
+    model = load_model(cfg.run, resolve_device(cfg.device), checkpoint=cfg.checkpoint)
     if files is not None:
         _predict(model, cfg, files)
     if cfg.export is not None:

@@ -1,6 +1,7 @@
 """The configuration of a GAN run."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
@@ -20,8 +21,12 @@ class GanConfig(RunConfig):
     dsbn) takes the images' classes, and makes the GAN a conditional one.
     """
 
+    least_evaluate_every: ClassVar[int] = 0
     epochs: int = field(default=80, metadata=MAY_CHANGE)
     """Passes over the training images."""
+    evaluate_every: int = 10
+    """Epochs between two measurements; the first and the last epoch are measured too. 0 measures nothing, and draws
+    samples with each checkpoint."""
     lr: float = 1e-3
     """Learning rate of both networks."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="cosine"))

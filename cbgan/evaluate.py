@@ -129,7 +129,7 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
         size = was.data.size
         raise UsageError(f"data.size: the run makes images of {size} pixels, expected {size}, got {options.data.size}")
     same = options.data == was.data and options.fid.reference == was.fid.reference and (folder / METRICS).is_file()
-    cfg = replace(was, data=options.data, fid=replace(options.fid, every=1), cache=options.cache)
+    cfg = replace(was, data=options.data, fid=options.fid, evaluate_every=1, cache=options.cache)
     set_threads(cfg.threads)
     device = resolve_device(options.device)
     cfg.check_backend(device)

@@ -37,7 +37,7 @@ class Evaluation:
     """Measures generators.
 
     Args:
-        cfg: the run's configuration; with ``fid.every`` 0 nothing but pictures is made.
+        cfg: the run's configuration; with ``evaluate_every`` 0 nothing but pictures is made.
         images: the run's real images by split.
         device: where the generator is.
         should_stop: asked between batches of real images; it answers alike on all ranks.
@@ -63,7 +63,7 @@ class Evaluation:
         self.cfg, self.images, self.device = cfg, images, device
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
-        self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.fid.every else None
+        self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.evaluate_every else None
         self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
@@ -260,7 +260,7 @@ class Evaluation:
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user."""
-        rows = [("FID", "not measured (fid.every is 0)")]
+        rows = [("FID", "not measured (evaluate_every is 0)")]
         if self.fid is not None:
             series = fid_series(lines, self.fid.tag)
             (first_epoch, first), (last_epoch, last) = series[0], series[-1]

@@ -100,9 +100,9 @@ class Gan(Method[GanConfig]):
         super().accept(known)
 
     def due(self, epoch: int) -> bool:
-        """Measure every ``fid.every`` epochs, the untrained generator and at the end; without FID, only draw."""
-        every = self.cfg.fid.every or self.cfg.checkpoint_every
-        return (epoch % every == 0 or epoch == self.cfg.epochs) and bool(epoch or self.cfg.fid.every)
+        """Measure every ``evaluate_every`` epochs, the untrained generator and at the end; without FID, only draw."""
+        every = self.cfg.evaluate_every or self.cfg.checkpoint_every
+        return (epoch % every == 0 or epoch == self.cfg.epochs) and bool(epoch or self.cfg.evaluate_every)
 
     def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
         """Estimate the generator's statistics from samples."""

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "common/norms": {
         "common/norms/estimation", "common/norms/backends", "common/norms/native", "common/norms/kernels",
     },
-    "common/norms/surgery": {"common/norms", "common/norms/estimation", "common/norms/backends"},
+    "common/norms/surgery": {"common/norms", "common/norms/backends", "common/norms/estimation"},
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},

@@ -53,8 +53,6 @@ class FidConfig:
         ValueError: if a value is out of range, or weights are named for an extractor that reads none.
     """
 
-    every: int = 10
-    """Epochs between two measurements; 0 never measures."""
     samples: int = 1000
     """Generated images in a measurement; few of them bias the distance upwards."""
     final_samples: int | None = None
@@ -80,7 +78,7 @@ class FidConfig:
     def __post_init__(self) -> None:
         texts_to_paths(self)
         reads_weights = EXTRACTORS[self.extractor].reads_weights
-        for name, least in (("every", 0), ("samples", 2), ("batch_size", 1)):
+        for name, least in (("samples", 2), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"fid.{name}: expected {least} or more, got {getattr(self, name)}")
         if self.final_samples is not None and self.final_samples < 2:

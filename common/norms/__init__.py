@@ -9,7 +9,7 @@ from .supervised import SCBNorm, SCBNormBase
 from .surgery.calibration import calibrate, preserved_statistics, recalibrate, statistics_layers
 from .surgery.convert import convert_norms, converted, revert_norms
 from .surgery.norm_act import NormAct, norm_act
-from .surgery.routing import clusters
+from .surgery.routing import WithClusters, clusters
 from .surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
 from .unsupervised import UCBNorm
 
@@ -24,6 +24,7 @@ __all__ = [
     "SCBNorm",
     "SCBNormBase",
     "UCBNorm",
+    "WithClusters",
     "calibrate",
     "cluster_norm",
     "clusters",

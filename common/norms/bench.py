@@ -225,9 +225,10 @@ def table1_rows(shape: tuple[int, ...], rounds: int, device: torch.device) -> li
 
 
 def count(layer: nn.Module) -> tuple[int, int]:
-    """Return how many numbers a layer learns by gradients, and how many of floating point it keeps in buffers."""
+    """Return how many numbers a layer learns by gradients, and how many statistics it keeps in buffers."""
     learned = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-    return learned, sum(b.numel() for b in layer.buffers() if b.is_floating_point())
+    kept = [b for name, b in layer.named_buffers() if b.is_floating_point() and name != "initialized"]
+    return learned, sum(b.numel() for b in kept)
 
 
 def line(cells: list[str]) -> str:

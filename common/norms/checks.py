@@ -1,4 +1,7 @@
-"""What layers and functions refuse, each in one line that names the argument; nothing asks a GPU for an answer."""
+"""What layers and functions refuse, each in one line that names the argument; nothing asks a GPU for an answer.
+
+Checks of numbers return them as Python's own, since Triton takes none of NumPy's.
+"""
 
 import math
 from numbers import Integral, Real
@@ -6,6 +9,8 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from .backends import capture
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -23,30 +28,40 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_size(name: str, value: object) -> None:
-    """Raise ValueError unless value is a whole number of at least 1."""
+def check_whole(name: str, value: object) -> int:
+    """Raise ValueError unless value is a whole number."""
     if not is_integer(value):
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
 
 
-def check_groups(groups: object, channels: int) -> None:
+def check_size(name: str, value: object) -> int:
+    """Raise ValueError unless value is a whole number of at least 1."""
+    size = check_whole(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: expected at least 1, got {size}")
+    return size
+
+
+def check_groups(groups: object, channels: int) -> int:
     """Raise ValueError unless groups is a positive divisor of channels."""
     if not is_integer(groups) or groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels}, got {groups!r}")
+    return int(groups)
 
 
-def check_eps(eps: object) -> None:
+def check_eps(eps: object) -> float:
     """Raise ValueError unless eps is a positive, finite number."""
     if not _is_number(eps) or not 0 < eps < math.inf:
         raise ValueError(f"eps: expected a positive, finite number, got {eps!r}")
+    return float(eps)
 
 
-def check_momentum(momentum: object) -> None:
+def check_momentum(momentum: object) -> float:
     """Raise ValueError unless momentum is a number from 0 to 1."""
     if not _is_number(momentum) or not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected 0 to 1, got {momentum!r}")
+    return float(momentum)
 
 
 def check_dtype(dtype: object) -> None:
@@ -98,7 +113,7 @@ def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) ->
     if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
         raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}")
     check_device("cluster", cluster, x.device, "x")
-    if not torch.compiler.is_compiling() and cluster.device.type == "cpu" and len(cluster):
+    if not capture.unseen() and cluster.device.type == "cpu" and len(cluster):
         low, high = (int(v) for v in cluster.aminmax())
         if low < lowest or high >= num_clusters:
             wrong = low if low < lowest else high

@@ -100,9 +100,8 @@ class MixtureNorm(MixtureLayer):
             device=device,
             dtype=dtype,
         )
-        checks.check_size("refit_every", refit_every)
-        checks.check_size("em_steps", em_steps)
-        self.refit_every, self.em_steps = refit_every, em_steps
+        self.refit_every = checks.check_size("refit_every", refit_every)
+        self.em_steps = checks.check_size("em_steps", em_steps)
         self._words = draws.key(self.seed, "points", "fit")  # here, because a graph cannot find it
         for name in Stored._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
@@ -127,7 +126,7 @@ class MixtureNorm(MixtureLayer):
     def _store_seed(self, fit: Fit, found: Tensor) -> None:
         self._write_fit(self._stored(fit), where=found)
         self._write(self._stored(fit), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
         return self._fit(dtype, "fit_"), 2 * self.em_steps
@@ -152,6 +151,7 @@ class MixtureNorm(MixtureLayer):
         device is asked after ``step`` was written from outside, never from one step to the next; but an exported
         graph, which has ``step`` alone, asks in every one.
         """
+        capture.refuse_traced()
         if torch.compiler.is_exporting():
             before = self.step.clone()
         else:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from . import checks
-from .backends import reference
+from . import checks, functional
+from .backends import capture, reference
 from .em_norm import MixtureNorm
 from .layer import DeviceLike, leaf
 from .supervised import SCBNorm, SCBNormBase
@@ -34,8 +34,8 @@ class BatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum, dtype)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        sizes = _checked_options(num_features, eps, momentum, dtype)
+        super().__init__(*sizes, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -63,8 +63,8 @@ class InstanceNorm(_InstanceNorm):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        _check_options(num_features, eps, momentum, dtype)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        sizes = _checked_options(num_features, eps, momentum, dtype)
+        super().__init__(*sizes, affine, track_running_stats, device, dtype, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
@@ -78,12 +78,10 @@ class InstanceNorm(_InstanceNorm):
         return self._apply_instance_norm(input)
 
 
-def _check_options(num_features: object, eps: object, momentum: object, dtype: object) -> None:
+def _checked_options(num_features: object, eps: object, momentum: object, dtype: object) -> tuple[int, float, Any]:
     checks.check_dtype(dtype)
-    checks.check_size("num_features", num_features)
-    checks.check_eps(eps)
-    if momentum is not None:
-        checks.check_momentum(momentum)
+    size, eps = checks.check_size("num_features", num_features), checks.check_eps(eps)
+    return size, eps, None if momentum is None else checks.check_momentum(momentum)
 
 
 def _check_input(norm: _NormBase, x: Tensor) -> None:
@@ -103,24 +101,34 @@ class DomainBatchNorm(nn.Module):
 
     Shape:
         x (N, C, \*); cluster (N,) int64 in [0, K), in evaluation too; output as x. A domain absent from a
-        batch keeps its running statistics.
+        batch keeps its running statistics, and its parameters have gradients of zero.
 
     Raises:
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, one of them is on
             another device than the layer, or a domain holds one value per channel in training.
         IndexError: an id outside [0, K), on the CPU.
 
-    A graph of torch.compile or torch.export cannot hold shapes that follow from ids. There all domains are weighed by
-    membership, with equal results; a wrong id, and in training a domain with one value per channel, give NaN.
+    A graph (torch.compile, torch.export, torch.jit.trace) cannot hold shapes that follow from ids. There all domains
+    are weighed by membership, with equal results; a wrong id, and in training a domain with one value per channel,
+    give NaN.
 
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
     """
 
     def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
         super().__init__()
-        checks.check_size("num_domains", num_domains)
-        self.num_features = num_features
+        num_domains = checks.check_size("num_domains", num_domains)
         self.domains = nn.ModuleList(BatchNorm(num_features, **options) for _ in range(num_domains))
+        self.num_features = int(num_features)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refuse the domains of ``SyncBatchNorm.convert_sync_batchnorm``, which replaces modules by this method."""
+        if module is not None and any(isinstance(child, nn.SyncBatchNorm) for child in module.children()):
+            raise ValueError(
+                "DomainBatchNorm: a domain cannot be a SyncBatchNorm, since a process may lack it; take kind 'scb', "
+                "which has no statistics, or call convert_sync_batchnorm on the modules around this layer alone"
+            )
+        super().add_module(name, module)
 
     def reset_parameters(self) -> None:
         """Reset every domain's parameters and running statistics."""
@@ -136,7 +144,7 @@ class DomainBatchNorm(nn.Module):
         _check_input(first, x)
         checks.check_cluster(cluster, x, len(self.domains), lowest=0)
         assert cluster is not None
-        if torch.compiler.is_compiling():
+        if capture.unseen():
             with torch.autocast(x.device.type, enabled=False):
                 return self._by_membership(reference.flatten(x), cluster).to(x.dtype).reshape(x.shape)
         order = cluster.argsort(stable=True)
@@ -145,7 +153,10 @@ class DomainBatchNorm(nn.Module):
         for share in shares:  # before the statistics of any domain move
             if len(share):
                 first._check_input_dim(share)
-        done = [norm(part) if len(part) else part for norm, part in zip(self.domains, shares, strict=True)]
+        done = [
+            norm(share) if len(share) else functional.empty(share, *norm.parameters())
+            for norm, share in zip(self.domains, shares, strict=True)
+        ]
         return torch.cat(done)[order.argsort()]
 
     def _by_membership(self, x: Tensor, cluster: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .backends import closed_form, reference
+from .backends import capture, closed_form, reference
 from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
 from .checks import (
     check_choice,
@@ -47,14 +47,17 @@ def choose_backend(
     """Return the backend that computes x with these parameters.
 
     "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
-    the loops of ``native`` can and x is large enough; else eager.
+    the loops of ``native`` can and x is large enough; else eager. Under torch.func and in exported graphs it is
+    reference, whatever was asked for.
 
     Raises:
         ValueError: backend is no backend, or one that cannot run here, with the reason.
     """
     check_backend(backend, num_components)
-    if torch.compiler.is_exporting() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
+    if capture.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
+    if capture.transformed():
+        return "reference"  # of which torch takes any derivative
     if backend == "compiled":
         if torch.compiler.is_compiling():
             return "eager"  # no graph can hold the loops
@@ -83,7 +86,7 @@ def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
     check_parameter("var", var, mean.shape, x)
 
 
-def _empty(x: Tensor, *parameters: Tensor) -> Tensor:
+def empty(x: Tensor, *parameters: Tensor) -> Tensor:
     """Return x, which holds nothing, in a graph that gives every parameter a gradient of zero."""
     return x + sum(p.sum() for p in parameters) * 0
 
@@ -126,13 +129,13 @@ def cluster_norm(
         ValueError: x has not C channels or is not floating-point, mean and var are not both (K, C), cluster is not
             int64 (N,), a tensor is on another device than x, an option is none of those above, or the backend
             cannot run here.
-        IndexError: an id beyond range, on the CPU. On a GPU, and under torch.compile, its row is NaN, since a
-            check would synchronise.
+        IndexError: an id beyond range, on the CPU. On a GPU, and in a graph, its row is NaN, since a check would
+            synchronise.
 
     Source: arXiv:2403.16798, Eqs. 10, 12 and 13 (without K in the denominator, which is a misprint).
     """
     _check_tensors(x, mean, var)
-    check_eps(eps)
+    eps = check_eps(eps)
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
     check_cluster_or_unknown(cluster, x, len(mean), allow_unknown)
@@ -141,10 +144,10 @@ def cluster_norm(
     if cluster is not None:
         if not allow_unknown and backend != "triton":
             cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.device.type != "cpu" or torch.compiler.is_compiling()
+        unasked = cluster.device.type != "cpu" or capture.unseen()
         any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
     if x.numel() == 0:
-        return _empty(x, mean, var)
+        return empty(x, mean, var)
     options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
@@ -208,16 +211,16 @@ def mixture_norm(
             check_parameter(name, value, mean.shape[1:], x)
     if (weight is None) != (bias is None):
         raise ValueError(f"weight: expected together with bias, got only {'bias' if weight is None else 'weight'}")
-    check_eps(eps)
+    eps = check_eps(eps)
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
-    check_groups(groups, mean.shape[1])
+    groups = check_groups(groups, mean.shape[1])
     given = log_lambda, mean, var
     backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups, (*given, weight, bias))
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
         parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
-        return _empty(x, *parameters), moments if statistics == "batch" else None
+        return empty(x, *parameters), moments if statistics == "batch" else None
     options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
     if backend == "compiled":
         y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from .backends import capture
 P = ParamSpec("P")
 R = TypeVar("R")
 DeviceLike = torch.device | str | int | None
+FLAG = torch.float32
+"""Type of ``initialized``, where 0 is not seeded: ``AveragedModel`` cannot average bool, and rounds whole numbers down.
+
+A scalar of float64 torch.compile takes for a number, and compiles twice."""
 
 
 def leaf(forward: Callable[P, R]) -> Callable[P, R]:
@@ -48,13 +52,12 @@ class NormLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_size("num_features", num_features)
-        checks.check_eps(eps)
+        self.num_features = checks.check_size("num_features", num_features)
+        self.eps = checks.check_eps(eps)
         if not checks.is_integer(channel_dim) or channel_dim == 0:
             raise ValueError(f"channel_dim: expected a dimension other than the batch's, got {channel_dim!r}")
         checks.check_dtype(dtype)
-        self.num_features, self.eps, self.affine = num_features, eps, affine
-        self.channel_dim, self.backend = channel_dim, backend
+        self.affine, self.channel_dim, self.backend = affine, int(channel_dim), backend
         shape, placed = (num_features,), {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(shape, **placed)) if affine else None
         self.bias = nn.Parameter(torch.empty(shape, **placed)) if affine else None
@@ -106,6 +109,11 @@ class NormLayer(nn.Module):
     def _learn_ready(self, ready: Tensor) -> None:
         if not torch.compiler.is_exporting():
             self._ready = ready
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.initialized = self.initialized.to(FLAG)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_initialized()

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checks, functional
-from .backends import recomputation, reference
+from .backends import capture, recomputation, reference
 from .backends.reference import UnknownPosterior, UnknownScale
 from .estimation import em, operators
 from .kernels import cluster_operators as kernels
-from .layer import DeviceLike, NormLayer, leaf
+from .layer import FLAG, DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
 SupervisedStatistics = Literal["learned", "batch"]
@@ -43,11 +43,11 @@ class _SupervisedNorm(NormLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_choice("statistics", statistics, get_args(SupervisedStatistics))
-        checks.check_momentum(momentum)
+        momentum = checks.check_momentum(momentum)
         checks.check_choice("init", init, get_args(SupervisedInit))
         checks.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         checks.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
-        checks.check_size("num_clusters", num_clusters)
+        num_clusters = checks.check_size("num_clusters", num_clusters)
         functional.check_backend(backend)
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
@@ -58,7 +58,7 @@ class _SupervisedNorm(NormLayer):
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
         self._build(**placed)
-        self.register_buffer("initialized", torch.zeros(num_clusters, dtype=torch.bool, device=device))
+        self.register_buffer("initialized", torch.zeros(num_clusters, device=device, dtype=FLAG))
         if statistics == "batch":
             for name in ("running_mean", "running_var"):
                 self.register_buffer(name, torch.empty(num_features, **placed))
@@ -113,17 +113,18 @@ class _SupervisedNorm(NormLayer):
             )
             self._learn_ready(ready)
         else:
+            capture.refuse_traced()
             if refusal:
                 raise RuntimeError(refusal)
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
-            fresh = found & ~self.initialized
+            fresh = found & (self.initialized == 0)
         self._write(
             lambda old_mean, old_log_var: (
                 torch.where(fresh[:, None], mean.to(old_mean), old_mean),
                 torch.where(fresh[:, None], log_var.to(old_log_var), old_log_var),
             )
         )
-        self.initialized |= fresh
+        self.initialized.masked_fill_(fresh, 1)
 
     def _fused(self, x: Tensor) -> bool:
         r"""Say whether kernels compute x (N, C, \*), whose ids are given, from what is stored."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional
-from .backends import closed_form, recomputation, reference, sync
+from .backends import capture, closed_form, recomputation, reference, sync
 from .backends.reference import Moments, Scale, Statistics
 from .estimation import averages, draws, em, operators
 from .estimation.averages import Average, Stored
 from .estimation.draws import generator
 from .estimation.em import Fit
 from .kernels import operators as kernels
-from .layer import DeviceLike, NormLayer, leaf
+from .layer import FLAG, DeviceLike, NormLayer, leaf
 from .native import loops
 
 Update = Literal["moving_average", "weight"]
@@ -72,24 +72,21 @@ class MixtureLayer(NormLayer):
         checks.check_choice("average", average, get_args(Average))
         checks.check_choice("scale", scale, get_args(Scale))
         checks.check_choice("init", init, get_args(MixtureInit))
-        checks.check_size("num_components", num_components)
+        num_components = checks.check_size("num_components", num_components)
         functional.check_backend(backend, num_components)
-        if groups is not None:
-            checks.check_groups(groups, num_features)
-        checks.check_momentum(momentum)
+        self.groups = self.num_features if groups is None else checks.check_groups(groups, self.num_features)
+        self.momentum, self.seed = checks.check_momentum(momentum), checks.check_whole("seed", seed)
         if min_weight is not None and not 0 < min_weight <= 1 / num_components:
             raise ValueError(f"min_weight: expected more than 0 and at most 1 / {num_components}, got {min_weight}")
         sync.check_process_group(process_group)
         if process_group is not None and backend in ("reference", "compiled"):
             raise ValueError(f"process_group: expected None with backend={backend!r}, got {process_group!r}")
         self.process_group = process_group
-        self.num_components, self.groups = num_components, groups or num_features
-        self._width = num_features // self.groups
+        self.num_components, self._width = num_components, self.num_features // self.groups
         self.average: Average = average
         self.scale: Scale = scale
         self.init: MixtureInit = init
-        self.momentum, self.seed = momentum, seed
-        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else min_weight
+        self.min_weight = MIN_WEIGHT / num_components if min_weight is None else float(min_weight)
         stored = Stored(
             torch.empty(num_components, **placed),
             torch.empty(num_components, num_features, **placed),
@@ -100,7 +97,7 @@ class MixtureLayer(NormLayer):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self.register_buffer("initialized", torch.tensor(False, device=device))
+        self.register_buffer("initialized", torch.tensor(0.0, device=device, dtype=FLAG))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -114,8 +111,14 @@ class MixtureLayer(NormLayer):
         nn.init.zeros_(self.logits)
         nn.init.zeros_(self.log_var)
         spread = torch.rand(self.mean.shape, generator=generator(self.seed, "mean"), device="cpu") * 2 - 1
-        # One component is BatchNorm, which starts at 0 and has no symmetry to break.
-        self.mean.copy_(spread if self.num_components > 1 else torch.zeros_like(spread))
+        if self.num_components == 1:
+            spread.zero_()  # BatchNorm, which starts at 0 and has no symmetry to break
+        mean: Any = self.mean
+        if hasattr(mean, "device_mesh"):  # sharded, as by fully_shard: every rank draws all of it and keeps its rows
+            from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415  (slow to load)
+
+            spread = distribute_tensor(spread, mean.device_mesh, mean.placements, src_data_rank=None)
+        mean.copy_(spread)
         self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def _in_graph(self) -> bool:
@@ -148,6 +151,7 @@ class MixtureLayer(NormLayer):
             return ready
         if self.is_initialized():
             return True
+        capture.refuse_traced()
         if refusal:
             raise RuntimeError(refusal)
         group = sync.active("world" if joined else self.process_group)
@@ -344,7 +348,7 @@ class MixtureLayer(NormLayer):
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
-        checks.check_device("x", x, self.initialized.device, "the layer")
+        checks.check_device("x", x, self.logits.device, "the layer")
         if self.training:
             y = self._train(x)
         else:
@@ -509,7 +513,7 @@ class UCBNorm(MixtureLayer):
         self.update: Update = update
         self.statistics: Statistics = statistics
         self.variance: Variance = variance
-        self.reseed = reseed
+        self.reseed = float(reseed)
         self._words = draws.key(self.seed, "reseed")  # here, because a graph cannot find it
         if reseed:
             self.register_buffer("usage", torch.empty_like(self.mean[:, : self.groups]))
@@ -528,7 +532,7 @@ class UCBNorm(MixtureLayer):
         var = averages.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
         self._write(Stored(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
-        self.initialized |= found
+        self.initialized.masked_fill_(found, 1)
 
     def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
         if self.variance == "shared":

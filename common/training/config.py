@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -164,6 +164,7 @@ class RunConfig:
     """Epochs whose checkpoints are kept for good, as checkpoints/epoch-0025.pt, beside the last two."""
     cache: Path = field(default=Path("~/.cache/cluster-based-norm"), metadata=MAY_CHANGE)
     """Folder for what several runs share: statistics of real images, feature extractors, downloads."""
+    least_evaluate_every: ClassVar[int] = 1
     epochs: int = field(default=1, metadata=MAY_CHANGE)
     """Passes over the training images."""
     evaluate_every: int = 1
@@ -194,8 +195,9 @@ class RunConfig:
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
         if self.resume and self.name is None:
             raise ValueError("resume: which run? Give its --name")
-        names = ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "evaluate_every")
+        names = ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every")
         _check_least({name: (getattr(self, name), 1) for name in names})
+        _check_least({"evaluate_every": (self.evaluate_every, self.least_evaluate_every)})
         _check_least({name: (getattr(self, name), 0) for name in ("seed", "threads", "weight_decay")})
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2 for batch statistics, got {self.batch_size}")

@@ -1,4 +1,5 @@
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
+import cbda.evaluate
 import cbda.predict
 from cbda import load_model
 from cbda.networks.classifier import SOURCE, TARGET
@@ -71,6 +73,23 @@ def test_an_exported_model_says_the_same_without_its_run_or_data(run, tmp_path, 
     for wrong, said in ((images / 255, "float32"), (images[:, :1], r"\(12, 1, 8, 8\)"), (images[..., :4], r"8, 4\)")):
         with pytest.raises(ValueError, match=rf"images: expected uint8 \(N, 3, 8, 8\), got .*{said}"):
             exported.logits(wrong)
+
+
+def test_the_best_checkpoint_is_the_one_that_validation_chose(finished, domains, tmp_path, capsys):
+    run, _ = finished
+    images = read_images(images_below(domains / "target" / "test", "images"), 8)
+    state = load(run / "checkpoints" / "best.pt")
+    best = load_model(run, checkpoint="best")
+    weight = state["averages"].get("adamatch", state["networks"]["adamatch"])["network.linear.weight"]
+    assert torch.equal(best.network.get_parameter("network.linear.weight"), weight)
+    cbda.predict.main(["--run", str(run), "--checkpoint", "best", "--images", str(domains / "target" / "test"),
+                       "--out", str(tmp_path)])  # fmt: skip
+    said = [best.classes[k] for k in best.logits(images).argmax(1)]
+    assert [row["class"] for row in rows(tmp_path / "predictions.csv")] == said
+    flags = ("--checkpoint", "best", "--tsne", "0")
+    cbda.evaluate.main(["--run", str(run), "--out", str(tmp_path / "evaluation"), *flags])
+    line = refused(capsys, cbda.predict.main, "--run", str(run), "--checkpoint", "7", "--export", str(tmp_path / "e"))
+    assert re.search("checkpoint: .* has none of 7; there are last, best", line)
 
 
 def test_bad_input(run, domains, tmp_path, capsys):

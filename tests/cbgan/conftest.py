@@ -12,7 +12,7 @@ from common.data import ImageSet
 from common.metrics.classifier import Classifier
 
 TINY = ["--width", "8", "--batch_size", "125", "--latent_dim", "16", "--data.size", "8", "--lr", "0.1",
-        "--log_every", "3", "--fid.every", "1", "--fid.samples", "60", "--fid.batch_size", "20"]  # fmt: skip
+        "--log_every", "3", "--evaluate_every", "1", "--fid.samples", "60", "--fid.batch_size", "20"]  # fmt: skip
 """Flags of a run of 8 steps an epoch that makes images of 8 pixels, different ones after the first epoch."""
 
 
@@ -41,7 +41,7 @@ def cache(tmp_path_factory) -> Path:
 def unmeasured(tmp_path_factory, cache) -> Path:
     """Train an epoch under the name run without measuring anything, and return where runs are written."""
     out = tmp_path_factory.mktemp("unmeasured")
-    flags = [*TINY, "--epochs", "1", "--fid.every", "0", "--name", "run"]
+    flags = [*TINY, "--epochs", "1", "--evaluate_every", "0", "--name", "run"]
     cbgan.train.main([*flags, "--out", str(out), "--cache", str(cache)])
     return out
 

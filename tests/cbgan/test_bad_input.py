@@ -80,7 +80,7 @@ def test_unlabelled_pictures_have_no_classifier(tiny, tmp_path, capsys, picture)
     line = refused(capsys, cbgan.train.main, *tiny, *folder)
     assert "fid.extractor" in line
     assert "inception" in line
-    line = refused(capsys, cbgan.train.main, *tiny, *folder, "--norm.kind", "scb", "--fid.every", "0")
+    line = refused(capsys, cbgan.train.main, *tiny, *folder, "--norm.kind", "scb", "--evaluate_every", "0")
     assert "the images of imagefolder have no labels; expected a norm.kind without clusters" in line
     assert not (tmp_path / "cbgan").exists()
 

@@ -36,7 +36,7 @@ FID = "metric/fid_classifier"
 def folder(tmp_path_factory) -> Path:
     """Train two epochs of two steps, measured before and after: epochs 0, 2."""
     out = tmp_path_factory.mktemp("out")
-    cbgan.train.main([*TINY, "--epochs", "2", "--fid.every", "2", "--name", "run", "--out", str(out),
+    cbgan.train.main([*TINY, "--epochs", "2", "--evaluate_every", "2", "--name", "run", "--out", str(out),
                       "--cache", str(out / "cache")])  # fmt: skip
     return out / "cbgan" / "run"
 
@@ -169,7 +169,7 @@ def test_what_was_not_measured_is_not_told():
     assert told["FID (classifier)"] == "first 20 (epoch 6), best 20 (6), last 20 (6)"
     assert "classes" not in told
     none = closing(method_after(None, every=0), [])
-    assert none["FID"] == "not measured (fid.every is 0)"
+    assert none["FID"] == "not measured (evaluate_every is 0)"
     assert list(none) == ["FID", "pictures", "evaluate", "paper's run"]
 
 
@@ -231,7 +231,7 @@ def test_a_measurement_is_told_in_short():
     final = {f"{FID}_final": 5.25, f"{FID}_low_final": 4.75, f"{FID}_high_final": 5.125}
     told[1:2] = ["of 50,000 samples 5.25", "between the distributions 4.75 to 5.125"]
     assert gan.told(values | final) == told
-    evaluation.fid = None  # fid.every 0
+    evaluation.fid = None  # evaluate_every 0
     assert gan.told({"metric/diversity": 0.5}) == ["metric/diversity 0.5"]
 
 
@@ -265,7 +265,7 @@ def test_the_closing_lines_keep_the_numbers_of_samples_apart():
 
 def test_epochs_that_are_due():
     for every, checkpoint_every, epochs in ((2, 1, [0, 2, 4, 5]), (5, 1, [0, 5]), (0, 2, [2, 4, 5])):
-        cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, fid=FidConfig(every=every))
+        cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, evaluate_every=every)
         gan = Gan(cfg, {}, torch.device("cpu"))
         assert [epoch for epoch in range(6) if gan.due(epoch)] == epochs
 

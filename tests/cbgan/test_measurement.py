@@ -60,7 +60,7 @@ def test_a_run_measures_statistics_that_were_estimated_anew(tiny, tmp_path, monk
         return {}
 
     monkeypatch.setattr(Evaluation, "run", run)
-    flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--fid.every", "0", "--ema", "0.5",
+    flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--evaluate_every", "0", "--ema", "0.5",
              "--recalibrate.images", "100", "--recalibrate.batch_size", "50"]  # fmt: skip
     cbgan.train.main([*tiny, *flags, "--name", "all"])
     cbgan.train.main([*tiny, *flags, "--name", "none", "--recalibrate.layers", "none"])
@@ -90,8 +90,8 @@ def conditional(tmp_path_factory, cache) -> Path:
     out = tmp_path_factory.mktemp("conditional")
     cbgan.train.main(["--norm.kind", "scb", "--norm.num_components", "10", "--width", "8", "--latent_dim", "8",
                       "--data.size", "8", "--batch_size", "100", "--epochs", "1", "--ema", "0.5", "--lr", "0.1",
-                      "--fid.every", "1", "--fid.samples", "50", "--schedule.kind", "constant", "--spectral", "false",
-                      "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
+                      "--evaluate_every", "1", "--fid.samples", "50", "--schedule.kind", "constant",
+                      "--spectral", "false", "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
     return out / "cbgan" / "run"
 
 
@@ -153,7 +153,7 @@ def test_copies_of_one_picture_are_trained_on_and_measured(tiny, tmp_path):
 def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, monkeypatch):
     distances = iter([1.0, 1.0, 0.9, 1.0, 0.1, 1.0])  # samples, real: before training, and after epochs 1 and 2
     monkeypatch.setattr("cbgan.evaluation.distance", lambda images: next(distances))
-    cbgan.train.main([*tiny, "--epochs", "2", "--batch_size", "500", "--name", "run", "--fid.every", "1"])
+    cbgan.train.main([*tiny, "--epochs", "2", "--batch_size", "500", "--name", "run", "--evaluate_every", "1"])
     summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
     assert summary["collapsed"] == {
         "step": 4, "cause": "diversity of samples is 0.1, was 1: the generator makes few different images",
@@ -164,7 +164,7 @@ def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, 
 def test_a_generator_that_no_longer_covers_the_real_images_is_told(tiny, tmp_path, capsys, monkeypatch):
     recalls = iter([0.7, 0.8, 0.1])  # before training, and after epochs 1 and 2
     monkeypatch.setattr(common.metrics.fid.quality, "precision_recall", lambda *_, **__: (0.9, next(recalls)))
-    flags = ["--epochs", "2", "--batch_size", "500", "--fid.every", "1", "--fid.metrics", "precision_recall"]
+    flags = ["--epochs", "2", "--batch_size", "500", "--evaluate_every", "1", "--fid.metrics", "precision_recall"]
     cbgan.train.main([*tiny, *flags, "--name", "run"])
     summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())
     assert summary["collapsed"]["step"] == 4
@@ -194,7 +194,18 @@ def test_a_run_stops_at_a_dead_component_and_at_a_discriminator_that_has_won(tin
         monkeypatch.setattr(Gan, "build", build)
     else:
         monkeypatch.setattr("cbgan.objective.discriminator_loss", lambda real, fake, kind: 0 * real.mean() + 5e-4)
-    flags = ["--epochs", "1", "--batch_size", "500", "--log_every", "1", "--fid.every", "0", "--guard.action", "stop"]
+    flags = [
+        "--epochs",
+        "1",
+        "--batch_size",
+        "500",
+        "--log_every",
+        "1",
+        "--evaluate_every",
+        "0",
+        "--guard.action",
+        "stop",
+    ]
     with pytest.raises(NonFiniteError, match=cause):
         cbgan.train.main([*tiny, *flags, "--name", "run"])
     summary = json.loads((tmp_path / "cbgan" / "run" / "summary.json").read_text())

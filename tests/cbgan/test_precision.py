@@ -101,7 +101,7 @@ def test_losses_in_reduced_precision_are_those_of_float32_within_its_rounding(pr
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_in_reduced_precision_trains_float32_weights(tiny, tmp_path, precision):
-    cbgan.train.main([*tiny, "--precision", precision, "--fid.every", "0", "--epochs", "1", "--name", "run"])
+    cbgan.train.main([*tiny, "--precision", precision, "--evaluate_every", "0", "--epochs", "1", "--name", "run"])
     state = load(tmp_path / "cbgan" / "run" / "checkpoints" / "step-00000008.pt")
     for value in state["networks"]["g"].values():
         assert value.dtype not in (torch.bfloat16, torch.float16)

@@ -46,7 +46,7 @@ def test_the_papers_configurations_are_the_papers():
         cfg = config(f"paper_{kind}.yaml")
         paper = ("cifar100", 200, 2e-4, 0, 0.9, 512)
         assert (cfg.data.name, cfg.epochs, cfg.lr, cfg.beta1, cfg.beta2, cfg.width) == paper
-        fid = (cfg.fid.every, cfg.fid.extractor, cfg.fid.samples, cfg.fid.final_samples)
+        fid = (cfg.evaluate_every, cfg.fid.extractor, cfg.fid.samples, cfg.fid.final_samples)
         assert fid == (10, "inception", 10000, 50000)
         plain = ("constant", "logistic", False, [], 0)
         assert (cfg.schedule.kind, cfg.loss, cfg.spectral, cfg.augment, cfg.ema) == plain
@@ -139,7 +139,7 @@ def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(measure
 
 
 def test_a_signal_to_all_processes_of_a_terminal_saves_the_step_and_prints_how_to_go_on(tiny, tmp_path):
-    command = [sys.executable, "-m", "cbgan.train", *tiny, "--epochs", "500", "--fid.every", "0", "--name", "run",
+    command = [sys.executable, "-m", "cbgan.train", *tiny, "--epochs", "500", "--evaluate_every", "0", "--name", "run",
                "--log_every", "1", "--data.workers", "2"]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -46,7 +46,7 @@ APPLICATIONS = {
         Application(
             "cbgan", cbgan.train.Gan, cbgan.train.main,
             ("--steps_per_epoch", "8", "--data.size", "8", "--data.flip", "--width", "8", "--latent_dim", "16",
-             "--lr", "0.1", "--schedule.kind", "constant", "--fid.every", "1", "--fid.samples", "60",
+             "--lr", "0.1", "--schedule.kind", "constant", "--evaluate_every", "1", "--fid.samples", "60",
              "--fid.batch_size", "20"), "d", 24),
         Application(
             "cbcls", cbcls.train.Classification, cbcls.train.main,

@@ -38,7 +38,6 @@ def images(count: int, split: str, seed: int) -> ImageSet:
 
 def test_a_range_holds_its_ends():
     for values in (
-        {"every": 0},
         {"samples": 2},
         {"batch_size": 1},
         {"final_samples": 2},
@@ -50,7 +49,6 @@ def test_a_range_holds_its_ends():
 
 def test_beyond_them_a_line_names_field_range_and_value():
     for values, line in (
-        ({"every": -1}, "fid.every: expected 0 or more, got -1"),
         ({"samples": 1}, "fid.samples: expected 2 or more, got 1"),
         ({"batch_size": 0}, "fid.batch_size: expected 1 or more, got 0"),
         ({"final_samples": 1}, "fid.final_samples: expected null, or 2 or more, got 1"),

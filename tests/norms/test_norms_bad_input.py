@@ -59,6 +59,7 @@ def assert_refused_unchanged(layer: Any, error: type[Exception], message: str, *
         ("ucb", "dtype", (torch.int64, torch.complex64, "float32"), "a floating-point torch.dtype or None"),
         ("bn", "dtype", (torch.int64,), "a floating-point torch.dtype or None"),
         ("in", "dtype", (torch.int64,), "a floating-point torch.dtype or None"),
+        ("ucb", "seed", NO_NUMBER, "a whole number"),
         ("ucb", "channel_dim", (0, True, 1.0), "a dimension other than the batch's"),
         ("ucb", "backend", ("cuda", "", None), BACKENDS),
         ("ucb", "groups", NOT_GROUPS, "a divisor of 4"),

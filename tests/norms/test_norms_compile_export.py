@@ -264,6 +264,29 @@ def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], fed: tuple[Tensor, 
     return torch.from_numpy(y)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
+@pytest.mark.parametrize("case", IN_EVALUATION)
+@torch.no_grad()
+def test_a_traced_layer_takes_batches_of_other_sizes_and_other_clusters(case):
+    layer = settled(case)
+    x, ids = torch.randn(3, 4, 5), torch.tensor([0, 2, 1])
+    fed, fed_ids = torch.randn(7, 4, 5), torch.tensor([2, 1, 0, 2, 2, 1, 0])
+    if LAYERS[case][0] in ("scb", "scb_base"):
+        fed_ids[3] = -1  # unknown
+    first, second = ((x, ids), (fed, fed_ids)) if takes_ids(case) else ((x,), (fed,))
+    traced: Any = torch.jit.trace(layer, first)
+    torch.testing.assert_close(traced(*second), layer(*second), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
+def test_a_trace_of_training_keeps_no_draws():
+    for case in ("mn", "scb", "ucb compiled"):
+        layer: Any = fresh(case)
+        with pytest.raises(RuntimeError, match=r"^torch\.jit\.trace: expected evaluation mode, .*"):
+            torch.jit.trace(layer, batches(case)[1])
+        torch.testing.assert_close(layer.state_dict(), fresh(case).state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", IN_EVALUATION)
 @torch.no_grad()
 def test_onnx_gives_the_numbers_of_evaluation(case):

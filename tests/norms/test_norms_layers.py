@@ -8,11 +8,13 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from norm_cases import any_norm as make_norm
 from norm_cases import mixture_case
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
 
@@ -251,6 +253,35 @@ def test_data_seeds_a_base_layer_whose_biases_have_moved():
     torch.testing.assert_close(log_var[1].exp(), x[3:].transpose(0, 1).flatten(1).var(1, correction=0))
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_averaged_models_average_buffers_too(kind):
+    layer = make_norm(kind, 4, 3, init="kmeans++" if kind in ("mn", "ucb") else "data")
+    averaged, states = AveragedModel(layer, use_buffers=True), []
+    for step in range(3):
+        x, cluster = batch(step), torch.tensor([0, 0, 0, 1, 1, 2 if step == 2 else 1])  # the last batch seeds cluster 2
+        layer(*((x, cluster) if kind in CLUSTERED else (x,)))
+        averaged.update_parameters(layer)
+        states.append(copy.deepcopy(layer.state_dict()))
+    average: Any = averaged.module
+    for name, mean in average.state_dict().items():
+        if mean.is_floating_point():  # of counts torch drops the fractions, as of BatchNorm's
+            want = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(mean, want.to(mean), atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert average.is_initialized()
+
+
+def test_flags_of_another_type_say_what_is_seeded():
+    layer = SCBNorm(4, 3, init="data")
+    layer.load_state_dict(layer.state_dict() | {"initialized": torch.tensor([True, True, False])})
+    x = batch(0)
+    for flags in (layer.initialized, torch.tensor([True, True, False])):
+        layer.load_state_dict(layer.state_dict() | {"initialized": flags.clone()}, assign=flags.dtype == torch.bool)
+        layer(x, torch.tensor([0, 0, 1, 1, 2, 2]))
+        assert not layer.mean[:2].any()
+        torch.testing.assert_close(layer.mean[2], x[4:].mean((0, 2)))
+        assert layer.initialized.bool().all()
+
+
 def test_data_seeds_a_constant_channel_with_the_least_variance():
     layer = SCBNorm(4, 2, init="data", eps=0.5)
     x = batch(0)
@@ -326,3 +357,21 @@ def test_domain_batch_norm_is_one_batch_norm_a_domain():
 def test_importing_the_layers_imports_no_triton():
     code = "import sys; import common.norms; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", [*OWN, "bn", "in", "dsbn"])
+def test_numpy_numbers_become_pythons(kind):
+    options: dict[str, Any] = {"eps": np.float32(2**-10), "momentum": np.float32(0.25)}
+    if kind in ("mn", "ucb"):
+        options |= {"groups": np.int64(2), "seed": np.int64(7), "min_weight": np.float32(2**-12)}
+    if kind == "ucb":
+        options["reseed"] = np.float32(0.125)
+    if kind == "mn":
+        options |= {"refit_every": np.int32(2), "em_steps": np.int64(3)}
+    sizes: Any = np.int64(4), np.int32(3)
+    layer = make_norm(kind, *sizes, **options)
+    plain = make_norm(kind, 4, 3, **{name: value.item() for name, value in options.items()})
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for found, wanted in zip(layer.modules(), plain.modules(), strict=True):
+        kept = {k: v for k, v in vars(found).items() if isinstance(v, int | float | np.generic)}
+        assert repr(kept) == repr({k: vars(wanted)[k] for k in kept})

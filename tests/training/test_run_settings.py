@@ -4,6 +4,7 @@ import math
 
 from refused_settings import assert_refuses, assert_takes
 
+from cbgan.config import GanConfig
 from common.training.config import BestConfig, GuardConfig, RunConfig, ScheduleConfig
 
 TINY = math.ulp(0.0)
@@ -16,6 +17,7 @@ TAKEN = [
     *((RunConfig, {name: 1}) for name in COUNTS),
     *((RunConfig, {name: TINY}) for name in MORE_THAN_0),
     *((RunConfig, {name: 0}) for name in FROM_0),
+    (GanConfig, {"evaluate_every": 0}),
     (RunConfig, {"steps_per_epoch": None, "clip": None, "name": None}),
     (RunConfig, {"batch_size": 2}),
     (RunConfig, {"ema": 0.0}),
@@ -38,6 +40,7 @@ REFUSED = [
     *((RunConfig, {name: -1}, f"{name}: expected 0 or more, got -1") for name in FROM_0),
     *((RunConfig, {name: 0.0}, f"{name}: expected more than 0, got 0.0") for name in MORE_THAN_0),
     *((RunConfig, {name: math.nan}, f"{name}: expected more than 0, got nan") for name in MORE_THAN_0),
+    (GanConfig, {"evaluate_every": -1}, "evaluate_every: expected 0 or more, got -1"),
     (RunConfig, {"batch_size": 1}, "batch_size: expected at least 2 for batch statistics, got 1"),
     (RunConfig, {"ema": 1.0}, "ema: expected 0 up to, not including, 1, got 1.0"),
     (RunConfig, {"ema": -TINY}, f"ema: expected 0 up to, not including, 1, got {-TINY}"),

@@ -1,12 +1,43 @@
-"""Steps that a CUDA graph captures: it repeats what the host has decided, and nothing that the host looks up."""
+"""Graphs of a step: they repeat what the host has decided, and nothing that the host looks up."""
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 WARM_UP = "expected two training steps before the capture, since the second still asks the device what is seeded"
 COUNTED = "expected refit_every=1 in what is captured, since the host counts the batches from one fit to the next"
 DRAWN = 'expected backend="triton" of a compiled MixtureNorm that is captured, since the host hands others their step'
 """Why one cannot be captured."""
+
+
+def exported() -> bool:
+    """Say whether torch.export or torch.jit.trace is making a graph for inputs of its own."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def traced() -> bool:
+    """Say whether a graph is being made that cannot look at values, by torch.compile or as ``exported``."""
+    return torch.compiler.is_compiling() or exported()
+
+
+def refuse_traced() -> None:
+    """Raise RuntimeError in torch.jit.trace, which would keep what is drawn or decided on the host as constants."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise RuntimeError(
+            "torch.jit.trace: expected evaluation mode, since a trace keeps what a layer draws while it is seeded or "
+            "fitted; torch.export takes a layer in training"
+        )
+
+
+def transformed() -> bool:
+    """Say whether torch.func (grad, jvp, vmap) or forward-mode AD is at work; torch has no public way to ask."""
+    active = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    return active or forward_ad._current_level >= 0
+
+
+def unseen() -> bool:
+    """Say whether values cannot be looked at: in a graph, or under torch.func, whose vmap has many at once."""
+    return traced() or transformed()
 
 
 def capturing(t: Tensor) -> bool:

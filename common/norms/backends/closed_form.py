@@ -19,10 +19,10 @@ from .reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScal
 
 
 class _Refuse(Function):
-    """Pass a gradient through; raise when it is differentiated in turn."""
+    """Pass on a gradient that follows from sources; raise when it is differentiated by them."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -46,7 +46,7 @@ def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple
             results = backward(ctx, *grads)
         if not second:
             return results
-        return tuple(r if r is None else _Refuse.apply(r.detach().requires_grad_()) for r in results)
+        return tuple(r if r is None else _Refuse.apply(r, *grads, *ctx.saved_tensors) for r in results)
 
     return wrapped
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from . import capture
+
 
 def watched(x: Tensor) -> bool:
     """Say whether something looks at the operators that are called on x, or may: it has to see them."""
@@ -19,7 +21,7 @@ def watched(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
         or _get_current_dispatch_mode() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or capture.transformed()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from . import capture
+
 P = ParamSpec("P")
 R = TypeVar("R")
 SELECTIVE = type(create_selective_checkpoint_contexts([])[0])
@@ -43,7 +45,7 @@ def running() -> bool:
 
 def _may_follow() -> bool:
     """Say whether autograd leaves it to a later pass to find what the backward pass needs."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if capture.unseen() or torch.is_inference_mode_enabled():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
     return not torch.is_grad_enabled() or hooks(True) is not None

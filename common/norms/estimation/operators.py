@@ -159,9 +159,9 @@ def seed_clusters(
     num, before = len(initialized), _is_ready(initialized, ready, refusal)
     if before:
         _, mean, log_var = _zeros(x, num)
-        return mean, log_var, torch.zeros_like(initialized), _said(before)
+        return mean, log_var, torch.zeros_like(initialized, dtype=torch.bool), _said(before)
     mean, log_var, found = em.cluster_moments(x, cluster, num, eps)
-    return mean, log_var, found & ~initialized, _said(before)
+    return mean, log_var, found & (initialized == 0), _said(before)
 
 
 @seed_clusters.register_fake
@@ -169,7 +169,8 @@ def _(
     x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, refusal: str | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, mean, log_var = _zeros(x, len(initialized))
-    return mean, log_var, torch.empty_like(initialized), torch.empty((), dtype=torch.bool, device="cpu")
+    fresh = torch.empty_like(initialized, dtype=torch.bool)
+    return mean, log_var, fresh, torch.empty((), dtype=torch.bool, device="cpu")
 
 
 for _operator in (snapshot, seed_mixture, refit_mixture, seed_clusters):

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..backends import recomputation
+from ..backends import capture, recomputation
 from ..factory import DomainBatchNorm
 from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
+_in_graph: list[Tensor | None] = []
+"""Ids of the blocks that a graph which is being made holds; torch.compile cannot trace the write of a ContextVar."""
 
 
 @contextmanager
@@ -22,13 +25,15 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
 
     Converted layers of kind "scb", "scb_base" and "dsbn" read them; an explicit ``cluster`` argument goes
     first. Blocks nest, the inner one holding, and each thread or asynchronous task has its own. What activation
-    checkpointing computes again has the ids that it had at first.
+    checkpointing computes again has the ids that it had at first. Around torch.export or torch.jit.trace ids would be
+    constants of the graph: trace ``WithClusters(model)``.
 
     Args:
         ids: int64 (N,), one a sample, -1 for unknown in evaluation; None hides an outer block's.
 
     Raises:
         ValueError: ids are not int64 (N,).
+        RuntimeError: a layer in the block is exported or traced.
 
     Example:
         >>> with clusters(labels):
@@ -36,6 +41,13 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
     """
     if ids is not None and not (isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 1):
         raise ValueError(f"ids: expected an int64 tensor (N,) or None, got {checks.describe(ids)}")
+    if capture.traced():
+        _in_graph.append(ids)
+        try:
+            yield
+        finally:
+            _in_graph.pop()
+        return
     token = _ids.set(ids)
     try:
         yield
@@ -43,13 +55,39 @@ def clusters(ids: Tensor | None) -> Iterator[None]:
         _ids.reset(token)
 
 
+class WithClusters(nn.Module):
+    r"""A converted model that takes its samples' cluster ids as a second input, as a graph needs them.
+
+    Args:
+        model: called as ``model(x)``.
+
+    Shape:
+        x as the model's; cluster int64 (N,), or None; output as the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Any:
+        """Call the model with x inside ``clusters(cluster)``."""
+        with clusters(cluster):
+            return self.model(x)
+
+
 def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
     if cluster is not None:
         return cluster
     if recomputation.running() and (given := recomputation.recall(layer, x)):
         return given[0]  # the block may have been left, or be another
-    if (ids := _ids.get()) is None:
+    ids = _in_graph[-1] if _in_graph else _ids.get()
+    if ids is None:
         return None
+    if not _in_graph and capture.exported():
+        raise RuntimeError(
+            "clusters: a block around torch.export or torch.jit.trace makes its ids constants of the graph; trace "
+            "WithClusters(model), which takes them as its second input"
+        )
     ids = ids.to(x.device)
     recomputation.remember(layer, x, [ids])
     return ids

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..estimation import averages
+from ..layer import FLAG
 
 
 def scb_state_from_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def ucb_state_from_batch_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         new[f"{prefix}logits"] = torch.zeros_like(mean[:1])
         new[f"{prefix}mean"] = mean[None].clone()
         new[f"{prefix}log_var"] = averages.log_of(var.double())[None].to(var.dtype)
-        new[f"{prefix}initialized"] = torch.ones((), dtype=torch.bool, device=mean.device)
+        new[f"{prefix}initialized"] = torch.ones((), dtype=FLAG, device=mean.device)
     return new
 
 

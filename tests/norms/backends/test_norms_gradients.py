@@ -7,6 +7,7 @@ import pytest
 import torch
 from norm_cases import backend, mixture_case, mixture_run
 from torch import nn
+from torch.autograd import forward_ad
 
 from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, make_norm, mixture_norm
 
@@ -114,11 +115,56 @@ def gradient_penalty(layer: nn.Module, *cluster: torch.Tensor) -> torch.Tensor:
 def test_a_second_derivative_names_the_backend_that_has_one(kind):
     cluster = (torch.tensor([0, 1, 2, 0]),) if kind == "scb" else ()
     for training in (True, False):
-        penalty = gradient_penalty(make_norm(kind, 4, 3).double().train(training), *cluster)
+        layer = make_norm(kind, 4, 3).double().train(training)
+        penalty = gradient_penalty(layer, *cluster)
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            torch.autograd.grad(penalty, list(layer.parameters()), retain_graph=True, allow_unused=True)
         with pytest.raises(RuntimeError, match='backend="reference"'):
             penalty.backward()
+        x = mixture_case((4, 4, 3), num=3)[0]
+        with pytest.raises(RuntimeError, match='backend="reference"'):  # by differentiating a gradient, too
+            torch.autograd.functional.jvp(lambda x, layer=layer: layer(x, *cluster), x, x)
         layer = make_norm(kind, 4, 3, backend="reference").double().train(training)
         gradient_penalty(layer, *cluster).backward()
+
+
+@pytest.mark.parametrize("kind", ["dsbn", "mn", "scb", "scb_base", "ucb"])
+def test_torch_func_transforms_a_layer(kind):
+    layer, ids = make_norm(kind, 4, 3).double(), torch.tensor([0, 1, 2, 0])
+    x, *_, v = mixture_case((4, 4, 3), num=3)
+
+    def call(x: torch.Tensor, ids: torch.Tensor = ids) -> torch.Tensor:
+        return layer(x, ids) if kind in ("dsbn", "scb", "scb_base") else layer(x)
+
+    call(x)  # moves what is stored
+    layer.eval()
+    leaf = x.clone().requires_grad_()
+    y = call(leaf)
+    (want,) = torch.autograd.grad(y, leaf, v)
+    torch.testing.assert_close(torch.func.grad(lambda x: (v * call(x)).sum())(x), want)
+    tangent = torch.func.jvp(call, (x,), (v,))[1]
+    torch.testing.assert_close(tangent, (call(x + 1e-6 * v) - call(x - 1e-6 * v)).detach() / 2e-6, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close((tangent * v).sum(), (want * v).sum())  # <J v, v> = <v, J^T v>
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(call(forward_ad.make_dual(x, v))).tangent, tangent)
+    both = torch.func.vmap(call)(torch.stack([x, v]), torch.stack([ids, ids.flip(0)]))
+    torch.testing.assert_close(both, torch.stack([call(x), call(v, ids.flip(0))]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_torch_func_trains_by_buffers_that_it_is_given(backend):
+    layer, (x, *_, v) = make_norm("ucb", 4, 3, backend=backend), mixture_case((4, 4, 3), 3, torch.float32)
+    state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
+
+    def loss(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (v * torch.func.functional_call(layer, (weights, others), (x,))).sum()
+
+    weights = {name: state.pop(name) for name in ("weight", "bias")}
+    found = torch.func.grad(loss)(weights, state)
+    (v * layer(x)).sum().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, layer.get_parameter(name).grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, dict(layer.named_buffers()), rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_has_the_second_derivatives_of_finite_differences():

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from common.norms import UCBNorm, convert_norms
+from common.norms import DomainBatchNorm, UCBNorm, convert_norms
 from common.norms.backends import sync
 
 TIMEOUT = 600
@@ -165,6 +165,18 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         learned = UCBNorm(4, 3, process_group="world", update="weight", statistics="learned")
         learned(x).sum().backward()
     results["evaluation calls"] = dict(calls)
+    layer = DomainBatchNorm(4, 2)
+    model = DistributedDataParallel(layer)
+    for _ in range(2):  # a second pass is refused where the first one left a parameter without a gradient
+        model.zero_grad()
+        model(x, torch.tensor([0, 0, rank, rank])).square().sum().backward()
+    results["domains"] = x, [[p.grad for p in domain.parameters()] for domain in layer.domains]
+    placed: Any = UCBNorm(4, 3, update="weight", device="meta")
+    fully_shard(placed, mesh=init_device_mesh("cpu", (2,)))
+    placed.to_empty(device="cpu").reset_parameters()
+    start = {name: t.full_tensor() for name, t in placed.named_parameters()}
+    placed(x).square().sum().backward()
+    results["from meta"] = x, start, {name: p.grad.full_tensor() for name, p in placed.named_parameters()}
     alone = [dist.new_group([member]) for member in range(2)][rank]
     calls.clear()
     y = UCBNorm(4, 3, process_group=alone)(x)
@@ -312,6 +324,32 @@ def test_two_forwards_before_one_backward_under_ddp(ranks, update):
         assert all(torch.equal(again[name], value) for name, value in found.items())
         for name, value in want.items():  # DDP averages the gradients of means over half the batch: the joined mean's
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_domain_that_a_rank_lacks_has_no_gradient_there(ranks):
+    want = torch.zeros(2, 2, 4)  # domains, weight and bias
+    for rank in range(2):
+        x, _ = ranks[rank]["domains"]
+        for k, share in enumerate([x, x[:0]] if rank == 0 else [x[:2], x[2:]]):
+            if len(share):
+                norm = nn.BatchNorm1d(4)
+                norm(share).square().sum().backward()
+                want[k] += torch.stack([p.grad for p in norm.parameters() if p.grad is not None]) / 2
+    for rank in ranks:
+        found = torch.stack([torch.stack(gradients) for gradients in rank["domains"][1]])
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_layer_from_meta_starts_and_learns_as_any_other(ranks):
+    layer = UCBNorm(4, 3, update="weight")
+    start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for rank in ranks:
+        layer(rank["from meta"][0]).square().sum().backward()
+    gradients = {name: p.grad / 2 for name, p in layer.named_parameters() if p.grad is not None}
+    for rank in ranks:
+        _, found, learned = rank["from meta"]
+        torch.testing.assert_close(found, start, rtol=0, atol=0)
+        torch.testing.assert_close(learned, gradients, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SEEDED)

@@ -306,3 +306,10 @@ def test_clusters_start_at_layer_norms_inputs():
     for own in (y[k::3] for k in range(3)):
         torch.testing.assert_close(own.mean((0, 1)), torch.zeros(4), rtol=0, atol=1e-5)
         torch.testing.assert_close(own.var((0, 1), correction=0), torch.ones(4), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("synchronised", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_domains_are_not_synchronised(synchronised):
+    model = convert_norms(lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), "dsbn", num_components=2)
+    with pytest.raises(ValueError, match=r"^DomainBatchNorm: .* SyncBatchNorm, .*; take kind 'scb', .*"):
+        synchronised(model)

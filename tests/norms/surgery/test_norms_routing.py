@@ -10,7 +10,7 @@ import torch
 from convert_cases import IDS, close, images, small
 from torch import nn
 
-from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, clusters, convert_norms
+from common.norms import DomainBatchNorm, SCBNorm, SCBNormBase, WithClusters, clusters, convert_norms
 
 
 def manual(model: nn.Module, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -143,3 +143,38 @@ def test_compiled_models_see_the_ids_of_each_call(kind):
             close(compiled(x), manual(model, x, ids))
             with clusters(torch.zeros_like(IDS)):
                 close(compiled(x), manual(model, x, torch.zeros_like(IDS)))
+
+
+EXPORTS: dict[str, Callable[..., Any]] = {
+    "strict": lambda model, *args: torch.export.export(model, args, strict=True).module(),
+    "not strict": lambda model, *args: torch.export.export(model, args, strict=False).module(),
+    "traced": lambda model, *args: torch.jit.trace(model, args, check_trace=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
+@pytest.mark.parametrize("how", EXPORTS)
+@pytest.mark.parametrize("kind", ["scb", "scb_base", "dsbn"])
+def test_an_exported_model_takes_ids_as_an_input_and_never_as_constants(kind, how):
+    model = convert_norms(small().eval()[:3], kind)
+    apart(model)
+    x, others = images(), torch.tensor([2, 2, 0, 2, 1, 2])  # as many of no cluster
+    with pytest.raises(Exception, match=r"clusters: .* constants .* WithClusters\(model\)"), clusters(IDS):
+        EXPORTS[how](model, x)
+    exported = EXPORTS[how](WithClusters(model), x, IDS)
+    for ids in (IDS, others):
+        close(exported(x, ids), manual(model, x, ids))
+    with clusters(IDS):  # the graph left nothing behind
+        close(model(x), manual(model, x, IDS))
+
+
+def test_a_block_inside_a_compiled_model_keeps_it_one_graph():
+    model = convert_norms(small().eval()[:3], "scb")
+    apart(model)
+    run: Callable[..., torch.Tensor] = torch.compile(WithClusters(model), backend="eager", fullgraph=True)
+    x = images()
+    for ids in (IDS, None):
+        want = manual(model, x, ids)
+        with clusters(IDS.flip(0)):  # hidden by the inner block
+            close(run(x, ids), want)
