@@ -92,14 +92,15 @@ class NormLayer(nn.Module):
         """Say whether something may be left to seed; a graph cannot ask the device."""
         return not self._seen_initialized and (torch.compiler.is_compiling() or not self.is_initialized())
 
-    def _check_seedable(self, option: str) -> None:
-        """Raise RuntimeError if what is written to a parameter now is lost."""
+    def _seed_refusal(self, option: str) -> str | None:
+        """Say why no batch can seed parameters, if what is written to one now is lost."""
         sharded = getattr(self, "_is_fsdp_managed_module", False)  # FSDP, of either version, says so to torch.compile
-        if sharded or any(parametrize.is_parametrized(module) for module in self.modules()):
-            raise RuntimeError(
-                f"{option}: the first training batches seed parameters, and FSDP and torch.nn.utils.parametrize lose "
-                "that; seed before wrapping: train on these batches, load a state dict or call set_initialized(True)"
-            )
+        if not sharded and not any(parametrize.is_parametrized(module) for module in self.modules()):
+            return None
+        return (
+            f"{option}: the first training batches seed parameters, and FSDP and torch.nn.utils.parametrize lose that; "
+            "seed before wrapping: train on these batches, load a state dict or call set_initialized(True)"
+        )
 
     def _known_ready(self) -> Tensor | None:
         """Return what a graph is to know of the seeding; an exported one has only what the state dict holds."""

@@ -106,14 +106,16 @@ class _SupervisedNorm(NormLayer):
     @torch.no_grad()
     def _seed(self, x: Tensor, cluster: Tensor) -> None:
         """Give each cluster that is seen for the first time its moments in this batch."""
+        refusal = self._seed_refusal('init="data"')
         if torch.compiler.is_compiling():
             mean, log_var, fresh, ready = operators.seed_clusters(
-                x.detach(), cluster, self.initialized, self._known_ready(), self.eps
+                x.detach(), cluster, self.initialized, self._known_ready(), refusal, self.eps
             )
             self._learn_ready(ready)
         else:
             capture.refuse_traced()
-            self._check_seedable('init="data"')
+            if refusal:
+                raise RuntimeError(refusal)
             mean, log_var, found = em.cluster_moments(x, cluster, self.num_clusters, self.eps)
             fresh = found & (self.initialized == 0)
         self._write(

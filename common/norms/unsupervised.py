@@ -142,8 +142,9 @@ class MixtureLayer(NormLayer):
             return True
         seeding = self.num_components, self.groups, self.seed, self.eps, self._seeding_steps()
         joined = self.process_group is None and not self.averages_mixture()  # all ranks have the same parameters
+        refusal = None if self.averages_mixture() else self._seed_refusal('init="kmeans++"')
         if self._in_graph():
-            known = self.initialized, self._known_ready()
+            known = self.initialized, self._known_ready(), refusal
             *fit, found, ready = operators.seed_mixture(x.detach(), *known, *seeding, joined)
             self._store_seed(Fit(*fit), found)
             self._learn_ready(ready)
@@ -151,8 +152,8 @@ class MixtureLayer(NormLayer):
         if self.is_initialized():
             return True
         capture.refuse_traced()
-        if not self.averages_mixture():
-            self._check_seedable('init="kmeans++"')
+        if refusal:
+            raise RuntimeError(refusal)
         group = sync.active("world" if joined else self.process_group)
         points, finite = em.seeding_points(x, self.seed, group)
         if len(points):

@@ -15,11 +15,14 @@ from . import em
 from .em import Fit
 
 
-def _is_ready(initialized: Tensor, ready: Tensor | None) -> bool:
+def _is_ready(initialized: Tensor, ready: Tensor | None, refusal: str | None) -> bool:
     if ready is not None and bool(ready):
         return True
     capture.refuse(initialized, capture.WARM_UP)
-    return bool(initialized.all())
+    before = bool(initialized.all())
+    if refusal and not before:
+        raise RuntimeError(refusal)
+    return before
 
 
 def _said(value: bool) -> Tensor:
@@ -51,6 +54,7 @@ def seed_mixture(
     x: Tensor,
     initialized: Tensor,
     ready: Tensor | None,
+    refusal: str | None,
     num: int,
     groups: int,
     seed: int,
@@ -60,11 +64,13 @@ def seed_mixture(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""Seed a mixture from x (N, C, \*), unless ``initialized`` or ``ready`` says that it is; joined: of all ranks.
 
+    Refusal says why it cannot be.
+
     Returns:
         weight (K,), mean and var (K, C); whether to take them, on the device; and whether the mixture was seeded
         before, on the CPU.
     """
-    before = _is_ready(initialized, ready)
+    before = _is_ready(initialized, ready, refusal)
     if not before:
         points, finite = em.seeding_points(x, seed, sync.active("world" if joined else None))
         if len(points):
@@ -85,6 +91,7 @@ def _(
     x: Tensor,
     initialized: Tensor,
     ready: Tensor | None,
+    refusal: str | None,
     num: int,
     groups: int,
     seed: int,
@@ -141,15 +148,15 @@ def _(
 
 @custom_op(f"{NAMESPACE}::seed_clusters", mutates_args=())
 def seed_clusters(
-    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
+    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, refusal: str | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Take the moments of x (N, C, \*) in each cluster, unless all of them are seeded.
+    r"""Take the moments of x (N, C, \*) in each cluster, unless all of them are seeded, or raise a refusal.
 
     Returns:
         mean and log_var (K, C); which of them to take (K,), on the device; and whether all were seeded before, on the
         CPU.
     """
-    num, before = len(initialized), _is_ready(initialized, ready)
+    num, before = len(initialized), _is_ready(initialized, ready, refusal)
     if before:
         _, mean, log_var = _zeros(x, num)
         return mean, log_var, torch.zeros_like(initialized, dtype=torch.bool), _said(before)
@@ -159,7 +166,7 @@ def seed_clusters(
 
 @seed_clusters.register_fake
 def _(
-    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, eps: float
+    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, refusal: str | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, mean, log_var = _zeros(x, len(initialized))
     fresh = torch.empty_like(initialized, dtype=torch.bool)

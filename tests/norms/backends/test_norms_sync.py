@@ -372,6 +372,8 @@ def test_parameters_that_would_lose_their_seed_are_refused(ranks, kind):
     with pytest.raises(RuntimeError, match="seed before wrapping") as error:
         layer(x, *ids_of(kind))
     assert [rank["sharded", kind] for rank in ranks] == [str(error.value)] * 2
+    with pytest.raises(RuntimeError, match="seed before wrapping"):
+        torch.compile(layer, backend="aot_eager")(x, *ids_of(kind))
     layer.set_initialized(True)
     layer(x, *ids_of(kind))
 

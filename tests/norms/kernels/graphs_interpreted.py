@@ -152,7 +152,9 @@ def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch,
         (lambda *mixture: em_operators.fit_mixture(*mixture, *counted(False), 1, *RULE), capture.WARM_UP),
         (lambda *mixture: estimation.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0, 0.1, 1), capture.DRAWN),
         (
-            lambda x, *_: estimation.seed_mixture(x, torch.tensor(True), torch.tensor(False), 3, 2, 0, 0.1, 1, False),
+            lambda x, *_: estimation.seed_mixture(
+                x, torch.tensor(True), torch.tensor(False), None, 3, 2, 0, 0.1, 1, False
+            ),
             capture.WARM_UP,
         ),
     ],
