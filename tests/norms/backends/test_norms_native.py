@@ -251,7 +251,7 @@ def test_a_home_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, ho
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    assert loops.library(1) is not None  # which remembers where the compiler is: the next line would hide it
+    assert loops._on_path(loops.compiler())  # remembered: the next line would hide it
     monkeypatch.setattr(os, "access", lambda *_: False)  # which root always may
     loops._library.cache_clear()
     try:
