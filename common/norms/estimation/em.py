@@ -38,12 +38,12 @@ class Fit(NamedTuple):
         return torch.stack([part.isfinite().all() for part in self]).all()
 
 
-def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0, most: int = MAX_POINTS) -> Tensor:
-    r"""Draw up to ``most`` locations of x (N, C, \*) without repetition, as points (P, C).
+def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0, most: int = 0) -> Tensor:
+    r"""Draw up to ``most`` locations of x (N, C, \*), or MAX_POINTS, without repetition, as points (P, C).
 
     Which ones follows from the seed, the name and the step alone, on every device; no copy of x is made to find them.
     """
-    flat = reference.flatten(x.detach())
+    flat, most = reference.flatten(x.detach()), most or MAX_POINTS
     total = flat.shape[0] * flat.shape[2]
     if total > most:
         words = draws.key(seed, "points", name)

@@ -170,7 +170,9 @@ def test_a_fit_may_be_stored_in_bfloat16_and_lie_in_memory_in_any_way():
     assert_near(step(kernel, x, g)[:2], step(exact, x.double(), g.double())[:2], rtol=1e-3)
     for name, want in exact.named_buffers():
         if want.is_floating_point():
-            torch.testing.assert_close(kernel.get_buffer(name).double(), want, rtol=2**-7, atol=2**-9, msg=name)
+            torch.testing.assert_close(
+                kernel.get_buffer(name).double(), want.double(), rtol=2**-7, atol=2**-9, msg=name
+            )
 
 
 @pytest.mark.parametrize(
