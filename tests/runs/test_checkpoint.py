@@ -182,7 +182,8 @@ def test_another_layout_is_refused_and_no_file_before_it_taken(tmp_path, layout)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(10, state(10))
     torch.save({"schema": layout}, checkpoints.path(20))
-    line = rf"^.*step-00000020\.pt: has layout {layout}, this version reads layout 2 alone; use the version that .*$"
+    own = f"has layout {layout}, this version reads layout {checkpoint.SCHEMA} alone"
+    line = rf"^.*step-00000020\.pt: {own}; use the version that .*$"
     with pytest.raises(UsageError, match=line):
         checkpoints.load_latest()
 

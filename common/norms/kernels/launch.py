@@ -128,7 +128,11 @@ MOST_CHANNELS = 65_535
 
 
 @functools.cache
-def _failure() -> str | None:
+def failure() -> str | None:
+    """Say why Triton cannot compile and launch a kernel on the current device, or return None if it can.
+
+    It is tried once in a process, without a tensor, which a mode might replace, and warned of once.
+    """
     from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
     try:
@@ -140,15 +144,6 @@ def _failure() -> str | None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
     warnings.warn(f"backend: Triton cannot start ({reason}); 'auto' takes eager", stacklevel=2)
     return reason
-
-
-@torch.compiler.assume_constant_result
-def failure() -> str | None:
-    """Say why Triton cannot compile and launch a kernel on the current device, or return None if it can.
-
-    It is tried once in a process, without a tensor, which a mode might replace, and warned of once.
-    """
-    return _failure()
 
 
 def refusal(x: Tensor) -> str | None:
@@ -163,7 +158,7 @@ def refusal(x: Tensor) -> str | None:
         return f"takes up to {MOST_CHANNELS} channels, got {x.shape[1]}"
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
-    if x.is_cuda and (reason := failure()):
+    if x.is_cuda and not torch.compiler.is_compiling() and (reason := failure()):  # Inductor needs Triton itself
         return f"cannot start: {reason}"
     return None
 

@@ -88,7 +88,7 @@ def test_the_automatic_choice_is_eager_with_a_warning_where_triton_cannot_start(
         return lambda *_: None
 
     x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, ndim=0)
-    launch._failure.cache_clear()
+    launch.failure.cache_clear()
     with gpu(90) as driver, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         driver.launcher_cls = launcher
@@ -97,7 +97,7 @@ def test_the_automatic_choice_is_eager_with_a_warning_where_triton_cannot_start(
         if reason:
             with pytest.raises(ValueError, match=f"^backend: 'triton' cannot start: {reason}"):
                 functional.choose_backend("triton", x, 3)
-    launch._failure.cache_clear()
+    launch.failure.cache_clear()
     said = [str(each.message) for each in caught]
     assert len(said) == bool(reason)
     assert all(re.match(rf"backend: Triton cannot start \({reason}.*\); 'auto' takes eager$", text) for text in said)
