@@ -135,8 +135,9 @@ def failure() -> str | None:
     """
     from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
+    kernel: Any = cluster_kernels.nothing
     try:
-        cluster_kernels.nothing[(1,)](enable_fp_fusion=FP_FUSION)
+        kernel[(1,)](enable_fp_fusion=FP_FUSION)
         return None
     except subprocess.CalledProcessError as error:  # its text is a long command, and why stands on the terminal
         reason = f"{error.cmd[0]} compiles nothing: are there Python's headers?"
