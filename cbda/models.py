@@ -9,7 +9,7 @@ from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.networks.classifier import Classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.errors import UsageError
-from common.networks.from_timm import timm_network
+from common.networks.from_timm import blank_output, timm_network
 from common.norms.config import settings_of
 
 
@@ -38,16 +38,23 @@ def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None 
         kind: another layer in place of the one under test, the first; the network's BatchNorms stay.
 
     Raises:
-        UsageError: if timm has no such network, its weights cannot be had or do not fit, or it has no such BatchNorm.
+        UsageError: if timm has no such network, its weights cannot be had or do not fit, it has no such BatchNorm, or
+            the network takes no images of the configuration's size.
     """
     norm = cfg.norm if kind is None else type(cfg.norm)(kind=kind)
     network = _network(cfg.model, num_classes)
     try:
-        return Classifier(network, norm, cfg.model.convert if kind is None else (), cfg.seed)
+        made = Classifier(network, norm, cfg.model.convert if kind is None else (), cfg.seed)
     except ValueError as error:
         field = str(error).split(":")[0]
         own = {"where": "model.convert"} | {name: f"norm.{name}" for name in settings_of(norm.kind)}
         raise UsageError(str(error).replace(field, own.get(field, field), 1)) from None
+    size = cfg.data.size
+    try:
+        blank_output(made.network, size)
+    except ValueError as error:
+        raise UsageError(f"data.size: {cfg.model.name} cannot take images of {size} pixels ({error})") from None
+    return made
 
 
 def _network(model: ModelConfig, num_classes: int) -> nn.Module:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "common/data": {"common/cli", "common/machine"},
     "common/metrics/features": {"common/machine"},
     "common/metrics": {"common/metrics/features", "common/data", "common/machine"},
-    "common/networks": set(),
+    "common/networks": {"common/norms"},
     "common/runs": {"common/cli", "common/machine"},
     "common/training": {
         "common/norms", "common/data", "common/data/sets", "common/runs", "common/cli", "common/machine",

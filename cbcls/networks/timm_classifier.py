@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
 from common.machine.seeding import derive
+from common.networks.from_timm import blank_output
 from common.norms import BatchNorm, clusters, convert_norms
 from common.norms.config import NormConfig
 
@@ -49,17 +49,9 @@ class TimmClassifier(Classifier):
         with clusters(cluster):
             return self.network(self.normalised(self.norm, x, cluster))
 
-    @torch.no_grad()
     def check_size(self, size: int) -> None:
         """Raise ValueError unless the network takes images of a side."""
-        training = self.network.training
-        try:
-            with clusters(torch.zeros(1, dtype=torch.int64)):
-                h = self.network.eval()(torch.zeros(1, 3, size, size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-        finally:
-            self.network.train(training)
+        h = blank_output(self.network, size)
         wanted = self.linear.in_features - self.num_clusters
         if h.shape != (1, wanted):
             raise ValueError(f"it makes {tuple(h.shape)} of one image, its last map takes {wanted}")

@@ -1,13 +1,15 @@
-"""Networks of timm by name, with weights from a file or timm's own."""
+"""Networks of timm by name, with weights from a file or timm's own, and whether a network takes images of a size."""
 
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UsageError
+from common.norms import clusters
+from common.norms.layer import NormLayer
 
 
 def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weights: Path | None = None) -> nn.Module:
@@ -39,6 +41,27 @@ def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weigh
     if weights is not None:
         _load(network, weights, f"timm:{name}")
     return network
+
+
+@torch.no_grad()
+def blank_output(network: nn.Module, size: int) -> Tensor:
+    """Return what a network makes in evaluation of one blank image (1, 3, size, size), whose cluster is 0.
+
+    Raises:
+        ValueError: it takes no such images, with its reason in one line.
+    """
+    training, backends = network.training, {m: m.backend for m in network.modules() if isinstance(m, NormLayer)}
+    try:
+        for layer in backends:
+            layer.backend = "reference"  # the layer's own may not run on a CPU
+        with clusters(torch.zeros(1, dtype=torch.int64)):
+            return network.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+    finally:
+        network.train(training)
+        for layer, backend in backends.items():
+            layer.backend = backend
 
 
 def _load(network: nn.Module, path: Path, called: str) -> None:

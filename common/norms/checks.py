@@ -89,6 +89,12 @@ def check_training_batch(x: Tensor, channels: int) -> None:
         raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
 
 
+def check_positions(x: Tensor) -> None:
+    r"""Raise ValueError if a sample of x (N, C, \*) holds one value per channel, of which there is no variance."""
+    if math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(x.shape)}")
+
+
 def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
     """Raise ValueError unless the tensor is on the device, which is that of ``whose``."""
     if tensor.device != device:

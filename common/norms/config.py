@@ -24,9 +24,9 @@ class NormConfig:
     """Groups of channels that share one posterior: 1 is the paper's joint one, null is one channel each."""
     update: Literal["moving_average", "weight"] | None = None
     """ucb: parameters by moving averages, or learned as weights."""
-    statistics: Literal["batch", "learned"] | None = None
+    statistics: Literal["batch", "learned", "instance"] | None = None
     """ucb: normalise by the batch's moments (Eqs. 7-9) or the learned parameters (Eq. 15) in training; scb, scb_base:
-    batch standardises each channel first."""
+    batch standardises each channel over the batch first, instance over the sample's own positions."""
     average: Literal["em", "paper"] | None = None
     """ucb: stepwise EM, or the plain rule of Algorithm 2."""
     scale: Literal["paper", "sqrt_k"] | None = None

@@ -68,8 +68,8 @@ class InstanceNorm(_InstanceNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         _check_input(self, input)
-        if (self.training or self.running_mean is None) and math.prod(input.shape[2:]) == 1:
-            raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(input.shape)}")
+        if self.training or self.running_mean is None:
+            checks.check_positions(input)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .kernels import cluster_operators as kernels
 from .layer import FLAG, DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
-SupervisedStatistics = Literal["learned", "batch"]
+SupervisedStatistics = Literal["learned", "batch", "instance"]
 
 
 class _SupervisedNorm(NormLayer):
@@ -90,7 +90,22 @@ class _SupervisedNorm(NormLayer):
             self.running_var.fill_(1)
 
     def _standardise(self, x: Tensor) -> Tensor:
-        r"""Give each channel of x (N, C, \*) mean 0 and variance 1, as BatchNorm does before its affine map."""
+        r"""Give each channel of x (N, C, \*) mean 0 and variance 1 over what ``statistics`` says."""
+        if self.statistics == "batch":
+            return self._standardise_batch(x)
+        return self._standardise_samples(x) if self.statistics == "instance" else x
+
+    def _standardise_samples(self, x: Tensor) -> Tensor:
+        """Standardise each channel of each sample over its positions, as InstanceNorm does before its affine map."""
+        checks.check_positions(x)
+        # An identity in float32: without one torch keeps the moments of half precision in half precision on a CPU.
+        weight = x.new_ones(self.num_features, dtype=reference.compute_dtype(x))
+        y = F.instance_norm(x, weight=weight, bias=torch.zeros_like(weight), eps=self.eps)
+        last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if last else y
+
+    def _standardise_batch(self, x: Tensor) -> Tensor:
+        """Standardise each channel over the batch, as BatchNorm does before its affine map."""
         if self.training:
             checks.check_training_batch(x, self.num_features)
         old = self.running_mean, self.running_var
@@ -138,7 +153,7 @@ class _SupervisedNorm(NormLayer):
         x = self._channels_first(x)
         checks.check_device("x", x, self.initialized.device, "the layer")
         checks.check_cluster_or_unknown(cluster, x, self.num_clusters, allow_unknown=not self.training)
-        if self.statistics == "batch" and x.numel():
+        if x.numel():
             x = self._standardise(x)
         if self.training and cluster is not None and self._may_seed() and not recomputation.running():
             self._seed(x, cluster)
@@ -184,19 +199,22 @@ class SCBNorm(_SupervisedNorm):
 
     Nothing in the layer holds the scale of activations while weights change. One such layer among others that do
     (BatchNorm, UCBNorm) trains at their learning rates; where every layer of a deep network is one, training
-    diverges at BatchNorm's rates, and statistics="batch" holds the scale: each channel is standardised over the
-    batch, as by BatchNorm, and the clusters' means and deviations are those of standardised activations.
+    diverges at BatchNorm's rates. statistics="batch" and "instance" hold the scale: each channel is standardised over
+    the batch, as by BatchNorm, or over the sample's own positions, as by InstanceNorm, and the clusters' means and
+    deviations are those of standardised activations.
 
     Args:
         num_features: channels C.
         num_clusters: clusters K.
         statistics: "learned" is the paper's; "batch" standardises each channel first, over the batch in training and
-            by moving averages in evaluation.
+            by moving averages in evaluation; "instance" standardises each sample's channels first, over the sample's
+            positions, in training and evaluation alike, and stores nothing.
         momentum: weight of the new batch in these averages, PyTorch's orientation.
         eps: added to the variance, in squared units of x.
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
-            training batch that holds it, joined over all ranks: until then a training forward is collective.
+            training batch that holds it, joined over all ranks: until then a training forward is collective. With
+            statistics="instance" these moments are 0 and 1, so that "data" is the identity.
         unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".
@@ -213,7 +231,7 @@ class SCBNorm(_SupervisedNorm):
     Raises:
         ValueError: an option is out of range; x has not C channels, cluster is not (N,) int64, or it is None in
             training; x, cluster and the layer are not on one device; x holds one value per channel in training with
-            statistics="batch".
+            statistics="batch", or one position with statistics="instance".
         RuntimeError: a batch is to seed parameters that FSDP or a parametrization has replaced.
         IndexError: an id outside [0, K), or -1 in training, on the CPU; on a GPU its row is NaN.
 

@@ -9,13 +9,13 @@ from torch import nn
 
 import cbda.adamatch
 from cbda import load_model
-from cbda.config import AdaMatchConfig, ModelConfig
+from cbda.config import AdaMatchConfig, ImagesConfig, ModelConfig
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.networks.pixels import pixels_of
-from common.norms import UCBNorm
+from common.norms import SCBNorm, UCBNorm
 from common.norms.config import NormConfig
 from common.runs.checkpoint import load
 
@@ -49,6 +49,21 @@ def test_timms_networks_take_local_weights_but_for_a_last_layer_of_other_classes
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UsageError, match=r"^model.weights: .* cannot be read as weights"):
         build_classifier(config(name=SMALL, weights=path), 4)
+
+
+def test_images_whose_last_maps_have_no_instance_statistics_are_refused():
+    model = ModelConfig(name=SMALL, convert=["all"])
+    instance = NormConfig(kind="scb", num_components=2, statistics="instance", backend="triton")
+    for size in (32, 64):
+        cfg = AdaMatchConfig(data=ImagesConfig(size=size), model=model, norm=instance)
+        if size == 32:
+            with pytest.raises(
+                UsageError, match=rf"^data.size: {SMALL} cannot take .* 32 pixels \(x: expected more than"
+            ):
+                build_classifier(cfg, 4)
+        else:
+            layers = [m for m in build_classifier(cfg, 4).modules() if isinstance(m, SCBNorm)]
+            assert {(m.backend, m.training) for m in layers} == {("triton", True)}
 
 
 def test_timms_batch_norms_are_converted_by_name():

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.norms import MixtureNorm, UCBNorm, clusters, convert_norms, mixture_norm
+from common.norms import MixtureNorm, SCBNorm, UCBNorm, clusters, convert_norms, mixture_norm
 
 LAYERS = {
     "bn": ("bn", {}),
@@ -25,6 +25,7 @@ LAYERS = {
     "mn, each channel, refit": ("mn", {"groups": None, "refit_every": 2, "init": "uniform"}),
     "scb": ("scb", {"affine": True, "init": "data"}),
     "scb batch": ("scb", {"statistics": "batch"}),
+    "scb instance": ("scb", {"statistics": "instance", "init": "data"}),
     "scb_base": ("scb_base", {"init": "data"}),
     "ucb": ("ucb", {}),
     "ucb compiled": ("ucb", {"groups": 1, "init": "kmeans++", "backend": "compiled"}),
@@ -163,6 +164,16 @@ def test_training_through_inductor_has_the_gradients_of_the_reference(layer, gra
         assert graphs_of(step) == graphs_of_batch_norm
 
 
+@pytest.mark.parametrize("statistics", ["learned", "batch", "instance"])
+def test_clusters_take_as_many_graphs_as_batch_norm(statistics, graphs_of_batch_norm):
+    layer = torch.compile(SCBNorm(16, 3, statistics=statistics), fullgraph=True, backend="eager")
+
+    def step(n: int) -> None:
+        layer(torch.randn(n, 16, 8, 8, requires_grad=True), torch.arange(n) % 3)
+
+    assert graphs_of(step) == graphs_of_batch_norm
+
+
 @pytest.mark.parametrize("kind", ["ucb", "scb"])
 def test_a_converted_network_is_one_graph(kind):
     network, ids = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).double(), torch.arange(6) % 3
@@ -241,6 +252,7 @@ IN_EVALUATION = (
     "dsbn, no statistics",
     "mn",
     "scb",
+    "scb instance",
     "scb_base",
     "ucb",
     "ucb compiled",

@@ -27,6 +27,7 @@ KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
         ({"kind": "dsbn", "momentum": math.nan}, "momentum: expected 0 to 1, got nan"),
         ({"backend": "cuda"}, "backend: expected one of 'auto', .*, got 'cuda'"),
         ({"statistics": "learned"}, "statistics: 'learned' needs update='weight', got update='moving_average'"),
+        ({"statistics": "instance"}, "statistics: expected one of 'batch', 'learned', got 'instance'"),
         ({"reseed": 2}, "reseed: expected at least 0 and less than 1 / 3, got 2"),
         ({"kind": "mn", "variance": "shared"}, "variance: shared means nothing to norm.kind mn; leave it out"),
     ],

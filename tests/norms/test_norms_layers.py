@@ -24,6 +24,7 @@ CLUSTERED = ("dsbn", "scb", "scb_base")
 OPTIONS = {
     "scb data": ("scb", {"init": "data", "statistics": "batch"}),
     "scb_base data": ("scb_base", {"init": "data", "affine": True}),
+    "scb_base instance": ("scb_base", {"statistics": "instance"}),
     "ucb joint paper": ("ucb", {"groups": 1, "average": "paper"}),
     "ucb weight seeded": ("ucb", {"update": "weight", "init": "kmeans++", "groups": 2}),
     "ucb reseed shared": ("ucb", {"reseed": 0.3, "momentum": 1.0, "variance": "shared"}),

@@ -1,25 +1,31 @@
-"""SCB layers with statistics="batch": the clusters' rows are those of standardised activations."""
+"""SCB layers with statistics="batch" or "instance": the clusters' rows are those of standardised activations."""
 
 import pytest
 import torch
 from norm_cases import any_norm
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from common.norms import SCBNorm, clusters, convert_norms
+from common.norms import SCBNorm, cluster_norm, clusters, convert_norms
 
 
-def layer_and_twin(kind, affine=False):
+def layer_of(kind, **options):
     torch.manual_seed(0)
-    layer = any_norm(kind, 4, 3, statistics="batch", momentum=0.3, affine=affine, dtype=torch.float64)
+    layer = any_norm(kind, 4, 3, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def layer_and_twin(kind, affine=False):
+    layer = layer_of(kind, statistics="batch", momentum=0.3, affine=affine)
     return layer, nn.BatchNorm1d(4, momentum=0.3, affine=False).double()
 
 
 def equations(layer, twin, x, ids):
-    """Eq. 10 of BatchNorm's output, and the layer's affine map."""
+    """Eq. 10 of the twin's output, and the layer's affine map."""
     mean, log_var = layer.rows()
     y = (twin(x) - mean[ids][:, :, None]) / (log_var[ids][:, :, None].exp() + layer.eps).sqrt()
     return y if layer.weight is None else y * layer.weight[:, None] + layer.bias[:, None]
@@ -88,13 +94,103 @@ def test_the_options_are_shown_and_reset():
     assert {"running_mean", "running_var"}.isdisjoint(SCBNorm(4, 2).state_dict())
 
 
-def noise():
+def by_instance(x):
+    return F.instance_norm(x, eps=1e-3)
+
+
+def samples(shape=(6, 4, 7)):
+    """Samples (N, C, *) of many scales, and their clusters."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return 5 + x * torch.arange(1, len(x) + 1, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1)), torch.arange(len(x)) % 3
+
+
+@pytest.mark.parametrize(("kind", "affine"), [("scb", False), ("scb_base", True)])
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_it_is_eq_10_of_instance_norms_output(kind, affine, backend):
+    layer = layer_of(kind, statistics="instance", affine=affine, eps=1e-3, backend=backend)
+    x, ids = samples()
+    for training in (True, False):
+        layer.train(training)
+        own, other = (x.clone().requires_grad_() for _ in range(2))
+        found, want = layer(own, ids), equations(layer, by_instance, other, ids)
+        torch.testing.assert_close(found, want)
+        weights = torch.randn_like(found)
+        gradients = [
+            torch.autograd.grad((y * weights).sum(), [leaf, *layer.parameters()])
+            for y, leaf in ((found, own), (want, other))
+        ]
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(layer(x[2:3], ids[2:3]), want[2:3])  # a sample by itself
+
+
+@pytest.mark.parametrize("posterior", ["location", "sample"])
+def test_unknown_clusters_are_weighed_by_the_posteriors_of_the_standardised_sample(posterior):
+    layer = layer_of("scb", statistics="instance", eps=1e-3, unknown_posterior=posterior).eval()
+    x, ids = samples()
+    ids[2:] = -1
+    for given in (ids, None):
+        options = {"eps": 1e-3, "unknown_posterior": posterior, "backend": "reference"}
+        want = cluster_norm(by_instance(x), given, layer.mean, layer.log_var.exp(), **options)
+        torch.testing.assert_close(layer(x, given), want)
+
+
+def test_instance_statistics_keep_layouts():
+    layer, last = (layer_of("scb", statistics="instance", eps=1e-3, channel_dim=dim) for dim in (1, -1))
+    x, ids = samples((6, 4, 3, 5))
+    want = equations(layer, by_instance, x.flatten(2), ids).view_as(x)
+    y = layer(x.contiguous(memory_format=torch.channels_last), ids)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(last(x.movedim(1, -1), ids), want.movedim(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset", "tolerance"),
+    [(torch.bfloat16, 3, 2**-5), (torch.float16, 3, 2**-8), (torch.float32, 1e3, 2e-3)],
+)
+def test_instance_statistics_are_exact_to_rounding(dtype, offset, tolerance):
+    """Deviations are 0.25 and more; moments rounded to half precision, or taken of squares, miss by more."""
+    layer = layer_of("scb", statistics="instance", eps=1e-3)
+    x = (offset + (samples((6, 4, 16, 16))[0] - 5) / 4).to(dtype)
+    ids = samples()[1]
+    want = equations(layer, by_instance, x.double().flatten(2), ids).view(x.shape)
+    y = layer.float()(x, ids)
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance)
+
+
+def test_instance_statistics_of_one_position_are_refused_and_of_none_pass():
+    for kind in ("scb", "scb_base"):
+        layer = layer_of(kind, statistics="instance")
+        for training in (True, False):
+            layer.train(training)
+            for shape in ((6, 4), (6, 4, 1), (6, 4, 1, 1)):
+                with pytest.raises(ValueError, match=r"^x: expected more than one position to take statistics of, got"):
+                    layer(torch.zeros(shape, dtype=torch.float64), torch.arange(6) % 3)
+            for shape in ((0, 4, 1), (0, 4, 5), (6, 4, 0)):
+                x = torch.zeros(shape, dtype=torch.float64)
+                y = layer(x, torch.arange(len(x)) % 3)
+                assert y.shape == shape
+                gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
+                assert not any(g.any() for g in gradients)
+
+
+def test_instance_statistics_store_nothing_and_seed_the_identity():
+    layer = SCBNorm(4, 3, statistics="instance", init="data", dtype=torch.float64)
+    assert layer.state_dict().keys() == SCBNorm(4, 3).state_dict().keys()
+    assert "statistics='instance'" in repr(layer)
+    x, ids = samples()
+    torch.testing.assert_close(layer(x, ids), F.instance_norm(x), rtol=0, atol=1e-3)
+    torch.testing.assert_close(layer.mean.detach(), torch.zeros(3, 4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def noise(size):
     rng = torch.Generator().manual_seed(1)
-    return torch.randn(12, 3, 32, 32, generator=rng), torch.arange(12) % 10, torch.arange(12) % 3
+    return torch.randn(12, 3, size, size, generator=rng), torch.arange(12) % 10, torch.arange(12) % 3
 
 
-def losses(model, steps=8, lr=0.05):
-    x, labels, ids = noise()
+def losses(model, steps=8, lr=0.05, size=32):
+    x, labels, ids = noise(size)
     optimizer, found = torch.optim.SGD(model.parameters(), lr), []
     for _ in range(steps):
         with clusters(ids):
@@ -123,6 +219,13 @@ def test_a_fresh_resnet_trains_at_batch_norms_learning_rate(kind, options, recwa
     assert max(found) < 5
 
 
+def test_instance_statistics_hold_the_scale_of_a_fresh_resnet():
+    torch.manual_seed(0)
+    found = losses(convert_norms(resnet18(num_classes=10), "scb", statistics="instance"), size=64)
+    assert found[-1] < found[0]
+    assert max(found) < 5
+
+
 def test_conversion_warns_where_nothing_is_left_to_hold_the_scale():
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=r"^model: with '.*' at every layer nothing holds .*where=0.*'batch'"):
@@ -130,4 +233,5 @@ def test_conversion_warns_where_nothing_is_left_to_hold_the_scale():
     assert not losses(model, steps=4)[-1] < 10  # as the warning says: it overflows
     convert_norms(resnet18(), "scb", where=0)  # warns of nothing, nor does this
     convert_norms(resnet18(), "scb", where=list(range(1, 20)))
-    convert_norms(resnet18(), "scb", statistics="batch")
+    for statistics in ("batch", "instance"):
+        convert_norms(resnet18(), "scb", statistics=statistics)

@@ -49,7 +49,8 @@ def convert_norms(
     the layer's weight, which is frozen where BatchNorm had none, so that a trained model goes on working: on Gaussian
     activations the output is BatchNorm's but for 1.2 % of its deviation. With K = 1, and for "scb", "scb_base" and
     "dsbn", where all clusters start alike, the evaluation output is BatchNorm's up to rounding. ``recalibrate`` then
-    fits the mixtures to data.
+    fits the mixtures to data. With statistics="instance" the moments of each sample take the place of BatchNorm's,
+    which changes the output: train on.
 
     Taken over from each layer: its running statistics, eps, momentum, weight and bias (copies), dtype, device,
     mode, and hooks: forward, backward and state-dict hooks with their handles. A load_state_dict pre-hook
@@ -60,7 +61,9 @@ def convert_norms(
     very same dropout and activation. A SyncBatchNorm becomes a "ucb" of its process group. A LayerNorm is
     replaced where ``where`` asks for it: the channels are the dimension it normalises over, weight and bias are
     taken over, and as it keeps no statistics the mixture starts at mean 0 and variance 1. A warning says what to
-    do: estimate the mixtures, and train on, since moments of channels are not those of tokens.
+    do: estimate the mixtures, and train on, since moments of channels are not those of tokens. An InstanceNorm
+    without running statistics becomes, where ``where`` asks for it, an "scb" or "scb_base" with
+    statistics="instance" that computes the same.
 
     Args:
         model: holds the layers as submodules, at any depth, or is one.
@@ -69,7 +72,7 @@ def convert_norms(
         where: the layers to replace: a qualified name, an index among the BatchNorm layers in the order of
             ``named_modules`` (converted ones keep theirs), a type such as ``nn.BatchNorm2d`` or ``nn.LayerNorm``
             with its subclasses, several of these, or a predicate ``(name, module) -> bool``, asked about
-            LayerNorms too; None for all BatchNorm layers.
+            LayerNorms and InstanceNorms too; None for all BatchNorm layers.
         num_components: components, clusters or domains K.
         options: of the new layers; eps, affine and momentum default to the BatchNorm's own. With an explicit
             ``init`` that is taken from data, the first training batch replaces the start described above.
@@ -79,7 +82,7 @@ def convert_norms(
 
     Raises:
         ValueError: nothing is matched, a name is unknown, a layer is converted already or is one whose
-            behaviour would be lost, a SyncBatchNorm or LayerNorm cannot become this kind, a norm belongs to
+            behaviour would be lost, a SyncBatchNorm, LayerNorm or InstanceNorm cannot become this, a norm belongs to
             torch's TransformerEncoderLayer, whose fast path goes past it, or an option is wrong. The model is
             then unchanged.
     """
@@ -115,8 +118,8 @@ def convert_norms(
     if _nothing_holds_the_scale(model, new.values()):
         warnings.warn(
             f"model: with {kind!r} at every layer nothing holds the scale of activations, and training diverges at "
-            "BatchNorm's learning rates; convert one layer (where=0), or give statistics='batch' (commands: "
-            "--norm.statistics batch)",
+            "BatchNorm's learning rates; convert one layer (where=0), or give statistics='batch' or 'instance' "
+            "(commands: --norm.statistics batch)",
             stacklevel=2,
         )
     return model
@@ -125,7 +128,7 @@ def convert_norms(
 def _nothing_holds_the_scale(model: nn.Module, new: Iterable[nn.Module]) -> bool:
     """Say whether many layers are new and no layer of the model takes statistics of its input in training."""
     held = (_BatchNorm, DomainBatchNorm, MixtureNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm)
-    holds = [isinstance(m, held) or getattr(m, "statistics", None) == "batch" for m in model.modules()]
+    holds = [isinstance(m, held) or getattr(m, "statistics", None) in ("batch", "instance") for m in model.modules()]
     return len({*new}) > SAFE_DEPTH and not any(holds)
 
 
@@ -140,11 +143,17 @@ def _check_kind(kind: str, form: Form, module: nn.Module, called: str, options: 
             f"kind: expected 'ucb', 'scb' or 'scb_base' for {called}, which takes statistics over all processes, "
             f"got {kind!r}, which knows its own process alone"
         )
+    statistics = options.get("statistics")
+    if isinstance(module, _InstanceNorm) and statistics != "instance":
+        raise ValueError(
+            f"statistics: expected 'instance', with kind 'scb' or 'scb_base', for {called}, which takes statistics of "
+            f"each sample, got {statistics!r} with kind {kind!r}"
+        )
     if not isinstance(module, nn.LayerNorm):
         return
     if kind == "dsbn":
         raise ValueError(f"kind: expected 'ucb' or 'mn' for {called}, got 'dsbn', whose BatchNorms have no channel_dim")
-    if kind in ("scb", "scb_base") and options.get("init") != "data":
+    if kind in ("scb", "scb_base") and options.get("init") != "data" and statistics != "instance":
         raise ValueError(
             f"init: expected 'data' for kind {kind!r} at {called}, which keeps no statistics to start from, "
             f"got {options.get('init', 'identity')!r}"

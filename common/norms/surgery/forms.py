@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..factory import BatchNorm
+from ..factory import BatchNorm, InstanceNorm
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
+_PLAIN_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, InstanceNorm)
 _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _AFTER = ("drop", "act")
 _NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm3d: 5}
@@ -21,8 +23,8 @@ class Form(NamedTuple):
     """What a layer computes: a norm over channels, and what follows it.
 
     Args:
-        norm: statistics, affine map, eps and momentum; a LayerNorm's, which has no statistics, is at mean 0 and
-            variance 1.
+        norm: statistics, affine map, eps and momentum; a LayerNorm's or InstanceNorm's, which has no
+            statistics, is at mean 0 and variance 1.
         channel_dim: the dimension that holds the channels.
         process_group: of a SyncBatchNorm, otherwise None.
         after: dropout ``drop`` and activation ``act``, as far as there are any.
@@ -35,7 +37,7 @@ class Form(NamedTuple):
 
 
 def form_of(module: nn.Module, device: torch.device | None = None) -> Form:
-    """Return what a BatchNorm or LayerNorm computes.
+    """Return what a BatchNorm, LayerNorm or InstanceNorm computes.
 
     A subclass with a dropout ``drop`` and an activation ``act``, and one of LayerNorm with the channels in
     another place, is known by what it does: its output in evaluation is compared with that of the form.
@@ -51,6 +53,8 @@ def form_of(module: nn.Module, device: torch.device | None = None) -> Form:
         raise ValueError("has a forward of its own, which would be lost")
     if isinstance(module, nn.LayerNorm):
         return _layer_norm(module, device)
+    if isinstance(module, _InstanceNorm):
+        return _instance_norm(module, device)
     assert isinstance(module, _BatchNorm)
     form = Form(module, after=_after(module))
     if type(module) not in _PLAIN and not form.after:
@@ -67,7 +71,8 @@ def form_of(module: nn.Module, device: torch.device | None = None) -> Form:
 
 
 def _more(module: nn.Module) -> str:
-    norm = "LayerNorm" if isinstance(module, nn.LayerNorm) else "BatchNorm"
+    bases = {nn.LayerNorm: "LayerNorm", _InstanceNorm: "InstanceNorm", _BatchNorm: "BatchNorm"}
+    norm = next(name for base, name in bases.items() if isinstance(module, base))
     return f"does more than torch's {norm}, which would be lost"
 
 
@@ -93,7 +98,7 @@ def _layer_norm(module: nn.LayerNorm, device: torch.device | None) -> Form:
         raise ValueError(f"normalises over {module.normalized_shape}, of which none alone is the channels")
     if {*module._parameters} != {"weight", "bias"} or module._buffers:
         raise ValueError("has parameters or buffers of its own (pruning?), which would be lost")
-    form = Form(_at_zero(module, device), -1, after=_after(module))
+    form = Form(_at_zero(module, module.normalized_shape[0], device), -1, after=_after(module))
     if type(module) is nn.LayerNorm and not form.after:
         return form
     channels = module.normalized_shape[0]
@@ -109,11 +114,21 @@ def _layer_norm(module: nn.LayerNorm, device: torch.device | None) -> Form:
     raise ValueError(_more(module))
 
 
-def _at_zero(module: nn.LayerNorm, device: torch.device | None) -> BatchNorm:
-    """Return a BatchNorm with a LayerNorm's affine map and options, mean 0 and variance 1."""
+def _instance_norm(module: _InstanceNorm, device: torch.device | None) -> Form:
+    if type(module) not in _PLAIN_INSTANCE:
+        raise ValueError(_more(module))
+    if {*module._parameters, *module._buffers} != _STATE:
+        raise ValueError("has parameters or buffers of its own (pruning?), which would be lost")
+    if module.running_mean is not None:
+        raise ValueError("evaluates by running statistics (track_running_stats=True), which would be lost")
+    return Form(_at_zero(module, module.num_features, device))
+
+
+def _at_zero(module: nn.LayerNorm | _InstanceNorm, channels: int, device: torch.device | None) -> BatchNorm:
+    """Return a BatchNorm with a layer's affine map and options, mean 0 and variance 1."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     like: dict[str, Any] = {"device": device} if weight is None else {"device": weight.device, "dtype": weight.dtype}
-    norm = BatchNorm(module.normalized_shape[0], module.eps, affine=weight is not None, **like)
+    norm = BatchNorm(channels, module.eps, affine=weight is not None, **like)
     if weight is not None:
         norm.weight = weight
         # Without a bias, one that stays 0.

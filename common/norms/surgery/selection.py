@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import checks
 from ..factory import DomainBatchNorm
@@ -33,8 +34,8 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def places(module: nn.Module, name: str = "", parent: nn.Module | None = None, key: str = "") -> Iterator[Place]:
-    """Find every place that holds a BatchNorm, a LayerNorm or a converted layer; a shared one has several."""
-    if is_converted(module) or isinstance(module, (_BatchNorm, nn.LayerNorm)):
+    """Find every place that holds a BatchNorm, LayerNorm, InstanceNorm or converted layer; a shared one has several."""
+    if is_converted(module) or isinstance(module, (_BatchNorm, nn.LayerNorm, _InstanceNorm)):
         yield Place(name, parent, key, module)
     elif not isinstance(module, DomainBatchNorm):
         for child_key, child in module._modules.items():
@@ -58,14 +59,16 @@ def select(found: list[Place], where: Where | None) -> dict[nn.Module, str]:
     """
     names = names_of(found)
     norms = [module for module in names if isinstance(_original(module), _BatchNorm)]
-    others = len(names) - len(norms)
+    layer_norms = sum(isinstance(_original(module), nn.LayerNorm) for module in names)
+    counts = {"LayerNorm": layer_norms, "InstanceNorm": len(names) - len(norms) - layer_norms}
+    others = " and ".join(f"{count} {name}s" for name, count in counts.items() if count)
     if not names:
         raise ValueError("model: expected at least one BatchNorm layer inside, found none")
     if where is None:
         if not norms:
             raise ValueError(
-                f"model: expected at least one BatchNorm layer inside, found {others} LayerNorms, which are converted "
-                "where asked for: where=nn.LayerNorm"
+                f"model: expected at least one BatchNorm layer inside, found {others}, which are converted "
+                "where asked for, as by where=nn.LayerNorm"
             )
         return {module: names[module] for module in norms}
     if _is_predicate(where):
@@ -74,7 +77,7 @@ def select(found: list[Place], where: Where | None) -> dict[nn.Module, str]:
         by_name = {place.name: place.module for place in found}
         chosen = [module for item in _items(where) for module in _matches(item, by_name, norms)]
     if not chosen:
-        what = f"{len(norms)} BatchNorm layers" + (f" or {others} LayerNorms" if others else "")
+        what = f"{len(norms)} BatchNorm layers" + (f" or {others}" if others else "")
         raise ValueError(f"where: expected to match at least one of {what}, matched none")
     return {module: names[module] for module in chosen}
 
@@ -111,7 +114,7 @@ def _matches(item: Any, by_name: dict[str, nn.Module], norms: list[nn.Module]) -
         if item in by_name:
             return [by_name[item]]
         known = ", ".join(list(by_name)[:5]) + (", ..." if len(by_name) > 5 else "")
-        raise ValueError(f"where: expected the name of a BatchNorm or LayerNorm ({known}), got {item!r}")
+        raise ValueError(f"where: expected the name of a BatchNorm, LayerNorm or InstanceNorm ({known}), got {item!r}")
     if checks.is_integer(item):
         if -len(norms) <= item < len(norms):
             return [norms[item]]

@@ -56,6 +56,7 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
         if layer.statistics == "batch":
             layer.running_mean.copy_(norm.running_mean)
             layer.running_var.copy_(norm.running_var)
+        if layer.statistics != "learned":
             row = (torch.zeros_like(row[0]), torch.full_like(row[1], math.log1p(-layer.eps)))  # variance 1 with eps
         layer._write(lambda *old: (row[0].expand_as(old[0]), row[1].expand_as(old[1])))
     if "init" not in options:

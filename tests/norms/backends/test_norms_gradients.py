@@ -64,6 +64,7 @@ def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
 LAYERS = {
     "scb": lambda: SCBNorm(4, 3),
     "scb affine": lambda: SCBNorm(4, 3, affine=True),
+    "scb instance": lambda: SCBNorm(4, 3, statistics="instance"),
     "scb_base": lambda: SCBNormBase(4, 3),
     "ucb": lambda: UCBNorm(4, 3),
     "ucb joint": lambda: UCBNorm(4, 3, groups=1, scale="sqrt_k"),

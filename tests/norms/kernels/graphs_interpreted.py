@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned": ("ucb", {"update": "weight"}),
     "SCBNorm": ("scb", {"affine": True}),
     "standardised": ("scb", {"statistics": "batch", "init": "data"}),
+    "standardised by sample": ("scb", {"statistics": "instance"}),
     "MixtureNorm": ("mn", {"em_steps": 2}),
 }
 STEPS = [*((name, True) for name in LAYERS), ("UCBNorm", False), ("SCBNorm", False)]

@@ -42,6 +42,22 @@ def test_evaluation_is_batch_norms(kind, num, type_):
         close(model(x), want)
 
 
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_instance_statistics_take_the_place_of_batch_norms(kind):
+    model = small().eval()
+    twin, x = copy.deepcopy(model), images()
+    for place, key in ((twin, 1), (twin[3], 1)):
+        norm = place[key]
+        place[key] = nn.InstanceNorm2d(norm.num_features, norm.eps, affine=True)
+        place[key].load_state_dict({name: getattr(norm, name) for name in ("weight", "bias")})
+    convert_norms(model, kind, where=[0, 1], statistics="instance")
+    for training in (False, True):
+        model.train(training)
+        twin.train(training)
+        with routed(kind):
+            close(model(x), twin(x))
+
+
 @pytest.mark.parametrize(("kind", "num"), [("ucb", 2), ("mn", 3)])
 def test_a_mixture_starts_with_batch_norms_total_moments(kind, num):
     model = small()
@@ -234,9 +250,9 @@ def test_wrong_conversions_are_named():
         (lambda m: convert_norms(m, "bn"), "kind: expected one of 'mn', 'ucb', 'scb', 'scb_base', 'dsbn', got 'bn'"),
         (
             lambda m: convert_norms(m, "ucb", "conv1"),
-            r"where: expected the name of a BatchNorm or LayerNorm \(1, 3.1, 6\), got 'conv1'",
+            r"where: expected the name of a BatchNorm, LayerNorm or InstanceNorm \(1, 3.1, 6\), got 'conv1'",
         ),
-        (lambda m: convert_norms(m, "ucb", "0"), "where: expected the name of a BatchNorm or LayerNorm"),
+        (lambda m: convert_norms(m, "ucb", "0"), "where: expected the name of a BatchNorm, LayerNorm or"),
         (lambda m: convert_norms(m, "ucb", 3), "where: expected an index below the 3 BatchNorm layers, got 3"),
         (lambda m: convert_norms(m, "ucb", -4), "where: expected an index below the 3 BatchNorm layers, got -4"),
         (lambda m: convert_norms(m, "ucb", lambda *_: False), "where: expected to match at least one of 3"),

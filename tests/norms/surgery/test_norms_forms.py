@@ -270,6 +270,48 @@ def test_layer_norms_are_left_alone_unless_asked_for():
         convert_norms(mixed(), "ucb", nn.Conv2d)
 
 
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_an_instance_norm_becomes_one_of_clusters_that_computes_the_same(kind, affine):
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, eps=1e-3, affine=affine)
+    for p in norm.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.BatchNorm2d(4)).eval()
+    x = images()
+    want = model[:2](x)
+    convert_norms(model, kind, nn.InstanceNorm2d, statistics="instance")
+    assert converted(model) == ["1"]
+    assert model[1].affine == affine
+    for training in (True, False):
+        model.train(training)
+        with routed(kind):
+            close(model[:2](x), want)
+    assert revert_norms(model)[1] is norm
+
+
+def test_an_instance_norm_is_refused_where_it_would_be_lost():
+    model = nn.Sequential(nn.InstanceNorm1d(4), nn.BatchNorm1d(4))
+    cases: Any = (("ucb", {}, "None with kind 'ucb'"), ("scb", {"statistics": "batch"}, "'batch' with"))
+    for kind, options, found in cases:
+        expected = r"statistics: expected 'instance', with kind 'scb' or 'scb_base', for 0 \(InstanceNorm1d\), .* got "
+        with pytest.raises(ValueError, match=f"^{expected}{found}"):
+            convert_norms(model, kind, "0", **options)
+    assert converted(convert_norms(model, "ucb")) == ["1"]
+    tracked = nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True))
+    with pytest.raises(ValueError, match=r"0 \(InstanceNorm1d\) evaluates by running statistics .* leave it out"):
+        convert_norms(tracked, "scb", nn.InstanceNorm1d, statistics="instance")
+    with pytest.raises(ValueError, match="expected at least one BatchNorm layer inside, found 1 InstanceNorms, "):
+        convert_norms(tracked, "scb", statistics="instance")
+
+
+def test_a_layer_norm_starts_at_the_identity_of_instance_statistics():
+    model = nn.Sequential(nn.LayerNorm(4)).eval()
+    x = images()[..., :4].flatten(1, 2)
+    convert_norms(model, "scb", nn.LayerNorm, statistics="instance")
+    close(model(x), F.instance_norm(x.movedim(-1, 1)).movedim(1, -1))
+
+
 @pytest.mark.filterwarnings("ignore:layers.* a LayerNorm keeps:UserWarning")
 def test_a_transformer_encoder_that_goes_past_its_norms_is_refused():
     """Its fast path in evaluation, without gradients, reads their weights and computes LayerNorm, silently."""

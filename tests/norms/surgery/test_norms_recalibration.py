@@ -7,7 +7,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import nn
 
-from common.norms import MixtureNorm, UCBNorm, calibrate, make_norm, recalibrate
+from common.norms import MixtureNorm, UCBNorm, calibrate, make_norm, recalibrate, statistics_layers
 
 
 def inputs(shift: float = 0.0) -> torch.Tensor:
@@ -124,6 +124,13 @@ def test_batch_norms_statistics_are_those_of_one_pass_in_float64():
         for prefix, members in wanted.items():
             for name, want in zip(("running_mean", "running_var"), of_all(x, members), strict=True):
                 torch.testing.assert_close(layer.state_dict()[prefix + name].double(), want, rtol=1e-4, atol=0)
+
+
+def test_learned_and_instance_statistics_of_clusters_are_not_estimated():
+    for statistics in ("learned", "instance"):
+        assert not statistics_layers(make_norm("scb", 3, 2, statistics=statistics))
+        with pytest.raises(ValueError, match="expected at least one layer that stores statistics"):
+            recalibrate(make_norm("scb", 3, 2, statistics=statistics), [torch.randn(4, 3, 5)])
 
 
 def test_batch_norms_of_a_network_come_out_as_by_update_bn():
