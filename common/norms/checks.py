@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .backends import capture
 
+GIVE_IDS = "call the layer with its samples' cluster ids: layer(x, ids)"
+
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless value is one of the choices."""
@@ -114,10 +116,14 @@ def check_mean(mean: object) -> None:
         raise ValueError(f"mean: expected a floating-point (K, C) with K of at least 1, got {describe(mean)}")
 
 
-def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) -> None:
-    """Raise ValueError unless cluster is int64 (N,) on x's device, IndexError (CPU only) for an id beyond range."""
+def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int, remedy: str | None = None) -> None:
+    """Raise ValueError unless cluster is int64 (N,) on x's device, IndexError (CPU only) for an id beyond range.
+
+    ``remedy`` says how ids are given, where there are none.
+    """
     if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
-        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}")
+        message = f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}"
+        raise ValueError(f"{message}; {remedy}" if remedy and cluster is None else message)
     check_device("cluster", cluster, x.device, "x")
     if not capture.unseen() and cluster.device.type == "cpu" and len(cluster):
         low, high = (int(v) for v in cluster.aminmax())
@@ -126,9 +132,12 @@ def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int) ->
             raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
 
 
-def check_cluster_or_unknown(cluster: object, x: Tensor, num_clusters: int, allow_unknown: bool) -> None:
+def check_cluster_or_unknown(
+    cluster: object, x: Tensor, num_clusters: int, allow_unknown: bool, remedy: str | None = None
+) -> None:
     """Check as ``check_cluster``; -1 and None stand for unknown clusters where these are allowed, as in evaluation."""
     if cluster is not None:
         check_cluster(cluster, x, num_clusters, lowest=-1 if allow_unknown else 0)
     elif not allow_unknown:
-        raise ValueError(f"cluster: expected an int64 tensor ({len(x)},) in training, got None")
+        message = f"cluster: expected an int64 tensor ({len(x)},) in training, got None"
+        raise ValueError(f"{message}; {remedy}" if remedy else message)

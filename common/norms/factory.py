@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,8 @@ class DomainBatchNorm(nn.Module):
     Source: Chang et al., "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation", CVPR 2019.
     """
 
+    _give_ids: ClassVar[str] = checks.GIVE_IDS
+
     def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
         super().__init__()
         num_domains = checks.check_size("num_domains", num_domains)
@@ -142,7 +144,7 @@ class DomainBatchNorm(nn.Module):
         first = self.domains[0]
         assert isinstance(first, BatchNorm)
         _check_input(first, x)
-        checks.check_cluster(cluster, x, len(self.domains), lowest=0)
+        checks.check_cluster(cluster, x, len(self.domains), 0, self._give_ids)
         assert cluster is not None
         if capture.unseen():
             with torch.autocast(x.device.type, enabled=False):

@@ -1,7 +1,7 @@
 """SCB-Norm: each sample is normalised with the learned mean and deviation of its own cluster."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ SupervisedStatistics = Literal["learned", "batch", "instance"]
 class _SupervisedNorm(NormLayer):
     """What SCBNorm and SCBNormBase share: all but where the rows come from."""
 
+    _give_ids: ClassVar[str] = checks.GIVE_IDS
     initialized: Tensor
     running_mean: Tensor
     running_var: Tensor
@@ -152,7 +153,7 @@ class _SupervisedNorm(NormLayer):
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
         checks.check_device("x", x, self.initialized.device, "the layer")
-        checks.check_cluster_or_unknown(cluster, x, self.num_clusters, allow_unknown=not self.training)
+        checks.check_cluster_or_unknown(cluster, x, self.num_clusters, not self.training, self._give_ids)
         if x.numel():
             x = self._standardise(x)
         if self.training and cluster is not None and self._may_seed() and not recomputation.running():

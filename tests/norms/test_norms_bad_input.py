@@ -228,6 +228,7 @@ def test_the_clusters_of_a_layer(kind, options, before_dispatch):
     assert_refused_unchanged(layer, ValueError, message, X, IDS.to("meta"))
     missing = "got NoneType" if kind == "dsbn" else "in training, got None"
     missing = f"cluster: expected an int64 tensor (6,){' ' if kind == 'scb' else ', '}{missing}"
+    missing += "; call the layer with its samples' cluster ids: layer(x, ids)"
     assert_refused_unchanged(layer.train(kind != "dsbn"), ValueError, missing, X)  # SCB in evaluation: unknown
 
 

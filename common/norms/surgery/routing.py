@@ -15,6 +15,7 @@ from ..layer import leaf
 from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
+_GIVE_IDS = "call the model inside `with clusters(ids):`, of common.norms"
 _in_graph: list[Tensor | None] = []
 """Ids of the blocks that a graph which is being made holds; torch.compile cannot trace the write of a ContextVar."""
 
@@ -96,6 +97,8 @@ def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | Non
 class RoutedSCBNorm(SCBNorm):
     """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
 
+    _give_ids = _GIVE_IDS
+
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
@@ -105,6 +108,8 @@ class RoutedSCBNorm(SCBNorm):
 class RoutedSCBNormBase(SCBNormBase):
     """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
 
+    _give_ids = _GIVE_IDS
+
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
@@ -113,6 +118,8 @@ class RoutedSCBNormBase(SCBNormBase):
 
 class RoutedDomainBatchNorm(DomainBatchNorm):
     """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
+
+    _give_ids = _GIVE_IDS
 
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:

@@ -84,6 +84,13 @@ def test_without_ids_training_raises_and_evaluation_takes_them_as_unknown():
         model(x)
 
 
+@pytest.mark.parametrize("kind", ["scb", "scb_base", "dsbn"])
+def test_a_converted_layer_without_ids_says_where_they_come_from(kind):
+    model = convert_norms(small(), kind)
+    with pytest.raises(ValueError, match=r"got None\w*; call the model inside `with clusters\(ids\):`"):
+        model(images())
+
+
 def test_wrong_ids_are_named():
     for wrong in (IDS.float(), IDS.int(), IDS[:, None], [0, 1]):
         with pytest.raises(ValueError, match="ids: expected an int64 tensor"), clusters(wrong):  # pyright: ignore
