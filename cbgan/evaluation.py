@@ -15,6 +15,7 @@ from cbgan.config import GanConfig
 from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
+from cbgan.objective import verdict_gap
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
@@ -177,8 +178,8 @@ class Evaluation:
         training = g.training
         values |= self.env.lead(lambda: self._draw(g, moment))
         g.train(training)
-        self.most = self.env.lead(lambda: largest(read_metrics(moment.folder)))
-        return values
+        self.most, gap = self.env.lead(lambda: of_log(read_metrics(moment.folder), moment.rewound_to))
+        return values | gap
 
     def _values(self, result: FidResult) -> dict[str, float]:
         assert self.fid is not None
@@ -329,6 +330,11 @@ def largest(lines: list[dict[str, Any]]) -> dict[str, float]:
             if tag.startswith("metric/") and value is not None:
                 found[tag] = max(value, found.get(tag, value))
     return found
+
+
+def of_log(lines: list[dict[str, Any]], rewound_to: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what a collapse shows by in the lines of a log, which is cut back where a run is resumed or rewound."""
+    return largest(lines), verdict_gap(lines, rewound_to)
 
 
 def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]:

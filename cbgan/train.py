@@ -12,7 +12,7 @@ from cbgan.config import GanConfig
 from cbgan.evaluation import Evaluation, recalibrate
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
-from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
+from cbgan.objective import STALLED, Objective, collapse_of_losses, collapse_of_values, gradient_variances
 from common.cli.command import run_command
 from common.data import ImageSet
 from common.errors import UsageError
@@ -33,7 +33,6 @@ class Gan(Method[GanConfig]):
     application = "cbgan"
     config = GanConfig
     averaged = ("g",)
-    remedy = "--guard.action rewind, --r1 10, --spectral true or a lower --lr (docs/gan.md)"
 
     @classmethod
     def tracked(cls, cfg: GanConfig) -> dict[str, Tracked]:
@@ -133,8 +132,14 @@ class Gan(Method[GanConfig]):
         return collapse_of_losses(means)
 
     def collapse_measured(self, values: Mapping[str, float]) -> str | None:
-        """Say so when samples have become alike, or a layer's component is dead."""
+        """Say so when the game has stalled, samples have become alike, or a layer's component is dead."""
         return collapse_of_values(values, self.evaluation.most)
+
+    def remedy(self, cause: str) -> str:
+        """Return what helps a discriminator that learns nothing, or one that has won."""
+        if cause.startswith(STALLED):
+            return "--loss logistic --spectral false --lr 2e-4 (docs/gan.md)"
+        return "--guard.action rewind, --r1 10, --spectral true or a lower --lr (docs/gan.md)"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return FID, classes found, and what to do next."""

@@ -108,7 +108,7 @@ def closing_lines(cfg: RunConfig, method: Method[Any], folder: Path, parts: Part
     rows += _health_rows(lines)
     rows += [("warning", warning) for warning in warnings]
     if (found := at["collapsed"]) is not None:
-        rows.append(("collapsed", f"in step {found['step']}: {found['cause']}; try {method.remedy}"))
+        rows.append(("collapsed", f"in step {found['step']}: {found['cause']}; try {method.remedy(found['cause'])}"))
     rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in at["rewinds"]]
     rows.append(("charts", f"tensorboard --logdir {quote(str(cfg.out))} --host 127.0.0.1"))
     width = max(len(name) for name, _ in rows)

@@ -201,7 +201,8 @@ class Training:
     def _evaluate(self) -> None:
         at = self.parts.at
         self._count_seconds("training")
-        moment = Moment(at["epoch"], at["step"], self.folder, self.log, self._asked_to_stop, self._warn)
+        begun = at["rewinds"][-1]["to"] if at["rewinds"] else 0
+        moment = Moment(at["epoch"], at["step"], self.folder, self.log, self._asked_to_stop, self._warn, begun)
         try:
             with self._recalibrated(moment):
                 values = self.method.evaluate(self.parts.measured, moment)
@@ -275,13 +276,14 @@ class Training:
         at = self.parts.at
         if cause is None:
             return
+        found, remedy = f"collapsed in step {at['step']}: {cause}", f"try {self.method.remedy(cause)}"
         if self.cfg.guard.action == "stop":
-            raise NonFiniteError(f"collapsed in step {at['step']}: {cause}; the checkpoint before stands")
+            raise NonFiniteError(f"{found}; the checkpoint before stands; {remedy}")
         if self.cfg.guard.action == "rewind":
             raise _Collapsed(cause, measured=measured)
         if at["collapsed"] is None:
             at["collapsed"] = {"step": at["step"], "cause": cause}
-        self._warn(f"collapsed in step {at['step']}: {cause}; try {self.method.remedy}", once_for="collapse")
+        self._warn(f"{found}; {remedy}", once_for="collapse")
 
     def _rewind(self, cause: str, *, measured: bool) -> None:
         """Go back to the last good checkpoint; what is drawn from there on has another seed, else all would repeat."""

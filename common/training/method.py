@@ -60,6 +60,8 @@ class Moment:
     """Asked between batches; it answers alike on all ranks, all of which have to ask."""
     report: Callable[[str], None]
     """Tells the user a line."""
+    rewound_to: int = 0
+    """The step from which on the run has its present learning rates: that of the last rewind, if there was any."""
 
     def go_on(self) -> None:
         """Raise Interrupted if the run was asked to stop."""
@@ -75,7 +77,6 @@ class Method(ABC, Generic[C]):
         command: the module that starts it: ``python -m APPLICATION.COMMAND``.
         config: its configuration's class.
         headline: tags of what is printed of a measurement, as far as it has them; by default all.
-        remedy: what to try after a collapse.
         averaged: names of the networks that are measured, and that `ema` keeps an average of for it.
         networks: what `build` returned, on the device; the loop sets them before anything else is called.
         wrapped: the same networks as gradients are to flow through them, averaged over ranks.
@@ -85,7 +86,6 @@ class Method(ABC, Generic[C]):
     command: ClassVar[str] = "train"
     config: ClassVar[type[RunConfig]]
     headline: ClassVar[tuple[str, ...]] = ()
-    remedy: ClassVar[str] = "a lower --lr, or --guard.action rewind"
     averaged: tuple[str, ...]
 
     def __init__(self, cfg: C, images: Mapping[str, ImageSet], device: torch.device, env: Env | None = None) -> None:
@@ -239,6 +239,10 @@ class Method(ABC, Generic[C]):
     def collapse_measured(self, values: Mapping[str, float]) -> str | None:
         """Say what is wrong with a run that has collapsed by what it measured, or by its layers' health."""
         return None
+
+    def remedy(self, cause: str) -> str:
+        """Return what to try after a collapse, by its cause."""
+        return "a lower --lr, or --guard.action rewind"
 
     def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user, from the lines of its log: a name and a text each."""

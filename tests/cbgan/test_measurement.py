@@ -3,13 +3,16 @@
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from forked import Hit, run
 from PIL import Image
+from run_comparison import assert_same_runs
 from torch import nn
 
 import cbgan.evaluation
@@ -172,6 +175,47 @@ def test_a_generator_that_no_longer_covers_the_real_images_is_told(tiny, tmp_pat
     assert "collapsed in step 4: recall" in capsys.readouterr().err
 
 
+@pytest.fixture
+def stalled(tiny, monkeypatch) -> list[str]:
+    """Return the flags of a run of 2 steps an epoch whose discriminator says the same of every image."""
+    sound = Gan.build
+
+    def silenced(module: nn.Module, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        return 0 * logits
+
+    def build(self: Gan) -> dict[str, nn.Module]:
+        networks = sound(self)
+        networks["d"].register_forward_hook(silenced)
+        return networks
+
+    monkeypatch.setattr(Gan, "build", build)
+    monkeypatch.setattr("cbgan.objective._WINDOW", 6)
+    return [*tiny, "--epochs", "5", "--batch_size", "500", "--log_every", "1", "--evaluate_every", "0"]
+
+
+def test_a_stalled_game_is_told_alike_however_the_run_was_interrupted(stalled, tmp_path):
+    whole = run(cbgan.train.main, *stalled, "--name", "whole")
+    assert whole.statuses == [0], whole.err
+    cause = json.loads((tmp_path / "cbgan" / "whole" / "summary.json").read_text())["collapsed"]
+    assert cause["step"] == 6  # no sooner: before, the measurements look back on fewer steps
+    assert cause["cause"].startswith("the discriminator gives real and generated images the same verdict: over 6 steps")
+    remedy = "--loss logistic --spectral false --lr 2e-4"
+    assert whole.err.count(f"{cause['cause']}; try {remedy}") == whole.out.count(f"; try {remedy}") == 1
+    assert run(cbgan.train.main, *stalled, "--name", "run", hit=Hit("step:6")).statuses == [-signal.SIGKILL]
+    again = run(cbgan.train.main, "--name", "run", "--out", str(tmp_path), "--resume")
+    assert again.weights == whole.weights
+    assert_same_runs(tmp_path / "cbgan" / "run", tmp_path / "cbgan" / "whole")
+
+
+def test_a_stalled_game_stops_or_goes_back_and_is_given_time_there(stalled):
+    cause = "the discriminator gives real and generated images the same verdict"
+    with pytest.raises(NonFiniteError, match=f"^collapsed in step 6: {cause}.* stands; try --loss logistic"):
+        cbgan.train.main([*stalled, "--name", "stop", "--guard.action", "stop"])
+    rewind = ["--guard.action", "rewind", "--guard.max_rewinds", "1"]
+    with pytest.raises(NonFiniteError, match=f"^collapsed in step 10 after 1 rewinds: {cause}"):  # 6 steps from 4 on
+        cbgan.train.main([*stalled, "--name", "rewind", *rewind])
+
+
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -225,7 +269,7 @@ def test_copied_training_images_are_reported_after_the_last_epoch(monkeypatch, t
     monkeypatch.setattr(evaluation, "_draw_nearest", lambda *_: drawn.append(moment.epoch))
     monkeypatch.setattr(evaluation, "_draw", lambda *_: {})
     for epoch in (2, 3):
-        moment: Any = SimpleNamespace(epoch=epoch, folder=tmp_path, should_stop=None, report=told.append)
+        moment: Any = SimpleNamespace(epoch=epoch, folder=tmp_path, should_stop=None, report=told.append, rewound_to=0)
         (tmp_path / "metrics.jsonl").touch()
         evaluation.run(fresh(cfg), moment)
     assert drawn == [3]

@@ -13,7 +13,7 @@ from cbgan.config import GanConfig
 from cbgan.networks.augmentation import augment
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import noise
-from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances
+from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, gradient_variances, verdict_gap
 from cbgan.train import Gan
 from common.data import DataConfig
 from common.data.image_set import to_float
@@ -154,6 +154,25 @@ def test_a_discriminator_has_won_when_its_loss_without_the_penalty_is_0():
     assert collapse_of_losses({"loss/d": 2e-3}) is None
     assert "0.0005" in (collapse_of_losses({"loss/d": 2e-3, "loss/r1": 1.5e-3}) or "")
     assert "0.0009" in (collapse_of_losses({"loss/d": 9e-4}) or "")
+
+
+def test_verdicts_are_compared_over_the_last_300_steps():
+    def gap(gaps: dict[int, float], start: int = 0) -> float | None:
+        lines = [{"step": t, "discriminator/real": 0.5 + d / 2, "discriminator/fake": 0.5 - d / 2}
+                 for t, d in gaps.items()]  # fmt: skip
+        found = verdict_gap([{"step": 0, "metric/diversity": 1.0}, *lines, {"step": max(gaps), "health/x": 0}], start)
+        return found.get("discriminator/gap")
+
+    assert gap(dict.fromkeys(range(10, 300, 10), 0.0)) is None  # a new discriminator knows nothing yet
+    assert gap(dict.fromkeys(range(10, 310, 10), 0.0)) == pytest.approx(0)
+    assert gap({t: 1.0 if t <= 100 else t / 1000 for t in range(100, 500, 100)}) == pytest.approx(0.3)
+    assert gap({1000: 0.1, 2000: 0.2}) == pytest.approx(0.2)  # a line may be the mean of more steps
+    rewound = dict.fromkeys(range(10, 410, 10), 0.0)
+    assert gap(rewound, start=110) is None
+    assert gap(rewound, start=100) == pytest.approx(0)
+    for between, stalled in ((2.9e-3, True), (3.1e-3, False), (-0.1, True)):
+        cause = collapse_of_values({"discriminator/gap": between}, {})
+        assert (cause is not None and cause.startswith("the discriminator gives real and generated")) == stalled
 
 
 def test_what_a_measurement_says_of_a_collapse():
