@@ -184,7 +184,7 @@ def _measure_folder(options: EvaluateConfig) -> None:
     found, count = given.images, options.samples or len(given)
     splits = load(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
-    _warn([line for line in (fid.warning, fid.short(count)) if line is not None])
+    _warn([line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None])
     result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
     classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
     print("\n".join(measured_lines(str(options.images), fid, result, classes)))

@@ -70,8 +70,8 @@ class Evaluation:
         self.most: dict[str, float] = {}
 
     def fid_warnings(self, count: int) -> list[str]:
-        """Return why a distance of so many images should not be trusted."""
-        found = () if self.fid is None else (self.fid.warning, self.fid.short(count))
+        """Return why a distance of so many images should not be trusted, and what is not measured."""
+        found = () if self.fid is None else (self.fid.warning, self.fid.left_out, self.fid.short(count))
         return [line for line in found if line is not None]
 
     def passport(self) -> Mapping[str, object]:

@@ -165,7 +165,7 @@ def test_a_generator_whose_samples_become_alike_is_told(tiny, tmp_path, capsys, 
 
 
 def test_a_generator_that_no_longer_covers_the_real_images_is_told(tiny, tmp_path, capsys, monkeypatch):
-    recalls = iter([0.7, 0.8, 0.1])  # before training, and after epochs 1 and 2
+    recalls = iter([0.0, 0.7, 0.8, 0.1])  # of flat images, before training, and after epochs 1 and 2
     monkeypatch.setattr(common.metrics.fid.quality, "precision_recall", lambda *_, **__: (0.9, next(recalls)))
     flags = ["--epochs", "2", "--batch_size", "500", "--evaluate_every", "1", "--fid.metrics", "precision_recall"]
     cbgan.train.main([*tiny, *flags, "--name", "run"])

@@ -161,6 +161,52 @@ def test_what_the_classifier_warns_of_is_passed_on(tmp_path, monkeypatch):
         assert build(Splits(gaussian(9, 0), None), tmp_path).warning == warning
 
 
+class Labelled(Pixels):
+    """A classifier whose features are the deviations of the channels, in which no flat image is near a real one."""
+
+    name, dim, num_classes, warning = "classifier", 3, 1, None
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __call__(self, images):
+        return images.float().std(dim=(2, 3))
+
+    def classify(self, features):
+        return torch.zeros(len(features), dtype=torch.int64)
+
+
+class Colours(Labelled):
+    """One whose features are the means of the channels: a flat image has those of the real one it was made of."""
+
+    def __call__(self, images):
+        return images.float().mean((2, 3)).round()
+
+
+@pytest.mark.parametrize(
+    ("classifier", "warning", "left_out"),
+    [
+        (Labelled, None, None),
+        (Labelled, "it says little", "fid.metrics: the classifier is seldom right, and precision and recall are left"),
+        (Colours, None, "fid.metrics: 100% of images of one colour pass as real in the classifier's features: "),
+    ],
+)
+def test_precision_and_recall_are_left_out_where_a_classifier_cannot_tell(
+    tmp_path, monkeypatch, classifier, warning, left_out
+):
+    monkeypatch.setattr(module, "Classifier", classifier)
+    monkeypatch.setattr(classifier, "warning", warning)
+    fid = build(Splits(gaussian(1500, 0), None), tmp_path)
+    quality = fid.measure(sampler(gaussian(40, 1).images), 40).quality
+    if left_out is None:
+        assert fid.left_out is None
+        assert quality.keys() == {"precision", "recall"}
+    else:
+        assert (fid.left_out or "").startswith(left_out)
+        assert quality == {}
+    assert build(Splits(gaussian(1500, 0), None), tmp_path, metrics=["kid"]).left_out is None
+
+
 def test_refuses_samples_that_are_not_what_was_asked_for(pixels, tmp_path):
     fid = build(Splits(gaussian(50, 0), None), tmp_path, batch_size=10)
     with pytest.raises(ValueError, match=r"expected uint8 \(10, 3, H, W\)"):
