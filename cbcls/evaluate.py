@@ -13,6 +13,7 @@ from cbcls.evaluation import Evaluation
 from cbcls.export import TrainedClassifier, load_model
 from cbcls.train import Classification
 from common.classification.measured import draw, measured
+from common.classification.stored import run_folder
 from common.cli.arguments import flatten, parse, shown, to_dict
 from common.cli.command import run_command
 from common.cli.fields import changeable
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse(EvaluateConfig, argv, prog="python -m cbcls.evaluate")
     assert options.run is not None  # EvaluateConfig refuses otherwise
-    out = options.out or options.run / "evaluation"
+    out = options.out or run_folder(options.run) / "evaluation"
     file = out / "evaluation.json"
     refuse_overwriting(file, force=options.force)
     device = resolve_device(options.device)

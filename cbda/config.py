@@ -150,6 +150,7 @@ class AdaMatchConfig(RunConfig):
     """Passes of steps_per_epoch steps."""
     steps_per_epoch: int | None = 100
     """Steps that make an epoch; null is one pass over the source's training images."""
+    of_any_length: ClassVar[str] = "--schedule.kind constant --method.warmup 0"
     evaluate_every: int = 2
     """Epochs between two measurements; the last is always measured."""
     batch_size: int = 32

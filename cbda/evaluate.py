@@ -14,6 +14,7 @@ from cbda.evaluation import clusters_of
 from cbda.export import AdaptedModel, load_model
 from cbda.networks.divergence import collect_activation, divergences
 from common.classification.measured import draw, measured
+from common.classification.stored import run_folder
 from common.cli.arguments import parse
 from common.cli.command import run_command
 from common.data import ImageSet
@@ -67,13 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     cfg = parse(EvaluateConfig, argv, prog="python -m cbda.evaluate")
     assert cfg.run is not None  # EvaluateConfig refuses otherwise
-    out = cfg.out or cfg.run / "evaluation"
+    out = cfg.out or run_folder(cfg.run) / "evaluation"
     refuse_overwriting(out / _RESULTS, force=cfg.force)
     model = load_model(cfg.run, resolve_device(cfg.device), checkpoint=cfg.checkpoint)
     images = load_domains(model.cfg)
     if images["train"].classes != model.classes:
         raise UsageError(f"run: the source in {model.cfg.source.name} has other classes now than the model knows")
-    found: dict[str, Any] = {"clusters": {"headline": "own", "paper": "source"}, "domains": {}}
+    found: dict[str, Any] = {
+        "checkpoint": cfg.checkpoint,
+        "epoch": model.epoch,
+        "clusters": {"headline": "own", "paper": "source"},
+        "domains": {},
+    }
     for domain, split in _SPLITS.items():
         labels = images[split].labels if split in images else None
         shown = images[split if labels is not None else "target" if domain == "target" else "train"].images
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     draw(out, domain, values)
     found["divergence"] = _apart(model, images, out, cfg.tsne)
     write_text_atomic(out / _RESULTS, json.dumps(found, indent=2) + "\n")
-    print(f"results in {out}")
+    print(f"results of epoch {model.epoch} in {out}")
 
 
 def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count: int) -> dict[str, float]:

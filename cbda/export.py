@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbda.adamatch import AdaMatch
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, clusters_of, recalibrate
@@ -29,11 +30,13 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
         cfg: the configuration of its run.
         classes: names, in the order of the logits.
         threshold: of confidence, that pseudo-labels last had to reach.
+        epoch: after how many it was taken.
     """
 
     network: Classifier
     classes: tuple[str, ...]
     threshold: float
+    epoch: int
 
     def logits(self, images: Tensor, cluster: str = "target") -> Tensor:
         """Return logits (N, C), float64, of uint8 images (N, 3, S, S) as members of a cluster.
@@ -83,10 +86,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoi
     def of_run() -> dict[str, Any]:
         threshold = float(stored.state["networks"]["alignment"]["threshold"])
         classes = stored.noted(CLASSES, tuple, lambda: load_domains(cfg)["train"].classes)
-        return {"classes": classes, "threshold": threshold}
+        return {"classes": classes, "threshold": threshold, "epoch": stored.state["at"]["epoch"]}
 
     model = stored.model(AdaptedModel, of_run, lambda facts: build_classifier(plain, len(facts["classes"])))
     network = model.network.to(device)
     if not stored.recalibrated and recalibrates(cfg, network):
-        recalibrate(cfg, network, load_domains(cfg), torch.device(device))
+        recalibrate(cfg, network, AdaMatch.load(cfg), torch.device(device))
     return model

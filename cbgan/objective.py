@@ -142,7 +142,7 @@ def collapse_of_values(values: Mapping[str, float], before: Mapping[str, Any]) -
         values: what is logged, by tag.
         before: the largest value so far of each tag that begins with ``metric/``.
     """
-    if (gap := values.get("discriminator/gap", 1.0)) < _SAME:
+    if abs(gap := values.get("discriminator/gap", 1.0)) < _SAME:
         return f"{STALLED}: over {_WINDOW} steps they differ by {gap:.2g}, and it teaches the generator nothing"
     for tag, value in values.items():
         name = tag.split("/")[-1].replace("_", " ")

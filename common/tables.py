@@ -163,7 +163,10 @@ def table(
     """
     behind = [run for run in runs if not _came_so_far(run, at)]
     if len(behind) == len(runs):
-        raise UsageError(f"runs: none is finished: {'; '.join(map(_how_far, runs))}; wait, or take epochs by --at")
+        far = "; ".join(map(_how_far, runs))
+        if at:
+            raise UsageError(f"at: no run is past epoch {max(at)}: {far}")
+        raise UsageError(f"runs: none is finished: {far}; wait, or take epochs by --at")
     runs = [run for run in runs if run not in behind]
     for name in settings:
         if not any(name in run.settings or name in run.unused for run in runs):
@@ -252,17 +255,18 @@ def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -
 
 
 def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
-    """Say whether a run came to the last of these epochs, or without any to its end."""
+    """Say whether a run came to the last of these epochs, or without any to its end, and measured it."""
+    state, wanted = run.summary.get("state"), run.settings.get("epochs")
     if at:
-        return run.epochs >= max(at)
-    wanted = run.settings.get("epochs")
-    return (
-        not isinstance(wanted, int) or run.epochs >= wanted or run.summary.get("state") == "finished"
-    )  # best.patience
+        return run.epochs > max(at) or (run.epochs == max(at) and state in (None, "finished"))
+    if state is not None:
+        return state == "finished"
+    return not isinstance(wanted, int) or run.epochs >= wanted
 
 
 def _how_far(run: LoggedRun) -> str:
-    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs"
+    state = f", {run.summary['state']}" if "state" in run.summary else ""
+    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs{state}"
 
 
 def _has(run: LoggedRun, tag: str) -> bool:

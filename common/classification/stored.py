@@ -177,9 +177,11 @@ def read_stored(
     Raises:
         UsageError: if the folder is neither, its run has no such checkpoint or network, or a file is damaged.
     """
-    folder, file = Path(path), None
-    if folder.is_file():
-        folder, file = folder.resolve().parent.parent, folder
+    folder, file = run_folder(Path(path)), Path(path) if Path(path).is_file() else None
+    if file is not None and checkpoint != "last":
+        raise UsageError(
+            f"checkpoint: {file} is one itself, got {checkpoint} too; leave it out, or name the run's folder"
+        )
     if not (folder / _CONFIG).is_file():
         raise UsageError(f"run: {folder} is no run's folder, nor an exported model's (it holds no {_CONFIG})")
     if (folder / _WEIGHTS).is_file():
@@ -197,6 +199,11 @@ def read_stored(
     statistics = state["statistics"].get(network) if average or network not in state["averages"] else None
     measured = {**weights, **(statistics or {})}
     return Stored(folder, stored_config(kind, folder), measured, None, state, recalibrated=statistics is not None)
+
+
+def run_folder(path: Path) -> Path:
+    """Return a run's folder, named by itself or by a file in its folder ``checkpoints``."""
+    return path.resolve().parent.parent if path.is_file() else path
 
 
 def _facts(kind: type[StoredModel[Any]]) -> dict[str, Callable[[Any], Any]]:

@@ -134,12 +134,11 @@ class Log:
             bands: a value's tag, and those of its lower and upper end, by title: a line in a band.
         """
         if self._active:
-            shown = [(title, "Multiline", tags) for title, tags in charts.items()]
-            shown += [(title, "Margin", tags) for title, tags in (bands or {}).items()]
+            # TensorBoard takes a line's tag for the beginning of a regular expression's match.
+            lines = {title: ["Multiline", [f"{chart_name(tag)}$" for tag in tags]] for title, tags in charts.items()}
+            bands_ = {title: ["Margin", [chart_name(tag) for tag in tags]] for title, tags in (bands or {}).items()}
             with naming(self._folder):
-                self._events.add_custom_scalars(
-                    {title: {title: [kind, [chart_name(tag) for tag in tags]]} for title, kind, tags in shown}
-                )
+                self._events.add_custom_scalars({title: {title: chart} for title, chart in (lines | bands_).items()})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""

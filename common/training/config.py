@@ -1,5 +1,7 @@
 """What every run can be told: where it is kept, how it executes, and how it trains."""
 
+import contextlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,6 +167,8 @@ class RunConfig:
     cache: Path = field(default=Path("~/.cache/cluster-based-norm"), metadata=MAY_CHANGE)
     """Folder for what several runs share: statistics of real images, feature extractors, downloads."""
     least_evaluate_every: ClassVar[int] = 1
+    of_any_length: ClassVar[str] = "--schedule.kind constant"
+    """Flags with which nothing follows the run's length."""
     epochs: int = field(default=1, metadata=MAY_CHANGE)
     """Passes over the training images."""
     evaluate_every: int = 1
@@ -251,9 +255,13 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
     except MissingPlugin:
         raise
     except UsageError:  # what a changed setting makes of the others would hide that it may not change
-        _refuse_changes(before, _asked(cls, given), free)
+        _refuse_changes(cls, before, _asked(cls, given), free)
         raise
-    _refuse_changes(before, dict(flatten(to_dict(config.resolved()))), free)
+    _refuse_changes(cls, before, dict(flatten(to_dict(config.resolved()))), free)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # of a run that has no summary yet
+        done = json.loads((path / "summary.json").read_text(encoding="utf-8"))["epochs"]["done"]
+        if config.epochs < done:
+            raise UsageError(f"epochs: expected at least the {done} that the run has done, got {config.epochs}")
     return config
 
 
@@ -283,13 +291,13 @@ def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
     return {name: str(expanded(value, name)) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
+def _refuse_changes(cls: type[RunConfig], before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
     for name, value in now.items():
         if name not in (*NOT_STORED, *free, "init_from") and value != before[name]:
             if name == "epochs":
                 raise UsageError(
                     f"epochs: the run has {before[name]}, which its schedule follows, got {value}; to train for longer "
-                    "start a new run (--init_from takes this one's weights), or begin with --schedule.kind constant"
+                    f"start a new run (--init_from takes this one's weights), or begin with {cls.of_any_length}"
                 )
             raise UsageError(
                 f"{name}: the run has {shown(before[name])}, got {shown(value)}; leave it out, or start a new run by "

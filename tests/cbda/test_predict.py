@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
+import cbda.adamatch
 import cbda.evaluate
 import cbda.predict
 from cbda import load_model
@@ -90,6 +92,37 @@ def test_the_best_checkpoint_is_the_one_that_validation_chose(finished, domains,
     cbda.evaluate.main(["--run", str(run), "--out", str(tmp_path / "evaluation"), *flags])
     line = refused(capsys, cbda.predict.main, "--run", str(run), "--checkpoint", "7", "--export", str(tmp_path / "e"))
     assert re.search("checkpoint: .* has none of 7; there are last, best", line)
+
+
+def test_a_checkpoint_that_was_not_measured_has_the_statistics_of_one_that_was(tiny, tmp_path):
+    loaded = []
+    for every in ("1", "2"):
+        flags = [
+            "--norm.kind",
+            "bn",
+            "--best.keep",
+            "--checkpoint_keep",
+            "1",
+            "--evaluate_every",
+            every,
+            "--name",
+            every,
+        ]
+        cbda.adamatch.main([*tiny, *flags])
+        loaded.append(load_model(tmp_path / "cbda" / every, checkpoint="1").network.state_dict())
+    measured, estimated = loaded
+    assert all(torch.equal(measured[name], estimated[name]) for name in measured)
+
+
+def test_a_run_named_by_its_checkpoint_is_evaluated_in_its_folder(finished, capsys):
+    run, _ = finished
+    best = str(run / "checkpoints" / "best.pt")
+    cbda.evaluate.main(["--run", best, "--tsne", "0", "--force"])
+    epoch = load(run / "checkpoints" / "best.pt")["at"]["epoch"]
+    assert json.loads((run / "evaluation" / "evaluation.json").read_text())["epoch"] == epoch
+    assert f"results of epoch {epoch} in {run}/evaluation" in capsys.readouterr().out
+    line = refused(capsys, cbda.evaluate.main, "--run", best, "--checkpoint", "1", "--out", str(run / "other"))
+    assert "best.pt is one itself, got 1 too" in line
 
 
 def test_bad_input(run, domains, tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_verdicts_are_compared_over_the_last_300_steps():
     rewound = dict.fromkeys(range(10, 410, 10), 0.0)
     assert gap(rewound, start=110) is None
     assert gap(rewound, start=100) == pytest.approx(0)
-    for between, stalled in ((2.9e-3, True), (3.1e-3, False), (-0.1, True)):
+    for between, stalled in ((2.9e-3, True), (-2.9e-3, True), (3.1e-3, False), (-0.1, False)):
         cause = collapse_of_values({"discriminator/gap": between}, {})
         assert (cause is not None and cause.startswith("the discriminator gives real and generated")) == stalled
 

@@ -336,6 +336,14 @@ def test_bad_input_is_one_line(tmp_path, runs, capsys):
     assert f"runs: none is finished: {runs[0]} has 2 of 3 epochs; wait" in line
     common.tables.main(["--runs", *runs, *tags])
     assert f"Left out: {runs[0]} has 2 of 3 epochs." in capsys.readouterr().out
+    assert f"at: no run is past epoch 9: {runs[0]} has 2 of 3 epochs; " in refused(
+        capsys, "--runs", *runs, *tags, "--at", "9"
+    )
+    config.write_text(config.read_text().replace("epochs: 3", "epochs: 2"))
+    for more in ((), ("--at", "2")):  # trained to its end, and not measured there yet
+        note(runs[0], state="running")
+        common.tables.main(["--runs", *runs, *tags, *more])
+        assert f"Left out: {runs[0]} has 2 of 2 epochs, running." in capsys.readouterr().out
     Path(runs[1], "environment.json").write_text("[]")
     assert f"runs: {runs[1]} cannot be read" in refused(capsys, "--runs", runs[1], *tags)
     Path(without, "summary.json").write_text("[]")

@@ -123,7 +123,7 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
     assert [category.title for category in layout.category] == ["FID", "Interval"]
     (chart,), (other,) = (category.chart for category in layout.category)
     assert (chart.title, other.title) == ("FID", "Interval")
-    assert list(chart.multiline.tag) == ["0_headline/fid_x", "1_result/fid_x_floor"]
+    assert list(chart.multiline.tag) == ["0_headline/fid_x$", "1_result/fid_x_floor$"]
     (series,) = other.margin.series
     assert (series.value, series.lower, series.upper) == tuple(map(chart_name, band))
     plugin = {name: events.summary_metadata[f"_hparams_/{name}"].plugin_data.content

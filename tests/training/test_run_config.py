@@ -6,6 +6,7 @@ import yaml
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
 from cbgan.config import GanConfig
+from common.cli.arguments import parse
 from common.cli.fields import changeable
 from common.errors import UsageError
 from common.norms.config import NormConfig
@@ -45,6 +46,17 @@ def test_a_run_whose_schedule_ends_with_it_is_not_prolonged_and_one_of_constant_
             UsageError, match=r"^epochs: the run has 2, which its schedule .* got 4; .*--init_from.*--sch"
         ):
             resume_config(RunConfig, argv, tmp_path)
+    (tmp_path / "summary.json").write_text('{"epochs": {"done": 5, "wanted": 6}}')
+    with pytest.raises(UsageError, match=r"^epochs: expected at least the 5 that the run has done, got 4$"):
+        resume_config(RunConfig, argv, tmp_path)
+
+
+def test_an_adaptation_of_any_length_has_no_warm_up_either(tmp_path):
+    (tmp_path / "config.yaml").write_text(stored_yaml(AdaMatchConfig(epochs=2)))
+    argv = ["--name", "run", "--resume", "--epochs", "4"]
+    with pytest.raises(UsageError, match=r"or begin with --schedule\.kind constant --method\.warmup 0$"):
+        resume_config(AdaMatchConfig, argv, tmp_path)
+    assert not parse(AdaMatchConfig, AdaMatchConfig.of_any_length.split()).follows_length
 
 
 PLACES = {"root", "test_root", "download"}
