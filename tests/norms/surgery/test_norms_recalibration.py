@@ -8,6 +8,8 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 
 from common.norms import MixtureNorm, UCBNorm, calibrate, make_norm, recalibrate, statistics_layers
+from common.norms.estimation import em
+from common.norms.surgery import calibration
 
 
 def inputs(shift: float = 0.0) -> torch.Tensor:
@@ -99,6 +101,38 @@ def test_each_layer_is_fed_what_those_before_it_give_after_their_own_estimate():
     assert names == ["0", "2"]
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-3, atol=1e-3)  # its variance is unbiased
+
+
+@pytest.mark.parametrize("batches", [3, 5000, 20_000, 100_000])
+def test_it_matters_nothing_how_many_batches_are_allowed_or_whether_the_loader_has_a_length(batches):
+    torch.manual_seed(0)
+    x = inputs().float()
+    model = nn.Sequential(UCBNorm(2, 2), nn.Linear(2, 3), UCBNorm(3, 2))
+    wanted = copy.deepcopy(model)
+    recalibrate(wanted, list(x.split(1000)), 3)
+    recalibrate(model, (part for part in x.split(1000)), batches)
+    torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()), rtol=0, atol=0)
+
+
+def test_a_layer_hands_each_batch_on_by_all_of_its_locations_however_many_batches_there_are():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(400, 400, 2) + 5
+    model = nn.Sequential(UCBNorm(2, 1), nn.BatchNorm1d(2))
+    recalibrate(model, list(x), 400)
+    torch.testing.assert_close(model.state_dict()["1.running_mean"], torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.state_dict()["1.running_var"], torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_the_locations_kept_of_many_batches_are_bounded_and_all_batches_have_their_share(monkeypatch):
+    torch.manual_seed(0)
+    fitted = []
+    fit = UCBNorm.calibrate_to
+    monkeypatch.setattr(UCBNorm, "calibrate_to", lambda layer, points: (fitted.append(points), fit(layer, points)))
+    recalibrate(UCBNorm(1, 1), (torch.full((em.MAX_POINTS, 1), float(i % 40)) for i in range(40)))
+    kept = fitted[-1].flatten().long().bincount(minlength=40)
+    assert len(fitted[-1]) == calibration.POOLED
+    share = calibration.POOLED / 40
+    assert (kept - share).abs().max() < 5 * share**0.5
 
 
 def of_all(x, ids=None):
