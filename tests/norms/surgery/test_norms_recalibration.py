@@ -135,6 +135,17 @@ def test_the_locations_kept_of_many_batches_are_bounded_and_all_batches_have_the
     assert (kept - share).abs().max() < 5 * share**0.5
 
 
+def test_a_batch_of_one_location_joins_the_others():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 4), UCBNorm(4, 3)), torch.randn(33, 5)
+    wanted = copy.deepcopy(model)
+    recalibrate(wanted, [x])
+    recalibrate(model, list(x.split(16)))
+    torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()))
+    with pytest.raises(ValueError, match="expected at least two locations, got 1 in all"):
+        recalibrate(model, [x[:1]])
+
+
 def of_all(x, ids=None):
     """Return mean and unbiased variance of locations (N, C, L) in one float64 pass, of those with an id."""
     points = (x if ids is None else x[ids]).double().movedim(1, 2).flatten(0, 1).numpy()
