@@ -210,17 +210,18 @@ def _estimate(
     fed: dict[str, None] = {}
     number = 0
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not args[0].isfinite().all():
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(kwargs[key] for key in ("x", "input") if key in kwargs)  # ours, torch's
+            if not x.isfinite().all():
                 raise ValueError(f"loader: expected finite activations, but batch {number} feeds {name} others")
             fed[name] = None
-            estimates[name].see(args[0], number)
+            estimates[name].see(x, number)
 
         return look
 
     training = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     model.eval()
     try:
         with _eagerly():

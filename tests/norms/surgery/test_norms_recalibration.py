@@ -146,6 +146,28 @@ def test_a_batch_of_one_location_joins_the_others():
         recalibrate(model, [x[:1]])
 
 
+class ByKeyword(nn.Module):
+    """Calls its layers by keyword, or by position."""
+
+    def __init__(self, keyword):
+        super().__init__()
+        self.keyword, self.ucb, self.bn = keyword, UCBNorm(2, 2), nn.BatchNorm1d(2)
+        self.scb = make_norm("scb", 2, 2, statistics="batch")
+
+    def forward(self, x):
+        ids = torch.zeros(len(x), dtype=torch.long)
+        if self.keyword:
+            return self.scb(cluster=ids, x=self.bn(input=self.ucb(x=x)))
+        return self.scb(self.bn(self.ucb(x)), ids)
+
+
+def test_layers_may_be_called_by_keyword():
+    x, models = inputs().float(), [ByKeyword(keyword) for keyword in (True, False)]
+    for model in models:
+        assert recalibrate(model, [x]) == ["ucb", "bn", "scb"]
+    torch.testing.assert_close(*(dict(model.state_dict()) for model in models), rtol=0, atol=0)
+
+
 def of_all(x, ids=None):
     """Return mean and unbiased variance of locations (N, C, L) in one float64 pass, of those with an id."""
     points = (x if ids is None else x[ids]).double().movedim(1, 2).flatten(0, 1).numpy()
