@@ -148,8 +148,8 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
     parameters = [(p, p.detach().clone()) for layer in layers.values() for p in layer.parameters()]
 
     def measure(name: str) -> Any:
-        def hook(layer: MixtureLayer, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(layer: MixtureLayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["x"]
             if layer.training:
                 layer.seed_from(x.movedim(layer.channel_dim, 1))
             if x.numel():
@@ -157,7 +157,7 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(measure(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(measure(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield found
     finally:

@@ -264,6 +264,13 @@ def test_collected_health_is_that_of_the_layers_own_input():
     assert tags["health/1/dead_channels"] == found["1"].dead_channels
 
 
+def test_a_layer_called_by_keyword_is_measured():
+    layer, x = UCBNorm(4, 2).eval(), mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
+    with collect_health(layer) as found:
+        layer(x=x)
+    assert found == {"UCBNorm": health(layer, x)}
+
+
 def test_a_layer_not_yet_seeded_is_measured_as_its_first_batch_would_seed_it():
     x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0].movedim(1, -1)
     layer, twin = (UCBNorm(4, 3, init="kmeans++", channel_dim=-1, momentum=momentum) for momentum in (0.1, 0.0))

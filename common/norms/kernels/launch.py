@@ -128,22 +128,23 @@ MOST_CHANNELS = 65_535
 
 
 @functools.cache
-def failure() -> str | None:
-    """Say why Triton cannot compile and launch a kernel on the current device, or return None if it can.
+def failure(device: torch.device) -> str | None:
+    """Say why Triton cannot compile and launch a kernel on a CUDA device, or return None if it can.
 
-    It is tried once in a process, without a tensor, which a mode might replace, and warned of once.
+    Each device is tried once in a process, without a tensor, which a mode might replace, and warned of once.
     """
     from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
     kernel: Any = cluster_kernels.nothing
     try:
-        kernel[(1,)](enable_fp_fusion=FP_FUSION)
+        with torch.cuda.device(device):
+            kernel[(1,)](enable_fp_fusion=FP_FUSION)
         return None
     except subprocess.CalledProcessError as error:  # its text is a long command, and why stands on the terminal
         reason = f"{error.cmd[0]} compiles nothing: are there Python's headers?"
     except Exception as error:  # whatever Triton may miss
         reason = (str(error) or type(error).__name__).splitlines()[0]
-    warnings.warn(f"backend: Triton cannot start ({reason}); 'auto' takes eager", stacklevel=2)
+    warnings.warn(f"backend: Triton cannot start on {device} ({reason}); 'auto' takes eager", stacklevel=2)
     return reason
 
 
@@ -159,7 +160,7 @@ def refusal(x: Tensor) -> str | None:
         return f"takes up to {MOST_CHANNELS} channels, got {x.shape[1]}"
     if x.ndim > 1 and x.numel() // max(1, x.shape[1]) >= MOST_LOCATIONS:
         return f"counts fewer than {MOST_LOCATIONS} locations, got {x.numel() // x.shape[1]}"
-    if x.is_cuda and not torch.compiler.is_compiling() and (reason := failure()):  # Inductor needs Triton itself
+    if x.is_cuda and not torch.compiler.is_compiling() and (reason := failure(x.device)):  # Inductor needs Triton too
         return f"cannot start: {reason}"
     return None
 

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .. import checks
 from ..em_norm import MixtureNorm
 from ..factory import MIXTURES, DomainBatchNorm, check_options, make_norm
+from ..supervised import SCBNorm, SCBNormBase
 from .forms import Form, form_of
 from .norm_act import NormAct
 from .routing import ROUTED
@@ -245,6 +246,11 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
     check_options(kind, full)
     args = norm.num_features, num
     layer = ROUTED[kind](*args, **full) if kind in ROUTED else make_norm(kind, *args, **full)
+    if isinstance(layer, SCBNorm | SCBNormBase) and layer.statistics != "learned" and layer.eps >= 1:
+        raise ValueError(
+            f"eps: expected less than 1 for {name} with statistics={layer.statistics!r}, since clusters start at "
+            f"variance 1 - eps, got {layer.eps}"
+        )
     assert norm.running_mean is not None
     layer.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
     warm_start(layer, norm, options)

@@ -233,7 +233,7 @@ class OnGpu:
 )
 def test_the_automatic_choice_is_never_an_error(monkeypatch, dtype, num, width, installed, want):
     monkeypatch.setattr(launch, "INSTALLED", installed)
-    monkeypatch.setattr(launch, "failure", lambda: None)
+    monkeypatch.setattr(launch, "failure", lambda _: None)
     assert functional.choose_backend("auto", OnGpu(dtype), num, width) == want  # pyright: ignore[reportArgumentType]
 
 

@@ -63,6 +63,37 @@ def test_kernels_are_launched_while_triton_compiles_in_other_threads():
     assert len(launched) == 3
 
 
+def on_gpu(index: int) -> Any:
+    """Return what the choice of a backend asks of a tensor."""
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), dtype=torch.float32, ndim=0)
+
+
+def test_each_device_is_tried_once_whichever_is_current(monkeypatch):
+    from common.norms.kernels import cluster_kernels  # noqa: PLC0415 - an optional dependency
+
+    current, tried = [0], []
+
+    @contextlib.contextmanager
+    def device(given):
+        current.append(given.index)
+        yield
+        current.pop()
+
+    def run(**_):
+        tried.append(current[-1])
+        if current[-1] == 1:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cluster_kernels, "nothing", {(1,): run})
+    launch.failure.cache_clear()
+    with pytest.warns(UserWarning, match=r"cannot start on cuda:1 \(out of memory\)"):
+        chosen = [functional.choose_backend("auto", on_gpu(index), 3) for index in (1, 0, 1, 0)]
+    launch.failure.cache_clear()
+    assert chosen == ["eager", "triton"] * 2
+    assert tried == [1, 0]
+
+
 @compiles
 @pytest.mark.parametrize(
     ("compiler", "reason"),
@@ -87,7 +118,8 @@ def test_the_automatic_choice_is_eager_with_a_warning_where_triton_cannot_start(
             compile_module_from_src("", "launcher")
         return lambda *_: None
 
-    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, ndim=0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    x: Any = on_gpu(0)
     launch.failure.cache_clear()
     with gpu(90) as driver, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -100,4 +132,6 @@ def test_the_automatic_choice_is_eager_with_a_warning_where_triton_cannot_start(
     launch.failure.cache_clear()
     said = [str(each.message) for each in caught]
     assert len(said) == bool(reason)
-    assert all(re.match(rf"backend: Triton cannot start \({reason}.*\); 'auto' takes eager$", text) for text in said)
+    assert all(
+        re.match(rf"backend: Triton cannot start on cuda:0 \({reason}.*\); 'auto' takes eager$", text) for text in said
+    )

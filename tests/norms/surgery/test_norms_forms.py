@@ -305,6 +305,23 @@ def test_an_instance_norm_is_refused_where_it_would_be_lost():
         convert_norms(tracked, "scb", statistics="instance")
 
 
+@pytest.mark.parametrize(
+    ("norm", "options", "eps"),
+    [
+        (nn.InstanceNorm2d(3, eps=1.0), {"statistics": "instance"}, "1.0"),
+        (nn.BatchNorm2d(3), {"statistics": "batch", "eps": 2}, "2.0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+def test_an_eps_that_leaves_clusters_no_variance_to_start_at_is_refused(kind, norm, options, eps):
+    model = nn.Sequential(norm)
+    start = f"^eps: expected less than 1 for 0 with statistics='{options['statistics']}'"
+    with pytest.raises(ValueError, match=f"{start}, .* variance 1 - eps, got {eps}$"):
+        convert_norms(model, kind, "0", **options)
+    assert model[0] is norm
+    convert_norms(nn.Sequential(nn.BatchNorm2d(3, eps=1.0)), kind)  # learned: starts at the BatchNorm's own variance
+
+
 def test_a_layer_norm_starts_at_the_identity_of_instance_statistics():
     model = nn.Sequential(nn.LayerNorm(4)).eval()
     x = images()[..., :4].flatten(1, 2)

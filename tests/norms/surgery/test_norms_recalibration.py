@@ -8,6 +8,8 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 
 from common.norms import MixtureNorm, UCBNorm, calibrate, make_norm, recalibrate, statistics_layers
+from common.norms.estimation import em
+from common.norms.surgery import calibration
 
 
 def inputs(shift: float = 0.0) -> torch.Tensor:
@@ -99,6 +101,71 @@ def test_each_layer_is_fed_what_those_before_it_give_after_their_own_estimate():
     assert names == ["0", "2"]
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-3, atol=1e-3)  # its variance is unbiased
+
+
+@pytest.mark.parametrize("batches", [3, 5000, 20_000, 100_000])
+def test_it_matters_nothing_how_many_batches_are_allowed_or_whether_the_loader_has_a_length(batches):
+    torch.manual_seed(0)
+    x = inputs().float()
+    model = nn.Sequential(UCBNorm(2, 2), nn.Linear(2, 3), UCBNorm(3, 2))
+    wanted = copy.deepcopy(model)
+    recalibrate(wanted, list(x.split(1000)), 3)
+    recalibrate(model, (part for part in x.split(1000)), batches)
+    torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()), rtol=0, atol=0)
+
+
+def test_a_layer_hands_each_batch_on_by_all_of_its_locations_however_many_batches_there_are():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(400, 400, 2) + 5
+    model = nn.Sequential(UCBNorm(2, 1), nn.BatchNorm1d(2))
+    recalibrate(model, list(x), 400)
+    torch.testing.assert_close(model.state_dict()["1.running_mean"], torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.state_dict()["1.running_var"], torch.ones(2), atol=1e-4, rtol=0)
+
+
+def test_the_locations_kept_of_many_batches_are_bounded_and_all_batches_have_their_share(monkeypatch):
+    torch.manual_seed(0)
+    fitted = []
+    fit = UCBNorm.calibrate_to
+    monkeypatch.setattr(UCBNorm, "calibrate_to", lambda layer, points: (fitted.append(points), fit(layer, points)))
+    recalibrate(UCBNorm(1, 1), (torch.full((em.MAX_POINTS, 1), float(i % 40)) for i in range(40)))
+    kept = fitted[-1].flatten().long().bincount(minlength=40)
+    assert len(fitted[-1]) == calibration.POOLED
+    share = calibration.POOLED / 40
+    assert (kept - share).abs().max() < 5 * share**0.5
+
+
+def test_a_batch_of_one_location_joins_the_others():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 4), UCBNorm(4, 3)), torch.randn(33, 5)
+    wanted = copy.deepcopy(model)
+    recalibrate(wanted, [x])
+    recalibrate(model, list(x.split(16)))
+    torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()))
+    with pytest.raises(ValueError, match="expected at least two locations, got 1 in all"):
+        recalibrate(model, [x[:1]])
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers by keyword, or by position."""
+
+    def __init__(self, keyword):
+        super().__init__()
+        self.keyword, self.ucb, self.bn = keyword, UCBNorm(2, 2), nn.BatchNorm1d(2)
+        self.scb = make_norm("scb", 2, 2, statistics="batch")
+
+    def forward(self, x):
+        ids = torch.zeros(len(x), dtype=torch.long)
+        if self.keyword:
+            return self.scb(cluster=ids, x=self.bn(input=self.ucb(x=x)))
+        return self.scb(self.bn(self.ucb(x)), ids)
+
+
+def test_layers_may_be_called_by_keyword():
+    x, models = inputs().float(), [ByKeyword(keyword) for keyword in (True, False)]
+    for model in models:
+        assert recalibrate(model, [x]) == ["ucb", "bn", "scb"]
+    torch.testing.assert_close(*(dict(model.state_dict()) for model in models), rtol=0, atol=0)
 
 
 def of_all(x, ids=None):
