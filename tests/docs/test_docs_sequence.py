@@ -1,8 +1,10 @@
-"""The pages of the GAN's first day, their commands run one after another as a reader would, on less."""
+"""The pages' commands run one after another as a reader would, on less."""
 
 import contextlib
 import importlib
+import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,17 @@ import pytest
 from PIL import Image
 from test_docs import ROOT, commands
 
-PAGES = ("getting-started", "configuration", "evaluation", "gan")
-SMALL = ["--width", "8", "--latent_dim", "16", "--data.size", "8", "--steps_per_epoch", "2", "--fid.samples", "60",
-         "--fid.final_samples", "60"]  # fmt: skip
-NOT_HERE = ("PATH", "inception", "dinov2", "srun", "10000", "digits_m")  # a reader's files, downloads, what takes long
+GAN = ("getting-started", "configuration", "evaluation", "gan")
+OTHERS = ("classification", "figures", "adaptation")
+LESS = {
+    "cbgan.train": ["--cache", "cache", "--width", "8", "--latent_dim", "16", "--data.size", "8", "--steps_per_epoch",
+                    "2", "--fid.samples", "60", "--fid.final_samples", "60"],
+    "cbcls.train": ["--steps_per_epoch", "2", "--epochs", "16", "--evaluate_every", "16", "--recalibrate.images",
+                    "128"],
+    "cbda.adamatch": ["--steps_per_epoch", "2", "--epochs", "1", "--recalibrate.images", "128"],
+}  # fmt: skip
+NOT_HERE = re.compile("PATH|FILE|NAME|TOLD|seed[12]|srun|cuda|inception|dinov2|cifar|oxford|10000|--data.name digits_m")
+"""A reader's own files and runs, downloads, GPUs, and what takes long."""
 
 
 @pytest.fixture
@@ -29,18 +38,30 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_commands_run_in_the_order_of_the_pages(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    lines = [line for page in PAGES for line in commands(ROOT / "docs" / f"{page}.md")]
-    for line in lines:
+def follow(pages: Iterable[str]) -> None:
+    """Run the commands of pages in their order."""
+    for line in [line for page in pages for line in commands(ROOT / "docs" / f"{page}.md")]:
         _, _, module, *flags = shlex.split(line, comments=True)
-        if any(word in line for word in NOT_HERE):
+        if NOT_HERE.search(line):
             continue
-        if module == "cbgan.train":
-            flags += ["--cache", "cache", *([] if "--resume" in flags else SMALL)]
+        if "--resume" not in flags:
+            flags += LESS.get(module, [])
         with contextlib.suppress(SystemExit):  # of --print_config
             importlib.import_module(module).main(flags)
+
+
+def test_the_commands_of_the_gan_run_in_the_order_of_its_pages(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    follow(GAN)
     runs = {path.name for path in (folder / "runs" / "cbgan").iterdir()}
     assert {"first", "longer", "steady", "photos", "one-again", "by-class"} <= runs
     assert (folder / "first.png").stat().st_size
     assert (folder / "walk.gif").stat().st_size
+
+
+@pytest.mark.full
+def test_those_of_other_applications_do(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    follow(OTHERS)
+    assert {path.stem for path in folder.glob("*.png")} >= {"curves", "embedding", "components"}
+    assert (folder / "runs" / "cbda" / "digits-digits_m-scb-seed0" / "evaluation" / "evaluation.json").exists()
