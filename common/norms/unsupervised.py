@@ -368,13 +368,7 @@ class MixtureLayer(NormLayer):
 
     def _repeat(self, x: Tensor, min_weight: float) -> Tensor:
         """Repeat a training pass over x inside a backward pass."""
-        given = recomputation.recall(self, x)
-        if given is None:
-            raise RuntimeError(
-                f"activation checkpointing: a backward pass runs {type(self).__name__} in training over values that "
-                f"are not those of its last {recomputation.MOST} forward passes without gradients or under a checkpoint"
-            )
-        return self._transform(x, Stored(*given), min_weight)
+        return self._transform(x, Stored(*recomputation.recall(self, x)), min_weight)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from common.norms import clusters, convert_norms
 from common.norms.backends import recomputation
+from common.norms.surgery import routing
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ucb": ("ucb", {"groups": 1, "init": "kmeans++"}),
@@ -132,8 +133,28 @@ def test_a_pass_that_was_not_kept_is_refused():
     _, network = pair("ucb", reentrant=True)
     waiting = [network(batch(seed)).square().sum() for seed in range(recomputation.MOST + 1)]
     waiting[-1].backward()
-    with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm in training over values that are not those"):
+    with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm over values that are not those"):
         waiting[0].backward()
+
+
+@pytest.mark.parametrize("stale", ["without gradients", "graph given up", "loss replaced"])
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_pass_whose_backward_never_comes_is_passed_over(kind, stale):
+    """Over the same values as the next one, which then is repeated under its own mixture."""
+    found = []
+    for network in pair(kind, reentrant=False):
+        x = batch(0)
+        if stale == "without gradients":
+            with torch.no_grad():
+                network(x)
+        elif stale == "graph given up":
+            network(x).detach()
+        else:
+            loss = network(x).sum()
+        loss = network(x).square().sum()
+        found.append(gradients(network, loss, inputs=[x]))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(want, got)
 
 
 def test_a_backward_pass_may_be_repeated():
@@ -228,3 +249,50 @@ def test_what_is_computed_again_has_the_ids_of_its_block(kind, training, reentra
     want = gradient(network)
     for a, b in zip(want, gradient(lambda x: checkpoint(network, x, use_reentrant=reentrant)), strict=True):
         assert torch.equal(a, b)
+
+
+@MODES
+def test_an_evaluation_with_other_ids_is_passed_over(reentrant):
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
+        network, x = routed(), batch(0)
+        with torch.no_grad():
+            for ids in (torch.full_like(IDS, -1), None):
+                with clusters(ids):
+                    network.eval()(x)
+        with clusters(IDS):
+            run(network.train(), x).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+@MODES
+def test_an_evaluation_without_ids_has_none_again(reentrant):
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
+        network, x = routed(), batch(0)
+        with clusters(IDS):
+            run(network.train(), x).square().sum().backward()
+        run(network.eval(), x).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_ids_that_were_not_kept_are_refused():
+    network = routed()
+    with clusters(IDS):
+        waiting = [checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(routing.MOST + 1)]
+    with clusters(IDS.flip(0)):
+        waiting[-1].backward()
+        with pytest.raises(RuntimeError, match="a backward pass runs RoutedSCBNorm over values that are not"):
+            waiting[0].backward()
+
+
+def routed() -> nn.Module:
+    """Return a converted network whose clusters differ."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    convert_norms(network, "scb", num_components=3)
+    with torch.no_grad():
+        nn.init.normal_(network[1].mean)  # pyright: ignore[reportArgumentType]
+    return network
