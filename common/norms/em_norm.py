@@ -149,10 +149,10 @@ class MixtureNorm(MixtureLayer):
 
         Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
         device is asked after ``step`` was written from outside, never from one step to the next; but an exported
-        graph, which has ``step`` alone, asks in every one.
+        graph, which has ``step`` alone, asks in every one, as torch.func does, whose ``step`` may not be the layer's.
         """
         capture.refuse_traced()
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or capture.transformed():
             before = self.step.clone()
         else:
             if self._host_step is None:

@@ -85,7 +85,7 @@ class _SupervisedNorm(NormLayer):
         """Return to the identity; with init="data" the next training batches seed the clusters anew."""
         super().reset_parameters()
         self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
-        self.set_initialized(self.init == "identity")
+        self.set_initialized(self.init == "identity" or self.statistics == "instance")
         if self.statistics == "batch":
             self.running_mean.zero_()
             self.running_var.fill_(1)
