@@ -107,11 +107,20 @@ def test_passes_that_wait_for_their_backward_passes_are_told_apart_by_their_valu
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # of two sums in another order
 
 
-@pytest.mark.parametrize("kind", ["ucb", "mn"])
-def test_a_selective_checkpoint_saves_operators_of_the_model_alone(kind):
-    """It pairs what it saves by order, and a fit multiplies matrices too."""
-    plain, checkpointed = pair(kind, False)
-    saved = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+ARITHMETIC = [*(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))]
+ARITHMETIC += [torch.ops.aten.where.self, torch.ops.aten.exp.default, torch.ops.aten.log.default]
+ARITHMETIC += [torch.ops.aten.sum.dim_IntList, torch.ops.aten.cat.default, torch.ops.aten.clone.default]
+
+
+@pytest.mark.parametrize("saved", [PRODUCTS, ARITHMETIC], ids=["products", "arithmetic"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_selective_checkpoint_saves_operators_of_the_model_alone(case, saved):
+    """It pairs what it saves by order; a fit multiplies matrices too, and averages are arithmetic."""
+    kind, options = LAYERS[case]
+    if saved is ARITHMETIC:  # which eager writes to
+        options = {**options, "backend": "reference"}
+    plain, checkpointed = pair(kind, False, **options)
     contexts = functools.partial(create_selective_checkpoint_contexts, saved)
     checkpointed.run = lambda function, x: checkpoint(function, x, use_reentrant=False, context_fn=contexts)
     for want, got in zip(steps(plain), steps(checkpointed), strict=True):
