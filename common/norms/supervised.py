@@ -221,7 +221,7 @@ class SCBNorm(_SupervisedNorm):
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
             training batch that holds it, joined over all ranks: until then a training forward is collective. With
-            statistics="instance" these moments are 0 and 1, so that "data" is the identity.
+            statistics="instance" "data" is the identity from the start, since these moments are 0 and 1.
         unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".

@@ -129,6 +129,12 @@ def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+@_disable_current_modes()
+def copies(*tensors: Tensor) -> list[Tensor]:
+    """Copy what a repeated pass alone copies, unseen by selective checkpoints, which refuse operators that are new."""
+    return [t.clone() for t in tensors]
+
+
 def computed_once(function: Callable[P, R]) -> Callable[P, R]:
     """Hide from selective checkpoints what a repeated pass leaves out: they pair operators of both by their order."""
 
