@@ -144,16 +144,19 @@ class MixtureNorm(MixtureLayer):
         self.step.zero_()
         self._host_step = torch.tensor(0, device="cpu")
 
+    @recomputation.computed_once
     def _count_step(self) -> Tensor:
         """Count a training batch, in ``step`` and on the host; return how many came before.
 
         Every batch counts, finite or not: which one is known on the device only. So the two agree, and the
         device is asked after ``step`` was written from outside, never from one step to the next; but an exported
-        graph, which has ``step`` alone, asks in every one.
+        graph, which has ``step`` alone, asks in every one, as torch.func does, whose ``step`` may not be the layer's.
         """
         capture.refuse_traced()
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or capture.transformed():
             before = self.step.clone()
+            if capture.transformed():
+                self._host_step = None  # forward-mode AD moves the layer's own step
         else:
             if self._host_step is None:
                 capture.refuse(self.step, capture.WARM_UP)
@@ -195,11 +198,13 @@ class MixtureNorm(MixtureLayer):
     def _last_fit(self) -> Stored:
         return Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _store_fit(self, fit: Stored, moments: Moments) -> None:
         """Store a fit, unless the batch that has these moments under it, or the fit, is not finite throughout."""
         self._write_fit(fit, where=averages.is_finite(moments) & Fit(*fit).is_finite())
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _move_fused(self, state: Tensor, new: Stored | None) -> None:
         """Store a fit and move the averages, by the moments of a state under the fit."""

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import checks, functional
-from .backends import capture, reference
+from .backends import capture, recomputation, reference
 from .em_norm import MixtureNorm
 from .layer import DeviceLike, leaf
 from .supervised import SCBNorm, SCBNormBase
@@ -156,7 +157,7 @@ class DomainBatchNorm(nn.Module):
             if len(share):
                 first._check_input_dim(share)
         done = [
-            norm(share) if len(share) else functional.empty(share, *norm.parameters())
+            _normalised(norm, share) if len(share) else functional.empty(share, *norm.parameters())
             for norm, share in zip(self.domains, shares, strict=True)
         ]
         return torch.cat(done)[order.argsort()]
@@ -185,6 +186,14 @@ class DomainBatchNorm(nn.Module):
     def _table(self, name: str, x: Tensor) -> Tensor:
         """Return a parameter or buffer of all domains, (K, C)."""
         return torch.stack([getattr(domain, name) for domain in self.domains]).to(x.dtype)
+
+
+def _normalised(norm: Any, x: Tensor) -> Tensor:
+    """Return norm(x); its running statistics have moved already where a backward pass repeats a training pass."""
+    if norm.running_mean is None or not norm.training or not recomputation.running():
+        return norm(x)
+    mean, var = recomputation.copies(norm.running_mean, norm.running_var)  # a checkpoint counts what autograd saves
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, True, 0.0, norm.eps)
 
 
 def _domain_moments(x: Tensor, cluster: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import checks, functional
-from .backends import capture
+from .backends import capture, recomputation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,6 +88,7 @@ class NormLayer(nn.Module):
             self._seen_initialized = bool(self.initialized.all())
         return self._seen_initialized
 
+    @recomputation.computed_once
     def _may_seed(self) -> bool:
         """Say whether something may be left to seed; a graph cannot ask the device."""
         return not self._seen_initialized and (torch.compiler.is_compiling() or not self.is_initialized())

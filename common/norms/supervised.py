@@ -85,7 +85,7 @@ class _SupervisedNorm(NormLayer):
         """Return to the identity; with init="data" the next training batches seed the clusters anew."""
         super().reset_parameters()
         self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
-        self.set_initialized(self.init == "identity")
+        self.set_initialized(self.init == "identity" or self.statistics == "instance")
         if self.statistics == "batch":
             self.running_mean.zero_()
             self.running_var.fill_(1)
@@ -113,12 +113,18 @@ class _SupervisedNorm(NormLayer):
         mean, var = (t.to(reference.compute_dtype(x), copy=True) for t in old)
         y = F.batch_norm(x, mean, var, None, None, self.training, self.momentum, self.eps)
         if self.training and not recomputation.running():
-            with torch.no_grad():
-                finite = mean.isfinite().all() & var.isfinite().all()
-                for buffer, new in zip(old, (mean, var), strict=True):
-                    buffer.copy_(torch.where(finite, new.to(buffer), buffer))
+            self._store_averages(mean, var)
         return y
 
+    @recomputation.computed_once
+    @torch.no_grad()
+    def _store_averages(self, mean: Tensor, var: Tensor) -> None:
+        """Store the averages of ``statistics="batch"``, unless one of them is not finite."""
+        finite = mean.isfinite().all() & var.isfinite().all()
+        for buffer, new in zip((self.running_mean, self.running_var), (mean, var), strict=True):
+            buffer.copy_(torch.where(finite, new.to(buffer), buffer))
+
+    @recomputation.computed_once
     @torch.no_grad()
     def _seed(self, x: Tensor, cluster: Tensor) -> None:
         """Give each cluster that is seen for the first time its moments in this batch."""
@@ -156,7 +162,7 @@ class _SupervisedNorm(NormLayer):
         checks.check_cluster_or_unknown(cluster, x, self.num_clusters, not self.training, self._give_ids)
         if x.numel():
             x = self._standardise(x)
-        if self.training and cluster is not None and self._may_seed() and not recomputation.running():
+        if self.training and cluster is not None and not recomputation.running() and self._may_seed():
             self._seed(x, cluster)
         if cluster is not None and self._fused(x):
             options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
@@ -215,7 +221,7 @@ class SCBNorm(_SupervisedNorm):
         affine: scale and shift each channel by learned ``weight`` and ``bias`` (C,).
         init: "identity" starts at mean 0 and variance 1; "data" takes each cluster's moments in the first
             training batch that holds it, joined over all ranks: until then a training forward is collective. With
-            statistics="instance" these moments are 0 and 1, so that "data" is the identity.
+            statistics="instance" "data" is the identity from the start, since these moments are 0 and 1.
         unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
             larger than under Eq. 10; "match" drops it.
         unknown_posterior: weigh the clusters at each "location", or once for the whole "sample".

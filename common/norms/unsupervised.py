@@ -273,6 +273,7 @@ class MixtureLayer(NormLayer):
         )
         return y.reshape(x.shape), state
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _average_in_native(self, state: Tensor, *, shared_variance: bool = False) -> None:
         """Move the averages by the moments of a state."""
@@ -287,6 +288,7 @@ class MixtureLayer(NormLayer):
         options: Any = {"groups": self.groups, "eps": self.eps, "scale": self.scale, "statistics": statistics}
         return kernels.stored_norm(x, stored, self.weight, self.bias, min_weight=min_weight, **options)
 
+    @recomputation.computed_once
     def _average_in_fused(self, stored: Stored, state: Tensor, *, shared_variance: bool = False) -> None:
         """Move the averages by the moments of a state under them."""
         with torch.no_grad():
@@ -299,6 +301,7 @@ class MixtureLayer(NormLayer):
     def _mixture(self) -> Stored:
         return Stored(self.logits, self.mean, self.log_var)
 
+    @recomputation.computed_once
     def _average_in(self, moments: Moments, *, shared_variance: bool = False) -> None:
         old = self._mixture()
         some = None if sync.active(self.process_group) is None else moments.mass.sum() > 0
@@ -313,6 +316,7 @@ class MixtureLayer(NormLayer):
         parts = parts.split([t.numel() for t in reversed(stored)])
         return Stored(*(part.view_as(t) for part, t in zip(reversed(parts), stored, strict=True)))
 
+    @recomputation.computed_once
     def _given(self, x: Tensor, stored: Stored, *, keeps: bool) -> Stored:
         """Return a mixture that will move for a training pass over x; keeps: what computes it copies what it needs."""
         recomputation.remember(self, x, stored)
@@ -368,13 +372,7 @@ class MixtureLayer(NormLayer):
 
     def _repeat(self, x: Tensor, min_weight: float) -> Tensor:
         """Repeat a training pass over x inside a backward pass."""
-        given = recomputation.recall(self, x)
-        if given is None:
-            raise RuntimeError(
-                f"activation checkpointing: a backward pass runs {type(self).__name__} in training over values that "
-                f"are not those of its last {recomputation.MOST} forward passes without gradients or under a checkpoint"
-            )
-        return self._transform(x, Stored(*given), min_weight)
+        return self._transform(x, Stored(*recomputation.recall(self, x)), min_weight)
 
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -547,7 +545,8 @@ class UCBNorm(MixtureLayer):
         moves = self.update == "moving_average"
         if moves and recomputation.running():
             return self._repeat(x, self.min_weight)
-        self.seed_from(x)
+        if not recomputation.running():
+            self.seed_from(x)
         given, shared = self._mixture(), self.variance == "shared"
         fused = self._fused(x, self.statistics)
         native = not fused and self.statistics == "batch" and self._native(x)
@@ -575,6 +574,7 @@ class UCBNorm(MixtureLayer):
             self._reseed_dead(x, moments)
         return y
 
+    @recomputation.computed_once
     @torch.no_grad()
     def _reseed_dead(self, x: Tensor, moments: Moments) -> None:
         """Follow how much each component holds of each group, and move those that hold too little."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from common.norms import clusters, convert_norms
 from common.norms.backends import recomputation
+from common.norms.surgery import routing
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ucb": ("ucb", {"groups": 1, "init": "kmeans++"}),
@@ -23,6 +24,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mn reference": ("mn", {"backend": "reference"}),
     "scb": ("scb", {"statistics": "batch", "init": "data"}),
     "scb_base": ("scb_base", {"init": "data"}),
+    "dsbn": ("dsbn", {}),
 }
 NATIVE = {"ucb compiled": ("ucb", {"backend": "compiled"}), "mn compiled": ("mn", {"backend": "compiled"})}
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
@@ -36,7 +38,7 @@ class Network(nn.Module):
         super().__init__()
         norm = any_norm(kind, 4, 3, **options)
         self.first, self.norm, self.last = nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1)
-        self.ids = (IDS,) if kind.startswith("scb") else ()
+        self.ids = (IDS,) if kind in ("scb", "scb_base", "dsbn") else ()
         self.run: Callable[..., Tensor] = lambda function, x: function(x)
 
     def inner(self, x: Tensor) -> Tensor:
@@ -106,11 +108,20 @@ def test_passes_that_wait_for_their_backward_passes_are_told_apart_by_their_valu
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)  # of two sums in another order
 
 
-@pytest.mark.parametrize("kind", ["ucb", "mn"])
-def test_a_selective_checkpoint_saves_operators_of_the_model_alone(kind):
-    """It pairs what it saves by order, and a fit multiplies matrices too."""
-    plain, checkpointed = pair(kind, False)
-    saved = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default]
+ARITHMETIC = [*(getattr(torch.ops.aten, name).Tensor for name in ("add", "sub", "mul", "div"))]
+ARITHMETIC += [torch.ops.aten.where.self, torch.ops.aten.exp.default, torch.ops.aten.log.default]
+ARITHMETIC += [torch.ops.aten.sum.dim_IntList, torch.ops.aten.cat.default, torch.ops.aten.clone.default]
+
+
+@pytest.mark.parametrize("saved", [PRODUCTS, ARITHMETIC], ids=["products", "arithmetic"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_selective_checkpoint_saves_operators_of_the_model_alone(case, saved):
+    """It pairs what it saves by order; a fit multiplies matrices too, and averages are arithmetic."""
+    kind, options = LAYERS[case]
+    if saved is ARITHMETIC and kind != "dsbn":  # which eager writes to
+        options = {**options, "backend": "reference"}
+    plain, checkpointed = pair(kind, False, **options)
     contexts = functools.partial(create_selective_checkpoint_contexts, saved)
     checkpointed.run = lambda function, x: checkpoint(function, x, use_reentrant=False, context_fn=contexts)
     for want, got in zip(steps(plain), steps(checkpointed), strict=True):
@@ -132,8 +143,28 @@ def test_a_pass_that_was_not_kept_is_refused():
     _, network = pair("ucb", reentrant=True)
     waiting = [network(batch(seed)).square().sum() for seed in range(recomputation.MOST + 1)]
     waiting[-1].backward()
-    with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm in training over values that are not those"):
+    with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm over values that are not those"):
         waiting[0].backward()
+
+
+@pytest.mark.parametrize("stale", ["without gradients", "graph given up", "loss replaced"])
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
+def test_a_pass_whose_backward_never_comes_is_passed_over(kind, stale):
+    """Over the same values as the next one, which then is repeated under its own mixture."""
+    found = []
+    for network in pair(kind, reentrant=False):
+        x = batch(0)
+        if stale == "without gradients":
+            with torch.no_grad():
+                network(x)
+        elif stale == "graph given up":
+            network(x).detach()
+        else:
+            loss = network(x).sum()
+        loss = network(x).square().sum()
+        found.append(gradients(network, loss, inputs=[x]))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(want, got)
 
 
 def test_a_backward_pass_may_be_repeated():
@@ -228,3 +259,50 @@ def test_what_is_computed_again_has_the_ids_of_its_block(kind, training, reentra
     want = gradient(network)
     for a, b in zip(want, gradient(lambda x: checkpoint(network, x, use_reentrant=reentrant)), strict=True):
         assert torch.equal(a, b)
+
+
+@MODES
+def test_an_evaluation_with_other_ids_is_passed_over(reentrant):
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
+        network, x = routed(), batch(0)
+        with torch.no_grad():
+            for ids in (torch.full_like(IDS, -1), None):
+                with clusters(ids):
+                    network.eval()(x)
+        with clusters(IDS):
+            run(network.train(), x).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+@MODES
+def test_an_evaluation_without_ids_has_none_again(reentrant):
+    found = []
+    for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=reentrant)):
+        network, x = routed(), batch(0)
+        with clusters(IDS):
+            run(network.train(), x).square().sum().backward()
+        run(network.eval(), x).square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_ids_that_were_not_kept_are_refused():
+    network = routed()
+    with clusters(IDS):
+        waiting = [checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(routing.MOST + 1)]
+    with clusters(IDS.flip(0)):
+        waiting[-1].backward()
+        with pytest.raises(RuntimeError, match="a backward pass runs RoutedSCBNorm over values that are not"):
+            waiting[0].backward()
+
+
+def routed() -> nn.Module:
+    """Return a converted network whose clusters differ."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    convert_norms(network, "scb", num_components=3)
+    with torch.no_grad():
+        nn.init.normal_(network[1].mean)  # pyright: ignore[reportArgumentType]
+    return network

@@ -22,7 +22,7 @@ R = TypeVar("R")
 SELECTIVE = type(create_selective_checkpoint_contexts([])[0])
 """Torch's mode that counts the operators of a selective checkpoint, or marks them in a graph; its name is private."""
 MOST = 8
-"""Forward passes of a layer that are kept until their backward pass."""
+"""Forward passes of a layer that are kept until their backward pass, where they keep a mixture."""
 SAMPLED = 64
 """About as many values of an activation tell passes apart."""
 
@@ -32,7 +32,14 @@ class _Pass:
     shape: torch.Size
     sample: Tensor
     given: tuple[Tensor, ...]
+    training: bool
+    graph: "weakref.ref[Any] | None"
+    """A hook that lives as long as the pass's graph; None without gradients."""
     repeated: bool = False
+
+    def is_lost(self) -> bool:
+        """Say whether no backward pass can come any more."""
+        return self.graph is not None and self.graph() is None
 
 
 _passes: "weakref.WeakKeyDictionary[nn.Module, list[_Pass]]" = weakref.WeakKeyDictionary()
@@ -43,12 +50,16 @@ def running() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _hooks() -> tuple[Any, Any] | None:
+    """Return the hooks that pack and unpack what autograd saves, which each checkpoint makes anew."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _may_follow() -> bool:
     """Say whether autograd leaves it to a later pass to find what the backward pass needs."""
     if capture.unseen() or torch.is_inference_mode_enabled():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return not torch.is_grad_enabled() or hooks(True) is not None
+    return not torch.is_grad_enabled() or _hooks() is not None
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -63,38 +74,65 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= 0.01 * b.float().norm())
 
 
-def remember(layer: nn.Module, x: Tensor, given: Sequence[Tensor]) -> None:
-    """Keep copies of what a forward pass of the layer over x was given, if it may be repeated."""
+def _waiting(layer: nn.Module) -> list[_Pass]:
+    return [p for p in _passes.get(layer, []) if not p.is_lost()]
+
+
+def remember(layer: nn.Module, x: Tensor, given: Sequence[Tensor], most: int = MOST) -> None:
+    """Keep copies of what a forward pass of the layer over x was given, if it may be repeated; of the last ``most``."""
     if not running() and _may_follow():
-        waiting = [p for p in _passes.get(layer, []) if not p.repeated]
+        hooks = _hooks() if torch.is_grad_enabled() else None
+        graph = None if hooks is None else weakref.ref(hooks[0])
         with _disable_current_modes():
-            found = _Pass(x.shape, _sample(x), tuple(t.detach().clone() for t in given))
-        _passes[layer] = [*waiting, found][-MOST:]
+            copies = tuple(t.detach().clone() for t in given)
+            found = _Pass(x.shape, _sample(x), copies, layer.training, graph)
+        _passes[layer] = [*(p for p in _waiting(layer) if not p.repeated), found][-most:]
+
+
+def keeps(layer: nn.Module) -> bool:
+    """Say whether this is a pass to ``recall``: a repeated one of a layer that has kept some."""
+    return running() and layer in _passes
 
 
 @_disable_current_modes()
-def recall(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Return what the pass that is repeated over x was given, or None if the layer kept nothing like it.
+def recall(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Return what the pass that is repeated over x was given.
 
     Raises:
-        RuntimeError: several passes over the same values wait for their backward pass, which were given other things.
+        RuntimeError: the layer kept nothing like it; or several passes over the same values wait for their backward
+            pass, which were given other things.
     """
-    passes = [p for p in _passes.get(layer, []) if p.shape == x.shape]
-    if not passes:
-        return None
+    waiting = _waiting(layer)
+    # A reentrant checkpoint runs the first pass without gradients, and repeats it with them under no hooks.
+    graded = _hooks() is not None and torch.is_grad_enabled()
+    found = [p for p in waiting if p.shape == x.shape and p.training == layer.training]
     sample = _sample(x)
-    found = [p for p in passes if p.sample.equal(sample)] or [p for p in passes if _alike(p.sample, sample)]
+    found = [p for p in found if p.sample.equal(sample)] or [p for p in found if _alike(p.sample, sample)]
+    found = [p for p in found if (p.graph is not None) == graded] or found
     found = [p for p in found if not p.repeated] or found
     if not found:
-        return None
-    first, *others = found
-    if any(not torch.equal(a, b) for p in others for a, b in zip(first.given, p.given, strict=True)):
+        raise RuntimeError(
+            f"activation checkpointing: a backward pass runs {type(layer).__name__} over values that are not those of "
+            f"the last forward passes without gradients or under a checkpoint, of which it keeps {len(waiting)}"
+        )
+    *others, last = found
+    if any(not _equal(p.given, last.given) for p in others):
         raise RuntimeError(
             f"activation checkpointing: {len(found)} forward passes of {type(layer).__name__} over the same values "
             "wait for a backward pass and cannot be told apart; run the backward pass of each before the next one"
         )
-    first.repeated = True
-    return first.given
+    last.repeated = True
+    return last.given
+
+
+def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@_disable_current_modes()
+def copies(*tensors: Tensor) -> list[Tensor]:
+    """Copy what a repeated pass alone copies, unseen by selective checkpoints, which refuse operators that are new."""
+    return [t.clone() for t in tensors]
 
 
 def computed_once(function: Callable[P, R]) -> Callable[P, R]:

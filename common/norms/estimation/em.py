@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import eager, reference, sync
+from ..backends import capture, eager, reference, sync
 from ..backends.passes import Mixture
 from ..backends.reference import Moments
 from ..native import loops
@@ -205,6 +205,10 @@ def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: 
 
 def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
     """Return the moments of points (P, C) under a mixture, part by part: what it takes is K times a part."""
+    if capture.transformed():  # torch.func takes no results that are written to given tensors
+        x = points.T[None]
+        tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
+        return reference.batch_moments(x, tau)
     split = groups, points.shape[1] // groups
     mix = Mixture.of(fit.weight.log(), fit.mean, fit.var + eps, split)
     found = []

@@ -16,6 +16,8 @@ from ..supervised import SCBNorm, SCBNormBase
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
 _GIVE_IDS = "call the model inside `with clusters(ids):`, of common.norms"
+MOST = 128
+"""Passes of which a layer keeps the ids for activation checkpointing."""
 _in_graph: list[Tensor | None] = []
 """Ids of the blocks that a graph which is being made holds; torch.compile cannot trace the write of a ContextVar."""
 
@@ -79,10 +81,12 @@ class WithClusters(nn.Module):
 def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
     if cluster is not None:
         return cluster
-    if recomputation.running() and (given := recomputation.recall(layer, x)):
-        return given[0]  # the block may have been left, or be another
+    if recomputation.keeps(layer):
+        given = recomputation.recall(layer, x)
+        return given[0] if given else None  # the block may have been left, or be another
     ids = _in_graph[-1] if _in_graph else _ids.get()
     if ids is None:
+        recomputation.remember(layer, x, [], MOST)
         return None
     if not _in_graph and capture.exported():
         raise RuntimeError(
@@ -90,7 +94,7 @@ def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | Non
             "WithClusters(model), which takes them as its second input"
         )
     ids = ids.to(x.device)
-    recomputation.remember(layer, x, [ids])
+    recomputation.remember(layer, x, [ids], MOST)
     return ids
 
 

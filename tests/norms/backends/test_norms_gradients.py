@@ -1,5 +1,6 @@
 """Gradients against finite differences, and second derivatives."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -152,9 +153,10 @@ def test_torch_func_transforms_a_layer(kind):
     torch.testing.assert_close(both, torch.stack([call(x), call(v, ids.flip(0))]))
 
 
+@pytest.mark.parametrize("kind", ["ucb", "mn"])
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_torch_func_trains_by_buffers_that_it_is_given(backend):
-    layer, (x, *_, v) = make_norm("ucb", 4, 3, backend=backend), mixture_case((4, 4, 3), 3, torch.float32)
+def test_torch_func_trains_by_buffers_that_it_is_given(backend, kind):
+    layer, (x, *_, v) = make_norm(kind, 4, 3, backend=backend), mixture_case((4, 4, 3), 3, torch.float32)
     state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
 
     def loss(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -162,10 +164,12 @@ def test_torch_func_trains_by_buffers_that_it_is_given(backend):
 
     weights = {name: state.pop(name) for name in ("weight", "bias")}
     found = torch.func.grad(loss)(weights, state)
+    layer = copy.deepcopy(layer)  # which a tensor of the transform's in the layer would prevent
     (v * layer(x)).sum().backward()
+    close: Any = {"rtol": 1e-4, "atol": 1e-5} if kind == "mn" else {"rtol": 1e-5, "atol": 1e-5}  # EM takes steps
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, layer.get_parameter(name).grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state, dict(layer.named_buffers()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, layer.get_parameter(name).grad, **close)
+    torch.testing.assert_close(state, dict(layer.named_buffers()), **close)
 
 
 def test_the_reference_has_the_second_derivatives_of_finite_differences():
