@@ -275,7 +275,8 @@ def mixture_bwd_kernel(
     tiles, blocks = _tiles(N, L, FLAT, BLOCK_L)
     n, block = _split(tl.program_id(0), blocks, FLAT)
     samples, rest = _split(tl.num_programs(0), blocks, FLAT)
-    for _ in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    ahead: tl.constexpr = 1 if DENSITY or DIRECT else STAGES  # for sums and tiles ahead registers do not suffice
+    for _ in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=ahead):
         i, inside = _locations(block, N, L, FLAT, BLOCK_L)
         mask = inside & (c < end)[None, :]
         x = read_tile(x_ptr + _at(n, c, i, x_sn, x_sc, x_sl, FLAT), mask)
