@@ -42,11 +42,11 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]
 
 
-def charted(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def charted(folder: Path) -> dict[str, list[tuple[int, str]]]:
     events = EventAccumulator(str(folder)).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if "_time/" not in tag]
     # A measurement repeated after a kill may stand twice in the events of one step; it must be the same then.
-    return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
+    return {tag: sorted({(event.step, repr(event.value)) for event in events.Scalars(tag)}) for tag in tags}  # nan too
 
 
 def summarised(folder: Path) -> dict[str, Any]:
