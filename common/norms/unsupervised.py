@@ -201,8 +201,8 @@ class MixtureLayer(NormLayer):
         points = [self.calibration_points(x, i) for i, x in enumerate(batches)]
         self.calibrate_to(torch.cat(points) if points else torch.empty(0))
 
-    def calibration_points(self, x: Tensor, number: int, most: int = em.MAX_POINTS) -> Tensor:
-        r"""Return up to ``most`` locations (P, C) of x, the batch of this number, to calibrate to.
+    def calibration_points(self, x: Tensor, number: int) -> Tensor:
+        r"""Return up to 4,096 locations (P, C) of x, the batch of this number, to calibrate to.
 
         Raises:
             ValueError: x is of the wrong shape, or holds a value that is not finite.
@@ -210,7 +210,7 @@ class MixtureLayer(NormLayer):
         x = self._channels_first(x).to(self.mean.device)
         if not x.isfinite().all():
             raise ValueError(f"batches: expected finite values, got others in batch {number}")
-        return em.sample_points(x, self.seed, "calibrate", number, most)
+        return em.sample_points(x, self.seed, "calibrate", number)
 
     @torch.no_grad()
     def calibrate_to(self, points: Tensor) -> None:

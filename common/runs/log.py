@@ -136,9 +136,9 @@ class Log:
         if self._active:
             # TensorBoard takes a line's tag for the beginning of a regular expression's match.
             lines = {title: ["Multiline", [f"{chart_name(tag)}$" for tag in tags]] for title, tags in charts.items()}
-            bands_ = {title: ["Margin", [chart_name(tag) for tag in tags]] for title, tags in (bands or {}).items()}
+            margins = {title: ["Margin", [chart_name(tag) for tag in tags]] for title, tags in (bands or {}).items()}
             with naming(self._folder):
-                self._events.add_custom_scalars({title: {title: chart} for title, chart in (lines | bands_).items()})
+                self._events.add_custom_scalars({title: {title: chart} for title, chart in (lines | margins).items()})
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """Log an image to TensorBoard, uint8 (3, H, W)."""

@@ -38,16 +38,16 @@ class Fit(NamedTuple):
         return torch.stack([part.isfinite().all() for part in self]).all()
 
 
-def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0, most: int = 0) -> Tensor:
-    r"""Draw up to ``most`` locations of x (N, C, \*), or MAX_POINTS, without repetition, as points (P, C).
+def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0) -> Tensor:
+    r"""Draw up to 4,096 locations of x (N, C, \*) without repetition, as points (P, C).
 
     Which ones follows from the seed, the name and the step alone, on every device; no copy of x is made to find them.
     """
-    flat, most = reference.flatten(x.detach()), most or MAX_POINTS
+    flat = reference.flatten(x.detach())
     total = flat.shape[0] * flat.shape[2]
-    if total > most:
+    if total > MAX_POINTS:
         words = draws.key(seed, "points", name)
-        points = _locations(flat, draws.scattered(most, total, words, _on(flat, step)))
+        points = _locations(flat, draws.scattered(MAX_POINTS, total, words, _on(flat, step)))
     else:
         points = flat.movedim(1, 2).flatten(0, 1)
     return points.to(reference.compute_dtype(x))
