@@ -9,7 +9,7 @@ from common.cli.fields import MAY_CHANGE
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
 from common.machine.paths import texts_to_paths
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.training.config import RunConfig
 
 _FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"

@@ -14,7 +14,7 @@ from common.data.names import DATA_SETS
 from common.machine.paths import texts_to_paths
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.training.config import RunConfig, ScheduleConfig
 
 _BATCH_NORMS_BECOME = ("mn", "ucb", "scb", "scb_base", "dsbn")

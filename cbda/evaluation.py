@@ -23,7 +23,7 @@ from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.reports.sheet import Verdict, captioned_sheet
 from common.training.method import Better, Moment, Tracked
 from common.training.recalibration import drawn, recalibrate_network

@@ -8,7 +8,7 @@ from cbgan.networks.losses import Loss
 from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.training.config import BestConfig, RunConfig, ScheduleConfig
 
 

@@ -10,10 +10,9 @@ ROOT = Path(__file__).parents[1]
 APPLICATIONS = ("cbgan", "cbda", "cbcls")
 LAYERS = {
     "common/norms",
-    "common/norms/estimation",
     "common/norms/backends",
-    "common/norms/native",
-    "common/norms/kernels",
+    "common/norms/backends/cpu",
+    "common/norms/backends/triton",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # Everything may import common/errors.py and common/registry.py; what is not listed here is forbidden.
@@ -21,13 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "common/cli": {"common/machine"},
     "common/machine": set(),
     "common/norms/backends": set(),
-    "common/norms/native": {"common/norms/backends"},
-    "common/norms/kernels": {"common/norms/backends"},
-    "common/norms/estimation": {"common/norms/backends", "common/norms/native"},
-    "common/norms": {
-        "common/norms/estimation", "common/norms/backends", "common/norms/native", "common/norms/kernels",
-    },
-    "common/norms/surgery": {"common/norms", "common/norms/backends", "common/norms/estimation"},
+    "common/norms/backends/cpu": {"common/norms/backends"},
+    "common/norms/backends/triton": {"common/norms/backends"},
+    "common/norms": {"common/norms/backends", "common/norms/backends/cpu", "common/norms/backends/triton"},
     "common/data/reading": {"common/data", "common/machine"},
     "common/data/sets": {"common/data", "common/data/reading", "common/machine"},
     "common/data": {"common/cli", "common/machine"},

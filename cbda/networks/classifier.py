@@ -9,7 +9,7 @@ from torch.func import functional_call
 from common.machine.seeding import derive
 from common.norms import clusters, convert_norms, converted
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 
 SOURCE, TARGET, UNKNOWN = 0, 1, -1
 """Cluster ids: the domains are the clusters."""

@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from common.machine.seeding import derive
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 
 _SLOPE = 0.2
 _WEIGHT_STD = 0.02

@@ -16,7 +16,7 @@ from common.cli.command import run_command
 from common.errors import UsageError
 from common.machine.device import resolve_device, set_threads
 from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
-from common.norms.factory import make_norm
+from common.norms.registry import make_norm
 from common.runs.folder import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))

@@ -12,7 +12,7 @@ import yaml
 from common.cli.arguments import flatten
 from common.errors import UsageError
 from common.norms.config import NormConfig, settings_of
-from common.norms.factory import BUILT_IN, default_options
+from common.norms.registry import BUILT_IN, default_options
 from common.runs.log import FINAL, read_metrics
 
 

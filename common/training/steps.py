@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from common.data import Feed
-from common.norms.layer import NormLayer
+from common.norms.base import NormLayer
 from common.training.config import RunConfig
 from common.training.method import Method
 from common.training.parts import Parts

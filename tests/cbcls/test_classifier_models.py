@@ -19,8 +19,8 @@ from cbcls.train import Classification
 from common.cli.arguments import parse
 from common.errors import UsageError
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms.baselines import NoNorm
 from common.norms.config import NormConfig
-from common.norms.factory import NoNorm
 
 NONE = NormConfig(kind="none")
 SMALL = "timm:test_resnet"

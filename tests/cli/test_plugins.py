@@ -16,7 +16,7 @@ from common.cli.plugins import GROUP, _owner, installed_plugins, load_plugins
 from common.data.names import DATA_SETS
 from common.errors import UsageError
 from common.metrics.scores import METRICS
-from common.norms import factory
+from common.norms import registry
 from common.runs.log import read_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ FLAGS = ["--norm.kind", "grouped", "--norm.num_components", "4", "--data.name", 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
     monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
     modules = set(sys.modules)
@@ -41,10 +41,10 @@ def as_before(monkeypatch):
 @pytest.fixture
 def forget(monkeypatch):
     """Return a function that brings back what a new process would know."""
-    kinds, sets, metrics = dict(factory._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
+    kinds, sets, metrics = dict(registry._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
 
     def act() -> None:
-        monkeypatch.setattr(factory, "_KINDS", dict(kinds))
+        monkeypatch.setattr(registry, "_KINDS", dict(kinds))
         monkeypatch.setattr(DATA_SETS, "_known", dict(sets))
         monkeypatch.setattr(METRICS, "_known", dict(metrics))
         sys.modules.pop("plugin_of_tests", None)

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from common.machine.seeding import derive, drawing, generator, permutation, uniform_per_sample
-from common.norms.estimation.draws import generator as own_generator
+from common.norms.seeding import generator as own_generator
 
 
 def test_positions_are_told_apart():

@@ -8,13 +8,13 @@ from cbcls.config import ClassifierConfig
 from cbgan.config import GanConfig
 from common.cli.arguments import parse
 from common.errors import UsageError
-from common.norms import factory, make_norm, register_norm
+from common.norms import make_norm, register_norm, registry
 from common.norms.config import NormConfig
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
 
 
 def groups_of(num_features: int, num_components: int, *, eps: float = 1e-3, affine: bool = True) -> nn.Module:
@@ -67,7 +67,7 @@ def test_what_two_sizes_cannot_call_is_refused():
     for build in (lambda num_features: None, lambda a, b, eps: None, lambda *, a, b: None, "mine"):
         with pytest.raises(ValueError, match=r"^build: expected a function of num_features, num_components"):
             register_norm("mine", build)  # pyright: ignore[reportArgumentType]
-    assert "mine" not in factory.kinds()
+    assert "mine" not in registry.kinds()
 
 
 def test_a_kind_that_makes_no_layer_is_refused_when_it_is_used():
@@ -102,6 +102,6 @@ def test_no_layer_gives_back_what_it_is_given_and_ignores_clusters():
 
 
 def test_kinds_without_components_are_those_whose_state_does_not_know_their_number():
-    for kind in factory.BUILT_IN:
+    for kind in registry.BUILT_IN:
         few, many = (str(make_norm(kind, 4, number).state_dict()) for number in (2, 3))
-        assert (few == many) == (kind in factory.WITHOUT_COMPONENTS), kind
+        assert (few == many) == (kind in registry.WITHOUT_COMPONENTS), kind

@@ -11,9 +11,8 @@ from norm_cases import any_norm, mixture_case, needs_compiler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from common.norms import clusters, convert_norms
-from common.norms.backends import recomputation
-from common.norms.surgery import routing
+from common.norms import cluster_context, clusters, convert_norms
+from common.norms.backends import checkpointing
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ucb": ("ucb", {"groups": 1, "init": "kmeans++"}),
@@ -141,7 +140,7 @@ def test_passes_over_the_same_values_are_refused():
 
 def test_a_pass_that_was_not_kept_is_refused():
     _, network = pair("ucb", reentrant=True)
-    waiting = [network(batch(seed)).square().sum() for seed in range(recomputation.MOST + 1)]
+    waiting = [network(batch(seed)).square().sum() for seed in range(checkpointing.MOST + 1)]
     waiting[-1].backward()
     with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm over values that are not those"):
         waiting[0].backward()
@@ -209,17 +208,17 @@ def test_only_a_backward_pass_makes_a_pass_a_repeated_one():
     class Probe(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            said.append(recomputation.running())
+            said.append(checkpointing.running())
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            said.append(recomputation.running())
+            said.append(checkpointing.running())
             return grads[0]
 
     x = torch.ones(2, requires_grad=True)
     (Probe.apply(x).sum() * 2).backward()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [*said, recomputation.running()] == [False, True, False]
+    assert [*said, checkpointing.running()] == [False, True, False]
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", pytest.param("compiled", marks=needs_compiler)])
@@ -291,7 +290,9 @@ def test_an_evaluation_without_ids_has_none_again(reentrant):
 def test_ids_that_were_not_kept_are_refused():
     network = routed()
     with clusters(IDS):
-        waiting = [checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(routing.MOST + 1)]
+        waiting = [
+            checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(cluster_context.MOST + 1)
+        ]
     with clusters(IDS.flip(0)):
         waiting[-1].backward()
         with pytest.raises(RuntimeError, match="a backward pass runs RoutedSCBNorm over values that are not"):

@@ -9,7 +9,7 @@ import torch
 
 from common.errors import UsageError
 from common.norms import doctor, functional
-from common.norms.backends import closed_form
+from common.norms.backends import eager
 
 doctor_timed = doctor.TIMED
 NAMES = [check.name for check in doctor.checks()]
@@ -109,12 +109,12 @@ def test_a_backend_that_cannot_run_is_no_failure(capsys):
 
 
 def test_a_gradient_that_is_wrong_by_a_thousandth_is_named(capsys, monkeypatch):
-    right = closed_form.mixture_norm
+    right = eager.mixture_norm
 
     def wrong(x, *arguments, **options):
         return right(1.001 * x - 0.001 * x.detach(), *arguments, **options)
 
-    monkeypatch.setattr(closed_form, "mixture_norm", wrong)
+    monkeypatch.setattr(eager, "mixture_norm", wrong)
     monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
     code, lines = run(capsys)
     found = verdicts(lines)
@@ -136,7 +136,7 @@ def test_a_backend_that_breaks_down_is_named(capsys, monkeypatch, broken):
             raise RuntimeError("no kernel image\nand a long story")
         return (x + log_lambda.sum() + mean.sum() + var.sum()) * torch.nan, None
 
-    monkeypatch.setattr(closed_form, "mixture_norm", mixture_norm)
+    monkeypatch.setattr(eager, "mixture_norm", mixture_norm)
     code, lines = run(capsys, "--bandwidth", "false")
     assert code == 1
     (report,) = [line for line in lines if line.startswith("eager: mixture, joint, learned: ") and "float32" in line]

@@ -17,16 +17,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from common.norms import (
-    MixtureNorm,
-    NormAct,
-    SCBNorm,
-    UCBNorm,
-    convert_norms,
-    converted,
-    norm_act,
-    revert_norms,
-)
+from common.norms import MixtureNorm, NormAct, SCBNorm, UCBNorm, convert_norms, converted, norm_act, revert_norms
 
 
 def mobile_net(**options: Any) -> nn.Module:

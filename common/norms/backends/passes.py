@@ -1,12 +1,13 @@
-"""What the closed forms are made of: a mixture in the shapes that passes use, and the passes themselves.
+"""The loops of the closed forms over an activation: what each returns, and each in plain torch.
 
-A pass is one loop over the activation that serves as many sums as it can. ``eager`` and ``traced``
-implement the passes; ``closed_form`` puts them together to layers and their gradients.
+A pass is one loop over the activation that serves as many sums as it can. This module and
+``traced_passes`` implement the passes; ``eager`` puts them together to layers and their gradients.
 
 Shapes: x and g (N, G, D, L), G groups of D channels at L positions of N samples; parameters (K, G, D, 1);
 posteriors (K, N, G, L), in the compute dtype like all sums.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -111,3 +112,214 @@ class Passes(Protocol):
     ) -> tuple[Tensor | None, Tensor]:
         """Return dx if it is needed, and the sums of g and g (x - centre) over positions, (2, N, C)."""
         ...
+
+
+KEEP_SINGLE: bool = True
+PART_ELEMENTS = 1 << 18
+"""Elements of x in a part: a megabyte of float32, so that the few buffers of a pass share an L2
+cache."""
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Cut the samples of x into slices of about PART_ELEMENTS elements."""
+    step = max(1, PART_ELEMENTS // max(1, x[:1].numel()))
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _sum_channels(t: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Sum t (n, G, D, L) times weight (G, D, 1) over a group's channels, into out (n, G, L)."""
+    if t.shape[2] == 1:
+        return torch.mul(t.squeeze(2), weight.squeeze(2), out=out)
+    return torch.matmul(weight.mT, t, out=out.unsqueeze(2)).squeeze(2)
+
+
+def _sum_products(a: Tensor, b: Tensor, product: Tensor, out: Tensor) -> Tensor:
+    """Put a b, each (n, G, D, L), into product, and its sum over a group's channels into out (n, G, L)."""
+    torch.mul(a, b, out=product)
+    return out.copy_(product.squeeze(2)) if a.shape[2] == 1 else torch.sum(product, 2, out=out)
+
+
+def _sum_locations(t: Tensor, weight: Tensor) -> Tensor:
+    """Sum t (n, G, D, L) times weight (n, G, L) over samples and positions: (G, D, 1)."""
+    if t.shape[2] == 1:
+        return (t.squeeze(2) * weight).sum(2).sum(0).view(-1, 1, 1)  # twice as fast as sum((0, 2))
+    return torch.matmul(t, weight[..., None]).sum(0)
+
+
+def _posterior(x: Tensor, mix: Mixture, out: Tensor | None = None) -> Tensor:
+    """Eq. 6 for a part of x: (K, n, G, L)."""
+    tau = mix.mean.new_empty(len(mix.mean), *x.shape[:2], x.shape[3]) if out is None else out
+    buffer = torch.empty_like(x)
+    for k, tau_k in enumerate(tau):
+        u = torch.sub(x, mix.mean[k], out=buffer)
+        u.mul_(u)
+        _sum_channels(u, -0.5 * mix.precision[k], out=tau_k).add_(mix.constant[k])
+    torch.softmax(tau, 0, out=tau)
+    return torch.threshold_(tau, least_posterior(tau.dtype), 0.0)
+
+
+def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
+    """Leave them to each part."""
+    return None
+
+
+def moments(x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Keep the posteriors."""
+    dtype = mix.mean.dtype
+    tau = mix.mean.new_empty(len(mix.mean), x.shape[0], x.shape[1], x.shape[3])
+    mass = mix.mean.new_zeros(mix.mean.shape[:2])
+    first, second = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
+    for part in _parts(x):
+        xp, tau_p = x[part].to(dtype), tau[:, part]
+        _posterior(xp, mix, out=tau_p)
+        mass += tau_p.sum((1, 3))
+        for k, tau_k in enumerate(tau_p):
+            first[k] += _sum_locations(xp, tau_k)
+    count = mass.clamp(min=torch.finfo(dtype).tiny)[:, :, None, None]
+    mean = first / count
+    first.zero_()
+    for part in _parts(x):
+        xp, tau_p = x[part].to(dtype), tau[:, part]
+        buffer = torch.empty_like(xp)
+        for k, tau_k in enumerate(tau_p):
+            u = torch.sub(xp, mean[k], out=buffer)
+            first[k] += _sum_locations(u, tau_k)
+            second[k] += _sum_locations(u.mul_(u), tau_k)
+    shift = first / count  # what rounding left of the first mean's error, under a large offset
+    return tau, mass, mean + shift, (second / count - shift.square()).clamp_(min=0)
+
+
+def _combine(x: Tensor, tau: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write sum_k tau_k rstd_k (x - mean_k) + bias of a part into y."""
+    buffer = torch.empty_like(x)
+    for k, tau_k in enumerate(tau):
+        u = torch.sub(x, mean[k], out=buffer).mul_(rstd[k])
+        if k == 0:
+            torch.mul(u, tau_k.unsqueeze(2), out=y)
+        else:
+            y.addcmul_(u, tau_k.unsqueeze(2))
+    if bias is not None:
+        y.add_(bias)
+
+
+def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Mixture) -> Tensor:
+    """Write straight into y where it has the compute dtype."""
+    y = torch.empty_like(x)
+    for part in _parts(x):
+        xp = x[part].to(mean.dtype)
+        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
+        if x.dtype == mean.dtype:
+            _combine(xp, tau_p, mean, rstd, bias, y[part])
+        else:
+            out = torch.empty_like(xp)
+            _combine(xp, tau_p, mean, rstd, bias, out)
+            y[part] = out
+    return y
+
+
+def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Mixture) -> tuple[Tensor, Tensor]:
+    """Two products a component."""
+    sum_g, sum_gu = torch.zeros_like(mean), torch.zeros_like(mean)
+    for part in _parts(x):
+        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
+        buffer = torch.empty_like(xp)
+        for k, tau_k in enumerate(_posterior(xp, mix) if tau is None else tau[:, part]):
+            sum_g[k] += _sum_locations(gp, tau_k)
+            sum_gu[k] += _sum_locations(torch.sub(xp, mean[k], out=buffer).mul_(gp), tau_k)
+    return sum_g, sum_gu
+
+
+def _through_posterior(
+    x: Tensor, tau: Tensor, dtau: Tensor, mix: Mixture, dx: Tensor, sums: DensitySums | None
+) -> None:
+    """Take dtau (overwritten) of a part through the softmax and the densities, into dx and the sums."""
+    dtau -= (tau * dtau).sum(0)
+    z = dtau.mul_(tau)
+    buffer = torch.empty_like(x)
+    for k, z_k in enumerate(z):
+        u = torch.sub(x, mix.mean[k], out=buffer).mul_(mix.precision[k])
+        dx.addcmul_(u, z_k.unsqueeze(2), value=-1)
+        if sums is not None:
+            sums.z[k] += z_k.sum((0, 2))
+            sums.zu[k] += _sum_locations(u, z_k)
+            sums.zuu[k] += _sum_locations(u.mul_(u), z_k)
+
+
+def _no_sums(mix: Mixture) -> DensitySums:
+    return DensitySums(torch.zeros_like(mix.constant[:, :, 0]), torch.zeros_like(mix.mean), torch.zeros_like(mix.mean))
+
+
+def batch_gradients(
+    x: Tensor,
+    g: Tensor,
+    tau: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dm: Tensor,
+    dv: Tensor,
+    constant: Tensor,
+    mix: Mixture,
+    wanted: bool,
+) -> tuple[Tensor, DensitySums | None]:
+    """Five buffers of a part's size."""
+    dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
+    for part in _parts(x):
+        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
+        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
+        u, q, product, dxp = (torch.empty_like(xp) for _ in range(4))
+        dxp.zero_()
+        dtau = torch.empty_like(tau_p)
+        for k, tau_k in enumerate(tau_p):
+            torch.sub(xp, mean[k], out=u)
+            torch.mul(gp, rstd[k], out=q).add_(dm[k]).addcmul_(u, dv[k])
+            _sum_products(u, q, product, out=dtau[k]).sub_(constant[k])
+            dxp.addcmul_(q.addcmul_(u, dv[k]), tau_k.unsqueeze(2))
+        _through_posterior(xp, tau_p, dtau, mix, dxp, sums)
+        dx[part] = dxp
+    return dx, sums
+
+
+def learned_gradients(
+    x: Tensor, g: Tensor, rstd: Tensor, mix: Mixture, wanted: bool
+) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
+    """Three buffers of a part's size."""
+    dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
+    direct, direct_u = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
+    for part in _parts(x):
+        xp, gp = x[part].to(rstd.dtype), g[part].to(rstd.dtype)
+        u, h, dxp = torch.empty_like(xp), torch.empty_like(xp), torch.zeros_like(xp)
+        tau = _posterior(xp, mix)
+        dtau = torch.empty_like(tau)
+        for k, tau_k in enumerate(tau):
+            dxp.addcmul_(torch.mul(gp, rstd[k], out=h), tau_k.unsqueeze(2))
+            torch.sub(xp, mix.mean[k], out=u).mul_(gp)
+            _sum_channels(u, rstd[k], out=dtau[k])
+            if wanted:
+                direct[k] += _sum_locations(gp, tau_k)
+                direct_u[k] += _sum_locations(u, tau_k)
+        _through_posterior(xp, tau, dtau, mix, dxp, sums)
+        dx[part] = dxp
+    return dx, None if sums is None else (sums, direct, direct_u)
+
+
+def cluster_transform(x: Tensor, centre: Tensor, rho: Tensor) -> Tensor:
+    """Write straight into y where it has the compute dtype."""
+    y = torch.empty_like(x)
+    for part in _parts(x):
+        if x.dtype == rho.dtype:
+            torch.sub(x[part], centre[part], out=y[part]).mul_(rho[part])
+        else:
+            y[part] = (x[part] - centre[part]).mul_(rho[part])
+    return y
+
+
+def cluster_gradients(x: Tensor, g: Tensor, centre: Tensor, rho: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
+    """One buffer of a part's size."""
+    dx, sums = torch.empty_like(x) if need_dx else None, rho.new_zeros(2, *x.shape[:2])
+    for part in _parts(x):
+        gp = g[part].to(rho.dtype)
+        torch.sum(gp, 2, out=sums[0, part])
+        torch.sum((x[part] - centre[part]).mul_(gp), 2, out=sums[1, part])
+        if dx is not None:
+            dx[part] = gp * rho[part]
+    return dx, sums

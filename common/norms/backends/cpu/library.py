@@ -1,0 +1,302 @@
+"""The loops of mixtures in C++: the ``compiled`` backend, on a CPU for float32 (see ``mixture.cpp``).
+
+A compiler makes a library for each number of components, in a second or two; it is kept in
+``~/.cache/cluster-based-norm/native`` (``XDG_CACHE_HOME`` in place of ``~/.cache``, if set) for all processes on
+processors of that kind. One library serves all sizes and layouts.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from .. import graphs
+from ..eager import first_derivative_only
+from ..reference import Moments, Scale, Statistics
+
+SOURCE = Path(__file__).with_name("mixture.cpp")
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+MOST_COMPONENTS = 16
+NO_FLOOR = -1e30
+
+
+@functools.cache
+def _processor() -> str:
+    """Describe what code for this processor may use: a folder may be shared by machines that differ."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _folder() -> Path:
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return parent / "cluster-based-norm" / "native"
+
+
+@functools.cache
+def _library(num_components: int, command: str) -> ctypes.CDLL | None:
+    """Return the loops for a number of components, compiled now unless they were; None where that fails."""
+    source = SOURCE.read_bytes()
+    options = (*OPTIONS, f"-DCOMPONENTS={num_components}")
+    key = "\n".join((command, *options, _processor(), torch.__version__)).encode()
+    name = f"{num_components}-{hashlib.blake2b(source + key, digest_size=12).hexdigest()}.so"
+    with tempfile.TemporaryDirectory(prefix="cluster-based-norm-") as aside:
+        path = Path(aside) / name
+        with contextlib.suppress(OSError, RuntimeError):  # the latter where there is no home
+            folder = _folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / name).exists() or os.access(folder, os.W_OK):
+                path = folder / name
+        try:
+            if not path.exists():
+                _compile(command, options, path)
+            return _declared(ctypes.CDLL(str(path)))
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+
+def _compile(command: str, options: Sequence[str], path: Path) -> None:
+    """Compile to a file that appears whole, for other processes may be doing the same."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        # The threads of torch, whose library is the one already loaded.
+        subprocess.run(
+            [command, *options, "-fopenmp", "-fPIC", "-shared", str(SOURCE), "-o", str(made)],
+            check=True,
+            capture_output=True,
+        )
+        made.replace(path)
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SHAPE = (_LONG, _LONG, _LONG, _INT, _LONG)  # n, c, l, rows, groups
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.state_size.argtypes, library.state_size.restype = (_LONG, _LONG), _LONG
+    library.posteriors_size.argtypes, library.posteriors_size.restype = _SHAPE, _LONG
+    library.forward.argtypes = (*[_POINTER] * 9, *_SHAPE, _FLOAT, _FLOAT, _FLOAT, _INT, _INT, _INT)
+    library.backward.argtypes = (*[_POINTER] * 9, *_SHAPE, _FLOAT, _FLOAT, _INT, _INT)
+    library.move_averages.argtypes = (*[_POINTER] * 4, _LONG, _LONG, _FLOAT, _INT, _FLOAT, _INT)
+    library.fit_mixture.argtypes = (*[_POINTER] * 5, _LONG, _LONG, _LONG, _FLOAT, _FLOAT, _INT, _INT)
+    for function in (library.forward, library.backward, library.move_averages, library.fit_mixture):
+        function.restype = None
+    return library
+
+
+def compiler() -> str:
+    """Return the command that compiles C++, whether or not there is one."""
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache  # every batch asks, and looking takes longer than a small batch
+def _on_path(program: str) -> bool:
+    return shutil.which(program) is not None
+
+
+def library(num_components: int) -> Any:
+    """Return the loops for a number of components, or None if there can be none here."""
+    if not 0 < num_components <= MOST_COMPONENTS or not _on_path(compiler()):
+        return None
+    return _library(num_components, compiler())
+
+
+def refusal_of_components(num_components: int) -> str | None:
+    """Say why there are no loops for a number of components, 0 for clusters that are known; None if there are."""
+    if not num_components:
+        return "has loops for mixtures (ucb, mn) alone"
+    if num_components > MOST_COMPONENTS:
+        return f"has loops for at most {MOST_COMPONENTS} components"
+    return None
+
+
+def refusal(x: Tensor, num_components: int, *parameters: Tensor | None) -> str | None:
+    """Say why the loops cannot compute x with these parameters, or return None if they can; compile them if need be."""
+    if reason := refusal_of_components(num_components):
+        return reason
+    if graphs.watched(x):
+        return "is closed to dispatch modes and subclasses of Tensor"
+    for t in (x, *parameters):
+        if t is None:
+            continue
+        if t.dtype != torch.float32 or t.device.type != "cpu":
+            return f"needs float32 on a CPU, got {str(t.dtype).removeprefix('torch.')} on {t.device}"
+        if type(t) not in (Tensor, Parameter):  # whose memory may hold anything
+            return f"cannot read a {type(t).__name__}"
+    if library(num_components) is None:
+        why = "fails" if _on_path(compiler()) else "is not on the PATH"
+        return f"needs a C++ compiler, but {compiler()!r} {why}; install one or set CXX"
+    return None
+
+
+class _Options(NamedTuple):
+    groups: int
+    eps: float
+    floor: float = NO_FLOOR
+    """Of the log weights."""
+    kappa: float = 1.0
+    """A factor of the output: 1, or 1 / sqrt(K)."""
+    stored: bool = False
+    """Whether log weights and variances are logits and log-variances."""
+    learned: bool = False
+    """Whether the mixture normalises, not the batch's moments."""
+
+
+def _pointers(*tensors: Tensor | None) -> Iterator[int | None]:
+    return (None if t is None else t.data_ptr() for t in tensors)
+
+
+def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
+    r"""Return x (N, C, \*) in a layout that the loops read, and whether the channels lie side by side."""
+    if x.is_contiguous():
+        return x, x.numel() == x.shape[0] * x.shape[1]
+    if x.movedim(1, -1).is_contiguous():
+        return x, True
+    return x.contiguous(), x.numel() == x.shape[0] * x.shape[1]
+
+
+def _shape(x: Tensor, rows: bool, groups: int) -> tuple[int, int, int, int, int]:
+    samples, channels = x.shape[:2]
+    return samples, channels, x.numel() // (samples * channels), rows, groups
+
+
+def _forward(
+    x: Tensor, mixture: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, a state, and the posteriors that the backward pass needs."""
+    log, mean, var = (t.contiguous() for t in mixture)
+    lib = library(len(mean))
+    x, rows = _laid_out(x)
+    shape = _shape(x, rows, options.groups)
+    y, state = torch.empty_like(x), mean.new_empty(lib.state_size(mean.shape[1], options.groups))
+    tau = mean.new_empty(0 if options.learned else lib.posteriors_size(*shape))
+    pointers = _pointers(x, y, state, tau, log, mean, var, weight, bias)
+    numbers = options.eps, options.floor, options.kappa, options.stored, options.learned, torch.get_num_threads()
+    lib.forward(*pointers, *shape, *numbers)
+    return y, state, tau
+
+
+class _Mixture(Function):
+    """Eqs. 6-9, or Eq. 15, and an affine map: y, and a state, which carries no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *mixture, weight, bias, options = arguments
+        y, state, tau = _forward(x, mixture, weight, bias, options)
+        ctx.save_for_backward(x, state, tau, weight)
+        ctx.options, ctx.num = options, len(mixture[0])
+        ctx.mark_non_differentiable(state)
+        return y, state
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
+        """Return the gradients of x, log, mean, var, weight and bias."""
+        (x, state, tau, weight), options = ctx.saved_tensors, ctx.options
+        x, rows = _laid_out(x)
+        if g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)
+        dx, channels = torch.empty_like(x), x.shape[1]
+        affine = None if weight is None else x.new_empty(2, channels)
+        both = log = None
+        if any(ctx.needs_input_grad[1:4]):
+            both, log = x.new_empty(2, ctx.num, channels), x.new_empty(ctx.num, channels)
+        pointers = _pointers(x, g, dx, state, tau, weight, affine, both, log)
+        numbers = options.eps, options.kappa, options.learned, torch.get_num_threads()
+        library(ctx.num).backward(*pointers, *_shape(x, rows, options.groups), *numbers)
+        of_mixture = (None, None, None) if both is None or log is None else (log.sum(1), *both.unbind())
+        return dx, *of_mixture, *((None, None) if affine is None else affine.unbind()), None
+
+
+def moments_of(state: Tensor, num: int, groups: int) -> Moments:
+    """Return the moments that a state holds."""
+    channels = (len(state) - num * groups - num) // (4 * num)
+    tables = state[: 4 * num * channels].view(4, num, channels)
+    mass = state[4 * num * channels : 4 * num * channels + num * groups].view(num, groups)
+    return Moments(mass, tables[2], tables[3])
+
+
+def mixture_norm(
+    x: Tensor,
+    mixture: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
+    stored: bool = False,
+    min_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Normalise x under a mixture, and apply an affine map.
+
+    Args:
+        x: (N, C, L).
+        mixture: log weights (K,), means and variances (K, C).
+        weight: of the affine map, (C,), or None.
+        bias: as weight.
+        groups: of channels.
+        eps: added to every variance.
+        scale: "paper" or "sqrt_k".
+        statistics: "batch", or "learned" for Eq. 15.
+        stored: the mixture is what layers store, logits, means and log-variances; no gradient is taken of it.
+        min_weight: floor of the weights.
+
+    Returns:
+        The output, and with the batch's statistics a state for ``moments_of`` and ``move_averages``.
+    """
+    kappa = 1 / math.sqrt(len(mixture[0])) if scale == "sqrt_k" else 1.0
+    floor = math.log(min_weight) if min_weight else NO_FLOOR
+    options = _Options(groups, eps, floor, kappa, stored, statistics == "learned")
+    y, state = _Mixture.apply(x, *mixture, weight, bias, options)  # pyright: ignore[reportGeneralTypeIssues]
+    return y, state
+
+
+def move_averages(
+    stored: Sequence[Tensor],
+    state: Tensor,
+    *,
+    groups: int,
+    momentum: float,
+    paper: bool,
+    min_weight: float,
+    shared: bool,
+) -> None:
+    """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does."""
+    num, channels = stored[1].shape
+    pointers = _pointers(*stored, state)
+    library(num).move_averages(*pointers, channels, groups, momentum, paper, min_weight, shared)
+    increment_version(tuple(stored))
+
+
+def fit_mixture(
+    points: Tensor, mixture: Sequence[Tensor], least: Tensor, *, groups: int, eps: float, empty: float, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take EM steps from a mixture on points (P, C): weights (K,), means and variances (K, C), these at least (C,).
+
+    A component of less mass than empty stays as it is.
+    """
+    weight, mean, var = (t.clone(memory_format=torch.contiguous_format) for t in mixture)
+    points, least = points.contiguous(), least.contiguous()
+    pointers = _pointers(points, weight, mean, var, least)
+    numbers = groups, eps, empty, steps, torch.get_num_threads()
+    library(len(mean)).fit_mixture(*pointers, *points.shape, *numbers)
+    return weight, mean, var

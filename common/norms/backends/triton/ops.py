@@ -1,0 +1,449 @@
+"""The ``triton`` backend of mixtures: custom operators over the kernels, with fakes and gradients.
+
+To torch.compile, torch.export and autocast each operator is one opaque step; its gradients are a second
+operator, which refuses to be differentiated. Triton is imported when a kernel first runs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .. import reference
+from ..graphs import NAMESPACE
+from ..reference import Moments, Scale, Statistics
+from . import launch
+
+
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    from . import mixture_kernels, parameter_kernels  # noqa: PLC0415
+
+    return {**parameter_kernels.__dict__, **mixture_kernels.__dict__}
+
+
+class Plan(NamedTuple):
+    """How a mixture kernel is launched over activations."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """N, C, D, L and strides; without D for a kernel whose programs are channels."""
+    constants: dict[str, int]
+
+    def run(self, tensors: Sequence[Tensor | None], numbers: Sequence[float], **constants: bool) -> None:
+        """Launch the kernel on tensors, in its order."""
+        numbers = (*self.sizes, *numbers)
+        launch.start(_kernels()[self.kernel], self.grid, tensors, numbers, **self.constants, **constants)
+
+
+def _plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0) -> Plan:
+    """Return how a mixture kernel walks over activations (N, C, L); planes are of all sums that its pass leaves."""
+    strides = tuple([t.stride() for t in activations])
+    x = activations[0]
+    return planned(kernel, x.shape, strides, groups, num_components, planes, x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def planned(
+    kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], groups: int, num_components: int,
+    planes: int, itemsize: int,
+) -> Plan:  # fmt: skip
+    """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
+    walk = launch.strided_walk(shape, strides, merge=True)
+    tiling = launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
+    sizes = walk.samples, walk.channels, walk.channels // groups, walk.positions
+    constants = {
+        "K": num_components,
+        "JOINT": tiling.joint,
+        "FLAT": walk.flat,
+        "BLOCK_L": tiling.block_l,
+        "BLOCK_C": tiling.block_c,
+        "num_warps": tiling.num_warps,
+    }
+    grid = tiling.programs, tiling.columns
+    return Plan(kernel, grid, (*sizes, *(s for each in walk.strides for s in each)), constants)
+
+
+def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
+    """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
+    x = activations[0]
+    if groups != x.shape[1] or groups < launch.FEWEST_CHANNELS or x.shape[0] * x.shape[2] > launch.RESIDENT:
+        return None
+    return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def channel_planned(
+    kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
+) -> Plan | None:
+    """Find what ``_channel_plan`` returns."""
+    walk = launch.strided_walk(shape, strides, merge=False)
+    tile = launch.channel_tile(walk, num_components, itemsize)
+    if tile is None:
+        return None
+    constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    if kernel == "mixture_channel_kernel":
+        constants |= launch.channel_limits(num_components)
+    sizes = walk.samples, walk.channels, walk.positions
+    return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
+
+
+def _gather(
+    kernel: str, ahead: tuple[int, ...], sums: Tensor, pointers: Sequence[Tensor | None], numbers: Sequence[float],
+    **constants: bool,
+) -> None:  # fmt: skip
+    """Launch a kernel that adds up sums (planes, programs, K, C); ahead is of its grid, before blocks of channels."""
+    _, programs, num_components, channels = sums.shape
+    block_p, block_c = launch.sums_tile()
+    launch.start(
+        _kernels()[kernel],
+        (*ahead, launch.divide(channels, block_c)),
+        (sums, *pointers),
+        (programs, channels, *numbers),
+        K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
+    )  # fmt: skip
+
+
+def launch_mixture_forward(
+    x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Eqs. 6-9 and an affine map for x (N, C, L): y, and the state (planes, K, C) of the mixture and its moments.
+
+    Parameters are contiguous; stored says that log and var are logits and log-variances.
+    """
+    num, state, y = len(mean), new_state(x, mean), torch.empty_like(x)
+    if plan := _channel_plan("mixture_channel_kernel", (x, y), groups, num):
+        plan.run((x, log, mean, var, state, weight, bias, y), (eps, floor, kappa), STORED=stored)
+        return y, state
+    _moments(x, (log, mean, var), state, groups, eps, kappa, floor, stored)
+    pointers = (x, None, None, None, state, weight, bias, y)
+    _plan("mixture_apply_kernel", (x, y), groups, num).run(pointers, (eps, floor, kappa), STORED=False)
+    return y, state
+
+
+mixture_forward = custom_op(f"{NAMESPACE}::mixture_forward", launch_mixture_forward, mutates_args=())
+
+
+def new_state(x: Tensor, mean: Tensor) -> Tensor:
+    """Return room for a state of x under a mixture."""
+    return x.new_empty(launch.STATE_PLANES, *mean.shape, dtype=torch.float32)
+
+
+def _moments(
+    x: Tensor, mixture: Sequence[Tensor], state: Tensor, groups: int, eps: float, kappa: float, floor: float,
+    stored: bool,
+) -> None:  # fmt: skip
+    """Find the state of x (N, C, L) under a mixture."""
+    sums = moment_sums(x, mixture, state, groups, eps, floor, stored)
+    _gather("mixture_merge_kernel", (state.shape[1],), sums, (x, state), (x.stride(1), eps, floor, kappa))
+
+
+def moment_sums(
+    x: Tensor, mixture: Sequence[Tensor], state: Tensor, groups: int, eps: float, floor: float, stored: bool
+) -> Tensor:
+    """Return what programs leave of the moments of x (N, C, L), (3, programs, K, C), and put the mixture into a state.
+
+    The mixture is its log weights, means and variances, or what layers store, contiguous.
+    """
+    num = state.shape[1]
+    plan = _plan("mixture_moments_kernel", (x,), groups, num, 3)
+    sums = state.new_empty(3, plan.grid[0], *state.shape[1:])
+    plan.run((x, *mixture, sums, state), (eps, floor), STORED=stored)
+    return sums
+
+
+@mixture_forward.register_fake
+def _(
+    x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), new_state(x, mean)
+
+
+def moments_of(state: Tensor, groups: int) -> Moments:
+    """Return the moments that a state holds."""
+    mass, mean, var = state[4:7].unbind()
+    return Moments(mass[:, :: mass.shape[1] // groups], mean, var)
+
+
+FITS = ("fit_logits", "fit_mean", "fit_log_var")
+
+
+def launch_move_averages(
+    logits: Tensor, mean: Tensor, log_var: Tensor, before: Tensor | None, state: Tensor,
+    new_logits: Tensor | None, new_mean: Tensor | None, new_log_var: Tensor | None,
+    fit_logits: Tensor | None, fit_mean: Tensor | None, fit_log_var: Tensor | None,
+    momentum: float, paper: bool, min_weight: float, shared: bool,
+) -> None:  # fmt: skip
+    """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does.
+
+    Before is a copy of the logits; without it the state is one under the stored mixture. A new fit, if there is one,
+    is written over the last fit, unless it or the state is not finite.
+    """
+    num, channels = mean.shape
+    launch.start(
+        _kernels()["mixture_averages_kernel"],
+        (launch.divide(channels, launch.PARAMETER_CHANNELS),),
+        (state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var),
+        (channels, momentum, min_weight),
+        K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
+        num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
+
+
+move_averages = custom_op(
+    f"{NAMESPACE}::move_averages", launch_move_averages, mutates_args=("logits", "mean", "log_var", *FITS)
+)
+
+
+def averages_moved(stored: Sequence[Tensor], before: Tensor | None, state: Tensor, *rest: Any) -> None:
+    """Call ``move_averages``, of which rest is a new fit, the last fit and the rule."""
+    given = *stored, before, state, *rest
+    launch.call(move_averages, launch_move_averages, *given, changed=(*stored, *rest[3:6]))
+
+
+def launch_mixture_backward(
+    x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
+    groups: int, eps: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x; of weight and bias, (2, C); if parameters, of mean and var, (2, K, C), and of log, (K,).
+
+    What there is none of is (0,).
+    """
+    num, dx, affine = state.shape[1], torch.empty_like(x), _affine_gradients(state, weight)
+    if plan := _channel_plan("mixture_channel_bwd_kernel", (x, g, dx), groups, num):
+        out = state.new_empty(3, *state.shape[1:]) if parameters else None
+        plan.run((x, g, state, weight, dx, out, _some(affine)), (eps,), STORED=stored)
+        if out is None:
+            return dx, affine, state.new_empty(0), state.new_empty(0)
+        return dx, affine, out[:2], _log_gradients(out[2], None, state, floor, stored=stored)
+    planes = 3 if parameters else 0
+    plan = _plan("mixture_sums_kernel", (x, g), groups, num, 2 + planes)
+    sums = state.new_empty(2, plan.grid[0], *state.shape[1:])
+    plan.run((x, g, state, sums), ())
+    coefficients = state.new_empty(4, *state.shape[1:])
+    _gather("mixture_coefficients_kernel", (), sums, (state, weight, coefficients, _some(affine)), (eps,))
+    sources = (None, None, None, state, coefficients, weight)
+    sums = _backward_pass(x, g, dx, sources, groups, (eps, floor, 1.0), planes, stored=False)
+    rows, log = _parameter_gradients(sums, (None, None, state, coefficients, weight), None, groups,
+                                     (eps, floor, 1.0), stored, parameters)  # fmt: skip
+    return dx, affine, rows, log
+
+
+mixture_backward = custom_op(f"{NAMESPACE}::mixture_backward", launch_mixture_backward, mutates_args=())
+
+
+def _affine_gradients(like: Tensor, weight: Tensor | None) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if weight is None else like.new_empty(
+        2, len(weight), dtype=torch.float32)  # fmt: skip
+
+
+def _some(t: Tensor) -> Tensor | None:
+    """Return t, or None if it holds nothing."""
+    return t if t.numel() else None
+
+
+def _backward_pass(
+    x: Tensor, g: Tensor, dx: Tensor, sources: Sequence[Tensor | None], groups: int, numbers: Sequence[float],
+    planes: int, *, stored: bool,
+) -> Tensor:  # fmt: skip
+    """Launch the pass that writes dx; return its sums (planes, programs, K, C): 3 of densities, 2 direct ones."""
+    like = sources[3] if sources[3] is not None else sources[1]
+    assert like is not None
+    num, channels = like.shape[-2:]
+    others = 2 if planes == 3 else 0  # of mixture_sums_kernel
+    plan = _plan("mixture_bwd_kernel", (x, g, dx), groups, num, planes + others)
+    sums = like.new_empty(planes, plan.grid[0], num, channels, dtype=torch.float32)
+    pointers = (x, g, *sources, dx, _some(sums))
+    plan.run(pointers, numbers, STORED=stored, DENSITY=planes in (3, 5), DIRECT=planes in (2, 5))
+    return sums
+
+
+def _parameter_gradients(
+    sums: Tensor, sources: Sequence[Tensor | None], affine: Tensor | None, groups: int, numbers: Sequence[float],
+    stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (2, K, C) and (K,) as of mixture_backward, and fill affine."""
+    planes, _, num, channels = sums.shape
+    if not planes:
+        return sums.new_empty(0), sums.new_empty(0)
+    out = sums.new_empty(3 if parameters else 0, num, channels)
+    width = channels // groups
+    _gather(
+        "mixture_gradients_kernel", (), sums, (*sources, _some(out), affine), (width, *numbers),
+        JOINT=width > 1, STORED=stored, DENSITY=parameters,
+    )  # fmt: skip
+    if not parameters:
+        return sums.new_empty(0), sums.new_empty(0)
+    return out[:2], _log_gradients(out[2], sources[0], sources[2], numbers[1], stored=stored)
+
+
+def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, floor: float, *, stored: bool) -> Tensor:
+    """Return gradients (K,) of log weights, or of logits, from the channels' shares in them, (K, C)."""
+    num, channels = shares.shape
+    out = shares.new_empty(num)
+    launch.start(
+        _kernels()["mixture_logits_kernel"], (1,), (shares, log, state, out), (channels, floor),
+        K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
+    return out
+
+
+@mixture_backward.register_fake
+def _(
+    x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
+    groups: int, eps: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _affine_gradients(state, weight), *_fake_rows(state, state[0], parameters)
+
+
+def _fake_rows(like: Tensor, mean: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
+    if not parameters:
+        return like.new_empty(0, dtype=torch.float32), like.new_empty(0, dtype=torch.float32)
+    return like.new_empty(2, *mean.shape, dtype=torch.float32), like.new_empty(len(mean), dtype=torch.float32)
+
+
+def launch_learned_forward(
+    x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> Tensor:  # fmt: skip
+    """Eq. 15 and an affine map for x (N, C, L), as mixture_forward; without log, all log weights are floor."""
+    y = torch.empty_like(x)
+    pointers = (x, log, mean, var, None, weight, bias, y)
+    _plan("mixture_apply_kernel", (x, y), groups, len(mean)).run(pointers, (eps, floor, kappa), STORED=stored)
+    return y
+
+
+learned_forward = custom_op(f"{NAMESPACE}::learned_forward", launch_learned_forward, mutates_args=())
+
+
+@learned_forward.register_fake
+def _(
+    x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(x)
+
+
+def launch_learned_backward(
+    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As mixture_backward."""
+    dx, affine = torch.empty_like(x), _affine_gradients(mean, weight)
+    planes, numbers = 5 if parameters else 0 if weight is None else 2, (eps, floor, kappa)
+    sources = (log, mean, var, None, None, weight)
+    sums = _backward_pass(x, g, dx, sources, groups, numbers, planes, stored=stored)
+    sources = (log, var, None, None, weight)
+    return dx, affine, *_parameter_gradients(sums, sources, _some(affine), groups, numbers, stored, parameters)
+
+
+learned_backward = custom_op(f"{NAMESPACE}::learned_backward", launch_learned_backward, mutates_args=())
+
+
+@learned_backward.register_fake
+def _(
+    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
+    groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), _affine_gradients(mean, weight), *_fake_rows(mean, mean, parameters)
+
+
+def _mixture_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    x, *mixture, weight, bias = inputs[:6]
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if t is None else t.dtype for t in (*mixture, weight, bias)]
+    ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored = inputs[6:]
+    if isinstance(output, tuple):  # a state says all of the mixture, which may have moved by the time of a gradient
+        ctx.save_for_backward(x, weight, output[1])
+    else:
+        ctx.save_for_backward(x, *mixture, weight)
+
+
+def _mixture_gradients(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple:
+    """Of either forward; a state carries no gradient."""
+    if g is None:
+        return (None,) * 11
+    x, *saved = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[1:4])
+    if len(saved) == 2:
+        options = (ctx.groups, ctx.eps, ctx.floor, ctx.stored, parameters)
+        dx, affine, rows, log = launch.call(mixture_backward, launch_mixture_backward, x, g, *saved, *options)
+    else:
+        options = (ctx.groups, ctx.eps, ctx.kappa, ctx.floor, ctx.stored, parameters)
+        dx, affine, rows, log = launch.call(learned_backward, launch_learned_backward, x, g, *saved, *options)
+    found = [log, *rows] if parameters else [None, None, None]
+    found += [affine[0], affine[1]] if affine.numel() else [None, None]
+    cast = [
+        t if t is None or dtype is None or t.dtype == dtype else t.to(dtype)
+        for t, dtype in zip(found, ctx.dtypes, strict=True)
+    ]
+    return dx, *cast, None, None, None, None, None
+
+
+for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forward, learned_backward)):
+    _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
+    _backward.register_autograd(launch.refuse)
+_of_both = _mixture_setup, _mixture_gradients
+_mixture_forward = launch.differentiable(mixture_forward, launch_mixture_forward, *_of_both)
+_learned_forward = launch.differentiable(learned_forward, launch_learned_forward, *_of_both)
+
+
+def mixture_norm(
+    x: Tensor,
+    log_lambda: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """As ``eager.mixture_norm``; without log_lambda all weights are alike."""
+    floor = launch.NO_FLOOR if log_lambda is not None else -math.log(len(mean))
+    tables = log_lambda, mean, var
+    y, state = _norm(x, tables, weight, bias, groups, eps, scale, statistics, floor, stored=False)
+    return y, None if state is None else moments_of(state, groups)
+
+
+def _norm(
+    x: Tensor, tables: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
+    scale: Scale, statistics: Statistics, floor: float, *, stored: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    tables = [t if t is None else t.contiguous() for t in (*tables, weight, bias)]
+    kappa = 1 / math.sqrt(len(tables[1])) if scale == "sqrt_k" else 1.0  # pyright: ignore[reportArgumentType]
+    arguments = (reference.flatten(x), *tables, groups, eps, kappa, floor, stored)
+    if statistics == "learned":
+        return _learned_forward(*arguments).reshape(x.shape), None
+    y, state = _mixture_forward(*arguments)
+    return y.reshape(x.shape), state.detach()
+
+
+def stored_norm(
+    x: Tensor,
+    stored: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    min_weight: float,
+    groups: int,
+    eps: float,
+    scale: Scale,
+    statistics: Statistics,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalise under a mixture as layers store it: logits (K,), mean and log-variance (K, C); weights have a floor.
+
+    Returns:
+        The output, and with the batch's statistics the state, for ``move_averages`` and ``moments_of``.
+    """
+    floor = math.log(min_weight) if min_weight else launch.NO_FLOOR
+    return _norm(x, stored, weight, bias, groups, eps, scale, statistics, floor, stored=True)

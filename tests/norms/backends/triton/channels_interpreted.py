@@ -1,0 +1,169 @@
+"""The kernels whose programs are channels, under Triton's interpreter; run by test_kernels.py."""
+
+import math
+
+import pytest
+import torch
+from kernels_interpreted import assert_mixture_within_budget, case, mixture_gradients
+from launches import replaced_kernels
+from layers_interpreted import assert_near, pair, step
+from norm_cases import in_full, mixture_case
+
+from common.norms import mixture_norm
+from common.norms.backends.triton import launch, ops
+
+LAYERS = {
+    "paper's averages, one variance": ("ucb", {"average": "paper", "variance": "shared", "scale": "sqrt_k"}),
+    "learned by gradients, with a floor": ("ucb", {"update": "weight", "min_weight": 0.3}),
+    "re-seeded, without an affine map": ("ucb", {"reseed": 0.2, "affine": False}),
+    "mixture normalization": ("mn", {"groups": None, "em_steps": 2, "eps": 1.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Cut tiles down, so that a program has several, and fill fresh memory with NaN."""
+    monkeypatch.setattr(launch, "CHANNEL", launch.Launch(elements=16, num_warps=1))
+    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def runs_by_channel(run):
+    """Say which kernels a function launches."""
+    names = []
+    with replaced_kernels(lambda kernel, *_: names.append(kernel.__name__)):
+        run()
+    return names
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory"),
+    [
+        ((3, 4, 5), "strided"),
+        ((2, 3, 37), "contiguous"),
+        *in_full(((9, 2, 3), "contiguous"), ((5, 2, 4, 4), "strided")),
+    ],
+    ids=str,
+)
+def test_a_program_of_a_channel_errs_at_most_twice_as_much_as_eager(shape, memory):
+    """In tiles of several samples, of one, and of a part of one."""
+    assert_mixture_within_budget(case(shape, 3, torch.float32, memory), groups=shape[1], statistics="batch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_program_of_a_channel_takes_half_precision(dtype):
+    assert_mixture_within_budget(case((3, 4, 2, 5), 3, dtype), groups=4, statistics="batch")
+
+
+def test_a_backward_of_many_programs_takes_the_state_that_one_program_left(monkeypatch):
+    """As at 16,384 locations in float32: x fits into the cache, and x and its gradient do not."""
+    monkeypatch.setattr(launch, "RESIDENT_BYTES", 3 * 5 * 4)
+    values = case((3, 4, 5), 3, torch.float32)
+    names = runs_by_channel(lambda: mixture_gradients(values, None, "triton", groups=4))
+    assert "mixture_channel_kernel" in names
+    assert "mixture_channel_bwd_kernel" not in names
+    assert_mixture_within_budget(values, groups=4, statistics="batch")
+
+
+@pytest.mark.parametrize(("num", "scale"), [(4, "sqrt_k"), *in_full((1, "sqrt_k"), (2, "paper"))])
+def test_a_program_of_a_channel_takes_components_and_eps(num, scale):
+    values = case((3, 4, 5), num, torch.float32)
+    assert_mixture_within_budget(values, affine=False, groups=4, statistics="batch", scale=scale, eps=0.3)
+
+
+def test_an_offset_and_an_outlier_cost_no_digits():
+    """As for kernels of many programs."""
+    assert_mixture_within_budget(case((8, 4, 9), 3, torch.float32, offset=1e3), groups=4, statistics="batch")
+    x, log_lambda, mean, var, g = case((4, 4, 32), 3, torch.float32)
+    x[0, :, 0] = 1e4
+    values = x, log_lambda, mean + torch.tensor([[1e4], [0], [0]]), var.clone(), g
+    want, got = (
+        mixture_gradients(values, dtype, backend, groups=4)
+        for dtype, backend in ((torch.float64, "reference"), (None, "triton"))
+    )
+    torch.testing.assert_close(got["var"][1:].double(), want["var"][1:], rtol=1e-3, atol=0)
+
+
+def test_an_empty_component_adds_nothing():
+    x, log_lambda, mean, var, g = case((8, 4, 6), 3, torch.float32)
+    mean[2] = 1e4
+    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", affine=False, groups=4)
+    two = mixture_gradients((x, log_lambda[:2], mean[:2], var[:2], g), None, "triton", affine=False, groups=4)
+    for name, value in got.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(value if name in ("y", "dx") else value[:2], two[name])
+        assert name in ("y", "dx") or not value[2].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_value_that_is_not_finite_shows_in_the_moments(value):
+    x, log_lambda, mean, var, _ = case((8, 4, 6), 3, torch.float32)
+    x[3, 2, 1] = value
+    _, moments = mixture_norm(x, log_lambda, mean, var, groups=4, backend="triton")
+    assert moments is not None
+    assert not all(part.isfinite().all() for part in moments)
+
+
+def test_a_gradient_is_the_same_whatever_others_are_wanted():
+    *inputs, g = case((8, 4, 6), 3, torch.float32)
+    want = mixture_gradients((*inputs, g), None, "triton", affine=False, groups=4)
+    for i, name in ((0, "dx"), (2, "dmean")):
+        given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
+        (got,) = torch.autograd.grad(mixture_norm(*given, groups=4, backend="triton")[0], given[i], g)
+        torch.testing.assert_close(got, want[name], msg=name)
+
+
+@pytest.mark.parametrize("name", ["learned by gradients, with a floor", *in_full(*(n for n in LAYERS if n[0] != "l"))])
+def test_a_layer_of_such_programs_steps_and_moves_its_averages_as_in_float64(name):
+    rtol = 1e-4 if LAYERS[name][0] == "mn" else 2e-5
+    kernel, exact = pair(*LAYERS[name])
+    x, *_, g = mixture_case((4, 6, 5), 3, dtype=torch.float32)
+    names = runs_by_channel(lambda: step(pair(*LAYERS[name])[0], x, g))
+    assert {"mixture_channel_kernel", "mixture_channel_bwd_kernel"} <= set(names)
+    for shift in (1, -1):
+        x = 2 * x + shift
+        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "whole"),
+    [
+        ((64, 8, 16, 16), {}, True),
+        ((64, 8, 16, 17), {}, False),  # 17,408 locations
+        ((64, 8, 8, 8), {"groups": 1}, False),
+        ((64, 8, 8, 8), {"groups": 4}, False),
+        ((64, 8), {}, False),
+    ],
+)
+def test_a_program_takes_a_channel_where_its_cache_holds_it(shape, options, whole):
+    kernel, _ = pair("ucb", {})
+    del kernel
+    x = torch.empty(shape, device="meta")
+    found = ops._channel_plan("mixture_channel_kernel", (reshaped(x), reshaped(x)), options.get("groups", 8), 3)
+    assert (found is not None) is whole
+    assert found is None or found.grid == (8,)
+
+
+def reshaped(x):
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def test_backward_holds_half_as_many_locations_of_float32_and_channels_in_the_last_place_none():
+    x = torch.empty(64, 8, 256, device="meta")
+    for tensor, count, whole in (
+        (x, 3, False),
+        (x.bfloat16(), 3, True),
+        (x[:32], 3, True),
+        (x.mT.contiguous().mT, 2, False),
+        (x[:, :, :1].expand(-1, -1, 2), 2, True),
+    ):
+        plan = ops._channel_plan("mixture_channel_bwd_kernel", (tensor,) * count, 8, 3)
+        assert (plan is not None) is whole
+    assert ops._channel_plan("mixture_channel_kernel", (x, x), 8, 5) is None
+    far = torch.empty_strided((2, 8, 4), (2**31, 4, 1), device="meta")
+    assert ops._channel_plan("mixture_channel_kernel", (far, far), 8, 3) is None
