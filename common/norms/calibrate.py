@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import mixture, seeding
+from .base import MixtureLayer
 from .mixture_norm import MixtureNorm
 from .scb_norm import SCBNorm, SCBNormBase
-from .ucb_norm import MixtureLayer
 
 POOLED = 8 * mixture.MAX_POINTS
 """Locations of all batches together that a mixture is fitted to."""

@@ -1,17 +1,21 @@
-"""The two primitives of the family, checked, and sent to a backend."""
+"""The checks of arguments, the choice of a backend, and the two primitives of the family as functions."""
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, TypeGuard, get_args
+from typing import TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-from .backends import eager, graphs, reference
+from .backends import graphs
+from .backends.backend import Backend, ClusterOptions, ClusterParams, Options, Reference
 from .backends.cpu import library
-from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from .backends.triton import cluster_ops, launch, ops
+from .backends.cpu.library import Cpu
+from .backends.eager import Eager
+from .backends.reference import MixtureParams, Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from .backends.triton import launch
+from .backends.triton.backend import Triton
 
 GIVE_IDS = "call the layer with its samples' cluster ids: layer(x, ids)"
 
@@ -144,7 +148,8 @@ def check_cluster_or_unknown(
         raise ValueError(f"{message}; {remedy}" if remedy else message)
 
 
-BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
+IMPLEMENTED: dict[str, Backend] = {"reference": Reference(), "eager": Eager(), "compiled": Cpu(), "triton": Triton()}
+BACKENDS = ("auto", *IMPLEMENTED)
 LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
 """Values of an activation from which "auto" takes compiled loops on a CPU.
 
@@ -262,23 +267,11 @@ def cluster_norm(
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
     check_cluster_or_unknown(cluster, x, len(mean), allow_unknown)
-    backend = choose_backend(backend, x)
-    any_unknown = False
-    if cluster is not None:
-        if not allow_unknown and backend != "triton":
-            cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.device.type != "cpu" or graphs.unseen()
-        any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
+    chosen = IMPLEMENTED[choose_backend(backend, x)]
     if x.numel() == 0:
         return empty(x, mean, var)
-    options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == "reference":
-            return reference.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
-        if backend == "triton":
-            options |= {"any_unknown": any_unknown, "allow_unknown": allow_unknown}
-            return cluster_ops.cluster_norm(x, cluster, mean, var, **options)
-        return eager.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+    options = ClusterOptions(eps, unknown_scale, unknown_posterior, allow_unknown)
+    return chosen.normalise_clusters(x, cluster, ClusterParams(mean, var), (None, None), options)
 
 
 def mixture_norm(
@@ -338,26 +331,11 @@ def mixture_norm(
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
     groups = check_groups(groups, mean.shape[1])
-    given = log_lambda, mean, var
-    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups, (*given, weight, bias))
+    params = MixtureParams(log_lambda, mean, var)
+    given = [t for t in (*params, weight, bias) if t is not None]
+    chosen = IMPLEMENTED[choose_backend(backend, x, len(mean), mean.shape[1] // groups, given)]
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
-        parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
-        return empty(x, *parameters), moments if statistics == "batch" else None
-    options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
-    if backend == "compiled":
-        y, state = library.mixture_norm(reference.flatten(x), given, weight, bias, **options)
-        return y.reshape(x.shape), None if statistics == "learned" else library.moments_of(state, len(mean), groups)
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == "eager":
-            return eager.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
-        if backend == "triton":
-            return ops.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
-        y, moments = reference.mixture_norm(x, log_lambda, mean, var, **options)
-        return y if weight is None or bias is None else affine(y, weight, bias), moments
-
-
-def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r"""Scale and shift each channel of y (N, C, \*), in its dtype."""
-    shape = [-1] + [1] * (y.ndim - 2)
-    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)
+        return empty(x, *given), moments if statistics == "batch" else None
+    y, state = chosen.normalise(x, params, (weight, bias), Options(groups, eps, scale, statistics))
+    return y, None if state is None else chosen.moments(state, len(mean), groups)

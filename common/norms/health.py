@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import reference
-from .ucb_norm import MixtureLayer
+from .base import MixtureLayer
 
 LEAST_USAGE = 0.01
 LEAST_INFORMATION = 0.05

@@ -1,4 +1,4 @@
-"""Fitting a Gaussian mixture with diagonal covariances to points: k-means++, one Lloyd step, EM.
+"""A Gaussian mixture with diagonal covariances: moving averages over batches, k-means++, one Lloyd step, EM.
 
 Points are (P, C) in the compute dtype. With G groups each group of C / G channels is clustered on its own and
 only the weights are shared, as in the layers. Nothing here asks the device for an answer, and every draw
@@ -6,6 +6,7 @@ comes from a generator or a seed that is given.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,23 +15,11 @@ from torch.nn import functional
 
 from . import seeding
 from .backends import distributed, graphs, passes, reference
-from .backends.cpu import library
-from .backends.passes import Mixture
-from .backends.reference import Moments
+from .backends.passes import Densities
+from .backends.reference import MixtureParams, Moments
 from .seeding import generator
 
 Average = Literal["em", "paper"]
-
-
-class Stored(NamedTuple):
-    """A mixture as the layers store it."""
-
-    logits: Tensor
-    """log_softmax of these are the log weights, (K,)."""
-    mean: Tensor
-    """(K, C)."""
-    log_var: Tensor
-    """(K, C)."""
 
 
 def log_of(var: Tensor) -> Tensor:
@@ -57,9 +46,9 @@ def _per_channel(per_group: Tensor, like: Tensor) -> Tensor:
     return per_group.repeat_interleave(like.shape[1] // per_group.shape[1], dim=1)
 
 
-def is_finite(moments: Moments) -> Tensor:
-    """Say, on the device, whether the batch behind the moments was finite throughout."""
-    return torch.stack([part.isfinite().all() for part in moments]).all()
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Say, on the device, whether every number is finite: of moments, whether the batch behind them is."""
+    return torch.stack([part.isfinite().all() for part in tensors]).all()
 
 
 def shares(moments: Moments) -> Tensor:
@@ -77,9 +66,11 @@ class Rule(NamedTuple):
     """Floor of the weights."""
     shared_variance: bool = False
     """Give every component the mean variance by weight: under "em", stepwise EM for components of one variance."""
+    over_ranks: bool = False
+    """The batch is that of several ranks, and may hold nothing."""
 
 
-def moved(old: Stored, moments: Moments, rule: Rule) -> Stored:
+def moved(old: MixtureParams, moments: Moments, rule: Rule) -> MixtureParams:
     """Return the stored mixture after one batch.
 
     "em" is stepwise EM: each component moves by the share of the batch it holds, so that an almost empty one
@@ -96,7 +87,7 @@ def moved(old: Stored, moments: Moments, rule: Rule) -> Stored:
     Returns:
         New tensors; old itself if the batch held a value that is not finite.
     """
-    old = Stored(*(part.to(moments.mean.dtype) for part in old))
+    old = MixtureParams(*(part.to(moments.mean.dtype) for part in old))
     momentum, share = rule.momentum, shares(moments)
     weight = old.logits.softmax(0)
     weight = (weight + momentum * (share.mean(1) - weight)).clamp(min=rule.min_weight)
@@ -109,9 +100,23 @@ def moved(old: Stored, moments: Moments, rule: Rule) -> Stored:
     var = old_var + step * (unbiased(moments) - old_var) + spread
     if rule.shared_variance:
         var = pooled(var, weight[:, None]).expand_as(var)
-    new = Stored(weight.log(), old.mean + step * difference, log_of(var))
-    finite = is_finite(moments)
-    return Stored(*(torch.where(finite, a, b) for a, b in zip(new, old, strict=True)))
+    new = MixtureParams(weight.log(), old.mean + step * difference, log_of(var))
+    finite = all_finite(moments)
+    if rule.over_ranks:
+        finite = finite & (moments.mass.sum() > 0)
+    return MixtureParams(*(torch.where(finite, a, b) for a, b in zip(new, old, strict=True)))
+
+
+def write(params: MixtureParams, new: MixtureParams, where: Tensor | None = None) -> None:
+    """Write new values into a stored mixture, all of them or where a condition () holds."""
+    for old, value in zip(params, new, strict=True):
+        old.copy_(value if where is None else torch.where(where, value.to(old), old))
+
+
+def store_fit(fit: tuple[MixtureParams | None, MixtureParams] | None, moments: Moments) -> None:
+    """Write a new fit over the last one, if there is one, unless it or the batch behind the moments is not finite."""
+    if fit is not None and fit[0] is not None:
+        write(fit[1], fit[0], all_finite(moments) & all_finite(fit[0]))
 
 
 MAX_POINTS = 4096
@@ -121,28 +126,61 @@ EMPTY = 1e-6
 """Mass below which a component holds nothing, of points."""
 
 
-class Fit(NamedTuple):
-    """A mixture's weights (K,), means (K, C) and variances (K, C)."""
+class Components(NamedTuple):
+    """A mixture as EM works on it: a logarithm and its exponential would round in each step."""
 
     weight: Tensor
+    """(K,)."""
     mean: Tensor
+    """(K, C)."""
     var: Tensor
+    """(K, C)."""
+
+    @classmethod
+    def of(cls, params: MixtureParams, dtype: torch.dtype) -> "Components":
+        """Return a stored mixture in dtype."""
+        logits, mean, log_var = (t.to(dtype) for t in params)
+        return cls(logits.softmax(0), mean, log_var.exp())
+
+    def params(self, min_weight: float) -> MixtureParams:
+        """Return the mixture as layers store it, with weights of at least min_weight."""
+        weight = self.weight.clamp(min=min_weight)
+        return MixtureParams(weight.log().log_softmax(0), self.mean, log_of(self.var))
 
     def is_finite(self) -> Tensor:
         """Say, on the device, whether every number is finite: squares of finite points may not be."""
-        return torch.stack([part.isfinite().all() for part in self]).all()
+        return all_finite(self)
 
 
-def sample_points(x: Tensor, seed: int, name: str, step: Tensor | int = 0) -> Tensor:
+class FitRule(NamedTuple):
+    """How a layer fits a mixture to each batch."""
+
+    groups: int
+    """Of channels, each with posteriors of its own."""
+    eps: float
+    steps: int
+    """Of EM."""
+    high: int
+    """With low the key of the locations that are drawn, see ``seeding``."""
+    low: int
+    min_weight: float
+    """Floor of the weights."""
+
+
+def points_key(seed: int, name: str) -> tuple[int, int]:
+    """Return the key of a layer's draws of locations for a purpose."""
+    return seeding.key(seed, "points", name)
+
+
+def sample_points(x: Tensor, key: tuple[int, int], step: Tensor | int = 0) -> Tensor:
     r"""Draw up to 4,096 locations of x (N, C, \*) without repetition, as points (P, C).
 
-    Which ones follows from the seed, the name and the step alone, on every device; no copy of x is made to find them.
+    Which ones follows from a key of ``seeding`` and the step alone, on every device; no copy of x is made to find them.
     """
     flat = reference.flatten(x.detach())
     total = flat.shape[0] * flat.shape[2]
     if total > MAX_POINTS:
-        words = seeding.key(seed, "points", name)
-        points = _locations(flat, seeding.scattered(MAX_POINTS, total, words, _on(flat, step)))
+        points = _locations(flat, seeding.scattered(MAX_POINTS, total, key, _on(flat, step)))
     else:
         points = flat.movedim(1, 2).flatten(0, 1)
     return points.to(reference.compute_dtype(x))
@@ -210,7 +248,7 @@ def kmeans_plus_plus(points: Tensor, num: int, rng: torch.Generator) -> Tensor:
     return torch.stack(centres)
 
 
-def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) -> Fit:
+def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) -> Components:
     """Seed by greedy k-means++ and take one Lloyd step.
 
     Distances are in standard deviations of each channel, so that the result follows when channels are scaled.
@@ -232,33 +270,22 @@ def seed_mixture(points: Tensor, num: int, groups: int, rng: torch.Generator) ->
     empty = (mass == 0).repeat_interleave(points.shape[1] // groups, dim=1)
     own = centres.flatten(1) * spread + offset
     mean, var = torch.where(empty, own, mean), torch.where(empty, spread.square(), var)
-    return Fit(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
+    return Components(mass.mean(1) / len(points), mean, torch.maximum(var, variance_floor(points)))
 
 
-def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, steps: int) -> Fit:
+def seed_and_fit(points: Tensor, num: int, groups: int, seed: int, eps: float, steps: int) -> Components:
     """Seed a mixture of num components from points (P, C) by ``seed_mixture``, and take EM steps from there."""
     fit = seed_mixture(points, num, groups, generator(seed, "kmeans++"))
     return expectation_maximisation(points, fit, groups, eps, steps)
 
 
-def refit(
-    x: Tensor, fit: Fit, step: Tensor | int, groups: int, seed: int, eps: float, steps: int, *, compiled: bool = False
-) -> Fit:
-    r"""Take EM steps from fit on locations of x (N, C, \*), which this step draws, by compiled loops or in torch."""
-    points = sample_points(x, seed, "fit", step)
-    if compiled:
-        rule: Any = {"groups": groups, "eps": eps, "empty": EMPTY, "steps": steps}
-        return Fit(*library.fit_mixture(points, fit, variance_floor(points), **rule))
-    return expectation_maximisation(points, fit, groups, eps, steps)
-
-
 def seeding_points(x: Tensor, seed: int, process_group: Any) -> tuple[Tensor, Tensor]:
     r"""Draw locations of x (N, C, \*), or of the joined batch of a group's ranks; say whether all of it is finite."""
-    points, finite = sample_points(x, seed, "seed"), x.isfinite().all()
+    points, finite = sample_points(x, points_key(seed, "seed")), x.isfinite().all()
     if process_group is None:
         return points, finite
     points, finite = distributed.join_points(points, finite, process_group)
-    return sample_points(points, seed, "seed joined"), finite
+    return sample_points(points, points_key(seed, "seed joined")), finite
 
 
 def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +303,7 @@ def cluster_moments(x: Tensor, cluster: Tensor, num: int, eps: float) -> tuple[T
     return mean, var.clamp(min=eps).log(), (mass[:, 0] > 0) & mean.isfinite().all() & var.isfinite().all()
 
 
-def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: float) -> Tensor:
+def best_additions(candidates: Tensor, fit: Components, var: Tensor, groups: int, eps: float) -> Tensor:
     """Return, for each component, the candidate that one more component there would raise the likelihood most at.
 
     The likelihood is that of all candidates, and each group of channels has a choice of its own, (K, C).
@@ -298,14 +325,14 @@ def best_additions(candidates: Tensor, fit: Fit, var: Tensor, groups: int, eps: 
     return candidates.unflatten(2, (groups, -1))[component[:, None], best, group].flatten(1)
 
 
-def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
+def _moments(points: Tensor, fit: Components, groups: int, eps: float) -> Moments:
     """Return the moments of points (P, C) under a mixture, part by part: what it takes is K times a part."""
     if graphs.transformed():  # torch.func takes no results that are written to given tensors
         x = points.T[None]
         tau = reference.posterior(x, fit.weight.log(), fit.mean, fit.var + eps, groups)
         return reference.batch_moments(x, tau)
     split = groups, points.shape[1] // groups
-    mix = Mixture.of(fit.weight.log(), fit.mean, fit.var + eps, split)
+    mix = Densities.of(fit.weight.log(), fit.mean, fit.var + eps, split)
     found = []
     for part in points.split(MAX_POINTS):
         _, mass, mean, var = passes.moments(part.T[None].unflatten(1, split), mix)
@@ -321,7 +348,7 @@ def _moments(points: Tensor, fit: Fit, groups: int, eps: float) -> Moments:
     return Moments(total, joined, (share * (var + (mean - joined).square())).sum(0))
 
 
-def em_step(points: Tensor, fit: Fit, groups: int, eps: float, floor: Tensor | None = None) -> Fit:
+def em_step(points: Tensor, fit: Components, groups: int, eps: float, floor: Tensor | None = None) -> Components:
     """One step of expectation maximisation; a component that holds nothing stays as it is.
 
     Args:
@@ -335,15 +362,15 @@ def em_step(points: Tensor, fit: Fit, groups: int, eps: float, floor: Tensor | N
     empty = (mass < EMPTY).repeat_interleave(points.shape[1] // groups, dim=1)
     weight = (mass.mean(1) / len(points)).clamp(min=torch.finfo(points.dtype).tiny)
     var = torch.maximum(var, variance_floor(points) if floor is None else floor)
-    return Fit(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
+    return Components(weight, torch.where(empty, fit.mean, mean), torch.where(empty, fit.var, var))
 
 
-def component_shares(points: Tensor, fit: Fit, groups: int, eps: float) -> Tensor:
+def component_shares(points: Tensor, fit: Components, groups: int, eps: float) -> Tensor:
     """Return the share of points (P, C) that each component holds in each group, (K, G)."""
     return _moments(points, fit, groups, eps).mass / len(points)
 
 
-def moved_onto(points: Tensor, fit: Fit) -> Fit:
+def moved_onto(points: Tensor, fit: Components) -> Components:
     """Shift and scale a mixture, channel by channel, to the mean and the variance of points (P, C).
 
     So that EM starts in the right place after the inputs have moved as a whole, as when weights were averaged.
@@ -352,10 +379,10 @@ def moved_onto(points: Tensor, fit: Fit) -> Fit:
     centre = (share * fit.mean).sum(0)
     total = (share * (fit.var + (fit.mean - centre).square())).sum(0)
     scale = points.var(0, correction=0) / total
-    return Fit(fit.weight, points.mean(0) + scale.sqrt() * (fit.mean - centre), scale * fit.var)
+    return Components(fit.weight, points.mean(0) + scale.sqrt() * (fit.mean - centre), scale * fit.var)
 
 
-def expectation_maximisation(points: Tensor, fit: Fit, groups: int, eps: float, steps: int) -> Fit:
+def expectation_maximisation(points: Tensor, fit: Components, groups: int, eps: float, steps: int) -> Components:
     """Take EM steps from fit on points (P, C)."""
     floor = variance_floor(points)
     for _ in range(steps):

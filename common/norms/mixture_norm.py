@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional, graph_ops, mixture, seeding
-from .backends import checkpointing, graphs, reference
-from .backends.cpu import library
-from .backends.reference import Moments, Scale
-from .backends.triton import em_ops, launch, ops
-from .base import DeviceLike
-from .mixture import Average, Fit, Stored
-from .ucb_norm import MixtureInit, MixtureLayer
+from . import functional, mixture
+from .backends import checkpointing, graphs
+from .backends.backend import Backend
+from .backends.graph_ops import Gate
+from .backends.reference import MixtureParams, Scale
+from .base import DeviceLike, MixtureInit, MixtureLayer
+from .mixture import Average, Components, FitRule
 
 
 class MixtureNorm(MixtureLayer):
@@ -99,8 +98,8 @@ class MixtureNorm(MixtureLayer):
         )
         self.refit_every = functional.check_size("refit_every", refit_every)
         self.em_steps = functional.check_size("em_steps", em_steps)
-        self._words = seeding.key(self.seed, "points", "fit")  # here, because a graph cannot find it
-        for name in Stored._fields:
+        self._key = mixture.points_key(self.seed, "fit")  # here, because a graph cannot find it
+        for name in MixtureParams._fields:
             self.register_buffer(f"fit_{name}", torch.empty_like(getattr(self, name)))
         self.register_buffer("step", torch.tensor(0, device=self.mean.device))
         self.reset_parameters()
@@ -109,28 +108,23 @@ class MixtureNorm(MixtureLayer):
     def reset_parameters(self) -> None:
         """Return to equal weights, unit variances and unseeded means."""
         super().reset_parameters()
-        self._write_fit(Stored(self.logits, self.mean, self.log_var))
+        mixture.write(self._last_fit(), self._params())
         self._reset_step()
-
-    def _write_fit(self, new: Stored, where: Tensor | None = None) -> None:
-        for name, value in zip(Stored._fields, new, strict=True):
-            old = getattr(self, f"fit_{name}")
-            old.copy_(value if where is None else torch.where(where, value.to(old), old))
 
     def _seeding_steps(self) -> int:
         return self.em_steps
 
-    def _store_seed(self, fit: Fit, found: Tensor) -> None:
-        self._write_fit(self._stored(fit), where=found)
-        self._write(self._stored(fit), where=found)
+    def _store_seed(self, fit: Components, found: Tensor) -> None:
+        for params in (self._last_fit(), self._params()):
+            mixture.write(params, fit.params(self.min_weight), where=found)
         self.initialized.masked_fill_(found, 1)
 
-    def _calibration_start(self, dtype: torch.dtype) -> tuple[Fit, int]:
-        return self._fit(dtype, "fit_"), 2 * self.em_steps
+    def _calibration_start(self, dtype: torch.dtype) -> tuple[Components, int]:
+        return Components.of(self._last_fit(), dtype), 2 * self.em_steps
 
-    def _store_calibrated(self, points: Tensor, fit: Fit) -> None:
+    def _store_calibrated(self, points: Tensor, fit: Components) -> None:
         super()._store_calibrated(points, fit)
-        self._write_fit(self._stored(fit))
+        mixture.write(self._last_fit(), fit.params(self.min_weight))
 
     def forget_initialized(self) -> None:
         """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
@@ -166,81 +160,35 @@ class MixtureNorm(MixtureLayer):
 
     @checkpointing.computed_once
     @torch.no_grad()
-    def _refit(self, x: Tensor, before: Tensor, seeded: bool | Tensor) -> Stored | None:
+    def _refit(self, x: Tensor, backend: Backend, before: Tensor, seeded: bool | Tensor) -> MixtureParams | None:
         """Return the fit to this batch, or None unless this step, counted on the CPU, is one to make it.
 
         In a graph, which cannot look at it, that may be the last fit.
         """
         if self.refit_every > 1:
             graphs.refuse(x, graphs.COUNTED)
-        ready = seeded if isinstance(seeded, Tensor) else None
-        due = self._in_graph() or (seeded and (self.refit_every == 1 or int(before) % self.refit_every == 0))
-        if not due:
-            return None
-        if self._fused(x, "batch"):
-            every = self.refit_every if self._in_graph() else 1
-            rule = self.groups, self.eps, self.em_steps, mixture.MAX_POINTS, *self._words
-            limits = self.min_weight, mixture.VARIANCE_FLOOR, mixture.EMPTY
-            last = (t.contiguous() for t in self._last_fit())
-            flat = reference.flatten(x.detach())
-            given = flat, *last, self.step, ready, before, every, *rule, *limits
-            return Stored(*launch.call(em_ops.fit_mixture, em_ops.launch_fit_mixture, *given))
-        how, last = (self.groups, self.seed, self.eps, self.em_steps), self._fit(reference.compute_dtype(x), "fit_")
+        gate = None
         if self._in_graph():
-            *fit, found = graph_ops.refit_mixture(x.detach(), *last, ready, before, self.refit_every, *how)
-            pairs = zip(self._stored(Fit(*fit)), self._last_fit(), strict=True)
-            return Stored(*(torch.where(found, new, old.to(new.dtype)) for new, old in pairs))
-        return self._stored(mixture.refit(x, last, self.step, *how, compiled=self._native(x)))
+            gate = Gate(seeded if isinstance(seeded, Tensor) else None, before, self.refit_every)
+        elif not seeded or (self.refit_every > 1 and int(before) % self.refit_every):
+            return None
+        rule = FitRule(self.groups, self.eps, self.em_steps, *self._key, self.min_weight)
+        return backend.fit(x, self._last_fit(), self.step, rule, gate)
 
-    def _last_fit(self) -> Stored:
-        return Stored(self.fit_logits, self.fit_mean, self.fit_log_var)
-
-    @checkpointing.computed_once
-    @torch.no_grad()
-    def _store_fit(self, fit: Stored, moments: Moments) -> None:
-        """Store a fit, unless the batch that has these moments under it, or the fit, is not finite throughout."""
-        self._write_fit(fit, where=mixture.is_finite(moments) & Fit(*fit).is_finite())
-
-    @checkpointing.computed_once
-    @torch.no_grad()
-    def _move_fused(self, state: Tensor, new: Stored | None) -> None:
-        """Store a fit and move the averages, by the moments of a state under the fit."""
-        averaged, last = self._mixture(), self._last_fit()
-        if all(t.is_contiguous() for t in (*averaged, *last)):
-            fits = (None,) * 6 if new is None else (*new, *last)
-            rule = self.momentum, self.average == "paper", self.min_weight, False
-            ops.averages_moved(averaged, self.logits.clone(), state, *fits, *rule)
-            return
-        moments = ops.moments_of(state, self.groups)
-        if new is not None:
-            self._store_fit(new, moments)
-        self._average_in(moments)
+    def _last_fit(self) -> MixtureParams:
+        return MixtureParams(self.fit_logits, self.fit_mean, self.fit_log_var)
 
     def _train(self, x: Tensor) -> Tensor:
         self._check_training_batch(x)
+        backend = self._backend(x, "batch")
         if checkpointing.running():
-            return self._repeat(x, 0.0)
-        new = self._refit(x, self._count_step(), self._seed(x)) if x.numel() else None
-        fit = self._last_fit() if new is None else new
-        fused = self._fused(x, "batch")
-        native = not fused and self._native(x)
-        fit = self._given(x, fit, keeps=fused or native)
-        if fused:
-            y, state = self._normalise_fused(x, fit, "batch", 0.0)
-            if state is not None:
-                self._move_fused(state, new)
-            return y
-        if native:
-            y, state = self._normalise_native(x, fit, 0.0)
-            if new is not None:
-                self._store_fit(new, library.moments_of(state, self.num_components, self.groups))
-            self._average_in_native(state)
-            return y
-        y, moments = self._normalise(x, fit, 0.0, "batch")
-        if moments is not None and x.numel():
-            if new is not None:
-                self._store_fit(new, moments)
-            self._average_in(moments)
+            return self._repeat(x, backend, 0.0)
+        new = self._refit(x, backend, self._count_step(), self._seed(x)) if x.numel() else None
+        last = self._last_fit()
+        fit = self._given(x, backend, last if new is None else new)
+        y, state = self._normalise(x, backend, fit, "batch", 0.0)
+        if state is not None:
+            self._update(backend, state, (new, last))
         return y
 
     def _options(self) -> dict[str, Any]:

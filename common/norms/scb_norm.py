@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import functional, graph_ops, mixture
-from .backends import checkpointing, graphs, reference
+from . import functional, mixture
+from .backends import checkpointing, graph_ops, graphs, reference
+from .backends.backend import ClusterOptions, ClusterParams
 from .backends.reference import UnknownPosterior, UnknownScale
-from .backends.triton import cluster_ops
 from .base import FLAG, DeviceLike, NormLayer, leaf
 
 SupervisedInit = Literal["identity", "data"]
@@ -71,9 +71,8 @@ class _SupervisedNorm(NormLayer):
         """Return the mean and the log-variance of every cluster, each (K, C)."""
         raise NotImplementedError
 
-    def _tables(self) -> cluster_ops.Tables:
-        """Return what kernels make rows of."""
-        return cluster_ops.Tables(*self.rows())
+    def _params(self) -> ClusterParams:
+        return ClusterParams(*self.rows())
 
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         """Replace rows (mean, log_var) by change(mean, log_var), in place."""
@@ -147,12 +146,6 @@ class _SupervisedNorm(NormLayer):
         )
         self.initialized.masked_fill_(fresh, 1)
 
-    def _fused(self, x: Tensor) -> bool:
-        r"""Say whether kernels compute x (N, C, \*), whose ids are given, from what is stored."""
-        if not x.numel() or not (self.training or cluster_ops.takes_unknown(self.num_features, self.unknown_posterior)):
-            return False
-        return functional.choose_backend(self.backend, x) == "triton"
-
     @leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
@@ -163,23 +156,12 @@ class _SupervisedNorm(NormLayer):
             x = self._standardise(x)
         if self.training and cluster is not None and not checkpointing.running() and self._may_seed():
             self._seed(x, cluster)
-        if cluster is not None and self._fused(x):
-            options: Any = {"eps": self.eps, "unknown_scale": self.unknown_scale, "allow_unknown": not self.training}
-            y = cluster_ops.stored_cluster_norm(x, cluster, self._tables(), self.weight, self.bias, **options)
-            return self._channels_back(y)
-        mean, log_var = self.rows()
-        y = functional.cluster_norm(
-            x,
-            cluster,
-            mean,
-            log_var.exp(),
-            eps=self.eps,
-            unknown_scale=self.unknown_scale,
-            unknown_posterior=self.unknown_posterior,
-            allow_unknown=not self.training,
-            backend=self.backend,
-        )
-        return self._finish(y)
+        backend = functional.IMPLEMENTED[functional.choose_backend(self.backend, x)]
+        if not x.numel():
+            return self._channels_back(functional.empty(x, *self.parameters()))
+        options = ClusterOptions(self.eps, self.unknown_scale, self.unknown_posterior, not self.training, stored=True)
+        y = backend.normalise_clusters(x, cluster, self._params(), (self.weight, self.bias), options)
+        return self._channels_back(y)
 
     def _options(self) -> dict[str, object]:
         return {
@@ -295,8 +277,8 @@ class SCBNormBase(_SupervisedNorm):
         mean, log_var = ((layer.weight + layer.bias[:, None]).T for layer in (self.mean, self.log_var))
         return mean, log_var
 
-    def _tables(self) -> cluster_ops.Tables:
-        return cluster_ops.Tables(self.mean.weight.T, self.log_var.weight.T, self.mean.bias, self.log_var.bias)
+    def _params(self) -> ClusterParams:
+        return ClusterParams(self.mean.weight.T, self.log_var.weight.T, self.mean.bias, self.log_var.bias)
 
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         for layer, row in zip((self.mean, self.log_var), change(*self.rows()), strict=True):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import mixture
+from .backends.reference import MixtureParams
+from .base import MixtureLayer
 from .baselines import DomainBatchNorm
-from .mixture import Stored
 from .mixture_norm import MixtureNorm
 from .scb_norm import SCBNorm, SCBNormBase
-from .ucb_norm import MixtureLayer
 
 SPREAD = 0.68
 """Of a converted mixture's means, in standard deviations. For K from 2 to 5 its posteriors tell 0.061 to 0.080 nats on
@@ -47,9 +47,9 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
     mean, var = (t.detach().to("cpu", torch.float64) for t in (norm.running_mean, norm.running_var))
     if isinstance(layer, MixtureLayer):
         start = _spread(mean, var, layer.num_components, layer.num_features // layer.groups)
-        layer._write(start)
+        mixture.write(layer._params(), start)
         if isinstance(layer, MixtureNorm):
-            layer._write_fit(start)
+            mixture.write(layer._last_fit(), start)
     else:
         assert isinstance(layer, SCBNorm | SCBNormBase)
         row = (mean.to(norm.running_mean), mixture.log_of(var).to(norm.running_mean))
@@ -69,7 +69,7 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
             layer.bias.requires_grad_(False)
 
 
-def _spread(mean: Tensor, var: Tensor, num: int, width: int) -> Stored:
+def _spread(mean: Tensor, var: Tensor, num: int, width: int) -> MixtureParams:
     """Return num equal components (1 / num each) whose total mean and variance are mean and var, each (C,).
 
     Their means are spaced evenly in (-SPREAD, SPREAD) standard deviations, and closer where a group of channels shares
@@ -78,7 +78,7 @@ def _spread(mean: Tensor, var: Tensor, num: int, width: int) -> Stored:
     """
     d = _distances(num, width).to(mean)[:, None]
     within = (1 - d.square().mean()) * var
-    return Stored(mean.new_zeros(num), mean + var.sqrt() * d, mixture.log_of(within).expand(num, -1))
+    return MixtureParams(mean.new_zeros(num), mean + var.sqrt() * d, mixture.log_of(within).expand(num, -1))
 
 
 def _distances(num: int, width: int) -> Tensor:

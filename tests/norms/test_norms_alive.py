@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.norms import MixtureNorm, UCBNorm, health, mixture, seeding
 from common.norms.config import NormConfig
-from common.norms.mixture import Fit
+from common.norms.mixture import Components
 
 CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
 
@@ -111,7 +111,7 @@ def test_the_best_additions_are_chosen_group_by_group():
         candidates = mixture_case((3, 5, 4), num=1, seed=seed)[0]  # (K, B, C), K = 3
         _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=seed + 1)
         new_var, eps = var[:1] / 10, 0.3
-        got = mixture.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
+        got = mixture.best_additions(candidates, Components(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
         for group in (slice(0, 2), slice(2, 4)):
             points = candidates[..., group].reshape(15, 2)
             old = density(points[:, None], mean[:, group], var[:, group] + eps) @ log_lambda.exp()

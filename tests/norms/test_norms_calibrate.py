@@ -225,12 +225,14 @@ def test_em_in_parts_survives_an_offset_of_a_million():
 
     With their mean as first summed, from shares that each round by 6e-8, a variance errs by 1.4e-2.
     """
-    fit = mixture.Fit(torch.tensor([0.5, 0.3, 0.2]), 1e6 + torch.tensor([[0.0, 0], [1, 1], [-1, 1]]), torch.ones(3, 2))
+    fit = mixture.Components(
+        torch.tensor([0.5, 0.3, 0.2]), 1e6 + torch.tensor([[0.0, 0], [1, 1], [-1, 1]]), torch.ones(3, 2)
+    )
     for seed in range(6):
         rng = torch.Generator().manual_seed(seed)
         points = torch.randn(3 * mixture.MAX_POINTS + 11 * seed, 2, generator=rng) + 1e6
         got = mixture.em_step(points, fit, 1, eps=1e-5)
-        want = mixture.em_step(points.double(), mixture.Fit(*(t.double() for t in fit)), 1, eps=1e-5)
+        want = mixture.em_step(points.double(), mixture.Components(*(t.double() for t in fit)), 1, eps=1e-5)
         torch.testing.assert_close(got.var.double(), want.var, rtol=4.8e-3, atol=0)
 
 

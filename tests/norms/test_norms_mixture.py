@@ -13,8 +13,8 @@ from sklearn.mixture import GaussianMixture
 
 from common.machine.seeding import generator
 from common.norms import MixtureNorm, Moments, UCBNorm, mixture, seeding
-from common.norms.backends.reference import posterior
-from common.norms.mixture import Stored
+from common.norms.backends.reference import MixtureParams, posterior
+from common.norms.mixture import points_key
 
 
 def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:
@@ -29,7 +29,7 @@ def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:
 def sklearn_fit():
     """Points, a start, and scikit-learn's mixture after 12 steps of EM from it."""
     points = clouds()
-    start = mixture.Fit(
+    start = mixture.Components(
         torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
         points[[1, 7, 30]].clone(),
         torch.tensor([[1.0, 2, 3], [2, 1, 1], [0.5, 1, 2]], dtype=torch.float64),
@@ -71,7 +71,7 @@ def test_em_of_grouped_channels_shares_only_the_weights():
     step = mixture.em_step(points, start, groups=3, eps=1e-5)
     shares = []
     for c in range(3):
-        alone = mixture.Fit(start.weight, start.mean[:, c : c + 1], start.var[:, c : c + 1])
+        alone = mixture.Components(start.weight, start.mean[:, c : c + 1], start.var[:, c : c + 1])
         own = mixture.em_step(points[:, c : c + 1], alone, groups=1, eps=1e-5)
         torch.testing.assert_close(step.mean[:, c : c + 1], own.mean)
         torch.testing.assert_close(step.var[:, c : c + 1], own.var)
@@ -163,15 +163,15 @@ def test_component_variances_have_a_floor():
 
 def test_sampled_points_follow_from_seed_and_position():
     x = torch.arange(5000.0).view(50, 1, 100).expand(-1, 2, -1)
-    a, b, c = (mixture.sample_points(x, 0, "fit", step) for step in (1, 1, 2))
+    a, b, c = (mixture.sample_points(x, points_key(0, "fit"), step) for step in (1, 1, 2))
     assert a.shape == (4096, 2)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    assert not torch.equal(a, mixture.sample_points(x, 1, "fit", 1))
+    assert not torch.equal(a, mixture.sample_points(x, points_key(1, "fit"), 1))
     assert len(a[:, 0].unique()) == 4096
     assert torch.equal(a[:, 0], a[:, 1])
-    assert not torch.equal(a, mixture.sample_points(x, 0, "seed", 1))
-    few = mixture.sample_points(x[:3], 0, "fit")
+    assert not torch.equal(a, mixture.sample_points(x, points_key(0, "seed"), 1))
+    few = mixture.sample_points(x[:3], points_key(0, "fit"))
     assert torch.equal(few[:, 0], x[:3, 0].flatten())
 
 
@@ -208,8 +208,8 @@ def test_draws_are_spread_as_independent_ones():
 def test_stepwise_em_keeps_pooled_moments():
     """Each component's mean and variance are those of all its mass so far, older mass discounted by 0.9."""
     rng = torch.Generator().manual_seed(0)
-    old = Stored(torch.zeros(3), torch.randn(3, 4, generator=rng), torch.randn(3, 4, generator=rng))
-    old = Stored(*(t.double() for t in old))
+    old = MixtureParams(torch.zeros(3), torch.randn(3, 4, generator=rng), torch.randn(3, 4, generator=rng))
+    old = MixtureParams(*(t.double() for t in old))
     s0 = np.full((3, 1), 1 / 3)
     s1 = s0 * old.mean.numpy()
     s2 = s0 * (old.log_var.exp().numpy() + old.mean.numpy() ** 2)
@@ -230,7 +230,7 @@ def test_stepwise_em_keeps_pooled_moments():
 
 def test_a_step_goes_at_most_all_the_way():
     """Component 1 weighs 1 % but holds all of the first of two channels: a step of 0.1 / 0.059 would overshoot."""
-    old = Stored(torch.tensor([0.99, 0.01]).log(), torch.zeros(2, 2), torch.zeros(2, 2))
+    old = MixtureParams(torch.tensor([0.99, 0.01]).log(), torch.zeros(2, 2), torch.zeros(2, 2))
     moments = Moments(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.full((2, 2), 3.0), torch.full((2, 2), 2.0))
     new = mixture.moved(old, moments, mixture.Rule(0.1, "em", 1e-3))
     torch.testing.assert_close(new.mean[:, 0], torch.tensor([0.0, 3.0]))
@@ -401,7 +401,7 @@ def test_a_value_that_no_fit_drew_keeps_a_batch_from_being_fitted():
     layer = MixtureNorm(2, 2)
     layer(x)
     before = layer.fit_mean.clone()
-    drawn = mixture.sample_points(torch.arange(9000.0)[:, None], 0, "fit", 2).long()
+    drawn = mixture.sample_points(torch.arange(9000.0)[:, None], points_key(0, "fit"), 2).long()
     bad = x + 1
     bad[next(i for i in range(9000) if i not in drawn)] = math.nan
     layer(bad)

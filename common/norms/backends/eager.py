@@ -7,15 +7,16 @@ loops over the activation is in ``passes``, and in ``traced_passes`` for graphs;
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import distributed, passes, reference, traced_passes
-from .passes import DensitySums, Mixture, Passes
-from .reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from .backend import Affine, Backend, ClusterOptions, Options
+from .passes import Densities, DensitySums, Passes
+from .reference import MixtureParams, Moments, Scale
 
 
 class _Refuse(Function):
@@ -77,59 +78,22 @@ class _ClusterNorm(Function):
         return dx, None, -rho * sum_g, -0.5 * rho**3 * sum_gu
 
 
-def cluster_norm(
-    x: Tensor,
-    cluster: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    eps: float,
-    unknown_scale: UnknownScale,
-    unknown_posterior: UnknownPosterior,
-    any_unknown: bool,
-) -> Tensor:
-    """As ``reference.cluster_norm``; ``any_unknown`` says whether ids of -1 have to be expected."""
-    dtype = reference.compute_dtype(x)
-    flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
-
-    def unknown() -> Tensor:
-        mixture = functools.partial(mixture_norm, eps=eps)
-        return unknown_cluster(mixture, flat, mean, var, unknown_scale, unknown_posterior)
-
-    if cluster is None:
-        return unknown().reshape(x.shape)
-    y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + eps)  # pyright: ignore[reportAssignmentType]
-    if any_unknown:
-        y = torch.where((cluster == -1)[:, None, None], unknown(), y)
-    return y.reshape(x.shape)
-
-
 def unknown_cluster(
-    mixture_norm: Callable[..., tuple[Tensor, Moments | None]],
+    norm: Callable[[Tensor, MixtureParams, Affine, Options], tuple[Tensor, Any]],
     x: Tensor,
     mean: Tensor,
     var: Tensor,
-    scale: UnknownScale,
-    over: UnknownPosterior,
+    options: ClusterOptions,
 ) -> Tensor:
-    """Eqs. 12 and 13 for x (N, C, L) by a mixture_norm, since they are Eq. 15 under equal weights."""
-    whole = over == "sample"
+    """Eqs. 12 and 13 for x (N, C, L) by a backend's norm, since they are Eq. 15 under equal weights."""
+    whole = options.unknown_posterior == "sample"
     # One posterior a sample is one over all its values: each is a channel, at a single location.
     given = x.flatten(1).unsqueeze(2) if whole else x
     rows = [t.repeat_interleave(x.shape[2], dim=1) if whole else t for t in (mean, var)]
     equal = mean.new_full((len(mean),), -math.log(len(mean)))
-    factor: Scale = "paper" if scale == "paper" else "sqrt_k"
-    return mixture_norm(given, equal, *rows, groups=1, scale=factor, statistics="learned")[0].view(x.shape)
-
-
-class _Options(NamedTuple):
-    """What is the same for all batches of a layer."""
-
-    split: tuple[int, int]
-    """Groups, and channels of a group."""
-    eps: float
-    kappa: float
-    """A factor of the output: 1, or 1 / sqrt(K)."""
+    scale: Scale = "paper" if options.unknown_scale == "paper" else "sqrt_k"
+    y, _ = norm(given, MixtureParams(equal, *rows), (None, None), Options(1, options.eps, scale, "learned"))
+    return y.view(x.shape)
 
 
 class _Work:
@@ -137,24 +101,25 @@ class _Work:
 
     def __init__(
         self,
-        options: _Options,
+        options: Options,
         log_lambda: Tensor,
         mean: Tensor,
         s: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> None:
-        self.passes, self.options = _passes(), options
-        self.mix = Mixture.of(log_lambda, mean, s, options.split)
-        shape = (*options.split, 1)
+        self.passes, self.eps = _passes(), options.eps
+        self.split = options.groups, mean.shape[1] // options.groups
+        self.mix = Densities.of(log_lambda, mean, s, self.split)
+        shape = (*self.split, 1)
         self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
-        self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa).view(-1, 1, 1, 1)
+        self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa(len(mean))).view(-1, 1, 1, 1)
         """lambda^(-1/2), times 1 / sqrt(K) under scale="sqrt_k"."""
         self.scale = self.lambdas if self.weight is None else self.lambdas * self.weight
 
     def parts(self, t: Tensor) -> Tensor:
         """View (N, C, L) as (N, G, D, L)."""
-        return t.unflatten(1, self.options.split)
+        return t.unflatten(1, self.split)
 
     def whole(self, t: Tensor) -> Tensor:
         """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
@@ -164,7 +129,7 @@ class _Work:
         return self.passes.moments(self.parts(x), self.mix)
 
     def output(self, x: Tensor, tau: Tensor | None, m: Tensor, v: Tensor) -> Tensor:
-        rstd = self.scale * (v + self.options.eps).rsqrt()
+        rstd = self.scale * (v + self.eps).rsqrt()
         return self.whole(self.passes.transform(self.parts(x), tau, m, rstd, self.bias, self.mix))
 
     def gradient_sums(self, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +150,7 @@ class _Work:
         wanted: bool,
     ) -> tuple[Tensor | None, ...]:
         """Take the sums of this rank, and of all ranks together; the mixture's gradients if they are wanted."""
-        r = (v + self.options.eps).rsqrt()
+        r = (v + self.eps).rsqrt()
         count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
         dm = -r * self.scale * all_g / count  # gradients of the moments, a unit of mass each
         dv = -0.5 * r**3 * self.scale * all_gu / count
@@ -281,31 +246,34 @@ class _LearnedMixture(Function):
         return *work.gradients(dx, DensitySums(sums.z, zu, zuu), sum_g, sum_gu, rho), None
 
 
-def mixture_norm(
-    x: Tensor,
-    log_lambda: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    groups: int,
-    eps: float,
-    scale: Scale,
-    statistics: Statistics,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    process_group: Any = None,
-) -> tuple[Tensor, Moments | None]:
-    """As ``reference.mixture_norm``, then the affine map of weight and bias (C,), without a loop of its own.
+class Eager(Backend):
+    """The closed forms in plain torch, anywhere."""
 
-    With a process group the batch is that of all its ranks together.
-    """
-    dtype = reference.compute_dtype(x)
-    kappa = 1 / math.sqrt(len(mean)) if scale == "sqrt_k" else 1.0
-    options = _Options((groups, mean.shape[1] // groups), eps, kappa)
-    affine = [t if t is None else t.to(dtype) for t in (weight, bias)]
-    inputs = reference.flatten(x), log_lambda.to(dtype), mean.to(dtype), var.to(dtype) + eps, *affine, options
-    if statistics == "learned":
-        y: Tensor = _LearnedMixture.apply(*inputs)  # pyright: ignore[reportAssignmentType]
-        return y.reshape(x.shape), None
-    outputs: tuple[Tensor, ...] = _BatchMixture.apply(*inputs, process_group)  # pyright: ignore[reportAssignmentType]
-    return outputs[0].reshape(x.shape), Moments(*outputs[1:])
+    def normalise(
+        self, x: Tensor, params: MixtureParams, affine: Affine, options: Options
+    ) -> tuple[Tensor, Moments | None]:
+        """See ``Backend``; with a process group the batch is that of all its ranks together."""
+        log_weight, mean, var = params.plain(options.min_weight) if options.stored else params
+        dtype = reference.compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            maps = [t if t is None else t.to(dtype) for t in affine]
+            inputs = reference.flatten(x), log_weight.to(dtype), mean.to(dtype), var.to(dtype) + options.eps, *maps
+            group, options = options.process_group, options._replace(process_group=None)
+            if options.statistics == "learned":
+                y: Tensor = _LearnedMixture.apply(*inputs, options)  # pyright: ignore[reportAssignmentType]
+                return y.reshape(x.shape), None
+            found: tuple[Tensor, ...] = _BatchMixture.apply(*inputs, options, group)  # pyright: ignore[reportAssignmentType]
+            return found[0].reshape(x.shape), Moments(*found[1:])
+
+    def _normalise_clusters(
+        self, x: Tensor, cluster: Tensor | None, mean: Tensor, var: Tensor, any_unknown: bool, options: ClusterOptions
+    ) -> Tensor:
+        dtype = reference.compute_dtype(x)
+        flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
+        if cluster is None:
+            return unknown_cluster(self.normalise, flat, mean, var, options).reshape(x.shape)
+        y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + options.eps)  # pyright: ignore[reportAssignmentType]
+        if any_unknown:
+            other = unknown_cluster(self.normalise, flat, mean, var, options)
+            y = torch.where((cluster == -1)[:, None, None], other, y)
+        return y.reshape(x.shape)

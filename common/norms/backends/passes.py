@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-class Mixture(NamedTuple):
-    """A mixture as the passes use it."""
+class Densities(NamedTuple):
+    """The terms of the components' log densities, as passes use them."""
 
     mean: Tensor
     """(K, G, D, 1)."""
@@ -25,7 +25,7 @@ class Mixture(NamedTuple):
     """Log weight less half the log determinant, (K, G, 1); the term in 2 pi is common to all and cancels."""
 
     @classmethod
-    def of(cls, log_lambda: Tensor, mean: Tensor, s: Tensor, split: tuple[int, int]) -> "Mixture":
+    def of(cls, log_lambda: Tensor, mean: Tensor, s: Tensor, split: tuple[int, int]) -> "Densities":
         """Shape log weights (K,), means and variances plus eps, (K, C) each; split is of C into (G, D)."""
         shape = (len(mean), *split, 1)
         constant = log_lambda[:, None, None] - 0.5 * s.log().view(shape).sum(2)
@@ -58,16 +58,16 @@ class Passes(Protocol):
     KEEP_SINGLE: bool
     """Whether to keep the posteriors of single channels for the backward pass: they are K times x."""
 
-    def posterior(self, x: Tensor, mix: Mixture) -> Tensor | None:
+    def posterior(self, x: Tensor, mix: Densities) -> Tensor | None:
         """Return tau (Eq. 6) for several passes to share, if that is worth it."""
         ...
 
-    def moments(self, x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def moments(self, x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return tau (Eq. 6), as ``posterior``, mass (K, G), mean and variance (K, G, D, 1) of Eqs. 8 and 9."""
         ...
 
     def transform(
-        self, x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Mixture
+        self, x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Densities
     ) -> Tensor:
         """Return y = sum_k tau_k rstd_k (x - mean_k) + bias, Eqs. 7 and 15.
 
@@ -76,7 +76,7 @@ class Passes(Protocol):
         ...
 
     def gradient_sums(
-        self, x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Mixture
+        self, x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Densities
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of tau g and tau g (x - mean) over the locations, (K, G, D, 1)."""
         ...
@@ -91,14 +91,14 @@ class Passes(Protocol):
         dm: Tensor,
         dv: Tensor,
         constant: Tensor,
-        mix: Mixture,
+        mix: Densities,
         wanted: bool,
     ) -> tuple[Tensor, DensitySums | None]:
         """Return dx of Eqs. 6-9, and the sums if they are wanted; dm and dv are the moments' gradients over mass."""
         ...
 
     def learned_gradients(
-        self, x: Tensor, g: Tensor, rstd: Tensor, mix: Mixture, wanted: bool
+        self, x: Tensor, g: Tensor, rstd: Tensor, mix: Densities, wanted: bool
     ) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
         """Return dx of Eq. 15, and if wanted the sums, and those of tau g and tau g (x - mean), (K, G, D, 1)."""
         ...
@@ -146,7 +146,7 @@ def _sum_locations(t: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(t, weight[..., None]).sum(0)
 
 
-def _posterior(x: Tensor, mix: Mixture, out: Tensor | None = None) -> Tensor:
+def _posterior(x: Tensor, mix: Densities, out: Tensor | None = None) -> Tensor:
     """Eq. 6 for a part of x: (K, n, G, L)."""
     tau = mix.mean.new_empty(len(mix.mean), *x.shape[:2], x.shape[3]) if out is None else out
     buffer = torch.empty_like(x)
@@ -158,12 +158,12 @@ def _posterior(x: Tensor, mix: Mixture, out: Tensor | None = None) -> Tensor:
     return torch.threshold_(tau, least_posterior(tau.dtype), 0.0)
 
 
-def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
+def posterior(x: Tensor, mix: Densities) -> Tensor | None:
     """Leave them to each part."""
     return None
 
 
-def moments(x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Keep the posteriors."""
     dtype = mix.mean.dtype
     tau = mix.mean.new_empty(len(mix.mean), x.shape[0], x.shape[1], x.shape[3])
@@ -202,7 +202,7 @@ def _combine(x: Tensor, tau: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | 
         y.add_(bias)
 
 
-def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Mixture) -> Tensor:
+def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Densities) -> Tensor:
     """Write straight into y where it has the compute dtype."""
     y = torch.empty_like(x)
     for part in _parts(x):
@@ -217,7 +217,7 @@ def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: T
     return y
 
 
-def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Mixture) -> tuple[Tensor, Tensor]:
+def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Densities) -> tuple[Tensor, Tensor]:
     """Two products a component."""
     sum_g, sum_gu = torch.zeros_like(mean), torch.zeros_like(mean)
     for part in _parts(x):
@@ -230,7 +230,7 @@ def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: M
 
 
 def _through_posterior(
-    x: Tensor, tau: Tensor, dtau: Tensor, mix: Mixture, dx: Tensor, sums: DensitySums | None
+    x: Tensor, tau: Tensor, dtau: Tensor, mix: Densities, dx: Tensor, sums: DensitySums | None
 ) -> None:
     """Take dtau (overwritten) of a part through the softmax and the densities, into dx and the sums."""
     dtau -= (tau * dtau).sum(0)
@@ -245,7 +245,7 @@ def _through_posterior(
             sums.zuu[k] += _sum_locations(u.mul_(u), z_k)
 
 
-def _no_sums(mix: Mixture) -> DensitySums:
+def _no_sums(mix: Densities) -> DensitySums:
     return DensitySums(torch.zeros_like(mix.constant[:, :, 0]), torch.zeros_like(mix.mean), torch.zeros_like(mix.mean))
 
 
@@ -258,7 +258,7 @@ def batch_gradients(
     dm: Tensor,
     dv: Tensor,
     constant: Tensor,
-    mix: Mixture,
+    mix: Densities,
     wanted: bool,
 ) -> tuple[Tensor, DensitySums | None]:
     """Five buffers of a part's size."""
@@ -280,7 +280,7 @@ def batch_gradients(
 
 
 def learned_gradients(
-    x: Tensor, g: Tensor, rstd: Tensor, mix: Mixture, wanted: bool
+    x: Tensor, g: Tensor, rstd: Tensor, mix: Densities, wanted: bool
 ) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
     """Three buffers of a part's size."""
     dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None

@@ -21,8 +21,29 @@ UnknownScale = Literal["match", "paper"]
 UnknownPosterior = Literal["location", "sample"]
 
 
+class MixtureParams(NamedTuple):
+    """A mixture of K components with diagonal covariances, as layers store it."""
+
+    logits: Tensor
+    """log_softmax of these are the log weights, (K,)."""
+    mean: Tensor
+    """(K, C)."""
+    log_var: Tensor
+    """(K, C)."""
+
+    def log_weights(self, min_weight: float) -> Tensor:
+        """Return the log weights (K,), at least log(min_weight) each."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        log_weights = logits.log_softmax(0)
+        return log_weights.clamp(min=math.log(min_weight)) if min_weight else log_weights
+
+    def plain(self, min_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log weights, means and variances, as the equations take them."""
+        return self.log_weights(min_weight), self.mean, self.log_var.exp()
+
+
 class Moments(NamedTuple):
-    """What one batch says about each component; carries no gradient."""
+    """The mass, mean and variance of each component in a batch; without gradient."""
 
     mass: Tensor
     """Sum of the posteriors over the locations, (K, G)."""
@@ -40,6 +61,14 @@ def flatten(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype the layers accumulate in: float64 for float64 input, float32 for all else."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    r"""Scale and shift each channel of y (N, C, \*), in its dtype, if there are a weight and a bias (C,)."""
+    if weight is None or bias is None:
+        return y
+    shape = [-1] + [1] * (y.ndim - 2)
+    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)
 
 
 def gather_rows(table: Tensor, cluster: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .passes import DensitySums, Mixture, least_posterior
+from .passes import Densities, DensitySums, least_posterior
 
 LOG2_E = 1.4426950408889634
 KEEP_SINGLE: bool = False
@@ -23,7 +23,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-def _posterior(x: Tensor, mix: Mixture) -> list[Tensor]:
+def _posterior(x: Tensor, mix: Densities) -> list[Tensor]:
     """Eq. 6, (N, G, 1, L) for each component; by powers of two, since Inductor would store those of e."""
     scales, offsets = -0.5 * LOG2_E * mix.precision, LOG2_E * mix.constant
     logs = [((x - m).square() * a).sum(2) + b for m, a, b in zip(mix.mean, scales, offsets, strict=True)]
@@ -34,7 +34,7 @@ def _posterior(x: Tensor, mix: Mixture) -> list[Tensor]:
     return [(p * share).unsqueeze(2) for p in raw]
 
 
-def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
+def posterior(x: Tensor, mix: Densities) -> Tensor | None:
     """Store the posteriors, but on a GPU those of single channels.
 
     These are K times x, which a GPU finds again sooner than it reads it; a CPU does not.
@@ -44,7 +44,7 @@ def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
     return torch.stack(_posterior(x.to(mix.mean.dtype), mix)).squeeze(3)
 
 
-def _each(x: Tensor, tau: Tensor | None, mix: Mixture) -> list[Tensor]:
+def _each(x: Tensor, tau: Tensor | None, mix: Densities) -> list[Tensor]:
     """Return the posteriors of each component, (N, G, 1, L)."""
     return _posterior(x, mix) if tau is None else list(tau.unsqueeze(3).unbind())
 
@@ -54,7 +54,7 @@ def _totals(parts: list[Tensor]) -> Tensor:
     return torch.stack([t.sum(3, keepdim=True).sum(0) for t in parts])
 
 
-def moments(x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Two loops, and one more for the posteriors of groups of channels."""
     tau, x = posterior(x, mix), x.to(mix.mean.dtype)
     mass = _totals(_each(x, tau, mix))
@@ -70,14 +70,14 @@ def moments(x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Ten
     return tau, mass[:, :, 0, 0], mean + shift, var
 
 
-def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Mixture) -> Tensor:
+def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Densities) -> Tensor:
     """One loop; two where posteriors of groups have to be found first."""
     dtype, x = x.dtype, x.to(mean.dtype)
     y = _sum([(x - mean[k]) * rstd[k] * t for k, t in enumerate(_each(x, tau, mix))])
     return (y if bias is None else y + bias).to(dtype)
 
 
-def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Mixture) -> tuple[Tensor, Tensor]:
+def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Densities) -> tuple[Tensor, Tensor]:
     """One loop."""
     x, g = x.to(mean.dtype), g.to(mean.dtype)
     weighted = [t * g for t in _each(x, tau, mix)]
@@ -85,7 +85,7 @@ def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: M
 
 
 def _through_posterior(
-    x: Tensor, tau: list[Tensor], dtau: list[Tensor], mix: Mixture, wanted: bool
+    x: Tensor, tau: list[Tensor], dtau: list[Tensor], mix: Densities, wanted: bool
 ) -> tuple[Tensor, DensitySums | None]:
     """Take the posteriors' gradients (N, G, 1, L) to x, negative, and to the sums, if they are wanted."""
     average = _sum([t * d for t, d in zip(tau, dtau, strict=True)])
@@ -107,7 +107,7 @@ def batch_gradients(
     dm: Tensor,
     dv: Tensor,
     constant: Tensor,
-    mix: Mixture,
+    mix: Densities,
     wanted: bool,
 ) -> tuple[Tensor, DensitySums | None]:
     """One loop for single channels, two for groups of them."""
@@ -123,7 +123,7 @@ def batch_gradients(
 
 
 def learned_gradients(
-    x: Tensor, g: Tensor, rstd: Tensor, mix: Mixture, wanted: bool
+    x: Tensor, g: Tensor, rstd: Tensor, mix: Densities, wanted: bool
 ) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
     """One loop for single channels, three for groups of them."""
     dtype, x, g = x.dtype, x.to(rstd.dtype), g.to(rstd.dtype)

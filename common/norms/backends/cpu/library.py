@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from .. import graphs
+from ... import mixture
+from ...mixture import Components, FitRule, Rule
+from .. import graphs, reference
+from ..backend import Affine, Backend, Options
 from ..eager import first_derivative_only
-from ..reference import Moments, Scale, Statistics
+from ..reference import MixtureParams, Moments
 
 SOURCE = Path(__file__).with_name("mixture.cpp")
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -146,19 +149,6 @@ def refusal(x: Tensor, num_components: int, *parameters: Tensor | None) -> str |
     return None
 
 
-class _Options(NamedTuple):
-    groups: int
-    eps: float
-    floor: float = NO_FLOOR
-    """Of the log weights."""
-    kappa: float = 1.0
-    """A factor of the output: 1, or 1 / sqrt(K)."""
-    stored: bool = False
-    """Whether log weights and variances are logits and log-variances."""
-    learned: bool = False
-    """Whether the mixture normalises, not the batch's moments."""
-
-
 def _pointers(*tensors: Tensor | None) -> Iterator[int | None]:
     return (None if t is None else t.data_ptr() for t in tensors)
 
@@ -178,7 +168,7 @@ def _shape(x: Tensor, rows: bool, groups: int) -> tuple[int, int, int, int, int]
 
 
 def _forward(
-    x: Tensor, mixture: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, options: _Options
+    x: Tensor, mixture: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, a state, and the posteriors that the backward pass needs."""
     log, mean, var = (t.contiguous() for t in mixture)
@@ -186,9 +176,11 @@ def _forward(
     x, rows = _laid_out(x)
     shape = _shape(x, rows, options.groups)
     y, state = torch.empty_like(x), mean.new_empty(lib.state_size(mean.shape[1], options.groups))
-    tau = mean.new_empty(0 if options.learned else lib.posteriors_size(*shape))
+    learned = options.statistics == "learned"
+    tau = mean.new_empty(0 if learned else lib.posteriors_size(*shape))
     pointers = _pointers(x, y, state, tau, log, mean, var, weight, bias)
-    numbers = options.eps, options.floor, options.kappa, options.stored, options.learned, torch.get_num_threads()
+    floor = math.log(options.min_weight) if options.min_weight else NO_FLOOR
+    numbers = options.eps, floor, options.kappa(len(mean)), options.stored, learned, torch.get_num_threads()
     lib.forward(*pointers, *shape, *numbers)
     return y, state, tau
 
@@ -219,84 +211,62 @@ class _Mixture(Function):
         if any(ctx.needs_input_grad[1:4]):
             both, log = x.new_empty(2, ctx.num, channels), x.new_empty(ctx.num, channels)
         pointers = _pointers(x, g, dx, state, tau, weight, affine, both, log)
-        numbers = options.eps, options.kappa, options.learned, torch.get_num_threads()
+        learned = options.statistics == "learned"
+        numbers = options.eps, options.kappa(ctx.num), learned, torch.get_num_threads()
         library(ctx.num).backward(*pointers, *_shape(x, rows, options.groups), *numbers)
         of_mixture = (None, None, None) if both is None or log is None else (log.sum(1), *both.unbind())
         return dx, *of_mixture, *((None, None) if affine is None else affine.unbind()), None
 
 
-def moments_of(state: Tensor, num: int, groups: int) -> Moments:
-    """Return the moments that a state holds."""
-    channels = (len(state) - num * groups - num) // (4 * num)
-    tables = state[: 4 * num * channels].view(4, num, channels)
-    mass = state[4 * num * channels : 4 * num * channels + num * groups].view(num, groups)
-    return Moments(mass, tables[2], tables[3])
+class Cpu(Backend):
+    """The closed forms of mixtures as loops in C++, for float32 on a CPU.
 
-
-def mixture_norm(
-    x: Tensor,
-    mixture: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    groups: int,
-    eps: float,
-    scale: Scale,
-    statistics: Statistics,
-    stored: bool = False,
-    min_weight: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Normalise x under a mixture, and apply an affine map.
-
-    Args:
-        x: (N, C, L).
-        mixture: log weights (K,), means and variances (K, C).
-        weight: of the affine map, (C,), or None.
-        bias: as weight.
-        groups: of channels.
-        eps: added to every variance.
-        scale: "paper" or "sqrt_k".
-        statistics: "batch", or "learned" for Eq. 15.
-        stored: the mixture is what layers store, logits, means and log-variances; no gradient is taken of it.
-        min_weight: floor of the weights.
-
-    Returns:
-        The output, and with the batch's statistics a state for ``moments_of`` and ``move_averages``.
+    A state is one vector: the terms of the densities and the batch's moments, as ``State`` of mixture.cpp says.
     """
-    kappa = 1 / math.sqrt(len(mixture[0])) if scale == "sqrt_k" else 1.0
-    floor = math.log(min_weight) if min_weight else NO_FLOOR
-    options = _Options(groups, eps, floor, kappa, stored, statistics == "learned")
-    y, state = _Mixture.apply(x, *mixture, weight, bias, options)  # pyright: ignore[reportGeneralTypeIssues]
-    return y, state
 
+    copies_params = False
 
-def move_averages(
-    stored: Sequence[Tensor],
-    state: Tensor,
-    *,
-    groups: int,
-    momentum: float,
-    paper: bool,
-    min_weight: float,
-    shared: bool,
-) -> None:
-    """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does."""
-    num, channels = stored[1].shape
-    pointers = _pointers(*stored, state)
-    library(num).move_averages(*pointers, channels, groups, momentum, paper, min_weight, shared)
-    increment_version(tuple(stored))
+    def normalise(
+        self, x: Tensor, params: MixtureParams, affine: Affine, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``Backend``; a mixture that is stored in parameters has its gradients through torch."""
+        if options.stored and params.mean.requires_grad:
+            params, options = MixtureParams(*params.plain(options.min_weight)), options._replace(stored=False)
+            options = options._replace(min_weight=0.0)
+        y, state = _Mixture.apply(reference.flatten(x), *params, *affine, options)  # pyright: ignore[reportGeneralTypeIssues]
+        return y.reshape(x.shape), None if options.statistics == "learned" else state
 
+    def moments(self, state: Tensor, num_components: int, groups: int) -> Moments:
+        """Return views of a state."""
+        channels = (len(state) - num_components * groups - num_components) // (4 * num_components)
+        tables = state[: 4 * num_components * channels].view(4, num_components, channels)
+        mass = state[tables.numel() : tables.numel() + num_components * groups].view(num_components, groups)
+        return Moments(mass, tables[2], tables[3])
 
-def fit_mixture(
-    points: Tensor, mixture: Sequence[Tensor], least: Tensor, *, groups: int, eps: float, empty: float, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take EM steps from a mixture on points (P, C): weights (K,), means and variances (K, C), these at least (C,).
+    def update(
+        self,
+        params: MixtureParams,
+        state: Tensor,
+        groups: int,
+        rule: Rule,
+        fit: tuple[MixtureParams | None, MixtureParams] | None = None,
+    ) -> None:
+        """See ``Backend``."""
+        if not all(t.is_contiguous() for t in params):
+            super().update(params, state, groups, rule, fit)
+            return
+        num, channels = params.mean.shape
+        if fit is not None:
+            mixture.store_fit(fit, self.moments(state, num, groups))
+        momentum, average, min_weight, shared, _ = rule
+        pointers = _pointers(*params, state)
+        library(num).move_averages(*pointers, channels, groups, momentum, average == "paper", min_weight, shared)
+        increment_version(tuple(params))
 
-    A component of less mass than empty stays as it is.
-    """
-    weight, mean, var = (t.clone(memory_format=torch.contiguous_format) for t in mixture)
-    points, least = points.contiguous(), least.contiguous()
-    pointers = _pointers(points, weight, mean, var, least)
-    numbers = groups, eps, empty, steps, torch.get_num_threads()
-    library(len(mean)).fit_mixture(*pointers, *points.shape, *numbers)
-    return weight, mean, var
+    def _em(self, points: Tensor, start: Components, rule: FitRule) -> Components:
+        weight, mean, var = (t.clone(memory_format=torch.contiguous_format) for t in start)
+        least, points = mixture.variance_floor(points).contiguous(), points.contiguous()
+        pointers = _pointers(points, weight, mean, var, least)
+        numbers = rule.groups, rule.eps, mixture.EMPTY, rule.steps, torch.get_num_threads()
+        library(len(mean)).fit_mixture(*pointers, *points.shape, *numbers)
+        return Components(weight, mean, var)

@@ -1,6 +1,6 @@
 """The ``triton`` backend of samples with clusters: custom operators over the kernels, with fakes and gradients.
 
-As ``operators``, which is used where the kernels cannot take what is unknown.
+As ``ops``.
 """
 
 import functools
@@ -12,22 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import eager, reference
 from ..graphs import NAMESPACE
-from ..reference import Moments, UnknownPosterior, UnknownScale
-from . import launch, ops
-
-
-class Tables(NamedTuple):
-    """Where the mean and the variance of each cluster come from, as kernels read them."""
-
-    mean: Tensor
-    """(K, C)."""
-    var: Tensor
-    """(K, C), or its logarithm."""
-    mean_row: Tensor | None = None
-    """Added to each row of mean, (C,)."""
-    var_row: Tensor | None = None
+from ..reference import UnknownPosterior
+from . import launch
 
 
 def _kernels() -> Any:
@@ -190,72 +177,9 @@ def _gradients(ctx: Any, g: Tensor | None) -> tuple:
 
 scb_forward.register_autograd(_gradients, setup_context=_setup)
 scb_backward.register_autograd(launch.refuse)
-_scb_forward = launch.differentiable(scb_forward, launch_scb_forward, _setup, _gradients)
-
-
-def _kappa(scale: UnknownScale, num_clusters: int) -> float:
-    return math.sqrt(num_clusters) if scale == "paper" else 1.0
+differentiable_clusters = launch.differentiable(scb_forward, launch_scb_forward, _setup, _gradients)
 
 
 def takes_unknown(channels: int, over: UnknownPosterior) -> bool:
     """Say whether the kernels can take samples of which some are unknown."""
     return over == "location" and channels <= launch.MAX_UNKNOWN_CHANNELS
-
-
-def stored_cluster_norm(
-    x: Tensor,
-    cluster: Tensor,
-    tables: Tables,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    unknown_scale: UnknownScale,
-    allow_unknown: bool,
-) -> Tensor:
-    """Normalise by clusters as layers store them, log-variances in tables, and apply an affine map.
-
-    What is unknown has its posterior at each location; ``takes_unknown`` says whether that can be.
-    """
-    mean, var, *rows = tables
-    if not (mean.mT.is_contiguous() and var.mT.is_contiguous() and mean.stride() == var.stride()):
-        mean, var = mean.contiguous(), var.contiguous()
-    rows = [t if t is None else t.contiguous() for t in (*rows, weight, bias)]
-    options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, True, allow_unknown
-    return _scb_forward(reference.flatten(x), cluster.contiguous(), mean, var, *rows, *options).reshape(x.shape)
-
-
-def cluster_norm(
-    x: Tensor,
-    cluster: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    eps: float,
-    unknown_scale: UnknownScale,
-    unknown_posterior: UnknownPosterior,
-    any_unknown: bool,
-    allow_unknown: bool,
-) -> Tensor:
-    """As ``eager.cluster_norm``; what the kernels cannot take of an unknown cluster goes there.
-
-    Unless allow_unknown, the id -1 is as wrong as others.
-    """
-    flat, mean, var = reference.flatten(x), mean.contiguous(), var.contiguous()
-
-    def mixture(x: Tensor, *tables: Tensor, **options: Any) -> tuple[Tensor, Moments | None]:
-        refused = launch.mixture_refusal(len(mean), x.shape[1])
-        return (eager.mixture_norm if refused else ops.mixture_norm)(x, *tables, eps=eps, **options)
-
-    def unknown() -> Tensor:
-        tables = mean.float(), var.float()
-        return eager.unknown_cluster(mixture, flat, *tables, unknown_scale, unknown_posterior)
-
-    if cluster is None:
-        return unknown().reshape(x.shape)
-    inside = allow_unknown and takes_unknown(flat.shape[1], unknown_posterior)
-    options = eps, _kappa(unknown_scale, len(mean)), -1 if allow_unknown else 0, False, inside
-    y: Tensor = _scb_forward(flat, cluster.contiguous(), mean, var, None, None, None, None, *options)
-    if any_unknown and not inside:
-        y = torch.where((cluster == -1)[:, None, None], unknown(), y)
-    return y.reshape(x.shape)

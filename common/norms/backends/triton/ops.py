@@ -5,7 +5,6 @@ operator, which refuses to be differentiated. Triton is imported when a kernel f
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import reference
+from .. import checkpointing, graphs
 from ..graphs import NAMESPACE
-from ..reference import Moments, Scale, Statistics
 from . import launch
 
 
@@ -166,12 +164,6 @@ def _(
     return torch.empty_like(x), new_state(x, mean)
 
 
-def moments_of(state: Tensor, groups: int) -> Moments:
-    """Return the moments that a state holds."""
-    mass, mean, var = state[4:7].unbind()
-    return Moments(mass[:, :: mass.shape[1] // groups], mean, var)
-
-
 FITS = ("fit_logits", "fit_mean", "fit_log_var")
 
 
@@ -181,7 +173,7 @@ def launch_move_averages(
     fit_logits: Tensor | None, fit_mean: Tensor | None, fit_log_var: Tensor | None,
     momentum: float, paper: bool, min_weight: float, shared: bool,
 ) -> None:  # fmt: skip
-    """Move a stored mixture, contiguous, towards the moments of a state, as ``averages.moved`` does.
+    """Move a stored mixture, contiguous, towards the moments of a state, as ``mixture.moved`` does.
 
     Before is a copy of the logits; without it the state is one under the stored mixture. A new fit, if there is one,
     is written over the last fit, unless it or the state is not finite.
@@ -200,12 +192,6 @@ def launch_move_averages(
 move_averages = custom_op(
     f"{NAMESPACE}::move_averages", launch_move_averages, mutates_args=("logits", "mean", "log_var", *FITS)
 )
-
-
-def averages_moved(stored: Sequence[Tensor], before: Tensor | None, state: Tensor, *rest: Any) -> None:
-    """Call ``move_averages``, of which rest is a new fit, the last fit and the rule."""
-    given = *stored, before, state, *rest
-    launch.call(move_averages, launch_move_averages, *given, changed=(*stored, *rest[3:6]))
 
 
 def launch_mixture_backward(
@@ -391,59 +377,85 @@ for _forward, _backward in ((mixture_forward, mixture_backward), (learned_forwar
     _forward.register_autograd(_mixture_gradients, setup_context=_mixture_setup)
     _backward.register_autograd(launch.refuse)
 _of_both = _mixture_setup, _mixture_gradients
-_mixture_forward = launch.differentiable(mixture_forward, launch_mixture_forward, *_of_both)
-_learned_forward = launch.differentiable(learned_forward, launch_learned_forward, *_of_both)
+differentiable_mixture = launch.differentiable(mixture_forward, launch_mixture_forward, *_of_both)
+differentiable_learned = launch.differentiable(learned_forward, launch_learned_forward, *_of_both)
 
 
-def mixture_norm(
-    x: Tensor,
-    log_lambda: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    groups: int,
-    eps: float,
-    scale: Scale,
-    statistics: Statistics,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Moments | None]:
-    """As ``eager.mixture_norm``; without log_lambda all weights are alike."""
-    floor = launch.NO_FLOOR if log_lambda is not None else -math.log(len(mean))
-    tables = log_lambda, mean, var
-    y, state = _norm(x, tables, weight, bias, groups, eps, scale, statistics, floor, stored=False)
-    return y, None if state is None else moments_of(state, groups)
+def drawn_locations(x: Tensor, step: Tensor, limit: int, high: int, low: int) -> Tensor:
+    """Return locations of x (N, C, L): all of them, or the limit of them that a step draws, (P, C, 1)."""
+    from . import em_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+
+    samples, channels, length = x.shape
+    if samples * length <= limit:
+        return x
+    points = x.new_empty(limit, channels, 1)
+    block_p, block_c = launch.draw_tile(channels)
+    launch.start(
+        em_kernels.draw_kernel, (launch.divide(limit, block_p), launch.divide(channels, block_c)),
+        (x, step, points), (samples, channels, length, *x.stride(), high, low),
+        COUNT=limit, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
+    )  # fmt: skip
+    return points
 
 
-def _norm(
-    x: Tensor, tables: Sequence[Tensor | None], weight: Tensor | None, bias: Tensor | None, groups: int, eps: float,
-    scale: Scale, statistics: Statistics, floor: float, *, stored: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    tables = [t if t is None else t.contiguous() for t in (*tables, weight, bias)]
-    kappa = 1 / math.sqrt(len(tables[1])) if scale == "sqrt_k" else 1.0  # pyright: ignore[reportArgumentType]
-    arguments = (reference.flatten(x), *tables, groups, eps, kappa, floor, stored)
-    if statistics == "learned":
-        return _learned_forward(*arguments).reshape(x.shape), None
-    y, state = _mixture_forward(*arguments)
-    return y.reshape(x.shape), state.detach()
+def _tables(logits: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for a mixture like a stored one."""
+    return (
+        torch.empty_like(logits, dtype=torch.float32),
+        torch.empty_like(mean, dtype=torch.float32),
+        torch.empty_like(log_var, dtype=torch.float32),
+    )
 
 
-def stored_norm(
-    x: Tensor,
-    stored: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    min_weight: float,
-    groups: int,
-    eps: float,
-    scale: Scale,
-    statistics: Statistics,
-) -> tuple[Tensor, Tensor | None]:
-    """Normalise under a mixture as layers store it: logits (K,), mean and log-variance (K, C); weights have a floor.
+def launch_fit_mixture(
+    x: Tensor, logits: Tensor, mean: Tensor, log_var: Tensor, step: Tensor, ready: Tensor | None, before: Tensor,
+    every: int, groups: int, eps: float, steps: int, limit: int, high: int, low: int, min_weight: float, least: float,
+    empty: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Take EM steps from a stored mixture, contiguous, on locations of x (N, C, L): logits, mean and log-variance.
 
-    Returns:
-        The output, and with the batch's statistics the state, for ``move_averages`` and ``moments_of``.
+    As ``estimation.em.refit``, of which limit, least and empty are constants; high and low are the key of the draws
+    and step, on the device, their position. Unless this batch, of whose number before is a copy on the CPU, is one to
+    be fitted, and the mixture is ready, it stays.
     """
-    floor = math.log(min_weight) if min_weight else launch.NO_FLOOR
-    return _norm(x, stored, weight, bias, groups, eps, scale, statistics, floor, stored=True)
+    if every > 1:
+        graphs.refuse(x, graphs.COUNTED)
+    if ready is not None and not bool(ready):
+        graphs.refuse(x, graphs.WARM_UP)
+    if (ready is not None and not bool(ready)) or (every > 1 and int(before) % every):
+        return logits.float().clone(), mean.float().clone(), log_var.float().clone()
+    from . import em_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
+
+    points = drawn_locations(x, step, limit, high, low)
+    num, channels = mean.shape
+    count, state = points.shape[0] * points.shape[2], new_state(x, mean)
+    new, other = _tables(logits, mean, log_var), _tables(logits, mean, log_var)
+    block_p, block_c = launch.sums_tile()
+    mixture = logits, mean, log_var
+    for i in range(steps):
+        first = i == 0
+        sums = moment_sums(points, mixture, state, groups, eps, launch.NO_FLOOR, first)
+        launch.start(
+            em_kernels.em_step_kernel, (launch.divide(channels, block_c) + 1,),
+            (sums, points, *mixture[1:], *new),
+            (sums.shape[1], channels, channels // groups, count, points.stride(1), least, empty, min_weight),
+            K=num, STORED=first, LAST=i == steps - 1, BLOCK_P=block_p, BLOCK_C=block_c,
+            num_warps=launch.SUMS.num_warps,
+        )  # fmt: skip
+        mixture, new, other = new, other, new
+    return other
+
+
+fit_mixture = custom_op(f"{NAMESPACE}::fit_mixture", launch_fit_mixture, mutates_args=())
+
+
+@fit_mixture.register_fake
+def _(
+    x: Tensor, logits: Tensor, mean: Tensor, log_var: Tensor, step: Tensor, ready: Tensor | None, before: Tensor,
+    every: int, groups: int, eps: float, steps: int, limit: int, high: int, low: int, min_weight: float, least: float,
+    empty: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _tables(logits, mean, log_var)
+
+
+checkpointing.save_in_graphs(fit_mixture)

@@ -17,15 +17,17 @@ from norm_cases import any_norm, mixture_case, mixture_run, needs_compiler
 from torch import Tensor
 
 from common.norms import MixtureNorm, SCBNorm, UCBNorm, cluster_norm, functional, mixture, mixture_norm
+from common.norms.backends.backend import Options
 from common.norms.backends.cpu import library
-from common.norms.backends.reference import Moments
+from common.norms.backends.reference import MixtureParams, Moments
 from common.norms.config import NormConfig
-from common.norms.mixture import Fit, Rule, Stored
+from common.norms.mixture import Components, FitRule, Rule
 
 pytestmark = needs_compiler
 CPU = torch.device("cpu")
 RESIDENT = {"planes": (2, 2, 400, 211), "rows": (1, 2, 230, 101)}
 """Sizes beyond which a channel's posteriors are found twice in either pass."""
+LOOPS = library.Cpu()
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -139,28 +141,28 @@ def test_other_strides_are_copied():
 
 def test_averages_move_as_in_float64():
     x, _, mean, var, _ = mixture_case((5, 6, 9), num=3, dtype=torch.float32)
-    options: Any = {"eps": 1e-5, "scale": "paper", "statistics": "batch"}
     rules: list[tuple[Any, bool]] = [("em", False), ("paper", False), ("em", True)]
     for groups, (average, shared) in itertools.product((1, 2, 6), rules):
-        stored = Stored(torch.tensor([0.3, -1.0, 0.1]), mean.clone(), var.log())
-        _, state = library.mixture_norm(x, stored, None, None, stored=True, min_weight=1e-3, groups=groups, **options)
-        moments = Moments(*(t.double() for t in library.moments_of(state, 3, groups)))
-        want = mixture.moved(Stored(*(t.double() for t in stored)), moments, Rule(0.2, average, 1e-3, shared))
-        numbers: Any = {"groups": groups, "momentum": 0.2, "paper": average == "paper", "min_weight": 1e-3}
-        library.move_averages(stored, state, shared=shared, **numbers)
-        for name, value in zip(Stored._fields, want, strict=True):
-            torch.testing.assert_close(getattr(stored, name).double(), value, rtol=1e-5, atol=1e-6)
+        params = MixtureParams(torch.tensor([0.3, -1.0, 0.1]), mean.clone(), var.log())
+        options = Options(groups, 1e-5, "paper", "batch", stored=True, min_weight=1e-3)
+        _, state = LOOPS.normalise(x, params, (None, None), options)
+        moments = Moments(*(t.double() for t in LOOPS.moments(state, 3, groups)))
+        rule = Rule(0.2, average, 1e-3, shared)
+        want = mixture.moved(MixtureParams(*(t.double() for t in params)), moments, rule)
+        LOOPS.update(params, state, groups, rule)
+        for ours, value in zip(params, want, strict=True):
+            torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [100, 4096])
 def test_a_fit_is_that_of_em_in_float64(count):
     points = mixture_case((count, 6), num=3, dtype=torch.float32)[0]
     mean, var = mixture_case((3, 6), num=3, dtype=torch.float32)[2:4]
-    fit = Fit(torch.tensor([0.5, 0.3, 0.2]), mean.clone(), var)
-    exact, floor = Fit(*(t.double() for t in fit)), mixture.variance_floor(points)
+    fit = Components(torch.tensor([0.5, 0.3, 0.2]), mean.clone(), var)
+    exact = Components(*(t.double() for t in fit))
     for groups in (1, 2, 6):
         want = mixture.expectation_maximisation(points.double(), exact, groups, 1e-5, 4)
-        got = library.fit_mixture(points, fit, floor, groups=groups, eps=1e-5, empty=mixture.EMPTY, steps=4)
+        got = LOOPS._em(points, fit, FitRule(groups, 1e-5, 4, 0, 0, 1e-3))
         for ours, value in zip(got, want, strict=True):
             torch.testing.assert_close(ours.double(), value, rtol=1e-4, atol=1e-5)
         assert torch.equal(fit.mean, mean)

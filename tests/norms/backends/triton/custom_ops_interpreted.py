@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.norms import cluster_norm, make_norm, mixture_norm
 from common.norms.backends import graphs
-from common.norms.backends.triton import cluster_ops, em_ops, ops
+from common.norms.backends.triton import cluster_ops, ops
 
 full = pytest.mark.full
 
@@ -77,8 +77,8 @@ def test_a_fit_is_sound(ready, before):
     ready = None if ready is None else torch.tensor(ready)
     draws = torch.tensor(before + 1), ready, torch.tensor(before)
     rule = 2, 2, 1e-5, 2, 5, 12, 34, 0.01, 1e-3, 1e-6
-    torch.library.opcheck(em_ops.fit_mixture, (x, *mixture, *draws, *rule))
-    found = em_ops.fit_mixture(x, *mixture, *draws, *rule)
+    torch.library.opcheck(ops.fit_mixture, (x, *mixture, *draws, *rule))
+    found = ops.fit_mixture(x, *mixture, *draws, *rule)
     stays = before % 2 or (ready is not None and not ready)
     for got, old in zip(found, mixture, strict=True):
         assert torch.equal(got, old) is bool(stays)

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from common.norms import functional, graph_ops
-from common.norms.backends import graphs
-from common.norms.backends.triton import em_ops, launch
+from common.norms import functional
+from common.norms.backends import graph_ops, graphs
+from common.norms.backends.triton import launch, ops
 
 RUN = InterpretedFunction.run
 SHAPE = (3, 4, 5)
@@ -148,9 +148,9 @@ def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch,
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (lambda *mixture: em_ops.fit_mixture(*mixture, *counted(True), 2, *RULE), graphs.COUNTED),
-        (lambda *mixture: em_ops.fit_mixture(*mixture, *counted(False), 1, *RULE), graphs.WARM_UP),
-        (lambda *mixture: graph_ops.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0, 0.1, 1), graphs.DRAWN),
+        (lambda *mixture: ops.fit_mixture(*mixture, *counted(True), 2, *RULE), graphs.COUNTED),
+        (lambda *mixture: ops.fit_mixture(*mixture, *counted(False), 1, *RULE), graphs.WARM_UP),
+        (lambda *mixture: graph_ops.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0.1, 1, 0, 0), graphs.DRAWN),
         (
             lambda x, *_: graph_ops.seed_mixture(
                 x, torch.tensor(True), torch.tensor(False), None, 3, 2, 0, 0.1, 1, False

@@ -8,10 +8,11 @@ from launches import as_accurate_as_a_gpu
 from norm_cases import any_norm, in_full, mixture_case
 from torch.utils.checkpoint import checkpoint
 
-from common.norms import mixture, seeding
+from common.norms import mixture
 from common.norms.backends import reference
-from common.norms.backends.triton import em_ops, launch
-from common.norms.mixture import Stored
+from common.norms.backends.reference import MixtureParams
+from common.norms.backends.triton import launch, ops
+from common.norms.backends.triton.backend import Triton
 
 SHAPE = (4, 6, 5)
 OPTIONS = {
@@ -189,9 +190,9 @@ def test_the_kernel_draws_the_locations_that_estimation_does(monkeypatch, shape,
         x = torch.stack([x, x + 1], dim=3).flatten(2)[:, :, ::2]
     for seed, count in ((0, 1), (5, 2**33 + 7)):
         step_tensor = torch.tensor(count)
-        words = seeding.key(seed, "points", "fit")
-        drawn = em_ops.drawn_locations(x, step_tensor, limit, *words)
-        assert torch.equal(drawn[:, :, 0], mixture.sample_points(x, seed, "fit", step_tensor))
+        key = mixture.points_key(seed, "fit")
+        drawn = ops.drawn_locations(x, step_tensor, limit, *key)
+        assert torch.equal(drawn[:, :, 0], mixture.sample_points(x, key, step_tensor))
 
 
 def test_bfloat16_is_rounded_once():
@@ -238,7 +239,7 @@ def test_a_fit_that_is_not_finite_is_not_stored(table):
     new = {name: t + 1 for name, t in last.items()}
     for finite in (False, True):
         new[table][2, -1] = 1.0 if finite else math.inf
-        kernel._move_fused(state, Stored(**new))
+        kernel._update(Triton(), state, (MixtureParams(**new), kernel._last_fit()))
         for name, old in last.items():
             assert torch.equal(getattr(kernel, f"fit_{name}"), new[name] if finite else old)
         assert torch.equal(kernel.mean, mean) is not finite

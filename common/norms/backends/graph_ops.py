@@ -1,18 +1,31 @@
-"""Estimation as a graph of torch.compile or torch.export holds it: operators, which may look at values.
+"""Seeding and EM as a graph of torch.compile or torch.export holds them: operators, which may look at values.
 
-Each calls the function of ``em`` that a layer calls outside a graph. They write to nothing: a layer stores what it is
-given, in its graph. What a layer knows on the host it passes as tensors on the CPU, since a number would be compiled
+Each calls the function of ``mixture`` that a layer calls outside a graph. They write to nothing: a layer stores what it
+is given, in its graph. What a layer knows on the host it passes as tensors on the CPU, since a number would be compiled
 into the graph; None stands for what is not known there, and the device is asked.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import mixture
-from .backends import checkpointing, distributed, graphs, reference
-from .backends.graphs import NAMESPACE
-from .mixture import Fit
+from .. import mixture
+from ..mixture import Components
+from . import checkpointing, distributed, graphs, reference
+from .graphs import NAMESPACE
+
+
+class Gate(NamedTuple):
+    """What a graph decides by, when it runs, whether a batch is fitted."""
+
+    ready: Tensor | None
+    """Whether the layer is seeded, on the CPU; None where it is for certain."""
+    before: Tensor
+    """Training batches before this one, on the CPU."""
+    every: int
+    """Batches from one fit to the next."""
 
 
 def _is_ready(initialized: Tensor, ready: Tensor | None, refusal: str | None) -> bool:
@@ -110,12 +123,13 @@ def refit_mixture(
     mean: Tensor,
     var: Tensor,
     ready: Tensor | None,
-    step: Tensor,
+    before: Tensor,
     every: int,
     groups: int,
-    seed: int,
     eps: float,
     steps: int,
+    high: int,
+    low: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Fit a mixture to x (N, C, \*) from where it is, in every so manieth step and if it is seeded.
 
@@ -123,9 +137,10 @@ def refit_mixture(
         weight, mean and var like the given ones; and whether to take them, on the device.
     """
     graphs.refuse(x, graphs.DRAWN)
-    if (ready is not None and not bool(ready)) or int(step) % every:
+    if (ready is not None and not bool(ready)) or int(before) % every:
         return weight.clone(), mean.clone(), var.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
-    fit = mixture.refit(x, Fit(weight, mean, var), int(step) + 1, groups, seed, eps, steps)
+    points = mixture.sample_points(x, (high, low), int(before) + 1)
+    fit = mixture.expectation_maximisation(points, Components(weight, mean, var), groups, eps, steps)
     return fit.weight, fit.mean, fit.var, torch.ones((), dtype=torch.bool, device=x.device)
 
 
@@ -136,12 +151,13 @@ def _(
     mean: Tensor,
     var: Tensor,
     ready: Tensor | None,
-    step: Tensor,
+    before: Tensor,
     every: int,
     groups: int,
-    seed: int,
     eps: float,
     steps: int,
+    high: int,
+    low: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(var), x.new_empty((), dtype=torch.bool)
 
