@@ -14,7 +14,7 @@ from torch.library import custom_op
 
 from ..graphs import NAMESPACE
 from ..reference import UnknownPosterior
-from . import launch
+from . import launch, tile_configs
 
 
 def _kernels() -> Any:
@@ -52,10 +52,10 @@ def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
 @functools.lru_cache(maxsize=1024)
 def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, itemsize: int, sums: bool) -> Plan:
     """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
-    walk = launch.strided_walk(shape, strides, merge=False)
-    entry = launch.SCB_BACKWARD if sums else launch.SCB_FORWARD
-    tiling = launch.cluster_tiling(entry, walk, num, itemsize, sums=sums)
-    length, channels = launch.unknown_tile(walk)
+    walk = tile_configs.strided_walk(shape, strides, merge=False)
+    entry = tile_configs.SCB_BACKWARD if sums else tile_configs.SCB_FORWARD
+    tiling = tile_configs.cluster_tiling(entry, walk, num, itemsize, sums=sums)
+    length, channels = tile_configs.unknown_tile(walk)
     return Plan(
         tiling.grid,
         (walk.samples, num, walk.channels, walk.positions),
@@ -64,8 +64,8 @@ def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, i
         tiling.by_sample,
         tiling.rows * (1 if tiling.by_sample else num),
         {"UNKNOWN_L": length, "UNKNOWN_C": channels},
-        launch.unknown_shares(walk),
-        launch.unknown_programs(walk, num),
+        tile_configs.unknown_shares(walk),
+        tile_configs.unknown_programs(walk, num),
     )
 
 
@@ -89,7 +89,7 @@ def launch_scb_forward(
     if unknown:
         launch.start(
             kernels.scb_unknown_fwd_kernel, (len(x), plan.shares), pointers, (*sizes[1:], eps, kappa),
-            STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_fwd_kernel"], **plan.unknown,
+            STORED=stored, num_warps=tile_configs.UNKNOWN_WARPS["scb_unknown_fwd_kernel"], **plan.unknown,
         )  # fmt: skip
     return y
 
@@ -134,16 +134,16 @@ def launch_scb_backward(
     if unknown:
         launch.start(
             kernels.scb_unknown_bwd_kernel, plan.unknown_programs, (*pointers, left, found), (*sizes, eps, kappa),
-            STORED=stored, num_warps=launch.UNKNOWN_WARPS["scb_unknown_bwd_kernel"], **plan.unknown,
+            STORED=stored, num_warps=tile_configs.UNKNOWN_WARPS["scb_unknown_bwd_kernel"], **plan.unknown,
         )  # fmt: skip
-    block_n, block_c = launch.sums_tile()
+    block_n, block_c = tile_configs.sums_tile()
     launch.start(
         kernels.scb_rows_kernel,
-        (num + bool(added.numel() or affine.numel()), launch.divide(channels, block_c)),
+        (num + bool(added.numel() or affine.numel()), tile_configs.divide(channels, block_c)),
         (sums, left, found, cluster if plan.by_sample else None, var, var_row, weight, dmean, dvar,
          added if added.numel() else None, affine if affine.numel() else None),
         (len(x), plan.rows, programs, num, channels, *var.stride(), *dmean.stride(), eps),
-        STORED=stored, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
+        STORED=stored, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=tile_configs.SUMS.num_warps,
     )  # fmt: skip
     return dx, dmean, dvar, added, affine
 
@@ -182,4 +182,4 @@ differentiable_clusters = launch.differentiable(scb_forward, launch_scb_forward,
 
 def takes_unknown(channels: int, over: UnknownPosterior) -> bool:
     """Say whether the kernels can take samples of which some are unknown."""
-    return over == "location" and channels <= launch.MAX_UNKNOWN_CHANNELS
+    return over == "location" and channels <= tile_configs.MAX_UNKNOWN_CHANNELS

@@ -14,7 +14,7 @@ from torch.library import custom_op
 
 from .. import checkpointing, graphs
 from ..graphs import NAMESPACE
-from . import launch
+from . import launch, tile_configs
 
 
 @functools.cache
@@ -52,8 +52,8 @@ def planned(
     planes: int, itemsize: int,
 ) -> Plan:  # fmt: skip
     """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
-    walk = launch.strided_walk(shape, strides, merge=True)
-    tiling = launch.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
+    walk = tile_configs.strided_walk(shape, strides, merge=True)
+    tiling = tile_configs.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
     sizes = walk.samples, walk.channels, walk.channels // groups, walk.positions
     constants = {
         "K": num_components,
@@ -70,7 +70,11 @@ def planned(
 def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
     """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
     x = activations[0]
-    if groups != x.shape[1] or groups < launch.FEWEST_CHANNELS or x.shape[0] * x.shape[2] > launch.RESIDENT:
+    if (
+        groups != x.shape[1]
+        or groups < tile_configs.FEWEST_CHANNELS
+        or x.shape[0] * x.shape[2] > tile_configs.RESIDENT_LOCATIONS
+    ):
         return None
     return channel_planned(kernel, x.shape, tuple([t.stride() for t in activations]), num_components, x.element_size())
 
@@ -80,13 +84,13 @@ def channel_planned(
     kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
 ) -> Plan | None:
     """Find what ``_channel_plan`` returns."""
-    walk = launch.strided_walk(shape, strides, merge=False)
-    tile = launch.channel_tile(walk, num_components, itemsize)
+    walk = tile_configs.strided_walk(shape, strides, merge=False)
+    tile = tile_configs.channel_tile(walk, num_components, itemsize)
     if tile is None:
         return None
-    constants = {"K": num_components, **tile, "num_warps": launch.CHANNEL.num_warps}
+    constants = {"K": num_components, **tile, "num_warps": tile_configs.CHANNEL.num_warps}
     if kernel == "mixture_channel_kernel":
-        constants |= launch.channel_limits(num_components)
+        constants |= tile_configs.channel_limits(num_components)
     sizes = walk.samples, walk.channels, walk.positions
     return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
 
@@ -97,13 +101,13 @@ def _gather(
 ) -> None:  # fmt: skip
     """Launch a kernel that adds up sums (planes, programs, K, C); ahead is of its grid, before blocks of channels."""
     _, programs, num_components, channels = sums.shape
-    block_p, block_c = launch.sums_tile()
+    block_p, block_c = tile_configs.sums_tile()
     launch.start(
         _kernels()[kernel],
-        (*ahead, launch.divide(channels, block_c)),
+        (*ahead, tile_configs.divide(channels, block_c)),
         (sums, *pointers),
         (programs, channels, *numbers),
-        K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps, **constants,
+        K=num_components, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile_configs.SUMS.num_warps, **constants,
     )  # fmt: skip
 
 
@@ -181,11 +185,11 @@ def launch_move_averages(
     num, channels = mean.shape
     launch.start(
         _kernels()["mixture_averages_kernel"],
-        (launch.divide(channels, launch.PARAMETER_CHANNELS),),
+        (tile_configs.divide(channels, tile_configs.PARAMETER_CHANNELS),),
         (state, before, logits, mean, log_var, new_logits, new_mean, new_log_var, fit_logits, fit_mean, fit_log_var),
         (channels, momentum, min_weight),
-        K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=launch.ALL_CHANNELS, BLOCK_C=launch.PARAMETER_CHANNELS,
-        num_warps=launch.SUMS.num_warps,
+        K=num, PAPER=paper, SHARED=shared, BLOCK_ALL=tile_configs.ALL_CHANNELS, BLOCK_C=tile_configs.PARAMETER_CHANNELS,
+        num_warps=tile_configs.SUMS.num_warps,
     )  # fmt: skip
 
 
@@ -276,7 +280,7 @@ def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, flo
     out = shares.new_empty(num)
     launch.start(
         _kernels()["mixture_logits_kernel"], (1,), (shares, log, state, out), (channels, floor),
-        K=num, STORED=stored, BLOCK_C=launch.ALL_CHANNELS, num_warps=launch.SUMS.num_warps,
+        K=num, STORED=stored, BLOCK_C=tile_configs.ALL_CHANNELS, num_warps=tile_configs.SUMS.num_warps,
     )  # fmt: skip
     return out
 
@@ -389,11 +393,11 @@ def drawn_locations(x: Tensor, step: Tensor, limit: int, high: int, low: int) ->
     if samples * length <= limit:
         return x
     points = x.new_empty(limit, channels, 1)
-    block_p, block_c = launch.draw_tile(channels)
+    block_p, block_c = tile_configs.draw_tile(channels)
     launch.start(
-        em_kernels.draw_kernel, (launch.divide(limit, block_p), launch.divide(channels, block_c)),
+        em_kernels.draw_kernel, (tile_configs.divide(limit, block_p), tile_configs.divide(channels, block_c)),
         (x, step, points), (samples, channels, length, *x.stride(), high, low),
-        COUNT=limit, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=launch.SUMS.num_warps,
+        COUNT=limit, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=tile_configs.SUMS.num_warps,
     )  # fmt: skip
     return points
 
@@ -430,17 +434,17 @@ def launch_fit_mixture(
     num, channels = mean.shape
     count, state = points.shape[0] * points.shape[2], new_state(x, mean)
     new, other = _tables(logits, mean, log_var), _tables(logits, mean, log_var)
-    block_p, block_c = launch.sums_tile()
+    block_p, block_c = tile_configs.sums_tile()
     mixture = logits, mean, log_var
     for i in range(steps):
         first = i == 0
         sums = moment_sums(points, mixture, state, groups, eps, launch.NO_FLOOR, first)
         launch.start(
-            em_kernels.em_step_kernel, (launch.divide(channels, block_c) + 1,),
+            em_kernels.em_step_kernel, (tile_configs.divide(channels, block_c) + 1,),
             (sums, points, *mixture[1:], *new),
             (sums.shape[1], channels, channels // groups, count, points.stride(1), least, empty, min_weight),
             K=num, STORED=first, LAST=i == steps - 1, BLOCK_P=block_p, BLOCK_C=block_c,
-            num_warps=launch.SUMS.num_warps,
+            num_warps=tile_configs.SUMS.num_warps,
         )  # fmt: skip
         mixture, new, other = new, other, new
     return other

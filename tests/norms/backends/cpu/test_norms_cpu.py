@@ -146,6 +146,7 @@ def test_averages_move_as_in_float64():
         params = MixtureParams(torch.tensor([0.3, -1.0, 0.1]), mean.clone(), var.log())
         options = Options(groups, 1e-5, "paper", "batch", stored=True, min_weight=1e-3)
         _, state = LOOPS.normalise(x, params, (None, None), options)
+        assert state is not None
         moments = Moments(*(t.double() for t in LOOPS.moments(state, 3, groups)))
         rule = Rule(0.2, average, 1e-3, shared)
         want = mixture.moved(MixtureParams(*(t.double() for t in params)), moments, rule)

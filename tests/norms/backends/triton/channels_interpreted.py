@@ -10,7 +10,7 @@ from layers_interpreted import assert_near, pair, step
 from norm_cases import in_full, mixture_case
 
 from common.norms import mixture_norm
-from common.norms.backends.triton import launch, ops
+from common.norms.backends.triton import ops, tile_configs
 
 LAYERS = {
     "paper's averages, one variance": ("ucb", {"average": "paper", "variance": "shared", "scale": "sqrt_k"}),
@@ -23,9 +23,9 @@ LAYERS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Cut tiles down, so that a program has several, and fill fresh memory with NaN."""
-    monkeypatch.setattr(launch, "CHANNEL", launch.Launch(elements=16, num_warps=1))
-    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
-    monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
+    monkeypatch.setattr(tile_configs, "CHANNEL", tile_configs.TileConfig(elements=16, num_warps=1))
+    monkeypatch.setattr(tile_configs, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(tile_configs, "PARAMETER_CHANNELS", 2)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -60,7 +60,7 @@ def test_a_program_of_a_channel_takes_half_precision(dtype):
 
 def test_a_backward_of_many_programs_takes_the_state_that_one_program_left(monkeypatch):
     """As at 16,384 locations in float32: x fits into the cache, and x and its gradient do not."""
-    monkeypatch.setattr(launch, "RESIDENT_BYTES", 3 * 5 * 4)
+    monkeypatch.setattr(tile_configs, "RESIDENT_BYTES", 3 * 5 * 4)
     values = case((3, 4, 5), 3, torch.float32)
     names = runs_by_channel(lambda: mixture_gradients(values, None, "triton", groups=4))
     assert "mixture_channel_kernel" in names

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from common.norms import functional
 from common.norms.backends import graph_ops, graphs
-from common.norms.backends.triton import launch, ops
+from common.norms.backends.triton import ops, tile_configs
 
 RUN = InterpretedFunction.run
 SHAPE = (3, 4, 5)
@@ -75,8 +75,8 @@ class Capture(Recorder):
 def as_on_a_gpu(monkeypatch):
     """Look at no id, and let a batch have few programs, which all run in turn here, and few channels."""
     monkeypatch.setattr(functional, "check_cluster", lambda *_, **__: None)
-    monkeypatch.setattr(launch, "PROGRAMS", 4)
-    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(tile_configs, "PROGRAMS", 4)
+    monkeypatch.setattr(tile_configs, "FEWEST_CHANNELS", 1)
 
 
 def step(layer, x, g, ids):

@@ -13,7 +13,14 @@ from norm_cases import GRADIENTS, assert_within_budget, in_full, mixture_case
 
 from common.norms import cluster_norm, mixture_norm
 from common.norms.agreement import budget, error
-from common.norms.backends.triton import cluster_kernels, cluster_ops, launch, mixture_kernels, parameter_kernels
+from common.norms.backends.triton import (
+    cluster_kernels,
+    cluster_ops,
+    launch,
+    mixture_kernels,
+    parameter_kernels,
+    tile_configs,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,17 +46,16 @@ def tiles(request, monkeypatch):
     """Cut tiles down, so that small inputs have many, unless a test asks for the real ones."""
     if request.param == "small tiles":
         for name in ("SCB_FORWARD", "SCB_BACKWARD", "SUMS"):
-            monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
-        mixture = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
-        monkeypatch.setattr(launch, "MIXTURE", mixture)
-        monkeypatch.setattr(launch, "TALL", mixture)
-        monkeypatch.setattr(launch, "LONG", mixture)
-        monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
-        monkeypatch.setattr(launch, "CHANNEL_BLOCK", 16)
-        monkeypatch.setattr(launch, "UNKNOWN", 16)
-        monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
-        monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)  # several tiles a program
-        monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
+            monkeypatch.setattr(tile_configs, name, tile_configs.TileConfig(elements=64, num_warps=1))
+        small = tile_configs.TileConfig(elements=64, num_warps=1)
+        tiles = tile_configs.MixtureTiles(small, small, small, (8, small), (8, small))
+        monkeypatch.setattr(tile_configs, "MIXTURE", dict.fromkeys(tile_configs.MIXTURE, tiles))
+        monkeypatch.setattr(tile_configs, "RESIDENT_LOCATIONS", 0)  # channels_interpreted.py has these
+        monkeypatch.setattr(tile_configs, "CHANNEL_BLOCK", 16)
+        monkeypatch.setattr(tile_configs, "UNKNOWN", 16)
+        monkeypatch.setattr(tile_configs, "SUMS_SHARE", 1.0)
+        monkeypatch.setattr(tile_configs, "LEAST_PROGRAMS", 1)  # several tiles a program
+        monkeypatch.setattr(tile_configs, "ALL_CHANNELS", 4)
 
 
 def layout(t, memory):
@@ -223,8 +229,8 @@ def test_mixture_errs_at_most_twice_as_much_as_eager(shape, memory, statistics):
 @pytest.mark.parametrize(("dtype", "statistics"), [(torch.bfloat16, "batch"), (torch.float32, "learned")], ids=str)
 def test_a_mixture_of_runs_of_positions(dtype, statistics):
     """Where channels share a posterior a tile has eight positions at least, however many channels."""
-    walk = launch.walk((torch.empty(2, 20, 16),), merge=True)
-    assert launch.mixture_tiling("mixture_apply_kernel", walk, 1, 3).block_l == 8
+    walk = tile_configs.walk((torch.empty(2, 20, 16),), merge=True)
+    assert tile_configs.mixture_tiling("mixture_apply_kernel", walk, 1, 3).block_l == 8
     assert_mixture_within_budget(case((2, 20, 16), 3, dtype), groups=1, statistics=statistics)
 
 
@@ -334,7 +340,7 @@ def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
 )
 def test_unknown_clusters_err_at_most_twice_as_much_as_eager(monkeypatch, ids, over, scale):
     """Where some are unknown, each of two programs has one of them."""
-    monkeypatch.setattr(launch, "LEAST_PROGRAMS", 2)
+    monkeypatch.setattr(tile_configs, "LEAST_PROGRAMS", 2)
     values = case((4, 6, 5), 3, torch.float32)
     assert_unknown_within_budget(values, ids, unknown_scale=scale, unknown_posterior=over)
 
@@ -385,8 +391,8 @@ def test_unknown_clusters_are_eagers_where_the_kernels_take_no_such_mixture(over
 
 
 def test_unknown_samples_of_more_channels_than_a_tile_holds_are_eagers(monkeypatch):
-    monkeypatch.setattr(launch, "MAX_UNKNOWN_CHANNELS", 5)
-    monkeypatch.setattr(launch, "UNKNOWN", 0)  # not asked for
+    monkeypatch.setattr(tile_configs, "MAX_UNKNOWN_CHANNELS", 5)
+    monkeypatch.setattr(tile_configs, "UNKNOWN", 0)  # not asked for
     assert_unknown_within_budget(case((4, 6, 5), 9, torch.float32), [0, -1, 2, -1])
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from common.norms import mixture
 from common.norms.backends import reference
 from common.norms.backends.reference import MixtureParams
-from common.norms.backends.triton import launch, ops
+from common.norms.backends.triton import launch, ops, tile_configs
 from common.norms.backends.triton.backend import Triton
 
 SHAPE = (4, 6, 5)
@@ -31,19 +31,18 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Cut tiles down, so that small inputs have many, fill fresh memory with NaN, and err as a GPU may."""
-    entries = {name: {8: launch.Launch(elements=64, num_warps=1)} for name in launch.MIXTURE}
-    monkeypatch.setattr(launch, "MIXTURE", entries)
-    monkeypatch.setattr(launch, "TALL", entries)
-    monkeypatch.setattr(launch, "LONG", entries)
-    monkeypatch.setattr(launch, "RESIDENT", 0)  # channels_interpreted.py has these
+    tiny = tile_configs.TileConfig(elements=64, num_warps=1)
+    tiles = tile_configs.MixtureTiles(tiny, tiny, tiny, (8, tiny), (8, tiny))
+    monkeypatch.setattr(tile_configs, "MIXTURE", dict.fromkeys(tile_configs.MIXTURE, tiles))
+    monkeypatch.setattr(tile_configs, "RESIDENT_LOCATIONS", 0)  # channels_interpreted.py has these
     for name in ("SCB_FORWARD", "SCB_BACKWARD"):
-        monkeypatch.setattr(launch, name, launch.Launch(elements=64, num_warps=1))
-    monkeypatch.setattr(launch, "UNKNOWN", 16)
-    monkeypatch.setattr(launch, "SUMS", launch.Launch(elements=64, num_warps=1))
-    monkeypatch.setattr(launch, "SUMS_SHARE", 1.0)
-    monkeypatch.setattr(launch, "LEAST_PROGRAMS", 1)
-    monkeypatch.setattr(launch, "ALL_CHANNELS", 4)
-    monkeypatch.setattr(launch, "PARAMETER_CHANNELS", 2)
+        monkeypatch.setattr(tile_configs, name, tile_configs.TileConfig(elements=64, num_warps=1))
+    monkeypatch.setattr(tile_configs, "UNKNOWN", 16)
+    monkeypatch.setattr(tile_configs, "SUMS", tile_configs.TileConfig(elements=64, num_warps=1))
+    monkeypatch.setattr(tile_configs, "SUMS_SHARE", 1.0)
+    monkeypatch.setattr(tile_configs, "LEAST_PROGRAMS", 1)
+    monkeypatch.setattr(tile_configs, "ALL_CHANNELS", 4)
+    monkeypatch.setattr(tile_configs, "PARAMETER_CHANNELS", 2)
     torch.use_deterministic_algorithms(True)
     with as_accurate_as_a_gpu():
         yield

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launches import LAYERS, LAYOUTS, Launch, compiled, record, resources
 
-from common.norms.backends.triton import launch
+from common.norms.backends.triton import tile_configs
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
@@ -59,7 +59,7 @@ def faults(arch: int, launched: Iterable[tuple[Launch, Case]]) -> list[str]:
         if each.name == "mixture_channel_kernel" and 2 * registers * 32 * kernel.metadata.num_warps > REGISTERS:
             found.append(f"sm_{arch} {each.name}, {case}: {registers} registers")
         sums = each.kwargs.get("DENSITY") or each.kwargs.get("DIRECT")  # registers do not suffice for loads ahead too
-        ahead = each.name in launch.MIXTURE and case[1] == LARGE and not sums
+        ahead = each.name in tile_configs.MIXTURE and case[1] == LARGE and not sums
         if ahead and "cp.async" not in kernel.asm["ptx"]:
             found.append(f"sm_{arch} {each.name}, {case}: waits for what it loads")
     return found

@@ -14,7 +14,7 @@ from norm_cases import in_full, mixture_case
 
 from common.norms import cluster_norm, functional, mixture_norm
 from common.norms.backends import graphs
-from common.norms.backends.triton import cluster_ops, launch, ops
+from common.norms.backends.triton import cluster_ops, launch, ops, tile_configs
 
 FOLDER = Path(__file__).parent
 ON_EVERY_PUSH, IN_FULL = 2, 6
@@ -25,7 +25,7 @@ needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="triton is not in
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python from the root, without TRITON_INTERPRET unless it is given."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = FOLDER.parents[2]
+    root = FOLDER.parents[3]
     path = os.pathsep.join([str(root), inherited.pop("PYTHONPATH", "")])
     environment = {"OMP_NUM_THREADS": "1", **inherited, "PYTHONPATH": path, **environment}
     command = [sys.executable, *arguments]
@@ -74,20 +74,24 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
     n, channels, positions = shape
     x = torch.empty(shape, device="meta")
     x = x.mT.contiguous().mT if adjacent == "channels" else x
-    for kernel, num, width in itertools.product(launch.MIXTURE, range(1, 9), (1, channels)):
+    for kernel, num, width in itertools.product(tile_configs.MIXTURE, range(1, 9), (1, channels)):
         if launch.mixture_refusal(num, width):
             continue
-        walk = launch.walk((x,), merge=False)
-        elements = next(entry.elements for most, entry in launch.MIXTURE[kernel].items() if num <= most)
-        if num > 4 and (channels if adjacent == "channels" else positions) % 16 == 0:
-            elements = launch.MANY[kernel].elements
+        walk = tile_configs.walk((x,), merge=False)
+        table = tile_configs.MIXTURE[kernel]
+        vectors = (channels if adjacent == "channels" else positions) % 16 == 0
+        elements = (table.few if num <= 4 else table.many_vectors if vectors else table.many).elements
         for planes in (5, 0):
-            tiling = launch.mixture_tiling(kernel, walk, channels // width, num, planes=planes, itemsize=2)
+            tiling = tile_configs.mixture_tiling(kernel, walk, channels // width, num, planes=planes, itemsize=2)
             assert tiling.joint == (width > 1)
             for block in (tiling.block_l, tiling.block_c):
                 assert block == 1 << (block.bit_length() - 1) >= 1
             runs = tiling.joint and adjacent == "positions" and positions % 16 == 0
-            wide = launch.RUN * launch.WIDEST if runs and tiling.block_c <= launch.WIDEST else elements
+            wide = (
+                tile_configs.MIN_JOINT_POSITIONS * tile_configs.MAX_JOINT_CHANNELS
+                if runs and tiling.block_c <= tile_configs.MAX_JOINT_CHANNELS
+                else elements
+            )
             assert tiling.block_l * tiling.block_c <= max(elements, wide, tiling.block_c)
             assert tiling.block_l < 2 * positions or walk.flat
             if tiling.joint:  # a tile holds a group
@@ -117,14 +121,16 @@ def test_a_tile_is_the_same_for_all_batch_sizes(shape, adjacent):
     for n in (1, 2, 37, 63, 64, 1000):
         x = torch.empty(n, *shape, device="meta")
         x = x.mT.contiguous().mT if adjacent == "channels" else x
-        walk = launch.walk((x,), merge=True)
+        walk = tile_configs.walk((x,), merge=True)
         found = ()
         for planes in (0, 2, 5):
-            tiling = launch.mixture_tiling("mixture_bwd_kernel", walk, shape[0], 3, planes=planes)
+            tiling = tile_configs.mixture_tiling("mixture_bwd_kernel", walk, shape[0], 3, planes=planes)
             found += tiling.block_l, tiling.block_c, tiling.num_warps
         mixtures.add((walk.positions, walk.strides, walk.flat, found))
-        walk = launch.walk((x,), merge=False)
-        tilings = [launch.cluster_tiling(launch.SCB_BACKWARD, walk, 3, 2, sums=sums) for sums in (False, True)]
+        walk = tile_configs.walk((x,), merge=False)
+        tilings = [
+            tile_configs.cluster_tiling(tile_configs.SCB_BACKWARD, walk, 3, 2, sums=sums) for sums in (False, True)
+        ]
         clusters.add(tuple((*each.blocks.values(), each.by_sample) for each in tilings))
     assert len(mixtures) == len(clusters) == 1
 
@@ -135,8 +141,8 @@ def test_columns_are_as_narrow_as_a_batch_of_64_needs(samples):
 
     A smaller batch has as many programs as fill them, 8 a column, if it has so many tiles of 64 locations.
     """
-    walk = launch.walk((torch.empty(samples, 64, 256, device="meta").mT,), merge=True)
-    tiling = launch.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3)
+    walk = tile_configs.walk((torch.empty(samples, 64, 256, device="meta").mT,), merge=True)
+    tiling = tile_configs.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3)
     assert (tiling.block_c, tiling.columns) == (16, 16)
     assert tiling.programs == {1: 1, 16: 8, 64: 13, 256: 52}[samples]
 
@@ -151,11 +157,11 @@ def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeyp
     length = most - 1
     for channels, adjacent in itertools.product((1, 5, 64, 2048), ("positions", "channels")):
         strides = (0, length, 1) if adjacent == "positions" else (0, 1, channels)
-        walk = launch.Walk(1, channels, length, (strides,))
+        walk = tile_configs.Walk(1, channels, length, (strides,))
         for sums in (False, True):
-            tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, 3, 2, sums=sums)
+            tiling = tile_configs.cluster_tiling(tile_configs.SCB_FORWARD, walk, 3, 2, sums=sums)
             assert length + tiling.shares * tiling.block_l < 2**31
-        assert length + launch.unknown_shares(walk) * launch.unknown_tile(walk)[0] < 2**31
+        assert length + tile_configs.unknown_shares(walk) * tile_configs.unknown_tile(walk)[0] < 2**31
 
 
 @needs_triton
@@ -173,13 +179,13 @@ def test_more_channels_than_a_grid_has_columns_are_refused(monkeypatch):
 def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
     plain, vectors = torch.empty(3, 4, 5), torch.empty(9, 4, 1)
     last = torch.empty(3, 5, 4).mT
-    assert launch.walk((vectors,), merge=True) == launch.Walk(9, 4, 1, ((0, 1, 4),), flat=True)
-    assert launch.walk((last, last), merge=True) == launch.Walk(3, 4, 5, ((0, 1, 4), (0, 1, 4)), flat=True)
+    assert tile_configs.walk((vectors,), merge=True) == tile_configs.Walk(9, 4, 1, ((0, 1, 4),), flat=True)
+    assert tile_configs.walk((last, last), merge=True) == tile_configs.Walk(3, 4, 5, ((0, 1, 4), (0, 1, 4)), flat=True)
     for pair in ((plain, plain), (last, plain), (plain, last)):
-        assert launch.walk(pair, merge=True) == launch.Walk(
+        assert tile_configs.walk(pair, merge=True) == tile_configs.Walk(
             3, 4, 5, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in pair)
         )
-    assert launch.walk((last,), merge=False) == launch.Walk(3, 4, 5, ((20, 1, 4),))
+    assert tile_configs.walk((last,), merge=False) == tile_configs.Walk(3, 4, 5, ((20, 1, 4),))
 
 
 def test_what_the_kernels_refuse_of_a_mixture():
@@ -257,23 +263,25 @@ def test_the_automatic_choice_is_eager_on_a_cpu(monkeypatch):
 
 def test_every_launch_is_one_that_triton_takes():
     """Blocks and warps are powers of two; a warp has 32 threads, a block 1024 at most."""
-    tables = [
-        entry
-        for table in (launch.MIXTURE, launch.LONG, launch.TALL)
-        for each in table.values()
-        for entry in each.values()
-    ]
-    tables += launch.MANY.values()
-    for entry in (launch.SCB_FORWARD, launch.SCB_BACKWARD, launch.SUMS, launch.CHANNEL, *tables):
+    tables = []
+    for tiles in tile_configs.MIXTURE.values():
+        tables += [tiles.few, tiles.many, tiles.many_vectors, tiles.joint_vectors[1]]
+        tables += [tiles.vectors[1]] if tiles.vectors else []
+    for entry in (
+        tile_configs.SCB_FORWARD,
+        tile_configs.SCB_BACKWARD,
+        tile_configs.SUMS,
+        tile_configs.CHANNEL,
+        *tables,
+    ):
         for number in (entry.elements, entry.num_warps):
             assert number.bit_count() == 1
         assert 32 * entry.num_warps <= 1024
-        assert entry.elements >= launch.CHANNEL_BLOCK
-    for number in (*launch.sums_tile(), launch.ALL_CHANNELS, launch.PARAMETER_CHANNELS):
+        assert entry.elements >= tile_configs.CHANNEL_BLOCK
+    for number in (*tile_configs.sums_tile(), tile_configs.ALL_CHANNELS, tile_configs.PARAMETER_CHANNELS):
         assert number.bit_count() == 1
-    assert launch.CHANNEL_BLOCK.bit_count() == 1
-    assert {max(table) for table in launch.MIXTURE.values()} == {max(launch.MAX_GROUP_CHANNELS)}
-    assert launch.TALL.keys() == launch.MIXTURE.keys()
+    assert tile_configs.CHANNEL_BLOCK.bit_count() == 1
+    assert max(launch.MAX_GROUP_CHANNELS) == tile_configs.MANY
 
 
 @pytest.mark.parametrize(
@@ -282,21 +290,21 @@ def test_every_launch_is_one_that_triton_takes():
 )
 def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(channels, positions, want):
     """Eight elements a thread, whatever the tile, and sixteen of a 2-byte type: of two channels if maps are large."""
-    walk = launch.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
-    for kernel in launch.MIXTURE:
+    walk = tile_configs.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
+    for kernel in tile_configs.MIXTURE:
         backward = kernel == "mixture_bwd_kernel"
-        tiling = launch.mixture_tiling(kernel, walk, 1, 3)
+        tiling = tile_configs.mixture_tiling(kernel, walk, 1, 3)
         assert (tiling.block_l, tiling.num_warps) == want
-        half = launch.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
+        half = tile_configs.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
         if backward and channels < 8:  # registers do not suffice
             assert half == tiling
             continue
         assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
-        summed = launch.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
+        summed = tile_configs.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
         assert (summed.block_l == half.block_l) is (not backward or half.block_l == 8)
         for other in (49, 24):  # which Triton cannot read several of at once
-            rest = launch.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
-            tiling = launch.mixture_tiling(kernel, rest, 1, 3)
+            rest = tile_configs.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
+            tiling = tile_configs.mixture_tiling(kernel, rest, 1, 3)
             assert tiling.block_l * tiling.block_c <= 1024
 
 
@@ -319,39 +327,39 @@ def test_a_program_takes_a_channel_where_there_are_enough_of_them(channels, take
 
 def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed():
     x = torch.empty(64, 64, 256, device="meta").mT
-    for kernel in launch.MIXTURE:
-        tiling = launch.mixture_tiling(kernel, launch.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
+    for kernel in tile_configs.MIXTURE:
+        tiling = tile_configs.mixture_tiling(kernel, tile_configs.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
         assert tiling.block_c < 64
         assert tiling.block_l * tiling.block_c == 1024
 
 
 def test_a_tile_that_is_narrowed_has_fewer_threads():
     """Sixteen bytes are eight elements in bfloat16."""
-    walk = launch.walk((torch.empty(64, 256, 64, device="meta"),), merge=True)
-    tiling = launch.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3, itemsize=2)
+    walk = tile_configs.walk((torch.empty(64, 256, 64, device="meta"),), merge=True)
+    tiling = tile_configs.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3, itemsize=2)
     assert (tiling.block_l, tiling.block_c, tiling.num_warps) == (64, 8, 2)
 
 
 def test_threads_read_several_positions_of_a_channel_at_once():
     """Sixteen bytes in bfloat16 are eight elements a thread."""
     for positions, want in ((12544, 4), (49, 8)):
-        walk = launch.walk((torch.empty(64, 64, positions, device="meta"),), merge=True)
-        assert launch.mixture_tiling("mixture_bwd_kernel", walk, 64, 3).num_warps == want
+        walk = tile_configs.walk((torch.empty(64, 64, positions, device="meta"),), merge=True)
+        assert tile_configs.mixture_tiling("mixture_bwd_kernel", walk, 64, 3).num_warps == want
 
 
-@pytest.mark.parametrize("kernel", launch.MIXTURE)
+@pytest.mark.parametrize("kernel", tile_configs.MIXTURE)
 @pytest.mark.parametrize(("adjacent", "groups"), [("positions", 1), ("channels", 64)])
 def test_threads_hold_twice_as_much_of_eight_components_where_they_read_neighbours(kernel, adjacent, groups):
     def threads(channels, positions):
         x = torch.empty(64, channels, positions, device="meta")
-        walk = launch.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=True)
-        tiling = launch.mixture_tiling(kernel, walk, min(groups, channels), 8)
+        walk = tile_configs.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=True)
+        tiling = tile_configs.mixture_tiling(kernel, walk, min(groups, channels), 8)
         return tiling.block_l * tiling.block_c / (32 * tiling.num_warps)
 
     assert threads(64, 256) == (2 if kernel == "mixture_bwd_kernel" else 4)
     assert threads(63, 49) == threads(64, 256) / 2
-    walk = launch.walk((torch.empty(64, 64, 256, device="meta"),), merge=True)
-    five = launch.mixture_tiling(kernel, walk, groups, 8, planes=5)
+    walk = tile_configs.walk((torch.empty(64, 64, 256, device="meta"),), merge=True)
+    five = tile_configs.mixture_tiling(kernel, walk, groups, 8, planes=5)
     assert (five.block_l * five.block_c == 512) is (kernel != "mixture_bwd_kernel")
 
 
@@ -374,11 +382,11 @@ def test_threads_hold_twice_as_much_of_eight_components_where_they_read_neighbou
 def test_threads_read_eight_channels_of_half_precision_at_once_where_registers_suffice(
     width, planes, num, itemsize, want
 ):
-    walk = launch.walk((torch.empty(64, 12544, 64, device="meta").mT,), merge=True)
-    tiling = launch.mixture_tiling("mixture_bwd_kernel", walk, 64 // width, num, planes=planes, itemsize=itemsize)
+    walk = tile_configs.walk((torch.empty(64, 12544, 64, device="meta").mT,), merge=True)
+    tiling = tile_configs.mixture_tiling("mixture_bwd_kernel", walk, 64 // width, num, planes=planes, itemsize=itemsize)
     assert (tiling.block_l * tiling.block_c, tiling.num_warps) == (1024, want)
-    other = launch.walk((torch.empty(64, 12544, 60, device="meta").mT,), merge=True)
-    assert launch.mixture_tiling("mixture_bwd_kernel", other, 60, num, planes=planes, itemsize=2).num_warps == 8
+    other = tile_configs.walk((torch.empty(64, 12544, 60, device="meta").mT,), merge=True)
+    assert tile_configs.mixture_tiling("mixture_bwd_kernel", other, 60, num, planes=planes, itemsize=2).num_warps == 8
 
 
 @pytest.mark.parametrize(
@@ -394,8 +402,8 @@ def test_threads_read_eight_channels_of_half_precision_at_once_where_registers_s
     ids=str,
 )
 def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
-    walk = launch.walk((torch.empty(shape, device="meta"),), merge=False)
-    programs, shares = launch.unknown_programs(walk, 3)
+    walk = tile_configs.walk((torch.empty(shape, device="meta"),), merge=False)
+    programs, shares = tile_configs.unknown_programs(walk, 3)
     assert (programs, shares) == want
     assert programs * shares <= max(1, shape[0] * shape[2] // 8)
 
@@ -403,16 +411,16 @@ def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
 def test_clusters_of_vectors_have_tiles_of_as_much_as_threads_read_at_once():
     """Columns of 8 channels would have 2 numbers for each of 128 threads, of 32 samples."""
     for itemsize, want in ((4, (32, 1, 16)), (2, (32, 1, 32))):
-        walk = launch.walk((torch.empty(64, 512, 1, device="meta"),), merge=False)
-        tiling = launch.cluster_tiling(launch.SCB_FORWARD, walk, 3, itemsize, sums=False)
+        walk = tile_configs.walk((torch.empty(64, 512, 1, device="meta"),), merge=False)
+        tiling = tile_configs.cluster_tiling(tile_configs.SCB_FORWARD, walk, 3, itemsize, sums=False)
         assert tuple(tiling.blocks.values()) == want
 
 
 @pytest.mark.parametrize(("channels", "adjacent", "want"), [(255, True, 8), (256, True, 4), (255, False, 4)])
 def test_clusters_of_small_maps_have_more_threads_where_each_element_has_an_address(channels, adjacent, want):
     x = torch.empty(64, channels, 49, device="meta")
-    walk = launch.walk((x.mT.contiguous().mT if adjacent else x,), merge=False)
-    tiling = launch.cluster_tiling(launch.SCB_BACKWARD, walk, 3, 2, sums=True)
+    walk = tile_configs.walk((x.mT.contiguous().mT if adjacent else x,), merge=False)
+    tiling = tile_configs.cluster_tiling(tile_configs.SCB_BACKWARD, walk, 3, 2, sums=True)
     assert (tiling.block_s, tiling.num_warps) == (16, want)
 
 
@@ -421,10 +429,10 @@ def test_clusters_of_small_maps_have_more_threads_where_each_element_has_an_addr
 def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
     n, channels, positions = shape
     x = torch.empty(shape, device="meta")
-    walk = launch.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
-    entry = launch.SCB_BACKWARD
+    walk = tile_configs.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
+    entry = tile_configs.SCB_BACKWARD
     for num, itemsize, sums in itertools.product((1, 3, 40), (2, 4), (False, True)):
-        tiling = launch.cluster_tiling(entry, walk, num, itemsize, sums=sums)
+        tiling = tile_configs.cluster_tiling(entry, walk, num, itemsize, sums=sums)
         for block in tiling.blocks.values():
             assert block.bit_count() == 1
         assert tiling.block_s * tiling.block_l * tiling.block_c <= entry.elements
@@ -434,7 +442,7 @@ def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
         assert (blocks - 1) * tiling.block_s < n <= blocks * tiling.block_s
         assert (columns - 1) * tiling.block_c < channels <= columns * tiling.block_c
         assert 1 <= shares <= -(-positions // tiling.block_l)
-        assert blocks * columns * shares <= max(launch.PROGRAMS, blocks * columns)
+        assert blocks * columns * shares <= max(tile_configs.PROGRAMS, blocks * columns)
         assert tiling.rows == shares * (n if tiling.by_sample else blocks)
         if sums:  # two rows, written and read, are a tenth of x at most where a share of it can be that small
             left = 2 * 2 * 4 * tiling.rows * (1 if tiling.by_sample else num) / (itemsize * n * positions)
@@ -448,7 +456,9 @@ def test_sums_of_clusters_are_small_where_maps_are():
     """At 64x256x8x8 in bfloat16 a row a sample would be an eighth of x."""
     x = torch.empty(64, 256, 64, device="meta")
     for given in (x, x.mT.contiguous().mT):
-        tiling = launch.cluster_tiling(launch.SCB_BACKWARD, launch.walk((given,), merge=False), 3, 2, sums=True)
+        tiling = tile_configs.cluster_tiling(
+            tile_configs.SCB_BACKWARD, tile_configs.walk((given,), merge=False), 3, 2, sums=True
+        )
         assert (tiling.block_s, tiling.by_sample) == (8, False)
         assert torch.Size(tiling.grid).numel() >= 0.9 * 132
 
@@ -460,8 +470,8 @@ def test_a_tile_of_what_is_unknown_holds_all_channels():
         (2048, 49, (1, 2048)),
         (512, 1, (1, 512)),
     ):
-        walk = launch.walk((torch.empty(2, channels, positions, device="meta"),), merge=False)
-        assert launch.unknown_tile(walk) == want
+        walk = tile_configs.walk((torch.empty(2, channels, positions, device="meta"),), merge=False)
+        assert tile_configs.unknown_tile(walk) == want
     assert not cluster_ops.takes_unknown(2049, "location")
     assert cluster_ops.takes_unknown(2048, "location")
     assert not cluster_ops.takes_unknown(1, "sample")

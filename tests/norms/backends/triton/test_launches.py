@@ -13,14 +13,14 @@ import torch
 from launches import LAYERS, gpu, record, replaced_kernels
 
 from common.norms import functional
-from common.norms.backends.triton import launch, ops
+from common.norms.backends.triton import launch, ops, tile_configs
 
 triton = pytest.importorskip("triton")
 compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
 LOGITS = (1,), (torch.zeros(3, 4), None, torch.zeros(8, 3, 4), torch.zeros(3)), (4, -5.0)
 """A grid, tensors and numbers of mixture_logits_kernel."""
-CONSTANTS = {"K": 3, "STORED": True, "BLOCK_C": launch.ALL_CHANNELS, "num_warps": 4}
+CONSTANTS = {"K": 3, "STORED": True, "BLOCK_C": tile_configs.ALL_CHANNELS, "num_warps": 4}
 
 
 @pytest.mark.parametrize("name", LAYERS)

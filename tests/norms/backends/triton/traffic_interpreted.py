@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
 from common.norms import mixture
-from common.norms.backends.triton import launch
+from common.norms.backends.triton import tile_configs
 
 SHAPE = (4, 6, 48)
 PILOTS = 0.03
@@ -79,7 +79,7 @@ class Touched(Recorder):
 )
 def test_kernels_touch_an_activation_once_in_each_pass(monkeypatch, name, memory):
     monkeypatch.setattr(mixture, "MAX_POINTS", 4)  # of 192 locations
-    monkeypatch.setattr(launch, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(tile_configs, "FEWEST_CHANNELS", 1)
     layer = LAYERS[name].build(SHAPE[1], "cpu")
     x, g = torch.randn(2, *SHAPE).half()
     if memory == "channels last":
