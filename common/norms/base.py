@@ -32,8 +32,8 @@ FLAG = torch.float32
 A scalar of float64 torch.compile takes for a number, and compiles twice."""
 
 
-def leaf(forward: Callable[P, R]) -> Callable[P, R]:
-    """Let torch.fx see a layer, by its forward, as one step, which is what it makes of torch's own layers."""
+def fx_leaf(forward: Callable[P, R]) -> Callable[P, R]:
+    """Make a layer a leaf of torch.fx's symbolic tracing, as torch's own layers are, by its forward."""
 
     @functools.wraps(forward)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -244,7 +244,7 @@ class MixtureLayer(NormLayer):
 
     def log_weights(self) -> Tensor:
         """Return log lambda (K,), floored at ``min_weight``."""
-        return self._params().log_weights(self.min_weight)
+        return self.params().log_weights(self.min_weight)
 
     def seed_from(self, x: Tensor) -> None:
         r"""Seed the mixture from x (N, C, \*) by k-means++ if nothing has yet; pass over a non-finite x."""
@@ -340,24 +340,25 @@ class MixtureLayer(NormLayer):
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Components, int]:
         """Return the mixture from which EM starts, and how many steps it takes."""
-        return Components.of(self._params(), dtype), CALIBRATION_STEPS
+        return Components.of(self.params(), dtype), CALIBRATION_STEPS
 
     def _store_calibrated(self, points: Tensor, fit: Components) -> None:
         """Store what EM found for points (P, C)."""
-        mixture.write(self._params(), fit.params(self.min_weight))
+        mixture.write(self.params(), fit.params(self.min_weight))
 
     def averages_mixture(self) -> bool:
         """Say whether the mixture is estimated from activations, not learned by gradients."""
         return "mean" in self._buffers  # what FSDP or a parametrization puts in a parameter's place may be any tensor
 
-    def _params(self) -> MixtureParams:
+    def params(self) -> MixtureParams:
+        """Return the stored mixture."""
         return MixtureParams(self.logits, self.mean, self.log_var)
 
     def _backend(self, x: Tensor, statistics: Statistics) -> Backend:
         r"""Return what computes x (N, C, \*); between ranks only ``Eager`` exchanges moments."""
         if statistics == "batch" and distributed.active(self.process_group) is not None:
             return functional.IMPLEMENTED["eager"]
-        params = *self._params(), self.weight, self.bias
+        params = *self.params(), self.weight, self.bias
         chosen = functional.choose_backend(self.backend, x, self.num_components, self._width, params)
         return functional.IMPLEMENTED[chosen]
 
@@ -384,7 +385,7 @@ class MixtureLayer(NormLayer):
         """Move the averages by what ``_normalise`` returned; store a new fit, if there is one."""
         over_ranks = distributed.active(self.process_group) is not None
         rule = Rule(self.momentum, self.average, self.min_weight, shared_variance, over_ranks)
-        backend.update(self._params(), state, self.groups, rule, fit)
+        backend.update(self.params(), state, self.groups, rule, fit)
 
     def _copied(self, params: MixtureParams) -> MixtureParams:
         """Copy what a backward pass may need after the buffers behind it have moved."""
@@ -415,10 +416,10 @@ class MixtureLayer(NormLayer):
         """Return the posteriors of x under the stored mixture, (K, N, G, L) in float32 or float64."""
         flat = reference.flatten(self._channels_first(x.detach()))
         flat = flat.to(reference.compute_dtype(flat))
-        log_lambda, mean, var = (t.to(flat.dtype) for t in self._params().plain(self.min_weight))
+        log_lambda, mean, var = (t.to(flat.dtype) for t in self.params().plain(self.min_weight))
         return reference.posterior(flat, log_lambda, mean, var + self.eps, self.groups)
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         x = self._channels_first(x)
@@ -426,7 +427,7 @@ class MixtureLayer(NormLayer):
         if self.training:
             y = self._train(x)
         else:
-            params = self._params()
+            params = self.params()
             if torch.is_grad_enabled() and self.averages_mixture() and not torch.compiler.is_exporting():
                 params = self._copied(params)
             y, _ = self._normalise(x, self._backend(x, "learned"), params, "learned", self.min_weight)

@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import functional
 from .backends import checkpointing, graphs, reference
-from .base import DeviceLike, leaf
+from .base import DeviceLike, fx_leaf
 
 
 class BatchNorm(_BatchNorm):
@@ -37,7 +37,7 @@ class BatchNorm(_BatchNorm):
             shape = tuple(input.shape)
             raise ValueError(f"x: expected more than one value per channel to take statistics of, got {shape}")
 
-    @leaf
+    @fx_leaf
     def forward(self, input: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*)."""
         return super().forward(input)
@@ -65,7 +65,7 @@ class InstanceNorm(_InstanceNorm):
         if self.training or self.running_mean is None:
             functional.check_positions(input)
 
-    @leaf
+    @fx_leaf
     def forward(self, input: Tensor) -> Tensor:
         r"""Normalise x (N, C, \*); every input has a batch dimension."""
         self._check_input_dim(input)
@@ -132,7 +132,7 @@ class DomainBatchNorm(nn.Module):
             assert isinstance(domain, BatchNorm)
             domain.reset_parameters()
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by domain."""
         first = self.domains[0]

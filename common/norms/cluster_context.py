@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .backends import checkpointing, graphs
-from .base import leaf
+from .base import fx_leaf
 from .baselines import DomainBatchNorm
 from .scb_norm import SCBNorm, SCBNormBase
 
@@ -103,7 +103,7 @@ class RoutedSCBNorm(SCBNorm):
 
     _give_ids = _GIVE_IDS
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(self, cluster, x))
@@ -114,7 +114,7 @@ class RoutedSCBNormBase(SCBNormBase):
 
     _give_ids = _GIVE_IDS
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(self, cluster, x))
@@ -125,7 +125,7 @@ class RoutedDomainBatchNorm(DomainBatchNorm):
 
     _give_ids = _GIVE_IDS
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,)."""
         return super().forward(x, _routed(self, cluster, x))

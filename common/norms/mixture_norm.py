@@ -108,23 +108,23 @@ class MixtureNorm(MixtureLayer):
     def reset_parameters(self) -> None:
         """Return to equal weights, unit variances and unseeded means."""
         super().reset_parameters()
-        mixture.write(self._last_fit(), self._params())
+        mixture.write(self.last_fit(), self.params())
         self._reset_step()
 
     def _seeding_steps(self) -> int:
         return self.em_steps
 
     def _store_seed(self, fit: Components, found: Tensor) -> None:
-        for params in (self._last_fit(), self._params()):
+        for params in (self.last_fit(), self.params()):
             mixture.write(params, fit.params(self.min_weight), where=found)
         self.initialized.masked_fill_(found, 1)
 
     def _calibration_start(self, dtype: torch.dtype) -> tuple[Components, int]:
-        return Components.of(self._last_fit(), dtype), 2 * self.em_steps
+        return Components.of(self.last_fit(), dtype), 2 * self.em_steps
 
     def _store_calibrated(self, points: Tensor, fit: Components) -> None:
         super()._store_calibrated(points, fit)
-        mixture.write(self._last_fit(), fit.params(self.min_weight))
+        mixture.write(self.last_fit(), fit.params(self.min_weight))
 
     def forget_initialized(self) -> None:
         """Look at ``initialized`` and ``step`` again when next asked: they were written from outside."""
@@ -173,9 +173,10 @@ class MixtureNorm(MixtureLayer):
         elif not seeded or (self.refit_every > 1 and int(before) % self.refit_every):
             return None
         rule = FitRule(self.groups, self.eps, self.em_steps, *self._key, self.min_weight)
-        return backend.fit(x, self._last_fit(), self.step, rule, gate)
+        return backend.fit(x, self.last_fit(), self.step, rule, gate)
 
-    def _last_fit(self) -> MixtureParams:
+    def last_fit(self) -> MixtureParams:
+        """Return the fit to the last batch that was fitted."""
         return MixtureParams(self.fit_logits, self.fit_mean, self.fit_log_var)
 
     def _train(self, x: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class MixtureNorm(MixtureLayer):
         if checkpointing.running():
             return self._repeat(x, backend, 0.0)
         new = self._refit(x, backend, self._count_step(), self._seed(x)) if x.numel() else None
-        last = self._last_fit()
+        last = self.last_fit()
         fit = self._given(x, backend, last if new is None else new)
         y, state = self._normalise(x, backend, fit, "batch", 0.0)
         if state is not None:

@@ -11,7 +11,7 @@ from . import functional, mixture
 from .backends import checkpointing, graph_ops, graphs, reference
 from .backends.backend import ClusterOptions, ClusterParams
 from .backends.reference import UnknownPosterior, UnknownScale
-from .base import FLAG, DeviceLike, NormLayer, leaf
+from .base import FLAG, DeviceLike, NormLayer, fx_leaf
 
 SupervisedInit = Literal["identity", "data"]
 SupervisedStatistics = Literal["learned", "batch", "instance"]
@@ -71,7 +71,8 @@ class _SupervisedNorm(NormLayer):
         """Return the mean and the log-variance of every cluster, each (K, C)."""
         raise NotImplementedError
 
-    def _params(self) -> ClusterParams:
+    def params(self) -> ClusterParams:
+        """Return the rows as kernels read them: tables, and biases that are added to each row."""
         return ClusterParams(*self.rows())
 
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -146,7 +147,7 @@ class _SupervisedNorm(NormLayer):
         )
         self.initialized.masked_fill_(fresh, 1)
 
-    @leaf
+    @fx_leaf
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
         r"""Normalise x (N, C, \*) by cluster (N,); in evaluation -1 and None stand for unknown."""
         x = self._channels_first(x)
@@ -160,7 +161,7 @@ class _SupervisedNorm(NormLayer):
         if not x.numel():
             return self._channels_back(functional.empty(x, *self.parameters()))
         options = ClusterOptions(self.eps, self.unknown_scale, self.unknown_posterior, not self.training, stored=True)
-        y = backend.normalise_clusters(x, cluster, self._params(), (self.weight, self.bias), options)
+        y = backend.normalise_clusters(x, cluster, self.params(), (self.weight, self.bias), options)
         return self._channels_back(y)
 
     def _options(self) -> dict[str, object]:
@@ -277,7 +278,8 @@ class SCBNormBase(_SupervisedNorm):
         mean, log_var = ((layer.weight + layer.bias[:, None]).T for layer in (self.mean, self.log_var))
         return mean, log_var
 
-    def _params(self) -> ClusterParams:
+    def params(self) -> ClusterParams:
+        """Return the layers' weights, transposed, and biases."""
         return ClusterParams(self.mean.weight.T, self.log_var.weight.T, self.mean.bias, self.log_var.bias)
 
     def _write(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:

@@ -155,7 +155,7 @@ class UCBNorm(MixtureLayer):
     def _store_seed(self, fit: Components, found: Tensor) -> None:
         var = mixture.pooled(fit.var, fit.weight[:, None]) if self.variance == "shared" else fit.var
         log_var = var.clamp(min=self.eps).log().expand_as(self.log_var)
-        mixture.write(self._params(), MixtureParams(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
+        mixture.write(self.params(), MixtureParams(torch.zeros_like(self.logits), fit.mean, log_var), where=found)
         self.initialized.masked_fill_(found, 1)
 
     def _store_calibrated(self, points: Tensor, fit: Components) -> None:
@@ -173,7 +173,7 @@ class UCBNorm(MixtureLayer):
             return self._repeat(x, backend, self.min_weight)
         if not checkpointing.running():
             self.seed_from(x)
-        params = self._params()
+        params = self.params()
         if moves:
             params = self._given(x, backend, params)
         y, state = self._normalise(x, backend, params, self.statistics, self.min_weight)
@@ -203,7 +203,7 @@ class UCBNorm(MixtureLayer):
         new_weight = usage.mean(1).clamp(min=self.min_weight)
         logits = torch.where(dead.any(), new_weight.log(), self.logits)
         log_var = torch.where(moved, mixture.log_of(new_var), self.log_var)
-        mixture.write(self._params(), MixtureParams(logits, torch.where(moved, new_mean, mean), log_var))
+        mixture.write(self.params(), MixtureParams(logits, torch.where(moved, new_mean, mean), log_var))
         self.usage.copy_(torch.where(finite, usage, self.usage))
 
     def _options(self) -> dict[str, Any]:

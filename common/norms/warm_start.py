@@ -47,9 +47,9 @@ def warm_start(layer: nn.Module, norm: _BatchNorm, options: Mapping[str, Any]) -
     mean, var = (t.detach().to("cpu", torch.float64) for t in (norm.running_mean, norm.running_var))
     if isinstance(layer, MixtureLayer):
         start = _spread(mean, var, layer.num_components, layer.num_features // layer.groups)
-        mixture.write(layer._params(), start)
+        mixture.write(layer.params(), start)
         if isinstance(layer, MixtureNorm):
-            mixture.write(layer._last_fit(), start)
+            mixture.write(layer.last_fit(), start)
     else:
         assert isinstance(layer, SCBNorm | SCBNormBase)
         row = (mean.to(norm.running_mean), mixture.log_of(var).to(norm.running_mean))

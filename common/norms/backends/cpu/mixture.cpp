@@ -3,11 +3,11 @@
 // library.py compiles this file and says what the functions at its end take. The mathematics is that of eager.py,
 // whose names are used here too: m and v are a batch's moments, r = (v + eps)^(-1/2), tau posteriors.
 //
-// What is looped over is a plane: the values of one channel side by side. Activations in any layout are brought into
-// planes, padded to whole vectors, chunk by chunk, in cache, and back; where many channels lie side by side and share
-// posteriors, most loops take squares of them, or rows. A single channel has posteriors of its own and is finished
-// before the next one begins, so that memory is read once in either pass; groups of channels share theirs, and take two
-// walks. Sums over a chunk are added up in float64. Which layout it is and which thread computes what changes no number.
+// The loops run over planes: the values of one channel, contiguous. Activations in any layout are gathered into planes,
+// padded to whole vectors, chunk by chunk, in cache, and scattered back. Where many channels are adjacent and share
+// posteriors, most loops read squares of them, or rows. A single channel has posteriors of its own and is finished
+// before the next one begins, so that memory is read once in either pass. Groups of channels share theirs and need two
+// passes. Chunks are summed in float64. Neither the layout nor the number of threads changes a number.
 
 #include <algorithm>
 #include <cmath>
@@ -38,10 +38,10 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
-constexpr int64_t CHUNK = 2048;        // values of a channel, which with their posteriors nearly fill an L1 cache
-constexpr int64_t RESIDENT = 3 << 19;  // bytes of an L2 cache and a half, which what is found again costs more than
+constexpr int64_t CHUNK = 2048;        // values of a channel; with their posteriors they nearly fill an L1 cache
+constexpr int64_t RESIDENT = 3 << 19;  // working set (1.5 x L2) up to which posteriors are recomputed instead of stored
 constexpr int64_t JOINT = 384 << 10;   // bytes of a chunk of channels that share posteriors
-constexpr int64_t SMALL = 1 << 15;     // values for which waking another thread takes longer than the work
+constexpr int64_t SMALL = 1 << 15;     // values below which waking another thread takes longer than the work
 constexpr float TINY = std::numeric_limits<float>::min();
 constexpr double LOG2_E = 1.4426950408889634;
 
@@ -53,19 +53,19 @@ template <int N, int... Is>
 inline typename Vector<N / 2>::Type halves(typename Vector<N>::Type v, std::integer_sequence<int, Is...>) {
     return __builtin_shufflevector(v, v, Is...) + __builtin_shufflevector(v, v, (Is + N / 2)...);
 }
-template <int N> inline float total(typename Vector<N>::Type v) {
+template <int N> inline float horizontal_sum(typename Vector<N>::Type v) {
     if constexpr (N == 2)
         return v[0] + v[1];
     else
-        return total<N / 2>(halves<N>(v, std::make_integer_sequence<int, N / 2>()));
+        return horizontal_sum<N / 2>(halves<N>(v, std::make_integer_sequence<int, N / 2>()));
 }
-inline float total(V v) { return total<W>(v); }
+inline float horizontal_sum(V v) { return horizontal_sum<W>(v); }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than the loops.
+// Scratch memory of a thread, kept from call to call: fresh pages cost more than the loops.
 struct Buffer {
     float* data = nullptr;
     int64_t size = 0;
-    float* take(int64_t n) {
+    float* reserve(int64_t n) {
         if (n > size) {
             std::free(data);
             data = static_cast<float*>(std::aligned_alloc(64, (4 * n + 63) / 64 * 64));
@@ -95,8 +95,8 @@ template <int... Is> inline V high(V a, V b, std::integer_sequence<int, Is...>) 
     return __builtin_shufflevector(a, b, (Is / 2 + W / 2 + (Is % 2 ? W : 0))...);
 }
 
-// Turn a square of W x W numbers: perfect shuffles of rows and columns together.
-inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// Transpose W x W numbers: perfect shuffles of rows and columns together.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     constexpr std::make_integer_sequence<int, W> each;
     V a[W], b[W];
 #pragma GCC unroll 16
@@ -115,25 +115,25 @@ inline void turn(const float* from, int64_t from_stride, float* to, int64_t to_s
     for (int i = 0; i < W; ++i) store(to + i * to_stride, a[i]);
 }
 
-// Rows are asked for so many locations before they are read or written: later they would be waited for.
+// Rows are prefetched so many locations before they are read or written.
 constexpr int64_t AHEAD = 64;
-inline void ask_rows(const float* from, int64_t c, int64_t rows) {
+inline void prefetch_rows(const float* from, int64_t c, int64_t rows) {
     for (int64_t i = AHEAD; i < AHEAD + rows; ++i) __builtin_prefetch(from + i * c, 0, 2);
 }
-inline void ask_written(float* to, int64_t c, int64_t rows) {
+inline void prefetch_written(float* to, int64_t c, int64_t rows) {
     for (int64_t i = AHEAD; i < AHEAD + rows; ++i) __builtin_prefetch(to + i * c, 1, 2);
 }
 
-// Turn a rectangle: to[j][i] = from[i][j] for i < n and j < m. Rows of an activation are walked over in their order and
-// asked for ahead: those that are read or, if WRITTEN, those that are written to.
+// Transpose a rectangle: to[j][i] = from[i][j] for i < n and j < m. Rows of an activation are visited in order and
+// prefetched: those that are read or, if WRITTEN, those that are written to.
 template <bool WRITTEN>
-inline void turn_all(const float* from, int64_t from_stride, int64_t n, int64_t m, float* to, int64_t to_stride) {
+inline void transpose_all(const float* from, int64_t from_stride, int64_t n, int64_t m, float* to, int64_t to_stride) {
     const auto square = [&](int64_t i, int64_t j) {
         if constexpr (WRITTEN)
-            ask_written(to + j * to_stride + i, to_stride, W);
+            prefetch_written(to + j * to_stride + i, to_stride, W);
         else
-            ask_rows(from + i * from_stride + j, from_stride, W);
-        turn(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+            prefetch_rows(from + i * from_stride + j, from_stride, W);
+        transpose(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
     };
     const int64_t whole_n = n / W * W, whole_m = m / W * W;
     if constexpr (WRITTEN)
@@ -162,11 +162,11 @@ inline void copy(float* to, const float* from, int64_t n) {
         std::memcpy(to, from, 4 * n);
 }
 
-// Bring n locations of channels into planes, with zeros up to whole vectors.
-void take(const float* t, const Shape& s, int64_t channel, int64_t channels, int64_t start, int64_t n, float* to,
-          int64_t stride) {
+// Gather n locations of channels into planes, with zeros up to whole vectors.
+void gather(const float* t, const Shape& s, int64_t channel, int64_t channels, int64_t start, int64_t n, float* to,
+            int64_t stride) {
     if (s.rows)
-        turn_all<false>(t + start * s.c + channel, s.c, n, channels, to, stride);
+        transpose_all<false>(t + start * s.c + channel, s.c, n, channels, to, stride);
     else
         for (int64_t j = 0; j < channels; ++j)
             segments(s, channel + j, start, n,
@@ -175,11 +175,11 @@ void take(const float* t, const Shape& s, int64_t channel, int64_t channels, int
         for (int64_t j = 0; j < channels; ++j) std::fill(to + j * stride + n, to + j * stride + padded(n), 0.0f);
 }
 
-// Bring planes back.
-void put(const float* from, int64_t stride, float* t, const Shape& s, int64_t channel, int64_t channels, int64_t start,
-         int64_t n) {
+// Scatter planes into an activation.
+void scatter(const float* from, int64_t stride, float* t, const Shape& s, int64_t channel, int64_t channels,
+             int64_t start, int64_t n) {
     if (s.rows)
-        turn_all<true>(from, stride, channels, n, t + start * s.c + channel, s.c);
+        transpose_all<true>(from, stride, channels, n, t + start * s.c + channel, s.c);
     else
         for (int64_t j = 0; j < channels; ++j)
             segments(s, channel + j, start, n,
@@ -273,7 +273,7 @@ void posteriors(const float* x, int64_t x_stride, int64_t channels, const Densit
         }
         finish(i, log);
     }
-    for (int k = 0; k < K; ++k) mass[k] = total(sums[k]);
+    for (int k = 0; k < K; ++k) mass[k] = horizontal_sum(sums[k]);
 }
 
 // ---- Sums over a plane, and what is written to one ----
@@ -290,7 +290,7 @@ void plane_moments(const float* x, const float* tau, int64_t stride, int64_t n, 
     }
     float about[K];
     for (int k = 0; k < K; ++k) {
-        about[k] = pilot + total(first[k]) / std::max(mass[k], TINY);
+        about[k] = pilot + horizontal_sum(first[k]) / std::max(mass[k], TINY);
         first[k] = V{};
     }
     for (int64_t i = 0; i < n; i += W) {
@@ -302,9 +302,9 @@ void plane_moments(const float* x, const float* tau, int64_t stride, int64_t n, 
         }
     }
     for (int k = 0; k < K; ++k) {
-        const float rest = total(first[k]) / std::max(mass[k], TINY);
+        const float rest = horizontal_sum(first[k]) / std::max(mass[k], TINY);
         mean[k] = (about[k] - origin) + rest;
-        m2[k] = total(second[k]) - mass[k] * rest * rest;
+        m2[k] = horizontal_sum(second[k]) - mass[k] * rest * rest;
     }
 }
 
@@ -353,8 +353,8 @@ inline void plane_gradient_sums(const float* x, const float* g, const float* tau
         }
     }
     for (int k = 0; k < K; ++k) {
-        sum_g[k] = total(first[k]);
-        sum_gu[k] = total(second[k]);
+        sum_g[k] = horizontal_sum(first[k]);
+        sum_gu[k] = horizontal_sum(second[k]);
     }
 }
 
@@ -397,9 +397,9 @@ void single_gradients(const float* x, const float* g, const float* tau, int64_t 
     }
     if constexpr (WANTED)
         for (int k = 0; k < K; ++k) {
-            sums->z[k] += total(z_sum[k]);
-            sums->zu[k] += total(zu[k]);
-            sums->zuu[k] += total(zuu[k]);
+            sums->z[k] += horizontal_sum(z_sum[k]);
+            sums->zu[k] += horizontal_sum(zu[k]);
+            sums->zuu[k] += horizontal_sum(zuu[k]);
         }
 }
 
@@ -479,8 +479,8 @@ void group_gradients(const float* x, const float* g, const float* tau, int64_t s
     }
     if constexpr (WANTED)
         for (int k = 0; k < K; ++k) {
-            zu_sum[k] = total(zu[k]);
-            zuu_sum[k] = total(zuu[k]);
+            zu_sum[k] = horizontal_sum(zu[k]);
+            zuu_sum[k] = horizontal_sum(zuu[k]);
         }
 }
 
@@ -504,8 +504,8 @@ void row_output(const float* x, const float* tau, int64_t stride, int64_t n, int
         across(width, [&](int64_t j) {
             V q[2 * K + 1];
             for (int i = 0; i < 2 * K + 1; ++i) q[i] = load(tables + i * c + j);
-            ask_rows(x + start * c + j, c, BESIDE);
-            ask_written(y + start * c + j, c, BESIDE);
+            prefetch_rows(x + start * c + j, c, BESIDE);
+            prefetch_written(y + start * c + j, c, BESIDE);
             for (int64_t i = start; i < std::min(start + BESIDE, n); ++i) {
                 float t[K];
                 for (int k = 0; k < K; ++k) t[k] = tau[k * stride + i];
@@ -517,7 +517,7 @@ void row_output(const float* x, const float* tau, int64_t stride, int64_t n, int
 // W channels' planes of W locations in an L1 cache, from rows c apart; zero beyond so many locations.
 inline void square(const float* from, int64_t c, int64_t locations, float* to) {
     if (locations >= W)
-        turn(from, c, to, W);
+        transpose(from, c, to, W);
     else
         for (int64_t j = 0; j < W; ++j)
             for (int64_t i = 0; i < W; ++i) to[j * W + i] = i < locations ? from[i * c + j] : 0.0f;
@@ -537,8 +537,8 @@ void row_gradient_sums(const float* x, const float* g, const float* tau, int64_t
                 const int64_t i = start + r * W, at = i * c + j;
                 square(x + at, c, n - i, values + r * W * W);
                 square(g + at, c, n - i, gradients + r * W * W);
-                ask_rows(x + at, c, W);
-                ask_rows(g + at, c, W);
+                prefetch_rows(x + at, c, W);
+                prefetch_rows(g + at, c, W);
             }
             for (int64_t channel = next - j; channel < W; ++channel) {
                 float* const own = room + (j + channel) * 2 * K * W;
@@ -563,7 +563,7 @@ void row_gradient_sums(const float* x, const float* g, const float* tau, int64_t
             }
         }
     for (int64_t j = 0; j < width; ++j)
-        for (int i = 0; i < 2 * K; ++i) sums[i * width + j] = total(load(room + (j * 2 * K + i) * W));
+        for (int i = 0; i < 2 * K; ++i) sums[i * width + j] = horizontal_sum(load(room + (j * 2 * K + i) * W));
 }
 
 // group_posterior_gradients from rows of up to W locations; z (K planes of W).
@@ -575,8 +575,8 @@ void row_posterior_gradients(const float* x, const float* g, int64_t width, int6
         const int64_t j = std::min(next, width - W);
         square(x + j, c, n, values);
         square(g + j, c, n, gradients);
-        ask_rows(x + j, c, W);
-        ask_rows(g + j, c, W);
+        prefetch_rows(x + j, c, W);
+        prefetch_rows(g + j, c, W);
         for (int64_t channel = next - j; channel < W; ++channel)
             add_posterior_gradient(q[j + channel], load(values + channel * W), load(gradients + channel * W), d);
     }
@@ -590,7 +590,7 @@ void row_gradients(const float* x, const float* g, const float* tau, int64_t str
         across(width, [&](int64_t j) {
             V q[6 * K], through[K], up[K];
             for (int i = 0; i < 6 * K; ++i) q[i] = load(tables + i * c + j);
-            ask_written(dx + start * c + j, c, BESIDE);
+            prefetch_written(dx + start * c + j, c, BESIDE);
             for (int64_t i = start; i < std::min(start + BESIDE, n); ++i) {
                 float t[K], its_z[K];
                 for (int k = 0; k < K; ++k) {
@@ -675,7 +675,7 @@ void forward_single(const float* x, float* y, const Shape& s, const State& state
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(s, o.threads))
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = b * block, channels = std::min(block, s.c - first);
-        float* const values = own_buffer.take((block + K) * planes);
+        float* const values = own_buffer.reserve((block + K) * planes);
         float* const tau = values + block * planes;
         Density q[W];
         float constant[W][K], origin[W], m[K], r[K], mass[K], mean[K], m2[K];
@@ -706,7 +706,7 @@ void forward_single(const float* x, float* y, const Shape& s, const State& state
             plane_output(plane, t, planes, n, m, r, bias ? bias[first + j] : 0.0f, plane);
         };
         if (resident) {
-            take(x, s, first, channels, 0, size, values, planes);
+            gather(x, s, first, channels, 0, size, values, planes);
             for (int64_t j = 0; j < channels; ++j) {
                 float* const plane = values + j * planes;
                 Joined joined[K];
@@ -717,12 +717,12 @@ void forward_single(const float* x, float* y, const Shape& s, const State& state
                 if (!o.learned) keep(j, joined);
                 output(j, plane, tau, size);
             }
-            put(values, planes, y, s, first, channels, 0, size);
+            scatter(values, planes, y, s, first, channels, 0, size);
         } else {
             Joined joined[W][K];
             if (!o.learned) {
                 chunks([&](int64_t start, int64_t n) {
-                    take(x, s, first, channels, start, n, values, planes);
+                    gather(x, s, first, channels, start, n, values, planes);
                     for (int64_t j = 0; j < channels; ++j) {
                         find(j, values + j * planes, n, tau);
                         average(j, values + j * planes, tau, n, joined[j]);
@@ -731,12 +731,12 @@ void forward_single(const float* x, float* y, const Shape& s, const State& state
                 for (int64_t j = 0; j < channels; ++j) keep(j, joined[j]);
             }
             chunks([&](int64_t start, int64_t n) {
-                take(x, s, first, channels, start, n, values, planes);
+                gather(x, s, first, channels, start, n, values, planes);
                 for (int64_t j = 0; j < channels; ++j) {
                     find(j, values + j * planes, n, tau);
                     output(j, values + j * planes, tau, n);
                 }
-                put(values, planes, y, s, first, channels, start, n);
+                scatter(values, planes, y, s, first, channels, start, n);
             });
         }
     }
@@ -775,7 +775,7 @@ struct Planes {
             data = t + ((start / s.l) * s.c + channel) * s.l + start % s.l;
             stride = s.l;
         } else {
-            take(t, s, channel, channels, cut.at(chunk), cut.n(chunk), buffer, cut.planes);
+            gather(t, s, channel, channels, cut.at(chunk), cut.n(chunk), buffer, cut.planes);
             data = buffer;
             stride = cut.planes;
         }
@@ -792,7 +792,7 @@ struct Target {
         stride = cut.direct ? s.l : cut.planes;
     }
     void finish(const Shape& s, const Cut& cut, int64_t chunk, int64_t channel, int64_t channels) {
-        if (!cut.direct) put(data, stride, t, s, channel, channels, cut.at(chunk), cut.n(chunk));
+        if (!cut.direct) scatter(data, stride, t, s, channel, channels, cut.at(chunk), cut.n(chunk));
     }
 };
 
@@ -805,14 +805,14 @@ void forward_groups(const float* x, float* y, float* tau, const Shape& s, const 
     // densities of all channels, constants of groups, m, r and bias (2 K + 1, C), then each item's masses, means and sums
     // of squares
     float* const tables =
-        shared_buffer.take(2 * K * s.c + K * o.groups + (2 * K + 1) * s.c + (o.learned ? 0 : items * sums));
+        shared_buffer.reserve(2 * K * s.c + K * o.groups + (2 * K + 1) * s.c + (o.learned ? 0 : items * sums));
     Density* const q = reinterpret_cast<Density*>(tables);
     float* const constants = tables + 2 * K * s.c;
     float* const factors = constants + K * o.groups;
     float* const found = factors + (2 * K + 1) * s.c;
 #pragma omp parallel num_threads(threads_for(s, o.threads))
     {
-        float* const buffer = own_buffer.take(width * cut.planes + K * cut.planes);
+        float* const buffer = own_buffer.reserve(width * cut.planes + K * cut.planes);
         float* const some = buffer + width * cut.planes;
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < o.groups; ++group)
@@ -949,7 +949,7 @@ void backward_single(const float* x, const float* g, float* dx, const Shape& s, 
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(s, o.threads))
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = b * block, channels = std::min(block, s.c - first);
-        float* const values = own_buffer.take((2 * block + K) * planes);
+        float* const values = own_buffer.reserve((2 * block + K) * planes);
         float *const gradients = values + block * planes, *const tau = gradients + block * planes;
         Density q[W];
         Coefficients coefficient[W];
@@ -961,8 +961,8 @@ void backward_single(const float* x, const float* g, float* dx, const Shape& s, 
             for (int64_t start = 0; start < size; start += CHUNK) visit(start, std::min(CHUNK, size - start));
         };
         const auto bring = [&](int64_t start, int64_t n) {
-            take(x, s, first, channels, start, n, values, planes);
-            take(g, s, first, channels, start, n, gradients, planes);
+            gather(x, s, first, channels, start, n, values, planes);
+            gather(g, s, first, channels, start, n, gradients, planes);
         };
         const auto find = [&](int64_t j, int64_t offset, int64_t n, float* t) {
             posteriors(values + j * planes + offset, 0, 1, q + j, constant[j], n, t, planes, own_mass);
@@ -999,7 +999,7 @@ void backward_single(const float* x, const float* g, float* dx, const Shape& s, 
                 settle(j);
                 chunks([&](int64_t start, int64_t n) { write(j, start, n, tau + start); });
             }
-            put(values, planes, dx, s, first, channels, 0, size);
+            scatter(values, planes, dx, s, first, channels, 0, size);
         } else {
             chunks([&](int64_t start, int64_t n) {
                 bring(start, n);
@@ -1015,7 +1015,7 @@ void backward_single(const float* x, const float* g, float* dx, const Shape& s, 
                     find(j, 0, n, tau);
                     write(j, 0, n, tau);
                 }
-                put(values, planes, dx, s, first, channels, start, n);
+                scatter(values, planes, dx, s, first, channels, start, n);
             });
         }
         if constexpr (WANTED)
@@ -1033,7 +1033,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     const int64_t items = o.groups * cut.count, sums = K * (1 + 2 * width), again = o.learned ? K * cut.planes : 0;
     constexpr int64_t FLOATS = sizeof(Coefficients) / sizeof(float);
     float* const shared =
-        shared_buffer.take(2 * FLOATS * s.c + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
+        shared_buffer.reserve(2 * FLOATS * s.c + 6 * K * s.c + K * o.groups + 2 * K * s.c + items * (sums + again));
     Coefficients* const q = reinterpret_cast<Coefficients*>(shared);
     double* const each = reinterpret_cast<double*>(shared + FLOATS * s.c);  // of dtau's constants, (C, K)
     double *const all_g = each + K * s.c, *const all_gu = all_g + K * s.c;  // over the batch, (C, K)
@@ -1051,7 +1051,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
     };
 #pragma omp parallel num_threads(threads_for(s, o.threads))
     {
-        float* const z = own_buffer.take(K * cut.planes + std::max(2 * width * cut.planes, 2 * K * W * width));
+        float* const z = own_buffer.reserve(K * cut.planes + std::max(2 * width * cut.planes, 2 * K * W * width));
         float *const values = z + K * cut.planes, *const gradients = values + width * cut.planes;
         if (o.learned) {
 #pragma omp for schedule(static)
@@ -1125,7 +1125,7 @@ void backward_groups(const float* x, const float* g, const float* tau, float* dx
                 for (int k = 0; k < K; ++k) {
                     V sum = {};
                     for (int64_t i = 0; i < n; i += W) sum += load(z + k * cut.planes + i);
-                    kept[k] = total(sum);
+                    kept[k] = horizontal_sum(sum);
                 }
             Target target(dx, s, cut, chunk, first, values);
             for (int64_t j = 0; j < width; ++j) {
@@ -1166,7 +1166,7 @@ void fit_planes(const float* points, int64_t stride, int64_t count, int64_t c, f
     float* const found = constants + K * o.groups;
 #pragma omp parallel num_threads(o.threads)
     for (int step = 0; step < steps; ++step) {
-        float* const tau = own_buffer.take(K * std::min(length, stride));
+        float* const tau = own_buffer.reserve(K * std::min(length, stride));
 #pragma omp single
         for (int k = 0; k < K; ++k) s.log_lambda[k] = std::log(weight[k]);
 #pragma omp for schedule(static)
@@ -1319,11 +1319,11 @@ void fit_mixture(const float* points, float* weight, float* mean, float* var, co
     const Options o{eps, 0, 1, groups, false, false, threads_for(s, threads)};
     const int64_t stride = padded(count), width = c / groups, blocks = (c + W - 1) / W;
     const int64_t chunks = 1 + count / (4 * W);  // no more than these
-    float* const planes = shared_buffer.take(stride * c + 4 * K * c + K * groups + K + 2 * K * c + K * groups +
+    float* const planes = shared_buffer.reserve(stride * c + 4 * K * c + K * groups + K + 2 * K * c + K * groups +
                                              groups * chunks * K * (1 + 2 * width));
 #pragma omp parallel for schedule(static) num_threads(o.threads)
     for (int64_t b = 0; b < blocks; ++b)
-        take(points, s, b * W, std::min<int64_t>(W, c - b * W), 0, count, planes + b * W * stride, stride);
+        gather(points, s, b * W, std::min<int64_t>(W, c - b * W), 0, count, planes + b * W * stride, stride);
     fit_planes(planes, stride, count, c, weight, mean, var, least, empty, steps, o, planes + stride * c);
 }
 }

@@ -155,6 +155,16 @@ def test_averages_move_as_in_float64():
             torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_frozen_parameters_stay(backend):
+    """Without gradients the loops read them as they read averages, which they are not."""
+    layer = UCBNorm(6, 3, update="weight", backend=backend).requires_grad_(False)
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    layer(mixture_case((5, 6, 9), num=3, dtype=torch.float32)[0])
+    for name, p in layer.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
 @pytest.mark.parametrize("count", [100, 4096])
 def test_a_fit_is_that_of_em_in_float64(count):
     points = mixture_case((count, 6), num=3, dtype=torch.float32)[0]

@@ -238,7 +238,7 @@ def test_a_fit_that_is_not_finite_is_not_stored(table):
     new = {name: t + 1 for name, t in last.items()}
     for finite in (False, True):
         new[table][2, -1] = 1.0 if finite else math.inf
-        kernel._update(Triton(), state, (MixtureParams(**new), kernel._last_fit()))
+        kernel._update(Triton(), state, (MixtureParams(**new), kernel.last_fit()))
         for name, old in last.items():
             assert torch.equal(getattr(kernel, f"fit_{name}"), new[name] if finite else old)
         assert torch.equal(kernel.mean, mean) is not finite
