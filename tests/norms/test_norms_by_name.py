@@ -99,9 +99,3 @@ def test_no_layer_gives_back_what_it_is_given_and_ignores_clusters():
     assert not list(layer.parameters()) + list(layer.buffers())
     with pytest.raises(ValueError, match=r"^norm\.eps: 0\.1 means nothing to norm\.kind none; leave it out$"):
         NormConfig(kind="none", eps=0.1)
-
-
-def test_kinds_without_components_are_those_whose_state_does_not_know_their_number():
-    for kind in registry.BUILT_IN:
-        few, many = (str(make_norm(kind, 4, number).state_dict()) for number in (2, 3))
-        assert (few == many) == (kind in registry.WITHOUT_COMPONENTS), kind

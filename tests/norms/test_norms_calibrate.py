@@ -134,14 +134,6 @@ def test_no_more_batches_are_taken_than_asked():
         assert torch.equal(few.state_dict()[name], tensor), name
 
 
-def test_a_layer_may_be_the_model():
-    layer, alone = MixtureNorm(4, 2).eval(), MixtureNorm(4, 2)
-    x = mixture_case((30, 4), num=1, dtype=torch.float32)[0]
-    assert calibrate(layer, [x]) == ["MixtureNorm"]
-    alone.calibrate([x])
-    assert torch.equal(layer.mean, alone.mean)
-
-
 def test_a_layer_that_runs_twice_is_fitted_to_both_inputs():
     torch.manual_seed(0)
     layer, x = MixtureNorm(4, 2), mixture_case((30, 4), num=1, dtype=torch.float32)[0]

@@ -118,12 +118,6 @@ def test_information_is_content_and_what_is_told_of_the_position():
     assert found.information == pytest.approx(content + position, rel=1e-4)
 
 
-def test_without_positions_content_is_information():
-    layer, x = two_clouds()
-    found = health(layer, x)
-    assert found.sample_information == pytest.approx(found.information, rel=1e-6)
-
-
 def test_one_sample_has_no_content_and_no_warning_of_it():
     found = certain(torch.tensor([[0, 1, 0, 1]]))
     assert found.sample_information is None
@@ -179,13 +173,6 @@ def test_posteriors_are_those_of_the_stored_mixture():
     x = mixture_case((5, 4, 6), num=1, dtype=torch.float32)[0]
     want = posterior(x, layer.log_weights(), layer.mean, torch.full((3, 4), 1.5), groups=2)
     torch.testing.assert_close(layer.posterior(x.movedim(1, -1)), want)
-
-
-def test_an_unused_component_is_named():
-    layer, x = two_clouds()
-    found = health(layer, x[x[:, 0] > 0])
-    assert any(line.startswith("component 0 holds") for line in found.warnings())
-    assert not any(line.startswith("component 1 holds") for line in found.warnings())
 
 
 def test_one_component_warns_of_nothing_and_has_no_distance():

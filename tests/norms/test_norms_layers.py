@@ -109,15 +109,6 @@ def test_reset_returns_to_a_new_layer(case):
         assert torch.equal(layer.state_dict()[name], tensor), name
 
 
-def test_the_layers_of_a_base_start_at_zero_again():
-    layer = SCBNormBase(4, 3)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.fill_(2)
-    layer.reset_parameters()
-    assert not any(p.any() for p in (*layer.parameters(), *SCBNormBase(4, 3).parameters()))
-
-
 def test_the_options_of_unknown_clusters_reach_them():
     options: list[dict[str, Any]] = [{"unknown_scale": "paper"}, {"unknown_posterior": "sample"}, {"eps": 0.5}]
     for option in options:
@@ -320,11 +311,6 @@ def test_printing_shows_every_option_that_is_not_the_default():
     assert repr(MixtureNorm(8, 3)) == "MixtureNorm(8, 3)"
     fitted = MixtureNorm(8, 3, groups=2, init="uniform", refit_every=2, em_steps=5)
     assert repr(fitted) == "MixtureNorm(8, 3, groups=2, init='uniform', refit_every=2, em_steps=5)"
-
-
-def test_minus_one_and_none_are_unknown_in_evaluation():
-    layer, x = make_norm("scb", 4, 3).eval(), torch.randn(6, 4)
-    assert torch.equal(layer(x), layer(x, torch.full((6,), -1)))
 
 
 @pytest.mark.parametrize("kind", ["bn", "in"])

@@ -75,26 +75,6 @@ def test_dropout_comes_between_norm_and_activation():
     assert (y == 1).float().mean() > 0.4  # what dropout takes; dropout after it would give 0
 
 
-def test_hooks_of_a_layer_with_an_activation_see_what_they_saw():
-    model, seen = activated().eval(), []
-    model[1].register_forward_hook(lambda _, args, y: seen.append(y))
-    want = model(images())
-    convert_norms(model, "ucb", num_components=1)
-    model(images())
-    assert len(seen) == 2
-    close(seen[1], want)
-
-
-def test_dtype_and_mode_of_a_layer_with_an_activation_are_kept():
-    model = activated().double()
-    model[1].eval()
-    x = images().double()
-    want = model(x)
-    convert_norms(model, "ucb", num_components=1)
-    assert not any(module.training for module in model[1].modules())
-    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
-
-
 class ActThenNorm(nn.BatchNorm2d):
     """Looks like timm's, but for the order."""
 

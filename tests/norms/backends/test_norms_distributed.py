@@ -385,15 +385,3 @@ def test_a_rank_on_its_own_needs_no_group():
     with pytest.raises(ValueError, match="x: expected more than one value per channel in training"):
         UCBNorm(4, 3, process_group="world")(x[:1, :, :1])
     assert distributed.active("world") is None
-
-
-@pytest.mark.parametrize("wrong", ["all", 3, dist.GroupMember.NON_GROUP_MEMBER], ids=repr)
-def test_what_is_no_group_is_refused(wrong):
-    with pytest.raises(ValueError, match="process_group: expected None, 'world' or a group"):
-        UCBNorm(4, 3, process_group=wrong)
-
-
-def test_the_reference_backend_is_refused():
-    with pytest.raises(ValueError, match="process_group: expected None with backend='reference', got 'world'"):
-        UCBNorm(4, 3, process_group="world", backend="reference")
-    assert repr(UCBNorm(4, 3, process_group="world")) == "UCBNorm(4, 3, process_group='world')"

@@ -16,7 +16,7 @@ import torch
 from norm_cases import any_norm, mixture_case, mixture_run, needs_compiler
 from torch import Tensor
 
-from common.norms import MixtureNorm, SCBNorm, UCBNorm, cluster_norm, functional, mixture, mixture_norm
+from common.norms import MixtureNorm, UCBNorm, functional, mixture, mixture_norm
 from common.norms.backends.backend import Options
 from common.norms.backends.cpu import library
 from common.norms.backends.reference import MixtureParams, Moments
@@ -215,13 +215,6 @@ def test_they_keep_what_batch_norm_keeps_and_the_posteriors_of_groups():
         assert x.nbytes * (1 + posteriors) <= sum(kept.values()) <= x.nbytes * (1 + posteriors) + parameters
 
 
-def test_there_is_no_second_derivative():
-    x = torch.randn(4, 3, 5, requires_grad=True)
-    (dx,) = torch.autograd.grad(UCBNorm(3, 2, backend="compiled")(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='backend="reference"'):
-        dx.sum().backward()
-
-
 def test_auto_takes_the_loops_from_a_size_on(monkeypatch):
     def chosen(values: int, num: int = 3, dtype: torch.dtype = torch.float32) -> str:
         return functional.choose_backend("auto", torch.empty(values, dtype=dtype), num)
@@ -272,12 +265,6 @@ def test_a_home_that_cannot_be_written_is_done_without(monkeypatch, tmp_path, ho
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".so" or "norm-" in path.name]
 
 
-def test_clusters_stay_eager():
-    """Which is as fast as BatchNorm without a compiler."""
-    layer, x = SCBNorm(4, 3), torch.randn(64, 4, 8, 8)
-    assert functional.choose_backend(layer.backend, x) == "eager"
-
-
 @pytest.mark.parametrize(("kind", "num"), [("scb", 3), ("scb_base", 3), ("ucb", 17), ("mn", 17)])
 def test_layers_without_loops_are_refused_when_they_are_made(kind, num):
     has = "mixtures (ucb, mn) alone" if kind.startswith("scb") else "at most 16 components"
@@ -288,17 +275,6 @@ def test_layers_without_loops_are_refused_when_they_are_made(kind, num):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         NormConfig(kind=kind, num_components=num, backend="compiled")
     assert str(caught.value) == f"norm.{line}"
-
-
-def test_clusters_are_refused():
-    x, _, mean, var, _ = mixture_case((6, 4, 5), num=3, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"^backend: 'compiled' has loops for mixtures \(ucb, mn\) alone$"):
-        cluster_norm(x, torch.arange(6) % 3, mean, var, backend="compiled")
-
-
-def test_synchronised_statistics_are_refused():
-    with pytest.raises(ValueError, match="process_group: expected None with backend='compiled', got 'world'"):
-        UCBNorm(4, 3, process_group="world", backend="compiled")
 
 
 @pytest.mark.parametrize("kind", ["ucb", "mn"])

@@ -10,7 +10,7 @@ from layers_interpreted import assert_near, pair, step
 from norm_cases import in_full, mixture_case
 
 from common.norms import mixture_norm
-from common.norms.backends.triton import ops, tile_configs
+from common.norms.backends.triton import tile_configs
 
 LAYERS = {
     "paper's averages, one variance": ("ucb", {"average": "paper", "variance": "shared", "scale": "sqrt_k"}),
@@ -128,42 +128,3 @@ def test_a_layer_of_such_programs_steps_and_moves_its_averages_as_in_float64(nam
         x = 2 * x + shift
         assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
         assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "whole"),
-    [
-        ((64, 8, 16, 16), {}, True),
-        ((64, 8, 16, 17), {}, False),  # 17,408 locations
-        ((64, 8, 8, 8), {"groups": 1}, False),
-        ((64, 8, 8, 8), {"groups": 4}, False),
-        ((64, 8), {}, False),
-    ],
-)
-def test_a_program_takes_a_channel_where_its_cache_holds_it(shape, options, whole):
-    kernel, _ = pair("ucb", {})
-    del kernel
-    x = torch.empty(shape, device="meta")
-    found = ops._channel_plan("mixture_channel_kernel", (reshaped(x), reshaped(x)), options.get("groups", 8), 3)
-    assert (found is not None) is whole
-    assert found is None or found.grid == (8,)
-
-
-def reshaped(x):
-    return x.reshape(x.shape[0], x.shape[1], -1)
-
-
-def test_backward_holds_half_as_many_locations_of_float32_and_channels_in_the_last_place_none():
-    x = torch.empty(64, 8, 256, device="meta")
-    for tensor, count, whole in (
-        (x, 3, False),
-        (x.bfloat16(), 3, True),
-        (x[:32], 3, True),
-        (x.mT.contiguous().mT, 2, False),
-        (x[:, :, :1].expand(-1, -1, 2), 2, True),
-    ):
-        plan = ops._channel_plan("mixture_channel_bwd_kernel", (tensor,) * count, 8, 3)
-        assert (plan is not None) is whole
-    assert ops._channel_plan("mixture_channel_kernel", (x, x), 8, 5) is None
-    far = torch.empty_strided((2, 8, 4), (2**31, 4, 1), device="meta")
-    assert ops._channel_plan("mixture_channel_kernel", (far, far), 8, 3) is None

@@ -135,18 +135,6 @@ def test_a_tile_is_the_same_for_all_batch_sizes(shape, adjacent):
     assert len(mixtures) == len(clusters) == 1
 
 
-@pytest.mark.parametrize("samples", [1, 16, 64, 256])
-def test_columns_are_as_narrow_as_a_batch_of_64_needs(samples):
-    """13 programs may leave sums of 4,096 locations in float32: 16 columns of 16 channels fill 132 multiprocessors.
-
-    A smaller batch has as many programs as fill them, 8 a column, if it has so many tiles of 64 locations.
-    """
-    walk = tile_configs.walk((torch.empty(samples, 64, 256, device="meta").mT,), merge=True)
-    tiling = tile_configs.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3)
-    assert (tiling.block_c, tiling.columns) == (16, 16)
-    assert tiling.programs == {1: 1, 16: 8, 64: 13, 256: 52}[samples]
-
-
 def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeypatch):
     """A loop's counter goes one step of all programs beyond the last location."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -285,111 +273,6 @@ def test_every_launch_is_one_that_triton_takes():
 
 
 @pytest.mark.parametrize(
-    ("channels", "positions", "want"),
-    [(64, 12544, (16, 4)), (128, 256, (8, 4)), (200, 64, (8, 8)), (3, 1024, (256, 4)), (256, 16, (8, 8))],
-)
-def test_channels_that_share_a_posterior_leave_room_for_a_sector_of_positions(channels, positions, want):
-    """Eight elements a thread, whatever the tile, and sixteen of a 2-byte type: of two channels if maps are large."""
-    walk = tile_configs.walk((torch.empty(64, channels, positions, device="meta"),), merge=True)
-    for kernel in tile_configs.MIXTURE:
-        backward = kernel == "mixture_bwd_kernel"
-        tiling = tile_configs.mixture_tiling(kernel, walk, 1, 3)
-        assert (tiling.block_l, tiling.num_warps) == want
-        half = tile_configs.mixture_tiling(kernel, walk, 1, 3, itemsize=2)
-        if backward and channels < 8:  # registers do not suffice
-            assert half == tiling
-            continue
-        assert half.block_l * half.block_c == 16 * 32 * half.num_warps == max(2048, 8 * half.block_c)
-        summed = tile_configs.mixture_tiling(kernel, walk, 1, 3, planes=2, itemsize=2)
-        assert (summed.block_l == half.block_l) is (not backward or half.block_l == 8)
-        for other in (49, 24):  # which Triton cannot read several of at once
-            rest = tile_configs.walk((torch.empty(64, channels, other, device="meta"),), merge=True)
-            tiling = tile_configs.mixture_tiling(kernel, rest, 1, 3)
-            assert tiling.block_l * tiling.block_c <= 1024
-
-
-@pytest.mark.parametrize(("num", "want"), [(3, 128), (4, None)])
-def test_a_program_of_a_channel_has_registers_for_two_in_a_multiprocessor(num, want):
-    """With more components it would spill."""
-    x = torch.empty(64, 128, 64, device="meta")
-    plan = ops._channel_plan("mixture_channel_kernel", (x, x), 128, num)
-    assert plan is not None
-    assert plan.constants.get("maxnreg") == want
-
-
-@pytest.mark.parametrize(("channels", "takes"), [(16, False), (64, False), (100, True), (256, True)])
-def test_a_program_takes_a_channel_where_there_are_enough_of_them(channels, takes):
-    """An H100 has 132 multiprocessors."""
-    x = torch.empty(64, channels, 64, device="meta")
-    for kernel, tensors in (("mixture_channel_kernel", (x, x)), ("mixture_channel_bwd_kernel", (x, x, x))):
-        assert (ops._channel_plan(kernel, tensors, channels, 3) is not None) is takes
-
-
-def test_a_tile_of_adjacent_channels_stays_as_large_when_columns_are_narrowed():
-    x = torch.empty(64, 64, 256, device="meta").mT
-    for kernel in tile_configs.MIXTURE:
-        tiling = tile_configs.mixture_tiling(kernel, tile_configs.walk((x,), merge=True), 256, 3, planes=5, itemsize=2)
-        assert tiling.block_c < 64
-        assert tiling.block_l * tiling.block_c == 1024
-
-
-def test_a_tile_that_is_narrowed_has_fewer_threads():
-    """Sixteen bytes are eight elements in bfloat16."""
-    walk = tile_configs.walk((torch.empty(64, 256, 64, device="meta"),), merge=True)
-    tiling = tile_configs.mixture_tiling("mixture_moments_kernel", walk, 256, 3, planes=3, itemsize=2)
-    assert (tiling.block_l, tiling.block_c, tiling.num_warps) == (64, 8, 2)
-
-
-def test_threads_read_several_positions_of_a_channel_at_once():
-    """Sixteen bytes in bfloat16 are eight elements a thread."""
-    for positions, want in ((12544, 4), (49, 8)):
-        walk = tile_configs.walk((torch.empty(64, 64, positions, device="meta"),), merge=True)
-        assert tile_configs.mixture_tiling("mixture_bwd_kernel", walk, 64, 3).num_warps == want
-
-
-@pytest.mark.parametrize("kernel", tile_configs.MIXTURE)
-@pytest.mark.parametrize(("adjacent", "groups"), [("positions", 1), ("channels", 64)])
-def test_threads_hold_twice_as_much_of_eight_components_where_they_read_neighbours(kernel, adjacent, groups):
-    def threads(channels, positions):
-        x = torch.empty(64, channels, positions, device="meta")
-        walk = tile_configs.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=True)
-        tiling = tile_configs.mixture_tiling(kernel, walk, min(groups, channels), 8)
-        return tiling.block_l * tiling.block_c / (32 * tiling.num_warps)
-
-    assert threads(64, 256) == (2 if kernel == "mixture_bwd_kernel" else 4)
-    assert threads(63, 49) == threads(64, 256) / 2
-    walk = tile_configs.walk((torch.empty(64, 64, 256, device="meta"),), merge=True)
-    five = tile_configs.mixture_tiling(kernel, walk, groups, 8, planes=5)
-    assert (five.block_l * five.block_c == 512) is (kernel != "mixture_bwd_kernel")
-
-
-@pytest.mark.parametrize(
-    ("width", "planes", "num", "itemsize", "want"),
-    [
-        (1, 0, 3, 2, 4),
-        (1, 2, 3, 2, 4),
-        (64, 2, 3, 2, 4),
-        (64, 0, 2, 2, 4),
-        # registers do not suffice
-        (64, 0, 3, 2, 8),
-        (1, 0, 4, 2, 8),
-        (1, 5, 3, 2, 8),
-        # four channels are 16 bytes, and 8 have no place in a group of 8
-        (1, 0, 3, 4, 8),
-        (8, 0, 2, 2, 8),
-    ],
-)
-def test_threads_read_eight_channels_of_half_precision_at_once_where_registers_suffice(
-    width, planes, num, itemsize, want
-):
-    walk = tile_configs.walk((torch.empty(64, 12544, 64, device="meta").mT,), merge=True)
-    tiling = tile_configs.mixture_tiling("mixture_bwd_kernel", walk, 64 // width, num, planes=planes, itemsize=itemsize)
-    assert (tiling.block_l * tiling.block_c, tiling.num_warps) == (1024, want)
-    other = tile_configs.walk((torch.empty(64, 12544, 60, device="meta").mT,), merge=True)
-    assert tile_configs.mixture_tiling("mixture_bwd_kernel", other, 60, num, planes=planes, itemsize=2).num_warps == 8
-
-
-@pytest.mark.parametrize(
     ("shape", "want"),
     [
         ((64, 256, 64), (64, 2)),
@@ -406,22 +289,6 @@ def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
     programs, shares = tile_configs.unknown_programs(walk, 3)
     assert (programs, shares) == want
     assert programs * shares <= max(1, shape[0] * shape[2] // 8)
-
-
-def test_clusters_of_vectors_have_tiles_of_as_much_as_threads_read_at_once():
-    """Columns of 8 channels would have 2 numbers for each of 128 threads, of 32 samples."""
-    for itemsize, want in ((4, (32, 1, 16)), (2, (32, 1, 32))):
-        walk = tile_configs.walk((torch.empty(64, 512, 1, device="meta"),), merge=False)
-        tiling = tile_configs.cluster_tiling(tile_configs.SCB_FORWARD, walk, 3, itemsize, sums=False)
-        assert tuple(tiling.blocks.values()) == want
-
-
-@pytest.mark.parametrize(("channels", "adjacent", "want"), [(255, True, 8), (256, True, 4), (255, False, 4)])
-def test_clusters_of_small_maps_have_more_threads_where_each_element_has_an_address(channels, adjacent, want):
-    x = torch.empty(64, channels, 49, device="meta")
-    walk = tile_configs.walk((x.mT.contiguous().mT if adjacent else x,), merge=False)
-    tiling = tile_configs.cluster_tiling(tile_configs.SCB_BACKWARD, walk, 3, 2, sums=True)
-    assert (tiling.block_s, tiling.num_warps) == (16, want)
 
 
 @pytest.mark.parametrize("adjacent", ["positions", "channels"])
