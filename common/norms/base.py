@@ -82,17 +82,17 @@ class NormLayer(nn.Module):
             nn.init.zeros_(self.bias)
 
     def set_initialized(self, value: bool) -> None:
-        """Write ``initialized``, all of it, and know what was written."""
+        """Fill ``initialized`` with a value."""
         self.initialized.fill_(value)
         self._ready = value or torch.tensor(False, device="cpu")
 
     def forget_initialized(self) -> None:
-        """Look at ``initialized`` again when next asked: it was written from outside."""
+        """Read ``initialized`` again before the next batch: it was written from outside."""
         # On the host, so that a seeded layer never asks the device: True, or what a graph knew last, on the CPU.
         self._ready: Tensor | Literal[True] = torch.tensor(False, device="cpu")
 
     def is_initialized(self) -> bool:
-        """Say whether nothing is left to seed from data."""
+        """Return whether every component or cluster is seeded."""
         if self._ready is not True:
             graphs.refuse(self.initialized, graphs.WARM_UP)
             if self.initialized.all():
@@ -101,11 +101,11 @@ class NormLayer(nn.Module):
 
     @checkpointing.computed_once
     def _may_seed(self) -> bool:
-        """Say whether something may be left to seed; a graph cannot ask the device."""
+        """Return whether something may be unseeded; a graph cannot ask the device."""
         return self._ready is not True and (torch.compiler.is_compiling() or not self.is_initialized())
 
     def _seed_refusal(self, option: str) -> str | None:
-        """Say why no batch can seed parameters, if what is written to one now is lost."""
+        """Return why no batch can seed parameters: writes to sharded or parametrized ones are lost. None if it can."""
         sharded = getattr(self, "_is_fsdp_managed_module", False)  # FSDP, of either version, says so to torch.compile
         if not sharded and not any(parametrize.is_parametrized(module) for module in self.modules()):
             return None
@@ -115,7 +115,7 @@ class NormLayer(nn.Module):
         )
 
     def _known_ready(self) -> Tensor | None:
-        """Return what a graph is to know of the seeding; an exported one has only what the state dict holds."""
+        """Return the seeding flag as a graph's input; an exported graph has only the state dict's."""
         return None if torch.compiler.is_exporting() or self._ready is True else self._ready
 
     def _learn_ready(self, ready: Tensor) -> None:
@@ -222,7 +222,7 @@ class MixtureLayer(NormLayer):
 
         The means come from a generator of the layer's own, so that the other layers of a network draw the
         same numbers with and without mixtures. With init="kmeans++" the next training batch seeds the layer
-        anew.
+        again.
         """
         super().reset_parameters()
         nn.init.zeros_(self.logits)
@@ -239,7 +239,7 @@ class MixtureLayer(NormLayer):
         self.set_initialized(self.init == "uniform" or self.num_components == 1)
 
     def _in_graph(self) -> bool:
-        """Say whether what looks at values has to be an operator; no operator exchanges anything between ranks."""
+        """Return whether reading values needs an operator, as in a graph; no operator communicates between ranks."""
         return torch.compiler.is_compiling() and distributed.active(self.process_group) is None
 
     def log_weights(self) -> Tensor:
@@ -347,7 +347,7 @@ class MixtureLayer(NormLayer):
         mixture.write(self.params(), fit.params(self.min_weight))
 
     def averages_mixture(self) -> bool:
-        """Say whether the mixture is estimated from activations, not learned by gradients."""
+        """Return whether the mixture is estimated from activations, not learned by gradients."""
         return "mean" in self._buffers  # what FSDP or a parametrization puts in a parameter's place may be any tensor
 
     def params(self) -> MixtureParams:
@@ -388,7 +388,7 @@ class MixtureLayer(NormLayer):
         backend.update(self.params(), state, self.groups, rule, fit)
 
     def _copied(self, params: MixtureParams) -> MixtureParams:
-        """Copy what a backward pass may need after the buffers behind it have moved."""
+        """Copy the mixture, which moves before a backward pass reads it."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return MixtureParams(*graph_ops.snapshot(*params, self.training))
         parts = torch.cat([t.reshape(-1) for t in reversed(params)])  # at once, in a single launch

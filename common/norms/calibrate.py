@@ -1,4 +1,4 @@
-"""Estimating anew the statistics that a model's layers evaluate with."""
+"""Re-estimate the statistics that a model's layers evaluate with."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ POOLED = 8 * mixture.MAX_POINTS
 def recalibrate(
     model: nn.Module, loader: Iterable[Any], batches: int = 100, *, forward: Callable[[Any], object] | None = None
 ) -> list[str]:
-    """Estimate anew the statistics of every layer of a model that stores any, from what it is fed in evaluation.
+    """Re-estimate the statistics of every layer of a model that stores any, from its inputs in evaluation mode.
 
     What ``torch.optim.swa_utils.update_bn`` is for BatchNorm, here for all kinds alike: after weights were averaged
     (EMA, SWA), changed or converted, and wherever moving averages lag behind weights, stored statistics describe
@@ -39,7 +39,7 @@ def recalibrate(
     by 9 % with 48). Nothing else moves: no dropout, no averages. What mixtures are fitted to is held in memory, up to
     128 KiB a channel.
 
-    Training afterwards moves the statistics again, and goes on from these: to measure in the middle of a training
+    Training afterwards moves the statistics on from these: to measure in the middle of a training
     run, put it into ``preserved_statistics``, or take a copy of the model.
 
     Args:
@@ -69,7 +69,7 @@ def calibrate(
 ) -> list[str]:
     """Fit the stored mixture of each MixtureNorm in a model by EM, as ``recalibrate`` does; nothing else moves.
 
-    The inference of Mixture Normalization as it was published, beside which other kinds keep their moving averages.
+    The inference of Mixture Normalization as published; other kinds keep their moving averages.
 
     Raises:
         ValueError: as ``recalibrate``, and where the model has no MixtureNorm.

@@ -1,4 +1,4 @@
-"""Put layers of this package where a model has BatchNorm, and put BatchNorm back."""
+"""Replace the BatchNorm layers of a model by layers of this package, and put them back."""
 
 import inspect
 import warnings
@@ -51,7 +51,7 @@ ORIGINAL = "_converted_from"
 
 
 class Place(NamedTuple):
-    """Where a model holds a layer: under which key of which module; the model itself has neither."""
+    """Where a model holds a layer: the key and the parent module; the model itself has neither."""
 
     name: str
     parent: nn.Module | None
@@ -66,7 +66,7 @@ def convert_norms(
 
     A mixture of K > 1 starts with means mu + sigma d_k, d evenly spaced in (-0.68, 0.68), and with variances such
     that its total mean and variance are BatchNorm's. The gain that such a mixture has (1.6 at K = 3) is taken out of
-    the layer's weight, which is frozen where BatchNorm had none, so that a trained model goes on working: on Gaussian
+    the layer's weight, which is frozen where BatchNorm had none, so that a trained model still works: on Gaussian
     activations the output is BatchNorm's but for 1.2 % of its deviation. With K = 1, and for "scb", "scb_base" and
     "dsbn", where all clusters start alike, the evaluation output is BatchNorm's up to rounding. ``recalibrate`` then
     fits the mixtures to data. With statistics="instance" the moments of each sample take the place of BatchNorm's,
@@ -146,7 +146,7 @@ def convert_norms(
 
 
 def _nothing_holds_the_scale(model: nn.Module, new: Iterable[nn.Module]) -> bool:
-    """Say whether many layers are new and no layer of the model takes statistics of its input in training."""
+    """Return whether many layers are new and no layer of the model takes statistics of its input in training."""
     held = (_BatchNorm, DomainBatchNorm, MixtureNorm, nn.LayerNorm, nn.GroupNorm, _InstanceNorm)
     holds = [isinstance(m, held) or getattr(m, "statistics", None) in ("batch", "instance") for m in model.modules()]
     return len({*new}) > SAFE_DEPTH and not any(holds)
@@ -239,7 +239,7 @@ def _swap(model: nn.Module, found: list[Place], new: Mapping[nn.Module, nn.Modul
 
 
 def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Let target use the very dictionaries of source, so that handles to remove hooks go on working."""
+    """Let target use the very dictionaries of source, so that handles to remove hooks still work."""
     for name in _HOOKS:
         setattr(target, name, getattr(source, name))
 
@@ -282,7 +282,7 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Say whether the layer stands where another one stood."""
+    """Return whether the layer stands where another one stood."""
     return ORIGINAL in vars(module)
 
 

@@ -27,7 +27,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Say whether value is a whole number of an integer type; True and False are none."""
+    """Return whether value is a whole number of an integer type; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -91,13 +91,13 @@ def check_input(x: object, channels: int, dim: int = 1) -> None:
 
 
 def check_training_batch(x: Tensor, channels: int) -> None:
-    """Raise ValueError if x holds one value per channel, of which there is no variance."""
+    """Raise ValueError if x holds one value per channel, which has no variance."""
     if x.numel() == channels:
         raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
 
 
 def check_positions(x: Tensor) -> None:
-    r"""Raise ValueError if a sample of x (N, C, \*) holds one value per channel, of which there is no variance."""
+    r"""Raise ValueError if a sample of x (N, C, \*) holds one value per channel, which has no variance."""
     if math.prod(x.shape[2:]) == 1:
         raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(x.shape)}")
 
@@ -185,7 +185,7 @@ def choose_backend(
     if graphs.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
     if graphs.transformed():
-        return "reference"  # of which torch takes any derivative
+        return "reference"  # torch takes any derivative of it
     if backend == "compiled":
         if torch.compiler.is_compiling():
             return "eager"  # no graph can hold the loops

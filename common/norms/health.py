@@ -1,4 +1,4 @@
-"""Whether the components of a mixture layer live, and whether they tell locations and samples apart."""
+"""Health of mixture layers: usage of the components, and how much the posteriors depend on location and sample."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -47,7 +47,7 @@ class Health:
     """Share of the groups, with the default one channel each, whose least used component has a usage below 0.01."""
 
     def warnings(self) -> list[str]:
-        """Say what is wrong, in one line each; nothing for K = 1, which cannot fail in these ways.
+        """Return one line for each problem; none for K = 1, which cannot have them.
 
         Left out is what follows from another line: sample information is at most information, and a component that is
         empty on average is empty in many groups.
@@ -134,8 +134,8 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
     The dictionary fills as the model runs; a layer that runs twice keeps the last measurement. Each measures
     the stored mixture as it was before the batch, in training and in evaluation mode alike. In training mode
     the run itself would move running statistics and seed layers: on leaving the block every buffer of the
-    model, and every parameter of a mixture layer, is put back as it was. Use it beside the training step, not
-    around it.
+    model, and every parameter of a mixture layer, is put back as it was. Use it between training steps, not
+    around one.
 
     Example:
         >>> with collect_health(model) as found, torch.no_grad():

@@ -47,7 +47,7 @@ def _per_channel(per_group: Tensor, like: Tensor) -> Tensor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Say, on the device, whether every number is finite: of moments, whether the batch behind them is."""
+    """Return, on the device, whether every number is finite: of moments, whether the batch behind them is."""
     return torch.stack([part.isfinite().all() for part in tensors]).all()
 
 
@@ -148,7 +148,7 @@ class Components(NamedTuple):
         return MixtureParams(weight.log().log_softmax(0), self.mean, log_of(self.var))
 
     def is_finite(self) -> Tensor:
-        """Say, on the device, whether every number is finite: squares of finite points may not be."""
+        """Return, on the device, whether every number is finite: squares of finite points may not be."""
         return all_finite(self)
 
 

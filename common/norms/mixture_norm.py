@@ -151,7 +151,7 @@ class MixtureNorm(MixtureLayer):
         else:
             if self._host_step is None:
                 graphs.refuse(self.step, graphs.WARM_UP)
-                # A tensor, because torch.compile would compile anew for each value of an int.
+                # A tensor, because torch.compile would recompile for each value of an int.
                 self._host_step = self.step.to("cpu", copy=True)
             before = self._host_step
             self._host_step = before + 1  # in place fails after a step in inference mode

@@ -40,8 +40,8 @@ def norm_act(
 ) -> Callable[..., NormAct]:
     """Return a ``norm_layer`` for constructors whose norms hold the activation, such as timm's EfficientNet.
 
-    Such a constructor says where an activation follows, but not which: it knows that of its own norms only.
-    What is returned takes the number of channels and what timm passes: ``apply_act``, ``act_kwargs``,
+    Such a constructor says where an activation follows, but not which: it knows only its own norms'.
+    The result takes the number of channels and what timm passes: ``apply_act``, ``act_kwargs``,
     ``inplace``, ``drop_layer``, and options of the norm. It can be pickled if its parts can.
 
     Args:

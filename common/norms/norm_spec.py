@@ -1,4 +1,4 @@
-"""What a layer that is to be converted computes, and what the new one starts from."""
+"""The computation of a layer that is to be converted, and the start of the new one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,7 +84,7 @@ def _after(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_batch_norm(norm: _BatchNorm, form: Form) -> bool:
-    """Say whether a layer is BatchNorm and what follows it."""
+    """Return whether a layer is BatchNorm and what follows it."""
     size = [2, norm.num_features] + [2] * (next((n for t, n in _NDIM.items() if isinstance(norm, t)), 4) - 2)
 
     def batch_norm(x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _noise(size: Sequence[int], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _computes(module: nn.Module, x: Tensor, form: Form, norm: Callable[[Tensor], Tensor]) -> bool:
-    """Say whether a module computes, in evaluation and without its hooks, a norm and what the form has after it."""
+    """Return whether a module computes, in evaluation and without its hooks, a norm and what the form has after it."""
     with _evaluated(module):
         try:
             y = norm(x)

@@ -81,7 +81,7 @@ class _SupervisedNorm(NormLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Return to the identity; with init="data" the next training batches seed the clusters anew."""
+        """Return to the identity; with init="data" the next training batches seed the clusters again."""
         super().reset_parameters()
         self._write(lambda mean, log_var: (torch.zeros_like(mean), torch.zeros_like(log_var)))
         self.set_initialized(self.init == "identity" or self.statistics == "instance")
@@ -268,7 +268,7 @@ class SCBNormBase(_SupervisedNorm):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Return to the identity; with init="data" the next training batches seed the clusters anew."""
+        """Return to the identity; with init="data" the next training batches seed the clusters again."""
         for layer in (self.mean, self.log_var):
             nn.init.zeros_(layer.bias)
         super().reset_parameters()

@@ -146,7 +146,7 @@ class UCBNorm(MixtureLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Return to equal weights, unit variances and means from U(-1, 1), to be seeded anew if init says so."""
+        """Return to equal weights, unit variances and means from U(-1, 1), to be seeded again with init="kmeans++"."""
         super().reset_parameters()
         if self.reseed:
             self.usage.fill_(1 / self.num_components)
@@ -199,7 +199,7 @@ class UCBNorm(MixtureLayer):
         moved = dead.repeat_interleave(self.num_features // self.groups, dim=1)  # (K, C)
         usage = torch.where(dead, 1 / num, usage)
         usage = usage / usage.sum(0)
-        # The weights are the mean usage already, but for the floor: they follow where a component starts anew.
+        # The weights are the mean usage already, but for the floor: they follow where a component is re-seeded.
         new_weight = usage.mean(1).clamp(min=self.min_weight)
         logits = torch.where(dead.any(), new_weight.log(), self.logits)
         log_var = torch.where(moved, mixture.log_of(new_var), self.log_var)

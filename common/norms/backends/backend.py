@@ -46,7 +46,7 @@ class ClusterParams(NamedTuple):
     var_bias: Tensor | None = None
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Return mean and var with what is added to them."""
+        """Return mean and var with their biases added."""
         mean, var = ((t if b is None else (t.mT + b[:, None]).mT) for t, b in zip(self[:2], self[2:], strict=True))
         return mean, var
 
@@ -159,7 +159,7 @@ class Backend:
 
 
 def may_be_unknown(cluster: Tensor) -> bool:
-    """Say whether ids of -1 have to be expected; a GPU and a graph are not asked."""
+    """Return whether ids of -1 have to be expected; a GPU and a graph are not asked."""
     return cluster.device.type != "cpu" or graphs.unseen() or bool((cluster == -1).any())
 
 

@@ -1,7 +1,7 @@
-"""Activation checkpointing: a forward pass is run again inside the backward pass, and has to give the same again.
+"""Activation checkpointing: the forward pass runs again inside the backward pass, and has to give the same output.
 
-By then the first pass has moved the stored mixture. So a layer keeps what that pass was given, which is small, wherever
-autograd keeps nothing of it: without gradients, or under hooks for saved tensors.
+By then the first pass has moved the stored mixture. So a layer keeps the mixture of that pass, which is small, wherever
+autograd keeps nothing: without gradients, or under hooks for saved tensors.
 """
 
 import functools
@@ -24,7 +24,7 @@ SELECTIVE = type(create_selective_checkpoint_contexts([])[0])
 MOST = 8
 """Forward passes of a layer that are kept until their backward pass, where they keep a mixture."""
 SAMPLED = 64
-"""About as many values of an activation tell passes apart."""
+"""About the number of values of an activation by which passes are told apart."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Pass:
     repeated: bool = False
 
     def is_lost(self) -> bool:
-        """Say whether no backward pass can come any more."""
+        """Return whether no backward pass can come any more."""
         return self.graph is not None and self.graph() is None
 
 
@@ -46,7 +46,7 @@ _passes: "weakref.WeakKeyDictionary[nn.Module, list[_Pass]]" = weakref.WeakKeyDi
 
 
 def running() -> bool:
-    """Say whether a backward pass calls this: a forward pass is then one that is repeated."""
+    """Return whether a backward pass calls this: a forward pass is then one that is repeated."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -56,7 +56,7 @@ def _hooks() -> tuple[Any, Any] | None:
 
 
 def _may_follow() -> bool:
-    """Say whether autograd leaves it to a later pass to find what the backward pass needs."""
+    """Return whether a later pass may recompute what the backward pass needs."""
     if graphs.unseen() or torch.is_inference_mode_enabled():
         return False
     return not torch.is_grad_enabled() or _hooks() is not None
@@ -70,7 +70,7 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Say whether two samples differ by no more than sums in another order do."""
+    """Return whether two samples differ by no more than sums in another order do."""
     return bool((a.float() - b.float()).norm() <= 0.01 * b.float().norm())
 
 
@@ -90,7 +90,7 @@ def remember(layer: nn.Module, x: Tensor, given: Sequence[Tensor], most: int = M
 
 
 def keeps(layer: nn.Module) -> bool:
-    """Say whether this is a pass to ``recall``: a repeated one of a layer that has kept some."""
+    """Return whether this is a pass to ``recall``: a repeated one of a layer that has kept some."""
     return running() and layer in _passes
 
 
@@ -131,12 +131,12 @@ def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 @_disable_current_modes()
 def copies(*tensors: Tensor) -> list[Tensor]:
-    """Copy what a repeated pass alone copies, unseen by selective checkpoints, which refuse operators that are new."""
+    """Copy tensors in a repeated pass, hidden from selective checkpoints, which refuse operators of that pass alone."""
     return [t.clone() for t in tensors]
 
 
 def computed_once(function: Callable[P, R]) -> Callable[P, R]:
-    """Hide from selective checkpoints what a repeated pass leaves out: they pair operators of both by their order."""
+    """Hide from selective checkpoints what a repeated pass omits: they pair the operators of both by their order."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -53,7 +53,7 @@ def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple
 
 
 def _passes() -> Passes:
-    """Return the passes that run here: those of ``passes`` write into buffers, which no graph can hold."""
+    """Return the passes to run: those of ``passes`` write into buffers, which no graph can hold."""
     return traced_passes if torch.compiler.is_compiling() else passes
 
 
@@ -149,7 +149,7 @@ class _Work:
         all_gu: Tensor,
         wanted: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Take the sums of this rank, and of all ranks together; the mixture's gradients if they are wanted."""
+        """Return the gradients from the sums of this rank and of all ranks; those of the mixture only if wanted."""
         r = (v + self.eps).rsqrt()
         count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
         dm = -r * self.scale * all_g / count  # gradients of the moments, a unit of mass each

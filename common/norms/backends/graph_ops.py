@@ -1,8 +1,8 @@
 """Seeding and EM as a graph of torch.compile or torch.export holds them: operators, which may look at values.
 
-Each calls the function of ``mixture`` that a layer calls outside a graph. They write to nothing: a layer stores what it
-is given, in its graph. What a layer knows on the host it passes as tensors on the CPU, since a number would be compiled
-into the graph; None stands for what is not known there, and the device is asked.
+Each calls the function of ``mixture`` that a layer calls outside a graph. They write to nothing: a layer stores the
+results, in its graph. What a layer knows on the host it passes as tensors on the CPU, since a number would be compiled
+into the graph; None means unknown, and the device is asked.
 """
 
 from typing import NamedTuple
@@ -131,7 +131,7 @@ def refit_mixture(
     high: int,
     low: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Fit a mixture to x (N, C, \*) from where it is, in every so manieth step and if it is seeded.
+    r"""Fit a mixture to x (N, C, \*) from where it is, in every ``every``-th step and only once it is seeded.
 
     Returns:
         weight, mean and var like the given ones; and whether to take them, on the device.

@@ -53,7 +53,7 @@ def least_posterior(dtype: torch.dtype) -> float:
 
 
 class Passes(Protocol):
-    """The loops over an activation; tau None stands for the posteriors under mix, found again in the pass."""
+    """The loops over an activation; tau None: the pass recomputes the posteriors under mix."""
 
     KEEP_SINGLE: bool
     """Whether to keep the posteriors of single channels for the backward pass: they are K times x."""
@@ -94,7 +94,7 @@ class Passes(Protocol):
         mix: Densities,
         wanted: bool,
     ) -> tuple[Tensor, DensitySums | None]:
-        """Return dx of Eqs. 6-9, and the sums if they are wanted; dm and dv are the moments' gradients over mass."""
+        """Return dx of Eqs. 6-9, and the sums if wanted; dm and dv are the moments' gradients over mass."""
         ...
 
     def learned_gradients(
@@ -159,12 +159,12 @@ def _posterior(x: Tensor, mix: Densities, out: Tensor | None = None) -> Tensor:
 
 
 def posterior(x: Tensor, mix: Densities) -> Tensor | None:
-    """Leave them to each part."""
+    """Return None: each part recomputes them."""
     return None
 
 
 def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Keep the posteriors."""
+    """As ``Passes.moments``; keeps the posteriors."""
     dtype = mix.mean.dtype
     tau = mix.mean.new_empty(len(mix.mean), x.shape[0], x.shape[1], x.shape[3])
     mass = mix.mean.new_zeros(mix.mean.shape[:2])

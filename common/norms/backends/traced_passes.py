@@ -87,7 +87,7 @@ def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: D
 def _through_posterior(
     x: Tensor, tau: list[Tensor], dtau: list[Tensor], mix: Densities, wanted: bool
 ) -> tuple[Tensor, DensitySums | None]:
-    """Take the posteriors' gradients (N, G, 1, L) to x, negative, and to the sums, if they are wanted."""
+    """Take the posteriors' gradients (N, G, 1, L) to x, negated, and to the sums, if wanted."""
     average = _sum([t * d for t, d in zip(tau, dtau, strict=True)])
     z = [t * (d - average) for t, d in zip(tau, dtau, strict=True)]
     u = [(x - mean) * precision for mean, precision in zip(mix.mean, mix.precision, strict=True)]

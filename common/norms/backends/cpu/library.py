@@ -122,7 +122,7 @@ def library(num_components: int) -> Any:
 
 
 def refusal_of_components(num_components: int) -> str | None:
-    """Say why there are no loops for a number of components, 0 for clusters that are known; None if there are."""
+    """Return why there are no loops for a number of components, 0 for clusters that are known; None if there are."""
     if not num_components:
         return "has loops for mixtures (ucb, mn) alone"
     if num_components > MOST_COMPONENTS:
@@ -131,7 +131,7 @@ def refusal_of_components(num_components: int) -> str | None:
 
 
 def refusal(x: Tensor, num_components: int, *parameters: Tensor | None) -> str | None:
-    """Say why the loops cannot compute x with these parameters, or return None if they can; compile them if need be."""
+    """Return why the loops cannot compute x with these parameters, or None; compile them if need be."""
     if reason := refusal_of_components(num_components):
         return reason
     if graphs.watched(x):

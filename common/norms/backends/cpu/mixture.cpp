@@ -189,7 +189,7 @@ void scatter(const float* from, int64_t stride, float* t, const Shape& s, int64_
 // ---- Posteriors ----
 
 // 2^t for t <= 0, and zero where that is below the least posterior (see passes.py): a polynomial about the nearest
-// whole number, relative error 2e-9 beside rounding; not a number stays none.
+// whole number, relative error 2e-9 before rounding; NaN stays NaN.
 inline V power_of_two(V t) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded
     const V whole = t + shift, rest = t - (whole - shift);
@@ -208,7 +208,7 @@ inline V larger(V a, V b) { return a > b ? a : b; }
 // Eq. 6: log densities to the base of two become posteriors, in place.
 inline void normalise(V* log) {
     if constexpr (K == 1) {
-        log[0] = log[0] - log[0] + 1.0f;  // not a number where the density is none
+        log[0] = log[0] - log[0] + 1.0f;  // NaN where the density is NaN
         return;
     }
     V most = log[0];
@@ -276,7 +276,7 @@ void posteriors(const float* x, int64_t x_stride, int64_t channels, const Densit
     for (int k = 0; k < K; ++k) mass[k] = horizontal_sum(sums[k]);
 }
 
-// ---- Sums over a plane, and what is written to one ----
+// ---- Sums over a plane, and outputs ----
 
 // A chunk's moments: the mean, less an origin near it, about a value of the chunk; squares about that mean, and what
 // rounding left of it.
@@ -321,7 +321,7 @@ struct Joined {
     float mean_from(float origin) const { return mass == 0 ? 0.0f : static_cast<float>(origin + mean); }
     float variance() const {
         const double v = m2 / std::max(mass, static_cast<double>(TINY));
-        return static_cast<float>(v < 0 ? 0.0 : v);  // not a number stays none
+        return static_cast<float>(v < 0 ? 0.0 : v);  // NaN stays NaN
     }
 };
 
@@ -443,7 +443,7 @@ void group_posterior_gradients(const float* x, int64_t x_stride, const float* g,
     }
 }
 
-// dx of one of a group's channels: what is direct of it, with twice dv, and less what goes through posteriors.
+// dx of one of a group's channels: the direct part, with twice dv, less the part through the posteriors.
 template <class P, class T>
 inline V group_gradient(V value, V gradient, const T* tau, const T* z, const P* m, const P* r, const P* dm,
                         const P* twice_dv, const P* mu, const P* precision, V* through, V* up) {
@@ -1267,7 +1267,7 @@ void backward(const float* x, const float* g, float* dx, float* state, const flo
         (rows_out ? backward_groups<true> : backward_groups<false>)(x, g, tau, dx, s, kept, weight, o, out);
 }
 
-// averages.moved, in place: a stored mixture moves towards a batch's moments, unless one of these is not finite.
+// mixture.moved, in place: a stored mixture moves towards a batch's moments, unless one of these is not finite.
 void move_averages(float* logits, float* mean, float* log_var, const float* state, int64_t c, int64_t groups,
                    float momentum, int paper, float min_weight, int shared) {
     const State s(const_cast<float*>(state), c, groups);
@@ -1312,7 +1312,7 @@ void move_averages(float* logits, float* mean, float* log_var, const float* stat
     }
 }
 
-// em.expectation_maximisation, in place: weight (K,), mean and var (K, C); points (P, C), least variances (C,).
+// mixture.expectation_maximisation, in place: weight (K,), mean and var (K, C); points (P, C), least variances (C,).
 void fit_mixture(const float* points, float* weight, float* mean, float* var, const float* least, int64_t count,
                  int64_t c, int64_t groups, float eps, float empty, int steps, int threads) {
     const Shape s{count, c, 1, true};

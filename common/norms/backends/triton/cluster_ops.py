@@ -51,7 +51,7 @@ def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
 
 @functools.lru_cache(maxsize=1024)
 def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, itemsize: int, sums: bool) -> Plan:
-    """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
+    """Compute ``_plan``, cached: for small activations it takes the host longer than the launch."""
     walk = tile_configs.strided_walk(shape, strides, merge=False)
     entry = tile_configs.SCB_BACKWARD if sums else tile_configs.SCB_FORWARD
     tiling = tile_configs.cluster_tiling(entry, walk, num, itemsize, sums=sums)
@@ -106,7 +106,7 @@ def _(
 
 
 def _pair(like: Tensor | None, x: Tensor) -> Tensor:
-    """Return room for two gradients like one tensor's (C,), or for none."""
+    """Return an empty pair of gradients like a tensor (C,), or (0,) for none."""
     return x.new_empty(0, dtype=torch.float32) if like is None else like.new_empty(2, len(like))
 
 
@@ -181,5 +181,5 @@ differentiable_clusters = launch.differentiable(scb_forward, launch_scb_forward,
 
 
 def takes_unknown(channels: int, over: UnknownPosterior) -> bool:
-    """Say whether the kernels can take samples of which some are unknown."""
+    """Return whether the kernels can take a batch with unknown samples."""
     return over == "location" and channels <= tile_configs.MAX_UNKNOWN_CHANNELS

@@ -22,7 +22,7 @@ GOLDEN = tl.constexpr(0x9E3779B9)
 
 @triton.jit
 def _mixed(h):
-    """As ``estimation.draws``, in int64."""
+    """As ``seeding``, in int64."""
     h = ((h ^ (h >> 16)) * 0x21F0AAAD) & WORD
     h = ((h ^ (h >> 15)) * 0x735A2D97) & WORD
     return h ^ (h >> 15)
@@ -34,7 +34,7 @@ def draw_kernel(
     N, C, L, x_sn, x_sc, x_sl, high, low,
     COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Copy COUNT locations of x (N, C, L), of which there are more, into out (COUNT, C): ``draws.scattered``."""
+    """Copy COUNT locations of x (N, C, L), which has more, into out (COUNT, C): ``seeding.scattered``."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = N.to(tl.int64) * L
@@ -56,7 +56,7 @@ def em_step_kernel(
     P, C, D, count, x_sc, least, empty, min_weight,
     K: tl.constexpr, STORED: tl.constexpr, LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A mixture from the moments of count points that P programs left: ``em.em_step``, given the mixture before.
+    """A mixture from the moments of count points that P programs left: ``mixture.em_step``, given the mixture before.
 
     A program is a block of channels, and the last one is the log weights. New variances are at least a share of that
     of all points; a component of less mass than empty stays. STORED: the variances before are log-variances. LAST: new

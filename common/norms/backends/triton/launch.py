@@ -24,16 +24,16 @@ STATE_PLANES = 8
 NO_FLOOR = -1e30
 """Of a log weight."""
 MOST_LOCATIONS = 2**31 - 2**22
-"""Counted in 32 bits, also those of the tile behind the last: of up to 1,024 programs, with 2,048 locations each."""
+"""Counted in 32 bits, including the tile after the last: up to 1,024 programs of 2,048 locations each."""
 MOST_CHANNELS = 65_535
-"""Programs of the second dimension of a grid at most, of which each has a channel at least."""
+"""The largest second dimension of a grid, whose programs have at least one channel each."""
 
 
 @functools.cache
 def failure(device: torch.device) -> str | None:
-    """Say why Triton cannot compile and launch a kernel on a CUDA device, or return None if it can.
+    """Return why Triton cannot compile and launch a kernel on a CUDA device, or None if it can.
 
-    Each device is tried once in a process, without a tensor, which a mode might replace, and warned of once.
+    Each device is tried once in a process, without a tensor, which a mode might replace; a failure warns once.
     """
     from . import cluster_kernels  # noqa: PLC0415 - triton may be absent, and takes long to import
 
@@ -51,7 +51,7 @@ def failure(device: torch.device) -> str | None:
 
 
 def refusal(x: Tensor) -> str | None:
-    """Say why the kernels cannot run on x, or return None if they can."""
+    """Return why the kernels cannot run on x, or None if they can."""
     if x.dtype not in DTYPES:
         return f"computes float32, bfloat16 and float16, got {x.dtype}"
     if not INSTALLED:
@@ -139,7 +139,7 @@ def call(
 
 
 def mixture_refusal(num_components: int, group_channels: int) -> str | None:
-    """Say why the kernels cannot take such a mixture, or return None if they can."""
+    """Return why the kernels cannot take such a mixture, or None if they can."""
     width = next((width for limit, width in MAX_GROUP_CHANNELS.items() if num_components <= limit), 0)
     if not width:
         return f"takes up to {max(MAX_GROUP_CHANNELS)} components, got {num_components}"

@@ -51,7 +51,7 @@ def planned(
     kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], groups: int, num_components: int,
     planes: int, itemsize: int,
 ) -> Plan:  # fmt: skip
-    """Find what ``_plan`` returns: for small activations it takes the host longer than the launch."""
+    """Compute ``_plan``, cached: for small activations it takes the host longer than the launch."""
     walk = tile_configs.strided_walk(shape, strides, merge=True)
     tiling = tile_configs.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
     sizes = walk.samples, walk.channels, walk.channels // groups, walk.positions
@@ -68,7 +68,7 @@ def planned(
 
 
 def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
-    """Return how a kernel walks over channels of which each is a program's; None where it would not pay."""
+    """Return how a kernel with a program for each channel walks over them; None where it would not pay."""
     x = activations[0]
     if (
         groups != x.shape[1]
@@ -83,7 +83,7 @@ def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_c
 def channel_planned(
     kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
 ) -> Plan | None:
-    """Find what ``_channel_plan`` returns."""
+    """Compute ``_channel_plan``, cached."""
     walk = tile_configs.strided_walk(shape, strides, merge=False)
     tile = tile_configs.channel_tile(walk, num_components, itemsize)
     if tile is None:
@@ -133,7 +133,7 @@ mixture_forward = custom_op(f"{NAMESPACE}::mixture_forward", launch_mixture_forw
 
 
 def new_state(x: Tensor, mean: Tensor) -> Tensor:
-    """Return room for a state of x under a mixture."""
+    """Return an empty state of x under a mixture."""
     return x.new_empty(launch.STATE_PLANES, *mean.shape, dtype=torch.float32)
 
 
@@ -149,9 +149,9 @@ def _moments(
 def moment_sums(
     x: Tensor, mixture: Sequence[Tensor], state: Tensor, groups: int, eps: float, floor: float, stored: bool
 ) -> Tensor:
-    """Return what programs leave of the moments of x (N, C, L), (3, programs, K, C), and put the mixture into a state.
+    """Return each program's share of the moments of x (N, C, L), (3, programs, K, C), and put the mixture into a state.
 
-    The mixture is its log weights, means and variances, or what layers store, contiguous.
+    The mixture is contiguous: log weights, means and variances, or as layers store it.
     """
     num = state.shape[1]
     plan = _plan("mixture_moments_kernel", (x,), groups, num, 3)
@@ -204,7 +204,7 @@ def launch_mixture_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x; of weight and bias, (2, C); if parameters, of mean and var, (2, K, C), and of log, (K,).
 
-    What there is none of is (0,).
+    A gradient that does not exist has shape (0,).
     """
     num, dx, affine = state.shape[1], torch.empty_like(x), _affine_gradients(state, weight)
     if plan := _channel_plan("mixture_channel_bwd_kernel", (x, g, dx), groups, num):
@@ -403,7 +403,7 @@ def drawn_locations(x: Tensor, step: Tensor, limit: int, high: int, low: int) ->
 
 
 def _tables(logits: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for a mixture like a stored one."""
+    """Return an empty mixture like a stored one."""
     return (
         torch.empty_like(logits, dtype=torch.float32),
         torch.empty_like(mean, dtype=torch.float32),
@@ -418,9 +418,9 @@ def launch_fit_mixture(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Take EM steps from a stored mixture, contiguous, on locations of x (N, C, L): logits, mean and log-variance.
 
-    As ``estimation.em.refit``, of which limit, least and empty are constants; high and low are the key of the draws
-    and step, on the device, their position. Unless this batch, of whose number before is a copy on the CPU, is one to
-    be fitted, and the mixture is ready, it stays.
+    As ``Backend.fit`` in torch. Limit, least and empty are constants of ``mixture``; high and low are the key of the
+    draws, and step, on the device, their position. The mixture stays as it is unless it is ready and this batch, whose
+    number before is a copy on the CPU, is due.
     """
     if every > 1:
         graphs.refuse(x, graphs.COUNTED)

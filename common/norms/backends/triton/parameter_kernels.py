@@ -106,7 +106,7 @@ def mixture_merge_kernel(
 
 @triton.jit
 def _wrong(value):
-    """1 for what is not finite."""
+    """1 where a value is not finite."""
     return tl.where(tl.abs(value) < float("inf"), 0.0, 1.0)
 
 
@@ -126,7 +126,7 @@ def mixture_averages_kernel(
     C, momentum, min_weight,
     K: tl.constexpr, PAPER: tl.constexpr, SHARED: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Move stored parameters towards the batch's moments, as ``averages.moved``, unless one is not finite.
+    """Move stored parameters towards the batch's moments, as ``mixture.moved``, unless one is not finite.
 
     Each program looks at all channels, for that and for the weights, and moves its own. The logits that there were
     stand in before, or are those of the state's mixture: the program of the first channels writes over them meanwhile.

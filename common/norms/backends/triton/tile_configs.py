@@ -74,7 +74,7 @@ VECTOR_COMPONENTS = {0: (3, 2), 2: (3, 3)}
 16 bytes of a 2-byte type: by planes of sums, of channels with posteriors of their own and of those that share one. Of
 each component and channel it holds eight numbers, or four where the batch's moments carry no gradient."""
 MIN_JOINT_POSITIONS = 8
-"""Positions that fill a sector of memory in float32: with fewer, most of what is read is thrown away."""
+"""Positions that fill a sector of memory in float32: with fewer, most of each read is thrown away."""
 MIN_JOINT_CHANNELS = 8
 """Channels of a tile of a 2-byte type whose backward pass does not spill when it is twice as large."""
 MAX_JOINT_CHANNELS = 256
@@ -99,7 +99,7 @@ LEAST_PROGRAMS = 132
 NOMINAL_SAMPLES = 64
 """Samples of the batch, the benchmark's smallest, for which columns of channels are narrow enough to fill the device.
 
-They are as wide for every other batch, so that a kernel has one code for all. That costs: of a smaller batch the sums
+They are as wide for every other batch, so that each kernel is compiled once. That costs: of a smaller batch the sums
 that are left may be more than ``SUMS_SHARE``, though no more than of this one; in a larger one columns may be narrower
 than they need be, down to 32 bytes of a location, or 16 in a 2-byte type where a pass leaves sums."""
 PROGRAMS = 1024
@@ -223,11 +223,11 @@ def cluster_tiling(entry: TileConfig, walk: Walk, num_clusters: int, itemsize: i
         rows = SUMS_SHARE * itemsize * walk.positions / (2 * 4 * 2)  # that a sample may leave, and are read again
         most = max(1, int(rows))
         if rows < 1:
-            beside = block_c if walk.channels_adjacent else block_l
-            wanted = min(power_of_two(math.ceil(num_clusters / rows)), entry.elements // beside)
+            contiguous = block_c if walk.channels_adjacent else block_l
+            wanted = min(power_of_two(math.ceil(num_clusters / rows)), entry.elements // contiguous)
             if wanted > num_clusters:
                 block_s, by_sample = max(wanted, block_s), False
-                block_l, block_c = _beside(entry, walk, block_s, block_l, block_c)
+                block_l, block_c = _with_samples(entry, walk, block_s, block_l, block_c)
                 most = max(1, int(block_s * rows / num_clusters))
 
     def blocks(samples: int) -> int:
@@ -251,8 +251,8 @@ def cluster_tiling(entry: TileConfig, walk: Walk, num_clusters: int, itemsize: i
     return ClusterTiling(walk, block_s, block_l, block_c, shares(count, most), by_sample, num_warps)
 
 
-def _beside(entry: TileConfig, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
-    """Return BLOCK_L, BLOCK_C beside so many samples: what does not lie side by side gives way."""
+def _with_samples(entry: TileConfig, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
+    """Return BLOCK_L, BLOCK_C of a tile of so many samples: the dimension that is not contiguous gives way."""
     if walk.channels_adjacent:
         return min(block_l, entry.elements // (block_s * block_c)), block_c
     return block_l, min(block_c, entry.elements // (block_s * block_l))
@@ -282,8 +282,8 @@ def unknown_programs(walk: Walk, num_clusters: int) -> tuple[int, int]:
 def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
     """Return BLOCK_S and BLOCK_L of a program that takes a channel; None where it does not.
 
-    The last of the activations is written, the others are read. Where channels lie side by side, a program would throw
-    most of what it reads away.
+    The last of the activations is written, the others are read. With adjacent channels a
+    program would throw most of its reads away.
     """
     held = (len(walk.strides) - 1) * itemsize * walk.samples * walk.positions
     sizes = walk.samples, walk.positions
@@ -330,14 +330,14 @@ class Tiling:
 
 
 def _vectors(entry: tuple[int, TileConfig] | None, walk: Walk, num_components: int) -> TileConfig | None:
-    """Return a tile of positions of which threads read several at once, if there is one and they do."""
+    """Return the tile for threads that read several positions at once, if there is one and they can."""
     if entry is None or num_components > entry[0] or walk.channels_adjacent or walk.positions % DIVISOR:
         return None
     return entry[1]
 
 
 def _neighbours(walk: Walk, channels: int) -> bool:
-    """Say whether threads read several neighbours in memory at once, of so many channels or of the positions."""
+    """Return whether threads read several neighbours in memory at once, of so many channels or of the positions."""
     return (channels if walk.channels_adjacent else walk.positions) % DIVISOR == 0
 
 
