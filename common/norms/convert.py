@@ -17,7 +17,7 @@ from .baselines import DomainBatchNorm
 from .cluster_context import ROUTED
 from .mixture_norm import MixtureNorm
 from .norm_act import NormAct
-from .norm_spec import Form, form_of
+from .norm_spec import NormSpec, norm_spec
 from .registry import MIXTURES, check_options, make_norm
 from .scb_norm import SCBNorm, SCBNormBase
 from .warm_start import warm_start
@@ -112,20 +112,20 @@ def convert_norms(
     found = list(places(model))
     chosen = select(found, where)
     tensor = next(chain(model.parameters(), model.buffers()), None)
-    forms: dict[nn.Module, Form] = {}
+    specs: dict[nn.Module, NormSpec] = {}
     for module, name in chosen.items():
         called = _called(name, module)
         if is_converted(module):
             raise ValueError(f"where: {called} is converted already; call revert_norms first")
         try:
-            forms[module] = form_of(module, None if tensor is None else tensor.device)
+            specs[module] = norm_spec(module, None if tensor is None else tensor.device)
         except ValueError as error:
             raise ValueError(f"where: {called} {error}; leave it out by `where`") from None
-        _check_kind(kind, forms[module], module, called, options)
+        _check_kind(kind, specs[module], module, called, options)
     _check_parents(place for place in found if place.module in chosen)
     new: dict[nn.Module, nn.Module] = {}
-    for module, form in forms.items():
-        new[module] = _converted(module, form, chosen[module] or "the model", kind, num_components, options)
+    for module, spec in specs.items():
+        new[module] = _converted(module, spec, chosen[module] or "the model", kind, num_components, options)
     unknown = [name for module, name in chosen.items() if isinstance(module, nn.LayerNorm)]
     if unknown and kind in MIXTURES:
         which = (unknown[0] or "the model") + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
@@ -156,9 +156,9 @@ def _called(name: str, module: nn.Module) -> str:
     return f"{name or 'the model'} ({type(module).__name__})"
 
 
-def _check_kind(kind: str, form: Form, module: nn.Module, called: str, options: Mapping[str, Any]) -> None:
+def _check_kind(kind: str, spec: NormSpec, module: nn.Module, called: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError where a layer cannot become one of the kind, though a BatchNorm could."""
-    if form.process_group is not None and kind in ("mn", "dsbn") and "process_group" not in options:
+    if spec.process_group is not None and kind in ("mn", "dsbn") and "process_group" not in options:
         raise ValueError(
             f"kind: expected 'ucb', 'scb' or 'scb_base' for {called}, which takes statistics over all processes, "
             f"got {kind!r}, which knows its own process alone"
@@ -245,16 +245,16 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, options: dict[str, Any]) -> nn.Module:
-    """Make the layer that stands for a module of this form."""
-    norm = form.norm
+def _converted(module: nn.Module, spec: NormSpec, name: str, kind: str, num: int, options: dict[str, Any]) -> nn.Module:
+    """Make the layer that stands for a module of this spec."""
+    norm = spec.norm
     inherited: dict[str, Any] = {"eps": norm.eps, "affine": norm.affine}
     if kind in ("mn", "ucb", "dsbn") or options.get("statistics") == "batch":
         inherited["momentum"] = norm.momentum
-    if form.channel_dim != 1:
-        inherited["channel_dim"] = form.channel_dim
-    if kind == "ucb" and form.process_group is not None:
-        inherited["process_group"] = form.process_group
+    if spec.channel_dim != 1:
+        inherited["channel_dim"] = spec.channel_dim
+    if kind == "ucb" and spec.process_group is not None:
+        inherited["process_group"] = spec.process_group
     if norm.affine and not options.get("affine", True):
         raise ValueError(f"affine: expected True, since {name} has a weight and bias to take over, got False")
     if kind in MIXTURES and num > 1:
@@ -273,8 +273,8 @@ def _converted(module: nn.Module, form: Form, name: str, kind: str, num: int, op
     assert norm.running_mean is not None
     layer.to(device=norm.running_mean.device, dtype=norm.running_mean.dtype)
     warm_start(layer, norm, options)
-    if form.after:
-        layer = NormAct(layer, **form.after)
+    if spec.after:
+        layer = NormAct(layer, **spec.after)
     layer.train(module.training)
     _share_hooks(module, layer)
     vars(layer)[ORIGINAL] = (module,)  # a tuple, which nn.Module does not register as a submodule

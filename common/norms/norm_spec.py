@@ -19,7 +19,7 @@ _AFTER = ("drop", "act")
 _NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm3d: 5}
 
 
-class Form(NamedTuple):
+class NormSpec(NamedTuple):
     """What a layer computes: a norm over channels, and what follows it.
 
     Args:
@@ -36,11 +36,11 @@ class Form(NamedTuple):
     after: Mapping[str, nn.Module] = {}
 
 
-def form_of(module: nn.Module, device: torch.device | None = None) -> Form:
+def norm_spec(module: nn.Module, device: torch.device | None = None) -> NormSpec:
     """Return what a BatchNorm, LayerNorm or InstanceNorm computes.
 
     A subclass with a dropout ``drop`` and an activation ``act``, and one of LayerNorm with the channels in
-    another place, is known by what it does: its output in evaluation is compared with that of the form.
+    another place, is known by what it does: its output in evaluation is compared with that of the spec.
 
     Args:
         module: the layer.
@@ -56,18 +56,18 @@ def form_of(module: nn.Module, device: torch.device | None = None) -> Form:
     if isinstance(module, _InstanceNorm):
         return _instance_norm(module, device)
     assert isinstance(module, _BatchNorm)
-    form = Form(module, after=_after(module))
-    if type(module) not in _PLAIN and not form.after:
+    spec = NormSpec(module, after=_after(module))
+    if type(module) not in _PLAIN and not spec.after:
         raise ValueError(_more(module))
     if {*module._parameters, *module._buffers} != _STATE:
         raise ValueError("has parameters or buffers of its own (pruning?), which would be lost")
     if module.running_mean is None:
         raise ValueError("keeps no running statistics to start from (track_running_stats=False)")
-    if form.after and not _is_batch_norm(module, form):
+    if spec.after and not _is_batch_norm(module, spec):
         raise ValueError(_more(module))
     if isinstance(module, nn.SyncBatchNorm):
-        form = form._replace(process_group=module.process_group or "world")
-    return form
+        spec = spec._replace(process_group=module.process_group or "world")
+    return spec
 
 
 def _more(module: nn.Module) -> str:
@@ -83,24 +83,24 @@ def _after(module: nn.Module) -> dict[str, nn.Module]:
     return {name: part for name in _AFTER if (part := module._modules.get(name)) is not None}
 
 
-def _is_batch_norm(norm: _BatchNorm, form: Form) -> bool:
+def _is_batch_norm(norm: _BatchNorm, spec: NormSpec) -> bool:
     """Return whether a layer is BatchNorm and what follows it."""
     size = [2, norm.num_features] + [2] * (next((n for t, n in _NDIM.items() if isinstance(norm, t)), 4) - 2)
 
     def batch_norm(x: Tensor) -> Tensor:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
-    return _computes(norm, _noise(size, _like(norm)), form, batch_norm)
+    return _computes(norm, _noise(size, _like(norm)), spec, batch_norm)
 
 
-def _layer_norm(module: nn.LayerNorm, device: torch.device | None) -> Form:
+def _layer_norm(module: nn.LayerNorm, device: torch.device | None) -> NormSpec:
     if len(module.normalized_shape) != 1:
         raise ValueError(f"normalises over {module.normalized_shape}, of which none alone is the channels")
     if {*module._parameters} != {"weight", "bias"} or module._buffers:
         raise ValueError("has parameters or buffers of its own (pruning?), which would be lost")
-    form = Form(_at_zero(module, module.normalized_shape[0], device), -1, after=_after(module))
-    if type(module) is nn.LayerNorm and not form.after:
-        return form
+    spec = NormSpec(_at_zero(module, module.normalized_shape[0], device), -1, after=_after(module))
+    if type(module) is nn.LayerNorm and not spec.after:
+        return spec
     channels = module.normalized_shape[0]
     side = 3 if channels == 2 else 2  # of an image, so that no other dimension could be the channels
     for dim, size in ((1, [2, channels, side, side]), (-1, [2, side, channels])):
@@ -109,19 +109,19 @@ def _layer_norm(module: nn.LayerNorm, device: torch.device | None) -> Form:
             y = F.layer_norm(x.movedim(dim, -1), module.normalized_shape, module.weight, module.bias, module.eps)
             return y.movedim(-1, dim)
 
-        if _computes(module, _noise(size, _like(form.norm)), form, norm):
-            return form._replace(channel_dim=dim)
+        if _computes(module, _noise(size, _like(spec.norm)), spec, norm):
+            return spec._replace(channel_dim=dim)
     raise ValueError(_more(module))
 
 
-def _instance_norm(module: _InstanceNorm, device: torch.device | None) -> Form:
+def _instance_norm(module: _InstanceNorm, device: torch.device | None) -> NormSpec:
     if type(module) not in _PLAIN_INSTANCE:
         raise ValueError(_more(module))
     if {*module._parameters, *module._buffers} != _STATE:
         raise ValueError("has parameters or buffers of its own (pruning?), which would be lost")
     if module.running_mean is not None:
         raise ValueError("evaluates by running statistics (track_running_stats=True), which would be lost")
-    return Form(_at_zero(module, module.num_features, device))
+    return NormSpec(_at_zero(module, module.num_features, device))
 
 
 def _at_zero(module: nn.LayerNorm | _InstanceNorm, channels: int, device: torch.device | None) -> BatchNorm:
@@ -146,16 +146,16 @@ def _noise(size: Sequence[int], like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, x: Tensor, form: Form, norm: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether a module computes, in evaluation and without its hooks, a norm and what the form has after it."""
+def _computes(module: nn.Module, x: Tensor, spec: NormSpec, norm: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a module computes, in evaluation and without its hooks, a norm and what the spec has after it."""
     with _evaluated(module):
         try:
             y = norm(x)
-            for part in form.after.values():
+            for part in spec.after.values():
                 y = part(y)
             tolerance = torch.finfo(y.dtype).eps ** 0.5
             return torch.allclose(module.forward(x.clone()), y, rtol=tolerance, atol=tolerance)
-        except Exception:  # whatever a module cannot do with such an input, it is not of this form
+        except Exception:  # whatever a module cannot do with such an input, it is not of this spec
             return False
 
 

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import distributed, passes, reference, traced_passes
 from .backend import Affine, Backend, ClusterOptions, Options
-from .passes import Densities, DensitySums, Passes
+from .passes import Densities, DensitySums
 from .reference import MixtureParams, Moments, Scale
 
 
@@ -52,7 +52,7 @@ def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple
     return wrapped
 
 
-def _passes() -> Passes:
+def _passes() -> Any:
     """Return the passes to run: those of ``passes`` write into buffers, which no graph can hold."""
     return traced_passes if torch.compiler.is_compiling() else passes
 
@@ -117,23 +117,23 @@ class _Work:
         """lambda^(-1/2), times 1 / sqrt(K) under scale="sqrt_k"."""
         self.scale = self.lambdas if self.weight is None else self.lambdas * self.weight
 
-    def parts(self, t: Tensor) -> Tensor:
+    def grouped(self, t: Tensor) -> Tensor:
         """View (N, C, L) as (N, G, D, L)."""
         return t.unflatten(1, self.split)
 
-    def whole(self, t: Tensor) -> Tensor:
+    def ungrouped(self, t: Tensor) -> Tensor:
         """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
         return torch.ops.aten._unsafe_view(t, (t.shape[0], t.shape[1] * t.shape[2], t.shape[3]))
 
     def moments(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        return self.passes.moments(self.parts(x), self.mix)
+        return self.passes.moments(self.grouped(x), self.mix)
 
     def output(self, x: Tensor, tau: Tensor | None, m: Tensor, v: Tensor) -> Tensor:
         rstd = self.scale * (v + self.eps).rsqrt()
-        return self.whole(self.passes.transform(self.parts(x), tau, m, rstd, self.bias, self.mix))
+        return self.ungrouped(self.passes.transform(self.grouped(x), tau, m, rstd, self.bias, self.mix))
 
     def gradient_sums(self, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
-        return self.passes.gradient_sums(self.parts(x), self.parts(g), tau, m, self.mix)
+        return self.passes.gradient_sums(self.grouped(x), self.grouped(g), tau, m, self.mix)
 
     def batch_gradients(
         self,
@@ -154,8 +154,8 @@ class _Work:
         count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
         dm = -r * self.scale * all_g / count  # gradients of the moments, a unit of mass each
         dv = -0.5 * r**3 * self.scale * all_gu / count
-        parts = self.parts(x), self.parts(g), tau, m, self.scale * r, dm, dv, (dv * v).sum(2)
-        dx, sums = self.passes.batch_gradients(*parts, self.mix, wanted)
+        arguments = self.grouped(x), self.grouped(g), tau, m, self.scale * r, dm, dv, (dv * v).sum(2)
+        dx, sums = self.passes.batch_gradients(*arguments, self.mix, wanted)
         return self.gradients(dx, sums, sum_g, sum_gu, r)
 
     def gradients(
@@ -209,7 +209,7 @@ class _BatchMixture(Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
         x, tau, mass, m, v, *mixture = ctx.saved_tensors
         work = _Work(ctx.options, *mixture)
-        tau = work.passes.posterior(work.parts(x), work.mix) if tau is None else tau
+        tau = work.passes.posterior(work.grouped(x), work.mix) if tau is None else tau
         own = work.gradient_sums(x, g, tau, m)
         joined = own if ctx.process_group is None else distributed.total(*own, ctx.process_group)
         wanted = any(ctx.needs_input_grad[1:4])
@@ -226,7 +226,7 @@ class _LearnedMixture(Function):
         ctx.options = options
         work = _Work(options, *mixture)
         rstd = work.scale * work.mix.precision.sqrt()
-        return work.whole(work.passes.transform(work.parts(x), None, work.mix.mean, rstd, work.bias, work.mix))
+        return work.ungrouped(work.passes.transform(work.grouped(x), None, work.mix.mean, rstd, work.bias, work.mix))
 
     @staticmethod
     @first_derivative_only
@@ -236,7 +236,7 @@ class _LearnedMixture(Function):
         rho = work.mix.precision.sqrt()
         rstd = work.scale * rho
         wanted = any(ctx.needs_input_grad[1:6])
-        dx, found = work.passes.learned_gradients(work.parts(x), work.parts(g), rstd, work.mix, wanted)
+        dx, found = work.passes.learned_gradients(work.grouped(x), work.grouped(g), rstd, work.mix, wanted)
         if found is None:
             return dx.flatten(1, 2), *[None] * 6
         sums, sum_g, sum_gu = found

@@ -5,7 +5,7 @@ results, in its graph. What a layer knows on the host it passes as tensors on th
 into the graph; None means unknown, and the device is asked.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,16 +101,7 @@ def _zeros(x: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @seed_mixture.register_fake
 def _(
-    x: Tensor,
-    initialized: Tensor,
-    ready: Tensor | None,
-    refusal: str | None,
-    num: int,
-    groups: int,
-    seed: int,
-    eps: float,
-    steps: int,
-    joined: bool,
+    x: Tensor, initialized: Tensor, ready: Tensor | None, refusal: str | None, num: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight, mean, var = _zeros(x, num)
     return weight, mean, var, x.new_empty((), dtype=torch.bool), torch.empty((), dtype=torch.bool, device="cpu")
@@ -145,20 +136,7 @@ def refit_mixture(
 
 
 @refit_mixture.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    ready: Tensor | None,
-    before: Tensor,
-    every: int,
-    groups: int,
-    eps: float,
-    steps: int,
-    high: int,
-    low: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(var), x.new_empty((), dtype=torch.bool)
 
 
@@ -181,9 +159,7 @@ def seed_clusters(
 
 
 @seed_clusters.register_fake
-def _(
-    x: Tensor, cluster: Tensor, initialized: Tensor, ready: Tensor | None, refusal: str | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, cluster: Tensor, initialized: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, mean, log_var = _zeros(x, len(initialized))
     fresh = torch.empty_like(initialized, dtype=torch.bool)
     return mean, log_var, fresh, torch.empty((), dtype=torch.bool, device="cpu")

@@ -1,14 +1,17 @@
-"""The loops of the closed forms over an activation: what each returns, and each in plain torch.
+"""The loops of the closed forms over an activation, in plain torch.
 
-A pass is one loop over the activation that serves as many sums as it can. This module and
-``traced_passes`` implement the passes; ``eager`` puts them together to layers and their gradients.
+A pass is one loop that serves as many sums as it can; ``eager`` combines them to layers and their gradients. Each
+visits the samples in chunks small enough to stay in cache, and writes into buffers that are allocated once.
+``traced_passes`` has the same functions for graphs of torch.compile, which cannot write. Where tau is None a pass
+recomputes the posteriors. All take differences ``x - mean`` rather than expanded squares, which lose all digits under
+an offset.
 
 Shapes: x and g (N, G, D, L), G groups of D channels at L positions of N samples; parameters (K, G, D, 1);
 posteriors (K, N, G, L), in the compute dtype like all sums.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,77 +55,16 @@ def least_posterior(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * 2.0**26
 
 
-class Passes(Protocol):
-    """The loops over an activation; tau None: the pass recomputes the posteriors under mix."""
-
-    KEEP_SINGLE: bool
-    """Whether to keep the posteriors of single channels for the backward pass: they are K times x."""
-
-    def posterior(self, x: Tensor, mix: Densities) -> Tensor | None:
-        """Return tau (Eq. 6) for several passes to share, if that is worth it."""
-        ...
-
-    def moments(self, x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Return tau (Eq. 6), as ``posterior``, mass (K, G), mean and variance (K, G, D, 1) of Eqs. 8 and 9."""
-        ...
-
-    def transform(
-        self, x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Densities
-    ) -> Tensor:
-        """Return y = sum_k tau_k rstd_k (x - mean_k) + bias, Eqs. 7 and 15.
-
-        rstd (K, G, D, 1) holds lambda^(-1/2) and the channel's scale too; bias is (G, D, 1).
-        """
-        ...
-
-    def gradient_sums(
-        self, x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Densities
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums of tau g and tau g (x - mean) over the locations, (K, G, D, 1)."""
-        ...
-
-    def batch_gradients(
-        self,
-        x: Tensor,
-        g: Tensor,
-        tau: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        dm: Tensor,
-        dv: Tensor,
-        constant: Tensor,
-        mix: Densities,
-        wanted: bool,
-    ) -> tuple[Tensor, DensitySums | None]:
-        """Return dx of Eqs. 6-9, and the sums if wanted; dm and dv are the moments' gradients over mass."""
-        ...
-
-    def learned_gradients(
-        self, x: Tensor, g: Tensor, rstd: Tensor, mix: Densities, wanted: bool
-    ) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
-        """Return dx of Eq. 15, and if wanted the sums, and those of tau g and tau g (x - mean), (K, G, D, 1)."""
-        ...
-
-    def cluster_transform(self, x: Tensor, centre: Tensor, rho: Tensor) -> Tensor:
-        """Return (x - centre) rho, Eq. 10, for x (N, C, L) and rows (N, C, 1)."""
-        ...
-
-    def cluster_gradients(
-        self, x: Tensor, g: Tensor, centre: Tensor, rho: Tensor, need_dx: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return dx if it is needed, and the sums of g and g (x - centre) over positions, (2, N, C)."""
-        ...
-
-
 KEEP_SINGLE: bool = True
-PART_ELEMENTS = 1 << 18
-"""Elements of x in a part: a megabyte of float32, so that the few buffers of a pass share an L2
+"""Whether to keep the posteriors of single channels for the backward pass: they are K times x."""
+CHUNK_ELEMENTS = 1 << 18
+"""Elements of x in a chunk: a megabyte of float32, so that the few buffers of a pass share an L2
 cache."""
 
 
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Cut the samples of x into slices of about PART_ELEMENTS elements."""
-    step = max(1, PART_ELEMENTS // max(1, x[:1].numel()))
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Split the samples of x into slices of about CHUNK_ELEMENTS elements."""
+    step = max(1, CHUNK_ELEMENTS // max(1, x[:1].numel()))
     return (slice(start, start + step) for start in range(0, len(x), step))
 
 
@@ -147,7 +89,7 @@ def _sum_locations(t: Tensor, weight: Tensor) -> Tensor:
 
 
 def _posterior(x: Tensor, mix: Densities, out: Tensor | None = None) -> Tensor:
-    """Eq. 6 for a part of x: (K, n, G, L)."""
+    """Eq. 6 for a chunk of x: (K, n, G, L)."""
     tau = mix.mean.new_empty(len(mix.mean), *x.shape[:2], x.shape[3]) if out is None else out
     buffer = torch.empty_like(x)
     for k, tau_k in enumerate(tau):
@@ -159,18 +101,18 @@ def _posterior(x: Tensor, mix: Densities, out: Tensor | None = None) -> Tensor:
 
 
 def posterior(x: Tensor, mix: Densities) -> Tensor | None:
-    """Return None: each part recomputes them."""
+    """Return tau (Eq. 6) for several passes to share, or None where each pass recomputes it."""
     return None
 
 
 def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """As ``Passes.moments``; keeps the posteriors."""
+    """Return tau (Eq. 6), or None if it is not kept; mass (K, G), mean and variance (K, G, D, 1) of Eqs. 8 and 9."""
     dtype = mix.mean.dtype
     tau = mix.mean.new_empty(len(mix.mean), x.shape[0], x.shape[1], x.shape[3])
     mass = mix.mean.new_zeros(mix.mean.shape[:2])
     first, second = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
-    for part in _parts(x):
-        xp, tau_p = x[part].to(dtype), tau[:, part]
+    for chunk in _chunks(x):
+        xp, tau_p = x[chunk].to(dtype), tau[:, chunk]
         _posterior(xp, mix, out=tau_p)
         mass += tau_p.sum((1, 3))
         for k, tau_k in enumerate(tau_p):
@@ -178,8 +120,8 @@ def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, T
     count = mass.clamp(min=torch.finfo(dtype).tiny)[:, :, None, None]
     mean = first / count
     first.zero_()
-    for part in _parts(x):
-        xp, tau_p = x[part].to(dtype), tau[:, part]
+    for chunk in _chunks(x):
+        xp, tau_p = x[chunk].to(dtype), tau[:, chunk]
         buffer = torch.empty_like(xp)
         for k, tau_k in enumerate(tau_p):
             u = torch.sub(xp, mean[k], out=buffer)
@@ -190,7 +132,7 @@ def moments(x: Tensor, mix: Densities) -> tuple[Tensor | None, Tensor, Tensor, T
 
 
 def _combine(x: Tensor, tau: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write sum_k tau_k rstd_k (x - mean_k) + bias of a part into y."""
+    """Write sum_k tau_k rstd_k (x - mean_k) + bias of a chunk into y."""
     buffer = torch.empty_like(x)
     for k, tau_k in enumerate(tau):
         u = torch.sub(x, mean[k], out=buffer).mul_(rstd[k])
@@ -203,27 +145,30 @@ def _combine(x: Tensor, tau: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | 
 
 
 def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Densities) -> Tensor:
-    """Write straight into y where it has the compute dtype."""
+    """Return y = sum_k tau_k rstd_k (x - mean_k) + bias, Eqs. 7 and 15.
+
+    rstd (K, G, D, 1) holds lambda^(-1/2) and the channel's scale too; bias is (G, D, 1).
+    """
     y = torch.empty_like(x)
-    for part in _parts(x):
-        xp = x[part].to(mean.dtype)
-        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
+    for chunk in _chunks(x):
+        xp = x[chunk].to(mean.dtype)
+        tau_p = _posterior(xp, mix) if tau is None else tau[:, chunk]
         if x.dtype == mean.dtype:
-            _combine(xp, tau_p, mean, rstd, bias, y[part])
+            _combine(xp, tau_p, mean, rstd, bias, y[chunk])
         else:
             out = torch.empty_like(xp)
             _combine(xp, tau_p, mean, rstd, bias, out)
-            y[part] = out
+            y[chunk] = out
     return y
 
 
 def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Densities) -> tuple[Tensor, Tensor]:
-    """Two products a component."""
+    """Return the sums of tau g and tau g (x - mean) over the locations, (K, G, D, 1)."""
     sum_g, sum_gu = torch.zeros_like(mean), torch.zeros_like(mean)
-    for part in _parts(x):
-        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
+    for chunk in _chunks(x):
+        xp, gp = x[chunk].to(mean.dtype), g[chunk].to(mean.dtype)
         buffer = torch.empty_like(xp)
-        for k, tau_k in enumerate(_posterior(xp, mix) if tau is None else tau[:, part]):
+        for k, tau_k in enumerate(_posterior(xp, mix) if tau is None else tau[:, chunk]):
             sum_g[k] += _sum_locations(gp, tau_k)
             sum_gu[k] += _sum_locations(torch.sub(xp, mean[k], out=buffer).mul_(gp), tau_k)
     return sum_g, sum_gu
@@ -232,7 +177,7 @@ def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: D
 def _through_posterior(
     x: Tensor, tau: Tensor, dtau: Tensor, mix: Densities, dx: Tensor, sums: DensitySums | None
 ) -> None:
-    """Take dtau (overwritten) of a part through the softmax and the densities, into dx and the sums."""
+    """Take dtau (overwritten) of a chunk through the softmax and the densities, into dx and the sums."""
     dtau -= (tau * dtau).sum(0)
     z = dtau.mul_(tau)
     buffer = torch.empty_like(x)
@@ -261,11 +206,11 @@ def batch_gradients(
     mix: Densities,
     wanted: bool,
 ) -> tuple[Tensor, DensitySums | None]:
-    """Five buffers of a part's size."""
+    """Return dx of Eqs. 6-9, and the sums if wanted; dm and dv are the moments' gradients over mass."""
     dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
-    for part in _parts(x):
-        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
-        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
+    for chunk in _chunks(x):
+        xp, gp = x[chunk].to(mean.dtype), g[chunk].to(mean.dtype)
+        tau_p = _posterior(xp, mix) if tau is None else tau[:, chunk]
         u, q, product, dxp = (torch.empty_like(xp) for _ in range(4))
         dxp.zero_()
         dtau = torch.empty_like(tau_p)
@@ -275,18 +220,18 @@ def batch_gradients(
             _sum_products(u, q, product, out=dtau[k]).sub_(constant[k])
             dxp.addcmul_(q.addcmul_(u, dv[k]), tau_k.unsqueeze(2))
         _through_posterior(xp, tau_p, dtau, mix, dxp, sums)
-        dx[part] = dxp
+        dx[chunk] = dxp
     return dx, sums
 
 
 def learned_gradients(
     x: Tensor, g: Tensor, rstd: Tensor, mix: Densities, wanted: bool
 ) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
-    """Three buffers of a part's size."""
+    """Return dx of Eq. 15, and if wanted the sums, and those of tau g and tau g (x - mean), (K, G, D, 1)."""
     dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
     direct, direct_u = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
-    for part in _parts(x):
-        xp, gp = x[part].to(rstd.dtype), g[part].to(rstd.dtype)
+    for chunk in _chunks(x):
+        xp, gp = x[chunk].to(rstd.dtype), g[chunk].to(rstd.dtype)
         u, h, dxp = torch.empty_like(xp), torch.empty_like(xp), torch.zeros_like(xp)
         tau = _posterior(xp, mix)
         dtau = torch.empty_like(tau)
@@ -298,28 +243,28 @@ def learned_gradients(
                 direct[k] += _sum_locations(gp, tau_k)
                 direct_u[k] += _sum_locations(u, tau_k)
         _through_posterior(xp, tau, dtau, mix, dxp, sums)
-        dx[part] = dxp
+        dx[chunk] = dxp
     return dx, None if sums is None else (sums, direct, direct_u)
 
 
 def cluster_transform(x: Tensor, centre: Tensor, rho: Tensor) -> Tensor:
-    """Write straight into y where it has the compute dtype."""
+    """Return (x - centre) rho, Eq. 10, for x (N, C, L) and rows (N, C, 1)."""
     y = torch.empty_like(x)
-    for part in _parts(x):
+    for chunk in _chunks(x):
         if x.dtype == rho.dtype:
-            torch.sub(x[part], centre[part], out=y[part]).mul_(rho[part])
+            torch.sub(x[chunk], centre[chunk], out=y[chunk]).mul_(rho[chunk])
         else:
-            y[part] = (x[part] - centre[part]).mul_(rho[part])
+            y[chunk] = (x[chunk] - centre[chunk]).mul_(rho[chunk])
     return y
 
 
 def cluster_gradients(x: Tensor, g: Tensor, centre: Tensor, rho: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
-    """One buffer of a part's size."""
+    """Return dx if it is needed, and the sums of g and g (x - centre) over positions, (2, N, C)."""
     dx, sums = torch.empty_like(x) if need_dx else None, rho.new_zeros(2, *x.shape[:2])
-    for part in _parts(x):
-        gp = g[part].to(rho.dtype)
-        torch.sum(gp, 2, out=sums[0, part])
-        torch.sum((x[part] - centre[part]).mul_(gp), 2, out=sums[1, part])
+    for chunk in _chunks(x):
+        gp = g[chunk].to(rho.dtype)
+        torch.sum(gp, 2, out=sums[0, chunk])
+        torch.sum((x[chunk] - centre[chunk]).mul_(gp), 2, out=sums[1, chunk])
         if dx is not None:
-            dx[part] = gp * rho[part]
+            dx[chunk] = gp * rho[chunk]
     return dx, sums

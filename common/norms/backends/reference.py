@@ -124,20 +124,7 @@ def cluster_norm(
 ) -> Tensor:
     """Normalise each sample by its cluster (Eq. 10), or by all clusters where it is unknown (Eqs. 12, 13).
 
-    Args:
-        x: activation (N, C, *).
-        cluster: ids int64 (N,), -1 for an unknown one; None if none is known.
-        mean: (K, C).
-        var: (K, C), positive.
-        eps: added to var, in squared units of x.
-        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
-            larger than under Eq. 10; "match" drops it.
-        unknown_posterior: "location" takes Eq. 13 at each location; "sample" sums the log densities over the
-            sample's locations first, since a cluster is a property of the sample.
-        any_unknown: whether ids of -1 have to be expected.
-
-    Returns:
-        Like x.
+    Arguments as ``functional.cluster_norm``'s; any_unknown says whether ids of -1 have to be expected.
     """
     dtype = compute_dtype(x)
     flat, mean, s = flatten(x).to(dtype), mean.to(dtype), var.to(dtype) + eps
@@ -175,18 +162,7 @@ def mixture_norm(
 ) -> tuple[Tensor, Moments | None]:
     """Normalise under a mixture: Eqs. 4-9 with the batch's own moments, or Eq. 15 with the given ones.
 
-    Args:
-        x: activation (N, C, *).
-        log_lambda: log of the mixture weights, (K,).
-        mean: (K, C).
-        var: (K, C), positive.
-        groups: channels are split into this many groups, each with a posterior of its own; 1 is Eqs. 4-6.
-        eps: added to every variance, in squared units of x.
-        scale: "sqrt_k" divides the output by sqrt(K), the deviation it has under separate components.
-        statistics: "batch" (Eqs. 7-9, training) or "learned" (Eq. 15, inference).
-
-    Returns:
-        The output, like x; and the batch's moments, or None with statistics="learned", which needs none.
+    Arguments and results as ``functional.mixture_norm``'s.
     """
     dtype = compute_dtype(x)
     flat, log_lambda, mean, var = flatten(x).to(dtype), log_lambda.to(dtype), mean.to(dtype), var.to(dtype)

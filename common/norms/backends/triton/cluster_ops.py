@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
-    """Return how the kernels walk over activations (N, C, L), with or without sums."""
+    """Return how the kernels layout over activations (N, C, L), with or without sums."""
     x = activations[0]
     return planned(x.shape, tuple([t.stride() for t in activations]), num, x.element_size(), sums)
 
@@ -52,20 +52,20 @@ def _plan(activations: Sequence[Tensor], num: int, *, sums: bool) -> Plan:
 @functools.lru_cache(maxsize=1024)
 def planned(shape: torch.Size, strides: tuple[tuple[int, ...], ...], num: int, itemsize: int, sums: bool) -> Plan:
     """Compute ``_plan``, cached: for small activations it takes the host longer than the launch."""
-    walk = tile_configs.strided_walk(shape, strides, merge=False)
+    layout = tile_configs.strided_layout(shape, strides, merge=False)
     entry = tile_configs.SCB_BACKWARD if sums else tile_configs.SCB_FORWARD
-    tiling = tile_configs.cluster_tiling(entry, walk, num, itemsize, sums=sums)
-    length, channels = tile_configs.unknown_tile(walk)
+    tiling = tile_configs.cluster_tiling(entry, layout, num, itemsize, sums=sums)
+    length, channels = tile_configs.unknown_tile(layout)
     return Plan(
         tiling.grid,
-        (walk.samples, num, walk.channels, walk.positions),
-        tuple(s for each in walk.strides for s in each),
+        (layout.samples, num, layout.channels, layout.positions),
+        tuple(s for each in layout.strides for s in each),
         {**tiling.blocks, "num_warps": tiling.num_warps},
         tiling.by_sample,
         tiling.rows * (1 if tiling.by_sample else num),
         {"UNKNOWN_L": length, "UNKNOWN_C": channels},
-        tile_configs.unknown_shares(walk),
-        tile_configs.unknown_programs(walk, num),
+        tile_configs.unknown_shares(layout),
+        tile_configs.unknown_programs(layout, num),
     )
 
 
@@ -98,10 +98,7 @@ scb_forward = custom_op(f"{NAMESPACE}::scb_forward", launch_scb_forward, mutates
 
 
 @scb_forward.register_fake
-def _(
-    x: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -154,8 +151,8 @@ scb_backward = custom_op(f"{NAMESPACE}::scb_backward", launch_scb_backward, muta
 @scb_backward.register_fake
 def _(
     x: Tensor, g: Tensor, cluster: Tensor, mean: Tensor, var: Tensor, mean_row: Tensor | None, var_row: Tensor | None,
-    weight: Tensor | None, eps: float, kappa: float, lowest: int, stored: bool, unknown: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weight: Tensor | None, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var), _pair(mean_row, x), _pair(weight, x)
 
 

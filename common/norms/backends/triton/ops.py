@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def _plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int, planes: int = 0) -> Plan:
-    """Return how a mixture kernel walks over activations (N, C, L); planes are of all sums that its pass leaves."""
+    """Return how a mixture kernel is launched over activations (N, C, L), with planes of sums that its pass leaves."""
     strides = tuple([t.stride() for t in activations])
     x = activations[0]
     return planned(kernel, x.shape, strides, groups, num_components, planes, x.element_size())
@@ -52,23 +52,23 @@ def planned(
     planes: int, itemsize: int,
 ) -> Plan:  # fmt: skip
     """Compute ``_plan``, cached: for small activations it takes the host longer than the launch."""
-    walk = tile_configs.strided_walk(shape, strides, merge=True)
-    tiling = tile_configs.mixture_tiling(kernel, walk, groups, num_components, planes=planes, itemsize=itemsize)
-    sizes = walk.samples, walk.channels, walk.channels // groups, walk.positions
+    layout = tile_configs.strided_layout(shape, strides, merge=True)
+    tiling = tile_configs.mixture_tiling(kernel, layout, groups, num_components, planes=planes, itemsize=itemsize)
+    sizes = layout.samples, layout.channels, layout.channels // groups, layout.positions
     constants = {
         "K": num_components,
         "JOINT": tiling.joint,
-        "FLAT": walk.flat,
+        "FLAT": layout.flat,
         "BLOCK_L": tiling.block_l,
         "BLOCK_C": tiling.block_c,
         "num_warps": tiling.num_warps,
     }
     grid = tiling.programs, tiling.columns
-    return Plan(kernel, grid, (*sizes, *(s for each in walk.strides for s in each)), constants)
+    return Plan(kernel, grid, (*sizes, *(s for each in layout.strides for s in each)), constants)
 
 
 def _channel_plan(kernel: str, activations: Sequence[Tensor], groups: int, num_components: int) -> Plan | None:
-    """Return how a kernel with a program for each channel walks over them; None where it would not pay."""
+    """Return how a kernel with a program for each channel is launched over them; None where it would not pay."""
     x = activations[0]
     if (
         groups != x.shape[1]
@@ -84,15 +84,15 @@ def channel_planned(
     kernel: str, shape: torch.Size, strides: tuple[tuple[int, ...], ...], num_components: int, itemsize: int
 ) -> Plan | None:
     """Compute ``_channel_plan``, cached."""
-    walk = tile_configs.strided_walk(shape, strides, merge=False)
-    tile = tile_configs.channel_tile(walk, num_components, itemsize)
+    layout = tile_configs.strided_layout(shape, strides, merge=False)
+    tile = tile_configs.channel_tile(layout, num_components, itemsize)
     if tile is None:
         return None
     constants = {"K": num_components, **tile, "num_warps": tile_configs.CHANNEL.num_warps}
     if kernel == "mixture_channel_kernel":
         constants |= tile_configs.channel_limits(num_components)
-    sizes = walk.samples, walk.channels, walk.positions
-    return Plan(kernel, (walk.channels,), (*sizes, *(s for each in walk.strides for s in each)), constants)
+    sizes = layout.samples, layout.channels, layout.positions
+    return Plan(kernel, (layout.channels,), (*sizes, *(s for each in layout.strides for s in each)), constants)
 
 
 def _gather(
@@ -161,10 +161,7 @@ def moment_sums(
 
 
 @mixture_forward.register_fake
-def _(
-    x: Tensor, log: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    groups: int, eps: float, kappa: float, floor: float, stored: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor, log: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), new_state(x, mean)
 
 
@@ -286,11 +283,8 @@ def _log_gradients(shares: Tensor, log: Tensor | None, state: Tensor | None, flo
 
 
 @mixture_backward.register_fake
-def _(
-    x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor,
-    groups: int, eps: float, floor: float, stored: bool, parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), _affine_gradients(state, weight), *_fake_rows(state, state[0], parameters)
+def _(x: Tensor, g: Tensor, weight: Tensor | None, state: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), _affine_gradients(state, weight), *_fake_rows(state, state[0], options[-1])
 
 
 def _fake_rows(like: Tensor, mean: Tensor, parameters: bool) -> tuple[Tensor, Tensor]:
@@ -314,10 +308,7 @@ learned_forward = custom_op(f"{NAMESPACE}::learned_forward", launch_learned_forw
 
 
 @learned_forward.register_fake
-def _(
-    x: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    groups: int, eps: float, kappa: float, floor: float, stored: bool,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -339,10 +330,9 @@ learned_backward = custom_op(f"{NAMESPACE}::learned_backward", launch_learned_ba
 
 @learned_backward.register_fake
 def _(
-    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None,
-    groups: int, eps: float, kappa: float, floor: float, stored: bool, parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), _affine_gradients(mean, weight), *_fake_rows(mean, mean, parameters)
+    x: Tensor, g: Tensor, log: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), _affine_gradients(mean, weight), *_fake_rows(mean, mean, options[-1])
 
 
 def _mixture_setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -454,11 +444,7 @@ fit_mixture = custom_op(f"{NAMESPACE}::fit_mixture", launch_fit_mixture, mutates
 
 
 @fit_mixture.register_fake
-def _(
-    x: Tensor, logits: Tensor, mean: Tensor, log_var: Tensor, step: Tensor, ready: Tensor | None, before: Tensor,
-    every: int, groups: int, eps: float, steps: int, limit: int, high: int, low: int, min_weight: float, least: float,
-    empty: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor, logits: Tensor, mean: Tensor, log_var: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _tables(logits, mean, log_var)
 
 

@@ -115,8 +115,8 @@ ALL_CHANNELS = 512
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Sizes (N, C, L) of a walk over activations, and each one's strides."""
+class Layout:
+    """Sizes (N, C, L) of activations, and the strides of each."""
 
     samples: int
     channels: int
@@ -132,13 +132,13 @@ class Walk:
         return self.positions == 1 or channel < position
 
 
-def walk(tensors: Sequence[Tensor], *, merge: bool) -> Walk:
-    """Describe tensors (N, C, L) as ``strided_walk``."""
-    return strided_walk(tensors[0].shape, tuple(t.stride() for t in tensors), merge=merge)
+def layout_of(tensors: Sequence[Tensor], *, merge: bool) -> Layout:
+    """Describe tensors (N, C, L) as ``strided_layout``."""
+    return strided_layout(tensors[0].shape, tuple(t.stride() for t in tensors), merge=merge)
 
 
-def strided_walk(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, merge: bool) -> Walk:
-    """Describe tensors (N, C, L); merge walks over samples and positions as one where all their strides allow.
+def strided_layout(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, merge: bool) -> Layout:
+    """Describe tensors (N, C, L); merge joins samples and positions where all their strides allow.
 
     Whether they do is the same for all batch sizes, so that each kernel is compiled once: a single sample, whose stride
     says nothing, is taken for one of many.
@@ -149,8 +149,8 @@ def strided_walk(shape: Sequence[int], strides: tuple[tuple[int, ...], ...], *, 
         for sample, channel, position in strides
     ):
         merged = tuple((0, channel, sample if length == 1 else position) for sample, channel, position in strides)
-        return Walk(n, c, length, merged, flat=True)
-    return Walk(n, c, length, tuple((sample, channel, position) for sample, channel, position in strides))
+        return Layout(n, c, length, merged, flat=True)
+    return Layout(n, c, length, tuple((sample, channel, position) for sample, channel, position in strides))
 
 
 def power_of_two(n: int) -> int:
@@ -158,14 +158,14 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tile(launch: TileConfig, walk: Walk) -> tuple[int, int]:
+def tile(launch: TileConfig, layout: Layout) -> tuple[int, int]:
     """Return BLOCK_L, BLOCK_C for channels that need not stay together."""
-    most = launch.elements if walk.flat else power_of_two(walk.positions)
-    if walk.channels_adjacent:
-        block_c = min(power_of_two(walk.channels), CHANNEL_BLOCK)
+    most = launch.elements if layout.flat else power_of_two(layout.positions)
+    if layout.channels_adjacent:
+        block_c = min(power_of_two(layout.channels), CHANNEL_BLOCK)
         return min(most, launch.elements // block_c), block_c
     block_l = min(most, launch.elements)
-    return block_l, min(power_of_two(walk.channels), launch.elements // block_l)
+    return block_l, min(power_of_two(layout.channels), launch.elements // block_l)
 
 
 def divide(a: int, b: int) -> int:
@@ -177,7 +177,7 @@ def divide(a: int, b: int) -> int:
 class ClusterTiling:
     """How the programs of a kernel whose samples have clusters share an activation."""
 
-    walk: Walk
+    layout: Layout
     block_s: int
     """Samples."""
     block_l: int
@@ -191,12 +191,12 @@ class ClusterTiling:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Return programs over (blocks of samples, blocks of channels, shares of the positions)."""
-        return divide(self.walk.samples, self.block_s), divide(self.walk.channels, self.block_c), self.shares
+        return divide(self.layout.samples, self.block_s), divide(self.layout.channels, self.block_c), self.shares
 
     @property
     def rows(self) -> int:
         """Of sums, were there a single cluster if they are left of each."""
-        return self.shares * (self.walk.samples if self.by_sample else self.grid[0])
+        return self.shares * (self.layout.samples if self.by_sample else self.grid[0])
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -204,7 +204,7 @@ class ClusterTiling:
         return {"BLOCK_S": self.block_s, "BLOCK_L": self.block_l, "BLOCK_C": self.block_c}
 
 
-def cluster_tiling(entry: TileConfig, walk: Walk, num_clusters: int, itemsize: int, *, sums: bool) -> ClusterTiling:
+def cluster_tiling(entry: TileConfig, layout: Layout, num_clusters: int, itemsize: int, *, sums: bool) -> ClusterTiling:
     """Return the tiles of a kernel, and few enough programs that the sums which a pass leaves stay small.
 
     Where maps are so small that a row of sums a sample is too much, a tile takes several samples, and leaves a row a
@@ -212,85 +212,85 @@ def cluster_tiling(entry: TileConfig, walk: Walk, num_clusters: int, itemsize: i
 
     Args:
         entry: of the kernel.
-        walk: over activations.
+        layout: over activations.
         num_clusters: K.
         itemsize: bytes of an activation's element.
         sums: whether each program leaves two rows in float32.
     """
-    block_l, block_c = tile(entry, walk)
+    block_l, block_c = tile(entry, layout)
     block_s, by_sample, most = entry.elements // (block_l * block_c), True, PROGRAMS
     if sums:
-        rows = SUMS_SHARE * itemsize * walk.positions / (2 * 4 * 2)  # that a sample may leave, and are read again
+        rows = SUMS_SHARE * itemsize * layout.positions / (2 * 4 * 2)  # that a sample may leave, and are read again
         most = max(1, int(rows))
         if rows < 1:
-            contiguous = block_c if walk.channels_adjacent else block_l
+            contiguous = block_c if layout.channels_adjacent else block_l
             wanted = min(power_of_two(math.ceil(num_clusters / rows)), entry.elements // contiguous)
             if wanted > num_clusters:
                 block_s, by_sample = max(wanted, block_s), False
-                block_l, block_c = _with_samples(entry, walk, block_s, block_l, block_c)
+                block_l, block_c = _with_samples(entry, layout, block_s, block_l, block_c)
                 most = max(1, int(block_s * rows / num_clusters))
 
     def blocks(samples: int) -> int:
-        return divide(samples, block_s) * divide(walk.channels, block_c)
+        return divide(samples, block_s) * divide(layout.channels, block_c)
 
     def shares(blocks: int, most: int) -> int:
-        return max(1, min(divide(walk.positions, block_l), PROGRAMS // blocks, most))
+        return max(1, min(divide(layout.positions, block_l), PROGRAMS // blocks, most))
 
-    least = max(SUMS_CHANNELS, SECTOR // itemsize) if walk.channels_adjacent else block_c
+    least = max(SUMS_CHANNELS, SECTOR // itemsize) if layout.channels_adjacent else block_c
     while block_c > least and blocks(NOMINAL_SAMPLES) * shares(blocks(NOMINAL_SAMPLES), most) < LEAST_PROGRAMS:
         narrow = block_c // 2  # narrower columns are more of them, which leave no more sums
-        longer = min(power_of_two(walk.positions), entry.elements // (block_s * narrow))
+        longer = min(power_of_two(layout.positions), entry.elements // (block_s * narrow))
         if block_s * longer * narrow < READ // itemsize * WARP * entry.num_warps:
             break  # where there are few positions, a tile would have less than threads read at once
         block_l, block_c = longer, narrow
-    count = blocks(walk.samples)
+    count = blocks(layout.samples)
     num_warps = entry.num_warps
-    if block_s > 1 and walk.channels_adjacent and walk.channels % DIVISOR:
+    if block_s > 1 and layout.channels_adjacent and layout.channels % DIVISOR:
         num_warps *= 2  # each element has an address of its own, for which registers would not suffice
     most = max(most, LEAST_PROGRAMS // count)
-    return ClusterTiling(walk, block_s, block_l, block_c, shares(count, most), by_sample, num_warps)
+    return ClusterTiling(layout, block_s, block_l, block_c, shares(count, most), by_sample, num_warps)
 
 
-def _with_samples(entry: TileConfig, walk: Walk, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
+def _with_samples(entry: TileConfig, layout: Layout, block_s: int, block_l: int, block_c: int) -> tuple[int, int]:
     """Return BLOCK_L, BLOCK_C of a tile of so many samples: the dimension that is not contiguous gives way."""
-    if walk.channels_adjacent:
+    if layout.channels_adjacent:
         return min(block_l, entry.elements // (block_s * block_c)), block_c
     return block_l, min(block_c, entry.elements // (block_s * block_l))
 
 
-def unknown_tile(walk: Walk) -> tuple[int, int]:
+def unknown_tile(layout: Layout) -> tuple[int, int]:
     """Return UNKNOWN_L, UNKNOWN_C."""
-    channels = power_of_two(walk.channels)
-    return max(1, min(power_of_two(walk.positions), UNKNOWN // channels)), channels
+    channels = power_of_two(layout.channels)
+    return max(1, min(power_of_two(layout.positions), UNKNOWN // channels)), channels
 
 
-def unknown_shares(walk: Walk) -> int:
+def unknown_shares(layout: Layout) -> int:
     """Return programs of a sample, which share its positions if it is unknown."""
-    return max(1, min(divide(walk.positions, unknown_tile(walk)[0]), PROGRAMS // walk.samples))
+    return max(1, min(divide(layout.positions, unknown_tile(layout)[0]), PROGRAMS // layout.samples))
 
 
-def unknown_programs(walk: Walk, num_clusters: int) -> tuple[int, int]:
+def unknown_programs(layout: Layout, num_clusters: int) -> tuple[int, int]:
     """Return programs over (samples, shares of their positions), for what leaves sums if a sample is unknown.
 
     There is room for sums of each program, whether or not it leaves any: all of it is no larger than x in float32.
     """
-    most = max(1, min(LEAST_PROGRAMS, walk.samples * walk.positions // (2 * (num_clusters + 1))))
-    programs = divide(walk.samples, divide(walk.samples, most))  # all of them with as many samples, but the last
-    return programs, max(1, min(divide(walk.positions, unknown_tile(walk)[0]), most // programs))
+    most = max(1, min(LEAST_PROGRAMS, layout.samples * layout.positions // (2 * (num_clusters + 1))))
+    programs = divide(layout.samples, divide(layout.samples, most))  # all of them with as many samples, but the last
+    return programs, max(1, min(divide(layout.positions, unknown_tile(layout)[0]), most // programs))
 
 
-def channel_tile(walk: Walk, num_components: int, itemsize: int) -> dict[str, int] | None:
+def channel_tile(layout: Layout, num_components: int, itemsize: int) -> dict[str, int] | None:
     """Return BLOCK_S and BLOCK_L of a program that takes a channel; None where it does not.
 
     The last of the activations is written, the others are read. With adjacent channels a
     program would throw most of its reads away.
     """
-    held = (len(walk.strides) - 1) * itemsize * walk.samples * walk.positions
-    sizes = walk.samples, walk.positions
-    reach = max(sum((size - 1) * s for size, s in zip(sizes, (sn, sl), strict=True)) for sn, _, sl in walk.strides)
-    if walk.channels_adjacent or held > RESIDENT_BYTES or reach >= 2**31 or num_components > MAX_CHANNEL_COMPONENTS:
+    held = (len(layout.strides) - 1) * itemsize * layout.samples * layout.positions
+    sizes = layout.samples, layout.positions
+    reach = max(sum((size - 1) * s for size, s in zip(sizes, (sn, sl), strict=True)) for sn, _, sl in layout.strides)
+    if layout.channels_adjacent or held > RESIDENT_BYTES or reach >= 2**31 or num_components > MAX_CHANNEL_COMPONENTS:
         return None
-    block_l = min(power_of_two(walk.positions), CHANNEL.elements)
+    block_l = min(power_of_two(layout.positions), CHANNEL.elements)
     return {"BLOCK_S": CHANNEL.elements // block_l, "BLOCK_L": block_l}
 
 
@@ -318,7 +318,7 @@ def draw_tile(channels: int) -> tuple[int, int]:
 class Tiling:
     """How a mixture kernel's programs share an activation."""
 
-    walk: Walk
+    layout: Layout
     joint: bool
     block_l: int
     block_c: int
@@ -329,26 +329,26 @@ class Tiling:
     num_warps: int
 
 
-def _vectors(entry: tuple[int, TileConfig] | None, walk: Walk, num_components: int) -> TileConfig | None:
+def _vectors(entry: tuple[int, TileConfig] | None, layout: Layout, num_components: int) -> TileConfig | None:
     """Return the tile for threads that read several positions at once, if there is one and they can."""
-    if entry is None or num_components > entry[0] or walk.channels_adjacent or walk.positions % DIVISOR:
+    if entry is None or num_components > entry[0] or layout.channels_adjacent or layout.positions % DIVISOR:
         return None
     return entry[1]
 
 
-def _neighbours(walk: Walk, channels: int) -> bool:
+def _neighbours(layout: Layout, channels: int) -> bool:
     """Return whether threads read several neighbours in memory at once, of so many channels or of the positions."""
-    return (channels if walk.channels_adjacent else walk.positions) % DIVISOR == 0
+    return (channels if layout.channels_adjacent else layout.positions) % DIVISOR == 0
 
 
 def mixture_tiling(
-    kernel: str, walk: Walk, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
+    kernel: str, layout: Layout, groups: int, num_components: int, *, planes: int = 0, itemsize: int = 4
 ) -> Tiling:
     """Return the tiles of a kernel, and few enough programs that the sums which a pass leaves stay small.
 
     Args:
         kernel: its name.
-        walk: over activations.
+        layout: over activations.
         groups: of channels.
         num_components: K.
         planes: of (K, C) in float32 that each program of the pass leaves; 0 for a kernel without sums.
@@ -356,27 +356,27 @@ def mixture_tiling(
     """
     tiles = MIXTURE[kernel]
     entry = tiles.few if num_components <= FEW else tiles.many
-    width, locations = walk.channels // groups, walk.samples * walk.positions
+    width, locations = layout.channels // groups, layout.samples * layout.positions
     backward = kernel == "mixture_bwd_kernel"
-    runs = _neighbours(walk, walk.channels if width == 1 else width)
+    runs = _neighbours(layout, layout.channels if width == 1 else width)
     if num_components > FEW and runs and not (backward and planes == MOST_PLANES):
         entry = tiles.many_vectors
-    eight = backward and itemsize == 2 and walk.channels_adjacent and runs
+    eight = backward and itemsize == 2 and layout.channels_adjacent and runs
     if eight and num_components <= VECTOR_COMPONENTS.get(planes, (0, 0))[width > 1]:
         entry = TileConfig(entry.elements, max(1, entry.num_warps // 2))
 
     def that_may_leave_sums(samples: int) -> int:
         if not planes:
             return PROGRAMS
-        share = SUMS_SHARE * itemsize * samples * walk.positions
+        share = SUMS_SHARE * itemsize * samples * layout.positions
         return max(1, int(share / (2 * 4 * planes * num_components)))
 
-    most = that_may_leave_sums(walk.samples)
+    most = that_may_leave_sums(layout.samples)
     if width > 1:
         block_c, columns = power_of_two(width), groups
-        longest = entry.elements if walk.flat else power_of_two(walk.positions)
+        longest = entry.elements if layout.flat else power_of_two(layout.positions)
         block_l = max(1, min(longest, entry.elements // block_c))
-        tall, num_warps = _vectors(tiles.joint_vectors, walk, num_components), entry.num_warps
+        tall, num_warps = _vectors(tiles.joint_vectors, layout, num_components), entry.num_warps
         if tall is not None and block_c <= MAX_JOINT_CHANNELS:
             # Sums are two to five an element.
             registers_suffice = not backward or (not planes and block_c >= MIN_JOINT_CHANNELS)
@@ -384,16 +384,16 @@ def mixture_tiling(
             block_l = min(longest, max(MIN_JOINT_POSITIONS, elements // block_c))
             num_warps = tall.num_warps * max(1, block_l * block_c // elements)
     else:
-        entry = _vectors(tiles.vectors, walk, num_components) or entry
-        block_l, block_c = tile(entry, walk)
+        entry = _vectors(tiles.vectors, layout, num_components) or entry
+        block_l, block_c = tile(entry, layout)
         usual = that_may_leave_sums(NOMINAL_SAMPLES)
-        while block_c > SUMS_CHANNELS and usual * divide(walk.channels, block_c) < LEAST_PROGRAMS:
+        while block_c > SUMS_CHANNELS and usual * divide(layout.channels, block_c) < LEAST_PROGRAMS:
             block_c //= 2  # narrower columns are more of them, which leave no more sums
-            block_l *= 2 if walk.flat else 1
+            block_l *= 2 if layout.flat else 1
         num_warps = max(1, entry.num_warps * block_l * block_c // entry.elements)  # as many elements a thread
-        columns = divide(walk.channels, block_c)
+        columns = divide(layout.channels, block_c)
     most = max(most, LEAST_PROGRAMS // columns)
-    count = divide(locations, block_l) if walk.flat else walk.samples * divide(walk.positions, block_l)
+    count = divide(locations, block_l) if layout.flat else layout.samples * divide(layout.positions, block_l)
     most = min(most, max(1, PROGRAMS // columns))
     programs = divide(count, divide(count, most))  # all of them with as many tiles, but the last
-    return Tiling(walk, width > 1, block_l, block_c, columns, programs, num_warps)
+    return Tiling(layout, width > 1, block_l, block_c, columns, programs, num_warps)

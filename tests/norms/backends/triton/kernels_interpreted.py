@@ -229,8 +229,8 @@ def test_mixture_errs_at_most_twice_as_much_as_eager(shape, memory, statistics):
 @pytest.mark.parametrize(("dtype", "statistics"), [(torch.bfloat16, "batch"), (torch.float32, "learned")], ids=str)
 def test_a_mixture_of_runs_of_positions(dtype, statistics):
     """Where channels share a posterior a tile has eight positions at least, however many channels."""
-    walk = tile_configs.walk((torch.empty(2, 20, 16),), merge=True)
-    assert tile_configs.mixture_tiling("mixture_apply_kernel", walk, 1, 3).block_l == 8
+    layout = tile_configs.layout_of((torch.empty(2, 20, 16),), merge=True)
+    assert tile_configs.mixture_tiling("mixture_apply_kernel", layout, 1, 3).block_l == 8
     assert_mixture_within_budget(case((2, 20, 16), 3, dtype), groups=1, statistics=statistics)
 
 

@@ -77,12 +77,12 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
     for kernel, num, width in itertools.product(tile_configs.MIXTURE, range(1, 9), (1, channels)):
         if launch.mixture_refusal(num, width):
             continue
-        walk = tile_configs.walk((x,), merge=False)
+        layout = tile_configs.layout_of((x,), merge=False)
         table = tile_configs.MIXTURE[kernel]
         vectors = (channels if adjacent == "channels" else positions) % 16 == 0
         elements = (table.few if num <= 4 else table.many_vectors if vectors else table.many).elements
         for planes in (5, 0):
-            tiling = tile_configs.mixture_tiling(kernel, walk, channels // width, num, planes=planes, itemsize=2)
+            tiling = tile_configs.mixture_tiling(kernel, layout, channels // width, num, planes=planes, itemsize=2)
             assert tiling.joint == (width > 1)
             for block in (tiling.block_l, tiling.block_c):
                 assert block == 1 << (block.bit_length() - 1) >= 1
@@ -93,7 +93,7 @@ def test_tiles_of_a_mixture_cover_the_activation_and_are_no_larger_than_the_tabl
                 else elements
             )
             assert tiling.block_l * tiling.block_c <= max(elements, wide, tiling.block_c)
-            assert tiling.block_l < 2 * positions or walk.flat
+            assert tiling.block_l < 2 * positions or layout.flat
             if tiling.joint:  # a tile holds a group
                 assert width <= tiling.block_c < 2 * width
                 assert tiling.columns == channels // width
@@ -121,15 +121,15 @@ def test_a_tile_is_the_same_for_all_batch_sizes(shape, adjacent):
     for n in (1, 2, 37, 63, 64, 1000):
         x = torch.empty(n, *shape, device="meta")
         x = x.mT.contiguous().mT if adjacent == "channels" else x
-        walk = tile_configs.walk((x,), merge=True)
+        layout = tile_configs.layout_of((x,), merge=True)
         found = ()
         for planes in (0, 2, 5):
-            tiling = tile_configs.mixture_tiling("mixture_bwd_kernel", walk, shape[0], 3, planes=planes)
+            tiling = tile_configs.mixture_tiling("mixture_bwd_kernel", layout, shape[0], 3, planes=planes)
             found += tiling.block_l, tiling.block_c, tiling.num_warps
-        mixtures.add((walk.positions, walk.strides, walk.flat, found))
-        walk = tile_configs.walk((x,), merge=False)
+        mixtures.add((layout.positions, layout.strides, layout.flat, found))
+        layout = tile_configs.layout_of((x,), merge=False)
         tilings = [
-            tile_configs.cluster_tiling(tile_configs.SCB_BACKWARD, walk, 3, 2, sums=sums) for sums in (False, True)
+            tile_configs.cluster_tiling(tile_configs.SCB_BACKWARD, layout, 3, 2, sums=sums) for sums in (False, True)
         ]
         clusters.add(tuple((*each.blocks.values(), each.by_sample) for each in tilings))
     assert len(mixtures) == len(clusters) == 1
@@ -145,11 +145,11 @@ def test_so_many_locations_are_refused_that_a_number_of_one_may_overflow(monkeyp
     length = most - 1
     for channels, adjacent in itertools.product((1, 5, 64, 2048), ("positions", "channels")):
         strides = (0, length, 1) if adjacent == "positions" else (0, 1, channels)
-        walk = tile_configs.Walk(1, channels, length, (strides,))
+        layout = tile_configs.Layout(1, channels, length, (strides,))
         for sums in (False, True):
-            tiling = tile_configs.cluster_tiling(tile_configs.SCB_FORWARD, walk, 3, 2, sums=sums)
+            tiling = tile_configs.cluster_tiling(tile_configs.SCB_FORWARD, layout, 3, 2, sums=sums)
             assert length + tiling.shares * tiling.block_l < 2**31
-        assert length + tile_configs.unknown_shares(walk) * tile_configs.unknown_tile(walk)[0] < 2**31
+        assert length + tile_configs.unknown_shares(layout) * tile_configs.unknown_tile(layout)[0] < 2**31
 
 
 @needs_triton
@@ -167,13 +167,15 @@ def test_more_channels_than_a_grid_has_columns_are_refused(monkeypatch):
 def test_samples_and_positions_are_walked_as_one_where_every_layout_allows_it():
     plain, vectors = torch.empty(3, 4, 5), torch.empty(9, 4, 1)
     last = torch.empty(3, 5, 4).mT
-    assert tile_configs.walk((vectors,), merge=True) == tile_configs.Walk(9, 4, 1, ((0, 1, 4),), flat=True)
-    assert tile_configs.walk((last, last), merge=True) == tile_configs.Walk(3, 4, 5, ((0, 1, 4), (0, 1, 4)), flat=True)
+    assert tile_configs.layout_of((vectors,), merge=True) == tile_configs.Layout(9, 4, 1, ((0, 1, 4),), flat=True)
+    assert tile_configs.layout_of((last, last), merge=True) == tile_configs.Layout(
+        3, 4, 5, ((0, 1, 4), (0, 1, 4)), flat=True
+    )
     for pair in ((plain, plain), (last, plain), (plain, last)):
-        assert tile_configs.walk(pair, merge=True) == tile_configs.Walk(
+        assert tile_configs.layout_of(pair, merge=True) == tile_configs.Layout(
             3, 4, 5, tuple((t.stride(0), t.stride(1), t.stride(2)) for t in pair)
         )
-    assert tile_configs.walk((last,), merge=False) == tile_configs.Walk(3, 4, 5, ((20, 1, 4),))
+    assert tile_configs.layout_of((last,), merge=False) == tile_configs.Layout(3, 4, 5, ((20, 1, 4),))
 
 
 def test_what_the_kernels_refuse_of_a_mixture():
@@ -285,8 +287,8 @@ def test_every_launch_is_one_that_triton_takes():
     ids=str,
 )
 def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
-    walk = tile_configs.walk((torch.empty(shape, device="meta"),), merge=False)
-    programs, shares = tile_configs.unknown_programs(walk, 3)
+    layout = tile_configs.layout_of((torch.empty(shape, device="meta"),), merge=False)
+    programs, shares = tile_configs.unknown_programs(layout, 3)
     assert (programs, shares) == want
     assert programs * shares <= max(1, shape[0] * shape[2] // 8)
 
@@ -296,10 +298,10 @@ def test_sums_of_unknown_samples_take_no_more_room_than_x(shape, want):
 def test_tiles_of_clusters_cover_the_activation(adjacent, shape):
     n, channels, positions = shape
     x = torch.empty(shape, device="meta")
-    walk = tile_configs.walk((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
+    layout = tile_configs.layout_of((x.mT.contiguous().mT if adjacent == "channels" else x,), merge=False)
     entry = tile_configs.SCB_BACKWARD
     for num, itemsize, sums in itertools.product((1, 3, 40), (2, 4), (False, True)):
-        tiling = tile_configs.cluster_tiling(entry, walk, num, itemsize, sums=sums)
+        tiling = tile_configs.cluster_tiling(entry, layout, num, itemsize, sums=sums)
         for block in tiling.blocks.values():
             assert block.bit_count() == 1
         assert tiling.block_s * tiling.block_l * tiling.block_c <= entry.elements
@@ -324,7 +326,7 @@ def test_sums_of_clusters_are_small_where_maps_are():
     x = torch.empty(64, 256, 64, device="meta")
     for given in (x, x.mT.contiguous().mT):
         tiling = tile_configs.cluster_tiling(
-            tile_configs.SCB_BACKWARD, tile_configs.walk((given,), merge=False), 3, 2, sums=True
+            tile_configs.SCB_BACKWARD, tile_configs.layout_of((given,), merge=False), 3, 2, sums=True
         )
         assert (tiling.block_s, tiling.by_sample) == (8, False)
         assert torch.Size(tiling.grid).numel() >= 0.9 * 132
@@ -337,8 +339,8 @@ def test_a_tile_of_what_is_unknown_holds_all_channels():
         (2048, 49, (1, 2048)),
         (512, 1, (1, 512)),
     ):
-        walk = tile_configs.walk((torch.empty(2, channels, positions, device="meta"),), merge=False)
-        assert tile_configs.unknown_tile(walk) == want
+        layout = tile_configs.layout_of((torch.empty(2, channels, positions, device="meta"),), merge=False)
+        assert tile_configs.unknown_tile(layout) == want
     assert not cluster_ops.takes_unknown(2049, "location")
     assert cluster_ops.takes_unknown(2048, "location")
     assert not cluster_ops.takes_unknown(1, "sample")
