@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import any_norm, mixture_case, needs_compiler
+from norm_cases import any_norm, in_full, mixture_case, needs_compiler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scb_base": ("scb_base", {"init": "data"}),
     "dsbn": ("dsbn", {}),
 }
+ON_EVERY_PUSH = ("ucb reseed", "mn", "scb", "dsbn")
 NATIVE = {"ucb compiled": ("ucb", {"backend": "compiled"}), "mn compiled": ("mn", {"backend": "compiled"})}
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
 IDS = torch.arange(8) % 3
@@ -83,7 +84,14 @@ def steps(network: Network) -> list[Tensor]:
 
 
 @MODES
-@pytest.mark.parametrize("case", [*LAYERS, *(pytest.param(name, marks=needs_compiler) for name in NATIVE)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *ON_EVERY_PUSH,
+        *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH)),
+        *(pytest.param(name, marks=needs_compiler) for name in NATIVE),
+    ],
+)
 def test_a_checkpointed_layer_trains_as_without(case, reentrant):
     kind, options = (LAYERS | NATIVE)[case]
     plain, checkpointed = pair(kind, reentrant, **options)
@@ -114,7 +122,7 @@ ARITHMETIC += [torch.ops.aten.sum.dim_IntList, torch.ops.aten.cat.default, torch
 
 
 @pytest.mark.parametrize("saved", [PRODUCTS, ARITHMETIC], ids=["products", "arithmetic"])
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*ON_EVERY_PUSH, *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH))])
 def test_a_selective_checkpoint_saves_operators_of_the_model_alone(case, saved):
     """It pairs what it saves by order; a fit multiplies matrices too, and averages are arithmetic."""
     kind, options = LAYERS[case]

@@ -16,7 +16,7 @@ from norm_cases import mixture_case
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
+from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, functional, mixture_norm
 
 KINDS = ["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
 OWN = ["mn", "scb", "scb_base", "ucb"]
@@ -339,6 +339,16 @@ def test_domain_batch_norm_is_one_batch_norm_a_domain():
     layer.eval()
     want[cluster == 2] = norms[2].eval()(x[cluster == 2]).detach()
     torch.testing.assert_close(layer(x, cluster)[cluster == 2], want[cluster == 2])
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_forward_pass_asks_for_a_backend_once(monkeypatch, kind):
+    asked, choose = [], functional.choose_backend
+    monkeypatch.setattr(functional, "choose_backend", lambda *given: asked.append(given) or choose(*given))
+    layer = make_norm(kind, 4, 3)
+    for training in (True, False):
+        layer.train(training)(*arguments(kind, batch(0)))
+    assert len(asked) == 2
 
 
 def test_importing_the_layers_imports_no_triton():

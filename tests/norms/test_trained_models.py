@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from norm_cases import in_full
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -74,11 +75,9 @@ def information(model, digits):
     ("kind", "options"),
     [
         ("ucb", {"num_components": 2}),
-        ("ucb", {"num_components": 5, "scale": "sqrt_k"}),
-        ("ucb", {"groups": 1}),
         ("mn", {}),
         ("scb", {"statistics": "batch"}),
-        ("dsbn", {}),
+        *in_full(("ucb", {"num_components": 5, "scale": "sqrt_k"}), ("ucb", {"groups": 1}), ("dsbn", {})),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ class Backend:
     """
 
     copies_params = True
-    """Whether a training pass keeps its own copy of the mixture for the backward pass."""
+    """Whether ``normalise`` keeps the given mixture for the backward pass, so that a layer copies one that moves."""
 
     def normalise(self, x: Tensor, params: MixtureParams, affine: Affine, options: Options) -> tuple[Tensor, Any]:
         """Normalise x by Eqs. 6-9, or by Eq. 15 with statistics="learned"; then apply the affine map.

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from launches import LAYERS, Recorder, replaced_kernels
+from norm_cases import in_full
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
 from common.norms import mixture
 from common.norms.backends.triton import tile_configs
 
+ON_EVERY_PUSH = ("UCBNorm", "UCBNorm, groups=1", "UCBNorm, statistics=learned", "SCBNorm, evaluation, ids")
 SHAPE = (4, 6, 48)
 PILOTS = 0.03
 """Of an activation, that kernels may read again: the first location, by each program."""
@@ -73,8 +75,9 @@ class Touched(Recorder):
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
-        *((name, "contiguous") for name in LAYERS),
-        *((name, "channels last") for name in ("UCBNorm", "UCBNorm, groups=1", "SCBNorm", "MixtureNorm")),
+        *((name, "contiguous") for name in ON_EVERY_PUSH),
+        *in_full(*((name, "contiguous") for name in LAYERS if name not in ON_EVERY_PUSH)),
+        *in_full(*((name, "channels last") for name in ("UCBNorm", "UCBNorm, groups=1", "SCBNorm", "MixtureNorm"))),
     ],
 )
 def test_kernels_touch_an_activation_once_in_each_pass(monkeypatch, name, memory):
