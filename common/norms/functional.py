@@ -150,16 +150,15 @@ def check_cluster_or_unknown(
 
 IMPLEMENTED: dict[str, Backend] = {"reference": Reference(), "eager": Eager(), "compiled": Cpu(), "triton": Triton()}
 BACKENDS = ("auto", *IMPLEMENTED)
-LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
+LEAST_VALUES = 1 << 14
 """Values of an activation from which "auto" takes compiled loops on a CPU.
 
-Measured at commit 7c56381 on a core of an AMD EPYC: they save 2 ms of a training step there and 30 at a million values,
-while their compiler takes 2 s (the table is in docs/benchmarks.md). They are faster below too, where too few steps are
-made for that."""
+Measured at commit 7c56381 on a core of an AMD EPYC: they save 2 ms of a training step there, and 30 ms at a million
+values (docs/benchmarks.md). Below they are faster too, but rarely make up for the 2 s of their compiler."""
 
 
 def check_backend(backend: str, num_components: int = 0) -> None:
-    """Raise ValueError unless backend is one, and one for mixtures of K components, or for clusters where K is 0."""
+    """Raise ValueError unless the backend exists, for mixtures of K components or, where K is 0, for clusters."""
     check_choice("backend", backend, BACKENDS)
     if backend == "compiled" and (reason := library.refusal_of_components(num_components)):
         raise ValueError(f"backend: 'compiled' {reason}")
@@ -174,12 +173,12 @@ def choose_backend(
 ) -> str:
     """Return the backend that computes x with these parameters.
 
-    "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
-    the loops of ``backends.cpu`` can and x is large enough; else eager. Under torch.func and in exported graphs it is
+    "auto" is triton on a GPU where its kernels can run; compiled on a CPU for mixtures of K components, where the loops
+    of ``backends.cpu`` can and x is large enough; else eager. Under torch.func and in exported graphs the answer is
     reference, whatever was asked for.
 
     Raises:
-        ValueError: backend is no backend, or one that cannot run here, with the reason.
+        ValueError: an unknown backend, or one that cannot run here, with the reason.
     """
     check_backend(backend, num_components)
     if graphs.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
@@ -194,7 +193,7 @@ def choose_backend(
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
-        pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
+        pays = num_components > 0 and x.numel() >= LEAST_VALUES
         return "compiled" if pays and library.refusal(x, num_components, *parameters) is None else "eager"
     reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
@@ -204,7 +203,7 @@ def choose_backend(
 
 def settled_backend(backend: str, device: torch.device, dtype: torch.dtype, num_components: int) -> str:
     """Return what ``choose_backend`` makes of a backend for a large activation; no components stand for clusters."""
-    return choose_backend(backend, torch.empty(max(LEAST_VALUES.values()), device=device, dtype=dtype), num_components)
+    return choose_backend(backend, torch.empty(LEAST_VALUES, device=device, dtype=dtype), num_components)
 
 
 def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -219,7 +219,7 @@ def test_auto_takes_the_loops_from_a_size_on(monkeypatch):
     def chosen(values: int, num: int = 3, dtype: torch.dtype = torch.float32) -> str:
         return functional.choose_backend("auto", torch.empty(values, dtype=dtype), num)
 
-    least = functional.LEAST_VALUES["single"]
+    least = functional.LEAST_VALUES
     assert (chosen(least), chosen(least - 1)) == ("compiled", "eager")
     assert chosen(least, num=library.MOST_COMPONENTS + 1) == "eager"
     assert chosen(least, dtype=torch.float64) == chosen(least, dtype=torch.bfloat16) == "eager"
