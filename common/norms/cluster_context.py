@@ -98,37 +98,25 @@ def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | Non
     return ids
 
 
-class RoutedSCBNorm(SCBNorm):
+class _Routed(nn.Module):
+    _give_ids = _GIVE_IDS
+
+    @fx_leaf
+    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
+        r"""Normalise x (N, C, \*) by cluster (N,)."""
+        return super().forward(x, _routed(self, cluster, x))
+
+
+class RoutedSCBNorm(_Routed, SCBNorm):
     """SCBNorm in a converted model: ids that it is not given come from ``clusters``."""
 
-    _give_ids = _GIVE_IDS
 
-    @fx_leaf
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(self, cluster, x))
-
-
-class RoutedSCBNormBase(SCBNormBase):
+class RoutedSCBNormBase(_Routed, SCBNormBase):
     """SCBNormBase in a converted model: ids that it is not given come from ``clusters``."""
 
-    _give_ids = _GIVE_IDS
 
-    @fx_leaf
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(self, cluster, x))
-
-
-class RoutedDomainBatchNorm(DomainBatchNorm):
+class RoutedDomainBatchNorm(_Routed, DomainBatchNorm):
     """DomainBatchNorm in a converted model: ids that it is not given come from ``clusters``."""
-
-    _give_ids = _GIVE_IDS
-
-    @fx_leaf
-    def forward(self, x: Tensor, cluster: Tensor | None = None) -> Tensor:
-        r"""Normalise x (N, C, \*) by cluster (N,)."""
-        return super().forward(x, _routed(self, cluster, x))
 
 
 ROUTED: dict[str, Callable[..., nn.Module]] = {

@@ -13,11 +13,11 @@ from .backends.backend import ClusterOptions, ClusterParams
 from .backends.reference import UnknownPosterior, UnknownScale
 from .base import FLAG, DeviceLike, NormLayer, fx_leaf
 
-SupervisedInit = Literal["identity", "data"]
-SupervisedStatistics = Literal["learned", "batch", "instance"]
+ClusterInit = Literal["identity", "data"]
+ClusterStatistics = Literal["learned", "batch", "instance"]
 
 
-class _SupervisedNorm(NormLayer):
+class _ClusterNorm(NormLayer):
     """What SCBNorm and SCBNormBase share: all but where the rows come from."""
 
     _give_ids: ClassVar[str] = functional.GIVE_IDS
@@ -30,11 +30,11 @@ class _SupervisedNorm(NormLayer):
         num_features: int,
         num_clusters: int,
         *,
-        statistics: SupervisedStatistics = "learned",
+        statistics: ClusterStatistics = "learned",
         momentum: float = 0.1,
         eps: float = 1e-5,
         affine: bool = False,
-        init: SupervisedInit = "identity",
+        init: ClusterInit = "identity",
         unknown_scale: UnknownScale = "match",
         unknown_posterior: UnknownPosterior = "location",
         channel_dim: int = 1,
@@ -42,9 +42,9 @@ class _SupervisedNorm(NormLayer):
         device: DeviceLike = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_choice("statistics", statistics, get_args(SupervisedStatistics))
+        functional.check_choice("statistics", statistics, get_args(ClusterStatistics))
         momentum = functional.check_momentum(momentum)
-        functional.check_choice("init", init, get_args(SupervisedInit))
+        functional.check_choice("init", init, get_args(ClusterInit))
         functional.check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
         functional.check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
         num_clusters = functional.check_size("num_clusters", num_clusters)
@@ -52,9 +52,9 @@ class _SupervisedNorm(NormLayer):
         placed: Any = {"device": device, "dtype": dtype}
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, backend=backend, **placed)
         self.num_clusters = num_clusters
-        self.statistics: SupervisedStatistics = statistics
+        self.statistics: ClusterStatistics = statistics
         self.momentum = momentum
-        self.init: SupervisedInit = init
+        self.init: ClusterInit = init
         self.unknown_scale: UnknownScale = unknown_scale
         self.unknown_posterior: UnknownPosterior = unknown_posterior
         self._build(**placed)
@@ -178,7 +178,7 @@ class _SupervisedNorm(NormLayer):
         return self.num_clusters
 
 
-class SCBNorm(_SupervisedNorm):
+class SCBNorm(_ClusterNorm):
     r"""Normalise each sample with the learned mean and deviation of its own cluster.
 
     .. math:: y_{ncl} = (x_{ncl} - \mu_{kc}) / \sqrt{e^{s_{kc}} + \epsilon}, \qquad k = cluster_n
@@ -245,7 +245,7 @@ class SCBNorm(_SupervisedNorm):
         self.log_var.copy_(log_var)
 
 
-class SCBNormBase(_SupervisedNorm):
+class SCBNormBase(_ClusterNorm):
     r"""SCBNorm whose rows are the outputs of two linear layers on the one-hot cluster.
 
     The same functions as SCBNorm's, :math:`\mu_k = W_{:,k} + b`, optimised in other coordinates:
