@@ -22,7 +22,11 @@ UnknownPosterior = Literal["location", "sample"]
 
 
 class MixtureParams(NamedTuple):
-    """A mixture of K components with diagonal covariances, as layers store it."""
+    """A mixture of K components with diagonal covariances, as layers store it.
+
+    Where ``Options.stored`` is False, as in ``functional.mixture_norm``, log weights and variances stand in the places
+    of logits and log-variances: a logarithm and its exponential would round.
+    """
 
     logits: Tensor
     """log_softmax of these are the log weights, (K,)."""
