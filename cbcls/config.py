@@ -158,6 +158,11 @@ class ClassifierConfig(RunConfig):
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
             )
 
+    @property
+    def of_timm(self) -> bool:
+        """Whether the network is one of timm's."""
+        return self.model.name.startswith("timm:")
+
     def resolved(self) -> "ClassifierConfig":
         """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
         resolved = super().resolved()
