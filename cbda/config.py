@@ -9,6 +9,7 @@ from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import NOISE_PARTS
 from cbda.networks.wide_resnet import Form
 from common.cli.fields import MAY_CHANGE, named
+from common.data.augmentation import ViewOptions
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
 from common.machine.paths import texts_to_paths
@@ -86,13 +87,11 @@ class TargetConfig(DomainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
+class ImagesConfig(ViewOptions):
     """What both domains' images have in common."""
 
     size: int = 32
     """Side in pixels that images are brought to: a multiple of 4 from 8 to 1024."""
-    flip: bool = False
-    """Mirror half of the weak and strong views; not for digits and letters."""
     workers: int = field(default=0, metadata=MAY_CHANGE)
     """Loader processes; 0 makes the next views in a thread of the training process."""
     validation: float | None = None
@@ -100,6 +99,7 @@ class ImagesConfig:
     is chosen, else 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         DataConfig(size=self.size, workers=self.workers, validation=self.validation)  # which refuses what cannot be
 
 

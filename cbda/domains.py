@@ -7,7 +7,6 @@ import torch
 
 from cbda.config import AdaMatchConfig, DomainConfig
 from common.data import ImageSet, Splits, Stream, load
-from common.data.augmentation import strong, weak
 from common.errors import UsageError
 from common.machine.seeding import permutation
 
@@ -59,7 +58,7 @@ def domain_streams(cfg: AdaMatchConfig, images: Mapping[str, ImageSet], world: i
     Raises:
         UsageError: if the target has fewer images than a step takes.
     """
-    views = weak(cfg.data.size, cfg.data.flip), strong(cfg.data.size, cfg.data.flip)
+    views = cfg.data.view("weak", cfg.data.size), cfg.data.view("strong", cfg.data.size)
     labelled, target = cfg.batch_size * world * cfg.accumulate, images["target"]
     if labelled * cfg.target_ratio > len(target):
         raise UsageError(

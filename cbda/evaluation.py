@@ -14,7 +14,6 @@ from torch.func import functional_call
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet, to_input
-from common.data.augmentation import weak
 from common.errors import NonFiniteError, UsageError
 from common.machine.atomic import write_atomic, write_text_atomic
 from common.machine.device import autocast
@@ -215,7 +214,7 @@ class Evaluation:
 
         The network is in training mode, and its running statistics stay as they are.
         """
-        view, seed = weak(self.cfg.data.size, self.cfg.data.flip), self.cfg.seed
+        view, seed = self.cfg.data.view("weak", self.cfg.data.size), self.cfg.seed
         for domain, split, cluster in _TRAINING:
             place = ("logits", split, step)
             index = permutation(len(self.images[split]), seed, *place)[: self.cfg.batch_size]

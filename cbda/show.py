@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from common.cli.arguments import parse
 from common.cli.command import run_command
 from common.data import DataConfig, load
-from common.data.augmentation import strong, weak
+from common.data.augmentation import ViewOptions
 from common.data.config import fields_without_prefix
 from common.machine.atomic import write_atomic
 from common.machine.paths import refuse_overwriting
@@ -21,7 +22,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsConfig(DataConfig):
+class ViewsConfig(ViewOptions, DataConfig):
     """Draw some training images of a data set with weak and strong views of them, as training sees them."""
 
     seed: int = 0
@@ -34,7 +35,8 @@ class ViewsConfig(DataConfig):
     """Write over a sheet that is there."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DataConfig.__post_init__(self)
+        ViewOptions.__post_init__(self)
         for name in ("seed", "epoch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -57,8 +59,9 @@ def _show(config: ViewsConfig) -> None:
     index = permutation(len(images), config.seed, "shown")[:_SHOWN]
     shown, rows = images.images[index], []
     # The keys are those of the first stream of a run, so that a sheet shows what training sees.
-    for name, view, position in (("weak", weak, ()), ("strong", strong, ("view", 1))):
-        made = view(config.size, config.flip)
+    positions: dict[Literal["weak", "strong"], tuple[str | int, ...]] = {"weak": (), "strong": ("view", 1)}
+    for name, position in positions.items():
+        made = config.view(name, config.size)
         for epoch in range(config.epoch, config.epoch + 3):
             rows.append((f"{name}, epoch {epoch}", made(shown, index, config.seed, *position, epoch)))
     rows = [("plain", shown), *rows]

@@ -36,11 +36,16 @@ class Augmentation:
         strength: which of them.
         size: side S of the images.
         flip: mirror; not for digits and letters, which become others, or none.
+        invert: weak and strong views also show the negative, with probability 1/2.
+        scale: weak and strong views are first scaled about their centre, height and width apart, by factors drawn
+            uniformly between these two.
     """
 
     strength: Strength
     size: int
     flip: bool = False
+    invert: bool = False
+    scale: tuple[float, float] | None = None
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return the view, uint8 (3, S, S)."""
@@ -51,14 +56,26 @@ class Augmentation:
         return torch.from_numpy(np.ascontiguousarray(made.transpose(2, 0, 1)))
 
 
-def weak(size: int, flip: bool = False) -> PerImage:
-    """Return the weak view of images of a side (see `Augmentation`)."""
-    return PerImage(Augmentation("weak", size, flip))
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Options of weak and strong views that their data set decides."""
 
+    flip: bool = False
+    """Mirror half of the weak and strong views; not for digits and letters."""
+    invert: bool = False
+    """Show half of the weak and strong views as negatives, where light on dark may be dark on light in the other
+    domain (French, Mackiewicz and Fisher, ICLR 2018, from MNIST to SVHN)."""
+    scale: tuple[float, float] | None = None
+    """Scale weak and strong views by factors between these two, height and width apart, where objects are of another
+    size in the other domain; null does not."""
 
-def strong(size: int, flip: bool = False) -> PerImage:
-    """Return the strong view of images of a side (see `Augmentation`)."""
-    return PerImage(Augmentation("strong", size, flip))
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0.25 <= self.scale[0] <= self.scale[1] <= 4:
+            raise ValueError(f"data.scale: expected two factors in order, from 0.25 to 4, or null, got {self.scale}")
+
+    def view(self, strength: Literal["weak", "strong"], size: int) -> PerImage:
+        """Return the weak or strong view of images of a side (see `Augmentation`)."""
+        return PerImage(Augmentation(strength, size, self.flip, self.invert, self.scale))
 
 
 @functools.cache
@@ -83,6 +100,10 @@ def _pipeline(of: Augmentation) -> Any:
         )
         return A.Compose([A.Affine(border_mode=border, p=1, **changes), *mirror])
     steps: list[Any] = [A.Pad(size // 8, border_mode=border), A.RandomCrop(size, size), *mirror]
+    if of.scale is not None:
+        steps.insert(0, A.Affine({"x": of.scale, "y": of.scale}, border_mode=border, p=1))
+    if of.invert:
+        steps.append(A.InvertImg(p=0.5))
     if of.strength == "strong":
         angle = math.degrees(math.atan(0.15))
         same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}

@@ -31,7 +31,7 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
-from common.data.augmentation import weak
+from common.data.augmentation import ViewOptions
 from common.errors import NonFiniteError, UsageError
 from common.machine.seeding import permutation, uniform_per_sample
 from common.networks.pixels import pixels_of
@@ -570,7 +570,7 @@ def test_the_authors_variance_is_of_the_sum_of_all_logits_in_training_mode_on_a_
             place = ("logits", split, line["step"])
             index = permutation(36, 0, *place)[:9]
             seen[place] = index.tolist()
-            batch = weak(8)(images[split].images[index], index, 0, *place)
+            batch = ViewOptions().view("weak", 8)(images[split].images[index], index, 0, *place)
             assert not torch.equal(batch, images[split].images[index])
             network.train()(to_float(batch), torch.full((9,), int(domain == "target"))).sum().backward()
             found = {name: p.grad.numpy().var() for name, p in network.named_parameters()

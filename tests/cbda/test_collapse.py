@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cbda.adamatch
-import cbda.domains
 import cbda.models
 from cbda.adaptation.losses import Watch
 from cbda.adaptation.objective import Objective, collapse
 from cbda.config import MethodConfig
 from common.data import plain
+from common.data.augmentation import ViewOptions
 from common.errors import NonFiniteError
 from common.runs.log import read_metrics
 from common.training.update import Part
@@ -62,8 +62,7 @@ def scripted(monkeypatch):
 
     def follow(script: str) -> None:
         monkeypatch.setattr(Objective, "adamatch", loss)
-        for strength in ("weak", "strong"):
-            monkeypatch.setattr(cbda.domains, strength, lambda *_: plain)
+        monkeypatch.setattr(ViewOptions, "view", lambda *_: plain)
         monkeypatch.setattr(cbda.models, "build_classifier", lambda *_, **__: Scripted(script))
 
     return follow

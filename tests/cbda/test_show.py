@@ -5,7 +5,7 @@ from refusals import refused
 
 from cbda.show import main
 from common.data import DataConfig, Feed, Stream, load
-from common.data.augmentation import strong, weak
+from common.data.augmentation import ViewOptions
 from common.machine.seeding import permutation
 
 
@@ -23,13 +23,15 @@ def tiles(path) -> torch.Tensor:
 def test_a_sheet_shows_what_training_sees(tmp_path):
     epoch = 2
     flags = ["--name", "digits_m", "--size", "32", "--out", str(tmp_path), "--seed", "3", "--epoch", str(epoch)]
+    flags += ["--invert", "--scale", "[0.9, 1.4]"]
     main(flags)
     found = tiles(tmp_path / "views-digits_m.png")[:, :, :, ::2, ::2]  # each pixel twice
     train = load(DataConfig(name="digits_m")).train
     index = permutation(400, 3, "shown")[:8]
     assert torch.equal(found[0], train.images[index])
     assert len(found) == 7
-    feed = Feed({"train": Stream(train, 400, (weak(32), strong(32)))})
+    views = ViewOptions(invert=True, scale=(0.9, 1.4))
+    feed = Feed({"train": Stream(train, 400, (views.view("weak", 32), views.view("strong", 32)))})
     for later in range(3):
         (step,) = feed.epoch(epoch + later, 0, 3)
         batch = step[0]["train"]
@@ -42,6 +44,7 @@ def test_bad_input(tmp_path, capsys):
     flags = ["--out", str(tmp_path)]
     assert "epoch: expected 0 or more, got -1" in refused(capsys, main, *flags, "--epoch", "-1")
     assert refused(capsys, main, *flags, "--size", "33").startswith("error: size: expected a multiple of 4")
+    assert refused(capsys, main, *flags, "--scale", "[2, 1]").startswith("error: scale: expected two factors in order")
     main(flags)
     assert "exists; add --force" in refused(capsys, main, *flags)
     main([*flags, "--force"])

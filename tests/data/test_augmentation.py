@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from common.data import DataConfig, Feed, ImageSet, PerImage, Stream, load
-from common.data.augmentation import Augmentation, strong, weak
+from common.data.augmentation import Augmentation, ViewOptions
 
-VIEWS = (weak(16), strong(16), PerImage(Augmentation("zoom", 16)), PerImage(Augmentation("affine", 16)))
+PLAIN = ViewOptions()
+OF_CLASSIFIERS = PerImage(Augmentation("zoom", 16)), PerImage(Augmentation("affine", 16))
+VIEWS = (PLAIN.view("weak", 16), PLAIN.view("strong", 16), *OF_CLASSIFIERS)
 
 
 def coordinates(size: int = 16) -> Tensor:
@@ -35,6 +37,32 @@ def test_half_of_the_images_are_mirrored_where_that_was_asked_for():
 
     assert all(rising(False))
     assert 70 < sum(rising(True)) < 130
+
+
+def test_half_of_the_views_are_negatives_where_that_was_asked_for():
+    image = coordinates()
+    crops = {Augmentation("weak", 16)(image, seed).numpy().tobytes() for seed in range(200)}
+    inverted = ViewOptions(invert=True).view("weak", 16).function
+    views = [inverted(image, seed) for seed in range(200)]
+    negative = [(255 - view).numpy().tobytes() in crops for view in views]
+    assert all(view.numpy().tobytes() in crops for view, other in zip(views, negative, strict=True) if not other)
+    assert 70 < sum(negative) < 130
+
+
+def test_views_are_scaled_by_factors_of_the_range_height_and_width_apart():
+    size, found = 64, []
+    square = torch.zeros(3, size, size, dtype=torch.uint8)
+    square[:, 22:42, 22:42] = 255
+    scaled = ViewOptions(scale=(0.8, 1.4)).view("weak", size).function
+    for seed in range(200):
+        view = scaled(square, seed)[0].double() / 255
+        found.append(torch.stack([view.sum(0).max(), view.sum(1).max()]) / 20)
+    factors = torch.stack(found)
+    for side in (0, 1):
+        assert 0.78 < factors[:, side].min() < 0.84
+        assert 1.36 < factors[:, side].max() < 1.42
+        assert abs(factors[:, side].mean() - 1.1) < 0.04  # three standard errors of a uniform draw
+    assert abs(torch.corrcoef(factors.T)[0, 1]) < 0.25  # drawn apart
 
 
 def test_equal_images_of_one_batch_are_seen_differently():
