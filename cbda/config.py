@@ -214,9 +214,9 @@ class AdaMatchConfig(RunConfig):
         return super().follows_length or self.method.warmup > 0
 
     @property
-    def of_timm(self) -> bool:
-        """Whether the network is one of timm's."""
-        return self.model.name.startswith("timm:")
+    def fast_in_nhwc(self) -> bool:
+        """Whether training steps on a CPU were no slower in NHWC: not those of timm's networks."""
+        return not self.model.name.startswith("timm:")
 
     def resolved(self) -> "AdaMatchConfig":
         """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""

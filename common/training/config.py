@@ -151,7 +151,7 @@ class RunConfig:
     """Precision of convolutions and linear maps (autocast); fp16 scales its gradients."""
     channels_last: bool | None = None
     """Keep images and weights as NHWC in memory: the same values up to rounding, at another speed; null does so on a
-    CPU, but for networks of timm (docs/benchmarks.md)."""
+    CPU, but for networks of timm and GANs wider than 128, which it slows down (docs/benchmarks.md)."""
     deterministic: bool = False
     """On CUDA, use only kernels whose results repeat bit for bit; some are slower."""
     compile: bool = False
@@ -217,9 +217,9 @@ class RunConfig:
             raise ValueError(f"ema: expected 0 up to, not including, 1, got {self.ema}")
 
     @property
-    def of_timm(self) -> bool:
-        """Whether the network is one of timm's."""
-        return False
+    def fast_in_nhwc(self) -> bool:
+        """Whether training steps on a CPU were no slower in NHWC than in NCHW (docs/benchmarks.md)."""
+        return True
 
     @property
     def follows_length(self) -> bool:
@@ -231,7 +231,7 @@ class RunConfig:
         channels_last = self.channels_last
         if channels_last is None:
             on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
-            channels_last = on_cpu and not self.of_timm
+            channels_last = on_cpu and self.fast_in_nhwc
         return replace(self, norm=self.norm.resolved(), channels_last=channels_last)
 
     def check_backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

@@ -94,13 +94,13 @@ def test_a_cpu_keeps_images_as_nhwc_and_a_run_that_goes_on_keeps_what_it_had(tmp
         resume_config(RunConfig, [*argv, "--channels_last", str(not last).lower()], tmp_path)
 
 
-@pytest.mark.parametrize("kind", [AdaMatchConfig, ClassifierConfig, GanConfig])
-def test_networks_of_timm_stay_as_they_are(kind):
-    assert parse(kind, ["--device", "cpu"]).resolved().channels_last
-    if kind is not GanConfig:
-        flags = ["--device", "cpu", "--model.name", "timm:resnet18"]
-        assert not parse(kind, flags).resolved().channels_last
-        assert parse(kind, [*flags, "--channels_last"]).resolved().channels_last
+def test_networks_that_nhwc_slows_down_stay_as_they_are():
+    slow = {AdaMatchConfig: ["--model.name", "timm:resnet18"], ClassifierConfig: ["--model.name", "timm:resnet18"],
+            GanConfig: ["--width", "256"]}  # fmt: skip
+    for kind, flags in slow.items():
+        assert parse(kind, ["--device", "cpu"]).resolved().channels_last
+        assert not parse(kind, ["--device", "cpu", *flags]).resolved().channels_last
+        assert parse(kind, ["--device", "cpu", *flags, "--channels_last"]).resolved().channels_last
 
 
 def test_a_change_that_may_not_be_is_told_whatever_it_makes_of_other_settings(tmp_path):
