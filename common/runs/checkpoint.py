@@ -13,7 +13,7 @@ import torch
 from common.errors import UsageError
 from common.machine.atomic import write_atomic
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the layout; files of another one are refused."""
 
 

@@ -19,6 +19,7 @@ from common.training.update import Part, StepGuard, Update
 
 _STEPS = 3
 _MIB = 2**20
+_LISTED = 10
 
 
 class Steps:
@@ -145,6 +146,8 @@ def estimate(cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> s
 def _describe(network: nn.Module) -> str:
     norms = {name: _count(layer) for name, layer in network.named_modules() if isinstance(layer, NormLayer | _NormBase)}
     listed = ", ".join(f"{count:,} in {name}" for name, count in norms.items())
+    if len(norms) > _LISTED:
+        listed = f"{sum(norms.values()):,} in {len(norms)} normalizations, {next(iter(norms))} to {list(norms)[-1]}"
     return f"{type(network).__name__}: {_count(network):,} parameters, of them {listed or 'none in normalizations'}"
 
 
