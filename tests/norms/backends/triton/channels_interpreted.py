@@ -1,7 +1,5 @@
 """The kernels whose programs are channels, under Triton's interpreter; run by test_kernels.py."""
 
-import math
-
 import pytest
 import torch
 from kernels_interpreted import assert_mixture_within_budget, case, mixture_gradients
@@ -9,7 +7,6 @@ from launches import replaced_kernels
 from layers_interpreted import assert_near, pair, step
 from norm_cases import in_full, mixture_case
 
-from common.norms import mixture_norm
 from common.norms.backends.triton import tile_configs
 
 LAYERS = {
@@ -72,49 +69,6 @@ def test_a_backward_of_many_programs_takes_the_state_that_one_program_left(monke
 def test_a_program_of_a_channel_takes_components_and_eps(num, scale):
     values = case((3, 4, 5), num, torch.float32)
     assert_mixture_within_budget(values, affine=False, groups=4, statistics="batch", scale=scale, eps=0.3)
-
-
-def test_an_offset_and_an_outlier_cost_no_digits():
-    """As for kernels of many programs."""
-    assert_mixture_within_budget(case((8, 4, 9), 3, torch.float32, offset=1e3), groups=4, statistics="batch")
-    x, log_lambda, mean, var, g = case((4, 4, 32), 3, torch.float32)
-    x[0, :, 0] = 1e4
-    values = x, log_lambda, mean + torch.tensor([[1e4], [0], [0]]), var.clone(), g
-    want, got = (
-        mixture_gradients(values, dtype, backend, groups=4)
-        for dtype, backend in ((torch.float64, "reference"), (None, "triton"))
-    )
-    torch.testing.assert_close(got["var"][1:].double(), want["var"][1:], rtol=1e-3, atol=0)
-
-
-def test_an_empty_component_adds_nothing():
-    x, log_lambda, mean, var, g = case((8, 4, 6), 3, torch.float32)
-    mean[2] = 1e4
-    got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", affine=False, groups=4)
-    two = mixture_gradients((x, log_lambda[:2], mean[:2], var[:2], g), None, "triton", affine=False, groups=4)
-    for name, value in got.items():
-        assert value.isfinite().all()
-        torch.testing.assert_close(value if name in ("y", "dx") else value[:2], two[name])
-        assert name in ("y", "dx") or not value[2].any()
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_a_value_that_is_not_finite_shows_in_the_moments(value):
-    x, log_lambda, mean, var, _ = case((8, 4, 6), 3, torch.float32)
-    x[3, 2, 1] = value
-    _, moments = mixture_norm(x, log_lambda, mean, var, groups=4, backend="triton")
-    assert moments is not None
-    assert not all(part.isfinite().all() for part in moments)
-
-
-def test_a_gradient_is_the_same_whatever_others_are_wanted():
-    *inputs, g = case((8, 4, 6), 3, torch.float32)
-    want = mixture_gradients((*inputs, g), None, "triton", affine=False, groups=4)
-    for i, name in ((0, "dx"), (2, "dmean")):
-        given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
-        (got,) = torch.autograd.grad(mixture_norm(*given, groups=4, backend="triton")[0], given[i], g)
-        torch.testing.assert_close(got, want[name], msg=name)
 
 
 @pytest.mark.parametrize("name", ["learned by gradients, with a floor", *in_full(*(n for n in LAYERS if n[0] != "l"))])

@@ -44,6 +44,9 @@ def nan_filled_memory():
 @pytest.fixture(autouse=True, params=["small tiles"])
 def tiles(request, monkeypatch):
     """Cut tiles down, so that small inputs have many, unless a test asks for the real ones."""
+    if request.param == "a program a channel":
+        monkeypatch.setattr(tile_configs, "CHANNEL", tile_configs.TileConfig(elements=16, num_warps=1))
+        monkeypatch.setattr(tile_configs, "FEWEST_CHANNELS", 1)
     if request.param == "small tiles":
         for name in ("SCB_FORWARD", "SCB_BACKWARD", "SUMS"):
             monkeypatch.setattr(tile_configs, name, tile_configs.TileConfig(elements=64, num_warps=1))
@@ -269,8 +272,16 @@ def test_mixture_at_the_sizes_of_a_launch(memory, tiles):
     assert_mixture_within_budget(values, groups=70, statistics="learned")
 
 
-@pytest.mark.parametrize("groups", [1, *in_full(4)])
-def test_moments_survive_offsets_and_outliers(groups):
+WAYS = pytest.mark.parametrize(
+    ("tiles", "groups"),
+    [("small tiles", 1), ("a program a channel", 4), *in_full(("small tiles", 4))],
+    indirect=["tiles"],
+)
+"""Many programs for a block of channels, or one for each."""
+
+
+@WAYS
+def test_moments_survive_offsets_and_outliers(groups, tiles):
     """As for eager: half an ulp of 1e6 for the mean, two passes' accuracy for the variance.
 
     An outlier of 1e4 in the first place is where squares about the first element fail, by 1e8 * 6e-8 = 6; means
@@ -289,13 +300,17 @@ def test_moments_survive_offsets_and_outliers(groups):
     torch.testing.assert_close(got["var"][1:].double(), want["var"][1:], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("groups", "statistics"), [(4, "learned"), *in_full((1, "batch"))])
-def test_an_offset_costs_what_it_costs_eager(groups, statistics):
+@pytest.mark.parametrize(
+    ("tiles", "groups", "statistics"),
+    [("small tiles", 4, "learned"), ("a program a channel", 4, "batch"), *in_full(("small tiles", 1, "batch"))],
+    indirect=["tiles"],
+)
+def test_an_offset_costs_what_it_costs_eager(groups, statistics, tiles):
     assert_mixture_within_budget(case((8, 4, 9), 3, torch.float32, offset=1e3), groups=groups, statistics=statistics)
 
 
-@pytest.mark.parametrize("groups", [1, *in_full(4)])
-def test_an_empty_component_adds_nothing(groups):
+@WAYS
+def test_an_empty_component_adds_nothing(groups, tiles):
     x, log_lambda, mean, var, g = case((8, 4, 6), 3, torch.float32)
     mean[2] = 1e4
     got = mixture_gradients((x, log_lambda, mean, var, g), None, "triton", affine=False, groups=groups)
@@ -309,8 +324,13 @@ def test_an_empty_component_adds_nothing(groups):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of an overflow
-@pytest.mark.parametrize(("groups", "value"), [(1, math.nan), (4, math.inf), (1, 1e30)])
-def test_a_value_that_is_not_finite_shows_in_the_moments(groups, value):
+@pytest.mark.parametrize(
+    ("tiles", "groups", "value"),
+    [(way, 4 if way == "a program a channel" else 1, value) for way in ("small tiles", "a program a channel")
+     for value in (math.nan, math.inf, 1e30)],
+    indirect=["tiles"],
+)  # fmt: skip
+def test_a_value_that_is_not_finite_shows_in_the_moments(groups, value, tiles):
     """Moving averages are kept from such a batch by what they see in its moments."""
     x, log_lambda, mean, var, _ = case((8, 4, 6), 3, torch.float32)
     x[3, 2, 1] = value
@@ -319,13 +339,18 @@ def test_a_value_that_is_not_finite_shows_in_the_moments(groups, value):
     assert not all(part.isfinite().all() for part in moments)
 
 
-@pytest.mark.parametrize("statistics", ["learned", *in_full("batch")])
-def test_a_gradient_is_the_same_whatever_others_are_wanted(statistics):
+@pytest.mark.parametrize(
+    ("tiles", "groups", "statistics"),
+    [("small tiles", 1, "learned"), ("a program a channel", 4, "batch"), *in_full(("small tiles", 1, "batch"))],
+    indirect=["tiles"],
+)
+def test_a_gradient_is_the_same_whatever_others_are_wanted(groups, statistics, tiles):
     *inputs, g = case((8, 4, 6), 3, torch.float32)
-    want = mixture_gradients((*inputs, g), None, "triton", affine=False, statistics=statistics)
+    options: Any = {"groups": groups, "statistics": statistics, "backend": "triton"}
+    want = mixture_gradients((*inputs, g), None, affine=False, **options)
     for i, name in ((0, "dx"), (2, "dmean")):
         given = [t.detach().requires_grad_(k == i) for k, t in enumerate(inputs)]
-        (got,) = torch.autograd.grad(mixture_norm(*given, statistics=statistics, backend="triton")[0], given[i], g)
+        (got,) = torch.autograd.grad(mixture_norm(*given, **options)[0], given[i], g)
         torch.testing.assert_close(got, want[name], msg=name)  # tiles, and with them the order of sums, may differ
 
 
