@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.machine.seeding import generator
-from common.norms import MixtureNorm, SCBNorm, calibrate, clusters, convert_norms, mixture, preserved_statistics
+from common.norms import (
+    MixtureNorm,
+    SCBNorm,
+    calibrate,
+    clusters,
+    convert_norms,
+    mixture,
+    preserved_statistics,
+    recalibrate,
+)
 from common.norms.backends import reference
 
 
@@ -182,6 +191,13 @@ def test_after_an_error_the_model_is_as_it_was():
         assert_untouched(model, before, modes)
 
 
+def test_a_model_without_a_layer_to_estimate_is_refused():
+    model = nn.Sequential(nn.LayerNorm(3))
+    for run, what in ((calibrate, "MixtureNorm layer"), (recalibrate, "layer that stores statistics")):
+        with pytest.raises(ValueError, match=f"model: expected at least one {what}, found none"):
+            run(model, [batch(0)])
+
+
 def test_an_error_at_a_later_layer_undoes_the_earlier():
     model = network()
     with torch.no_grad():
@@ -190,11 +206,6 @@ def test_an_error_at_a_later_layer_undoes_the_earlier():
     with pytest.raises(ValueError, match=r"batch 0 feeds parts\.0\.1 others"):
         calibrate(model, [batch(0)])
     assert_untouched(model, before, modes)
-
-
-def test_a_model_without_a_mixture_norm_is_refused():
-    with pytest.raises(ValueError, match="model: expected at least one MixtureNorm layer, found none"):
-        calibrate(nn.Sequential(nn.BatchNorm2d(3)), [batch(0)])
 
 
 @pytest.mark.parametrize(("groups", "offset"), [(1, 1e3), (2, 0.0)])

@@ -310,11 +310,3 @@ def test_an_exception_still_puts_everything_back():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(layer._forward_pre_hooks for layer in mixture_layers(model).values())
-
-
-def test_channels_last_layers_measure_the_same():
-    first, last = UCBNorm(4, 3), UCBNorm(4, 3, channel_dim=-1)
-    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
-    a, b = health(first, x), health(last, x.movedim(1, -1))
-    assert a.usage == pytest.approx(b.usage)
-    assert a.drift == pytest.approx(b.drift)

@@ -102,17 +102,6 @@ def test_each_layer_is_fed_what_those_before_it_give_after_their_own_estimate():
         torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-3, atol=1e-3)  # its variance is unbiased
 
 
-@pytest.mark.parametrize("batches", [3, 5000, 20_000, 100_000])
-def test_it_matters_nothing_how_many_batches_are_allowed_or_whether_the_loader_has_a_length(batches):
-    torch.manual_seed(0)
-    x = inputs().float()
-    model = nn.Sequential(UCBNorm(2, 2), nn.Linear(2, 3), UCBNorm(3, 2))
-    wanted = copy.deepcopy(model)
-    recalibrate(wanted, list(x.split(1000)), 3)
-    recalibrate(model, (part for part in x.split(1000)), batches)
-    torch.testing.assert_close(dict(model.state_dict()), dict(wanted.state_dict()), rtol=0, atol=0)
-
-
 def test_a_layer_hands_each_batch_on_by_all_of_its_locations_however_many_batches_there_are():
     torch.manual_seed(0)
     x = 3 * torch.randn(400, 400, 2) + 5
@@ -258,13 +247,3 @@ def test_a_mixture_learned_by_gradients_is_no_estimate():
         recalibrate(UCBNorm(2, 2, update="weight"), [inputs()])
     with pytest.raises(ValueError, match=r"^update: expected 'moving_average'"):
         UCBNorm(2, 2, update="weight").calibrate([inputs()])
-
-
-def test_after_an_error_the_model_is_as_it_was():
-    linear = nn.Linear(2, 2)
-    model = nn.Sequential(UCBNorm(2, 2), linear, UCBNorm(2, 2))
-    nn.init.constant_(linear.weight, float("inf"))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match="feeds 2 others"):
-        recalibrate(model, [inputs().float()])
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
