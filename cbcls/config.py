@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.cli.fields import MAY_CHANGE
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
-from common.machine.paths import texts_to_paths
 from common.norms.factory import kinds
+from common.runtime.fields import MAY_CHANGE
+from common.runtime.paths import texts_to_paths
 from common.training.config import RunConfig
 
 _FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"

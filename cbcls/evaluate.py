@@ -14,18 +14,18 @@ from cbcls.export import TrainedClassifier, load_model
 from cbcls.train import Classification
 from common.classification.measured import draw, measured
 from common.classification.stored import run_folder
-from common.cli.arguments import flatten, parse, shown, to_dict
-from common.cli.command import run_command
-from common.cli.fields import changeable
 from common.data import ImageSet
 from common.data.clusters import clusters_origin
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
 from common.metrics.logits import evaluating
 from common.metrics.scores import classification_scores, keras_threshold
 from common.runs.folder import environment
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import flatten, parse, shown, to_dict
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.fields import changeable
+from common.runtime.paths import refuse_overwriting
 from common.training.config import NOT_STORED
 
 _SPLITS = ("test", "validation")

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from cbcls.config import ClassifierConfig
 from common.classification.leak_audit import Categories, LeakAudit, leak_audit, told
 from common.data.image_set import ImageSet, to_input
-from common.errors import NonFiniteError, UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
 from common.runs.log import listed
+from common.runtime.atomic import write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import permutation
 from common.training.method import Better, Tracked
 from common.training.recalibration import drawn, recalibrate_network
 

@@ -16,8 +16,8 @@ from cbcls.train import Classification
 from common.classification.leak_audit import UNKNOWN
 from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import ImageSet
-from common.errors import UsageError
 from common.metrics.logits import evaluating
+from common.runtime.errors import UsageError
 from common.training.recalibration import recalibrates
 
 

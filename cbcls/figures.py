@@ -15,17 +15,17 @@ from cbcls.export import TrainedClassifier, load_model
 from cbcls.networks.classifier import Classifier
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data import ImageSet
-from common.errors import UsageError
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
-from common.machine.seeding import permutation
 from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
 from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
 from common.reports.figures import labelled, stems
 from common.reports.records import LoggedRun, group_by_seed, read_run
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
+from common.runtime.seeding import permutation
 
 FEATURES = "features"
 """Instead of a layer's name: what the last linear map is given."""

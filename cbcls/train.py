@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from cbcls.config import ClassifierConfig
 from cbcls.evaluation import CHARTS, HEADLINE, Evaluation, check_labels, choosable, closing_rows, recalibrate
 from cbcls.models import build_classifier
-from common.cli.command import run_command
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
-from common.machine.seeding import drawing
 from common.metrics.scores import METRICS
+from common.runtime.command import run_command
+from common.runtime.seeding import drawing
 from common.training.loop import train
 from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer

@@ -15,10 +15,10 @@ from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
 from cbda.evaluation import HEADLINE, Evaluation, better, check_choice, choosable, closing_rows, recalibrate
 from cbda.models import build_networks
-from common.cli.command import run_command
 from common.data import ImageSet, Stream
-from common.machine.dist import Env
 from common.networks.pixels import pixels_of
+from common.runtime.command import run_command
+from common.runtime.distributed import Env
 from common.training.loop import train
 from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import make_optimizer

@@ -14,16 +14,16 @@ from torch.func import functional_call
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet, to_input
-from common.errors import NonFiniteError, UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
 from common.norms.factory import kinds
 from common.reports.sheet import Verdict, captioned_sheet
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import drawing, permutation
 from common.training.method import Better, Moment, Tracked
 from common.training.recalibration import drawn, recalibrate_network
 

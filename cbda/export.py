@@ -15,9 +15,9 @@ from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
 from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import to_float
-from common.errors import UsageError
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
+from common.runtime.errors import UsageError
 from common.training.recalibration import recalibrates
 
 

@@ -1,6 +1,6 @@
-"""``python -m cbgan`` lists the commands, see `common.cli.commands`."""
+"""``python -m cbgan`` lists the commands, see `common.runtime.commands`."""
 
-from common.cli.commands import main
+from common.runtime.commands import main
 
 if __name__ == "__main__":
     main("cbgan")

@@ -10,13 +10,13 @@ import torch
 from cbgan.config import GanConfig
 from cbgan.networks.losses import Loss
 from cbgan.train import Gan
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data import ImageSet
-from common.machine.device import resolve_device, set_threads
-from common.machine.dist import Env
 from common.norms.bench import compare, head, line, machine, quantiles
 from common.norms.config import NormConfig
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device, set_threads
+from common.runtime.distributed import Env
 from common.training.opening import prepare
 from common.training.steps import Steps, Timed
 

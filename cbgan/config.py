@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
-from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
 from common.norms.factory import kinds
+from common.runtime.fields import MAY_CHANGE
 from common.training.config import BestConfig, RunConfig, ScheduleConfig
 
 

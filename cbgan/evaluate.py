@@ -17,16 +17,16 @@ from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_shee
 from cbgan.networks.dcgan import Generator
 from cbgan.train import Gan
 from common.classification.stored import Stored, read_stored
-from common.cli.arguments import parse, read, to_dict, to_yaml
-from common.cli.command import run_command
 from common.data import DataConfig, Decoding, load, read_folder
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import resolve_device, set_threads
-from common.machine.paths import expanded, refuse_overwriting
 from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig
 from common.runs.log import FINAL, METRICS, read_metrics
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import parse, read, to_dict, to_yaml
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device, set_threads
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded, refuse_overwriting
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""

@@ -17,13 +17,13 @@ from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
 from cbgan.objective import verdict_gap
 from common.data.image_set import ImageSet, Splits, to_uint8
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import permutation
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
 from common.runs.log import FINAL, read_metrics
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.seeding import permutation
 from common.training.method import Better, Moment
 from common.training.recalibration import recalibrate_network
 

@@ -14,10 +14,10 @@ from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
 from common.classification.stored import StoredModel, read_stored
 from common.data import to_uint8
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
-from common.machine.device import autocast
-from common.machine.paths import expanded
+from common.runtime.atomic import write_atomic
+from common.runtime.device import autocast
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
 
 PROGRAM = "generator.pt2"
 """The generator as torch.export has it, for code that knows nothing of this project."""

@@ -12,8 +12,8 @@ from cbgan.networks.augmentation import augment
 from cbgan.networks.dcgan import UNDER_TEST
 from cbgan.networks.losses import discriminator_loss, generator_loss, gradient_penalty
 from cbgan.noise import noise
-from common.machine.seeding import generator
 from common.metrics.gradient_variance import variances
+from common.runtime.seeding import generator
 from common.training.method import Method
 from common.training.update import Part
 

@@ -13,11 +13,11 @@ from cbgan.evaluation import Evaluation, recalibrate
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import noise
 from cbgan.objective import STALLED, Objective, collapse_of_losses, collapse_of_values, gradient_variances
-from common.cli.command import run_command
 from common.data import ImageSet
-from common.errors import UsageError
 from common.metrics.fid import other_split
 from common.norms import preserved_statistics
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
 from common.training.loop import train
 from common.training.method import Better, Method, Moment, Tracked
 from common.training.optimisation import parameter_groups

@@ -18,8 +18,8 @@ from cbda.adaptation.losses import (
     source_cross_entropy,
 )
 from cbda.networks.classifier import SOURCE, TARGET
-from common.machine.dist import mean_over_ranks
-from common.machine.seeding import uniform_per_sample
+from common.runtime.distributed import mean_over_ranks
+from common.runtime.seeding import uniform_per_sample
 from common.training.update import Part
 
 

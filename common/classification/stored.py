@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from common.cli.arguments import to_dict, to_yaml
-from common.errors import UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.cli import to_dict, to_yaml
+from common.runtime.errors import UsageError
 from common.training.config import RunConfig, stored_config
 
 C = TypeVar("C", bound=RunConfig)

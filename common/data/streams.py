@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.cli.command import STOPPING
 from common.data.image_set import ImageSet
-from common.errors import RankError, UsageError
-from common.machine import seeding
+from common.runtime import seeding
+from common.runtime.command import STOPPING
+from common.runtime.errors import RankError, UsageError
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from common.data import ImageSet, Splits
-from common.errors import Interrupted, UsageError
-from common.machine.dist import Env
-from common.machine.paths import texts_to_paths
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
 from common.metrics.dinov2 import MODELS, DinoV2
@@ -34,6 +31,9 @@ from common.metrics.features.uncertainty import (
 )
 from common.metrics.inception import Inception
 from common.metrics.logits import in_batches
+from common.runtime.distributed import Env
+from common.runtime.errors import Interrupted, UsageError
+from common.runtime.paths import texts_to_paths
 
 Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
+from common.runtime.atomic import write_atomic
+from common.runtime.errors import UsageError
 
 SCHEMA = 3
 """Version of the layout; files of another one are refused."""

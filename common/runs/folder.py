@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.cli.arguments import flatten
-from common.cli.plugins import installed_plugins
-from common.errors import UsageError
-from common.machine.atomic import umask, write_text_atomic
+from common.runtime.atomic import umask, write_text_atomic
+from common.runtime.cli import flatten
+from common.runtime.errors import UsageError
+from common.runtime.plugins import installed_plugins
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.machine.atomic import naming
+from common.runtime.atomic import naming
 
 METRICS = "metrics.jsonl"
 FINAL = "_final"

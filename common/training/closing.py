@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from common.machine.atomic import write_text_atomic
 from common.runs.log import listed, read_metrics
+from common.runtime.atomic import write_text_atomic
 from common.training.config import RunConfig
 from common.training.method import Method, Tracked
 from common.training.parts import Parts

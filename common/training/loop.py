@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from common.cli.command import StopRequest
 from common.data import ImageSet
-from common.errors import Interrupted, NonFiniteError, Stopped
-from common.machine.device import resolve_device
-from common.machine.dist import Env, group, local_device
 from common.norms import preserved_statistics
 from common.runs.checkpoint import Checkpoints
 from common.runs.log import Log
+from common.runtime.command import StopRequest
+from common.runtime.device import resolve_device
+from common.runtime.distributed import Env, group, local_device
+from common.runtime.errors import Interrupted, NonFiniteError, Stopped
 from common.training.closing import Measured, closing_lines, peak_memory, write_summary
 from common.training.config import RunConfig
 from common.training.method import Method, Moment
@@ -31,7 +31,7 @@ def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
     """Run the command of a method: ``python -m APPLICATION.train``.
 
     Raises:
-        UsageError, NonFiniteError, Stopped: as `common.cli.command.run_command` reports them.
+        UsageError, NonFiniteError, Stopped: as `common.runtime.command.run_command` reports them.
     """
     cfg = configure(kind, argv)
     device = local_device(resolve_device(cfg.device))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.data import ImageSet, Stream, View, hold_out, load, mirrored, plain, to_input
-from common.errors import Interrupted, UsageError
-from common.machine.device import autocast
-from common.machine.dist import Env
 from common.norms import collect_health, log_scalars, mixture_layers
 from common.runs.log import Log, listed
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.errors import Interrupted, UsageError
 from common.training.config import RunConfig
 from common.training.update import Update
 

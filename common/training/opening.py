@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 
-from common.cli.arguments import flatten, parse, read, to_dict
 from common.data import Feed, ImageSet
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import DTYPES, keep_freed_memory, set_determinism, set_threads
-from common.machine.dist import Env
-from common.machine.paths import expanded
 from common.runs.folder import (
     RunFolder,
     environment,
@@ -27,6 +21,12 @@ from common.runs.folder import (
     recorded_threads,
     refuse_existing,
 )
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import flatten, parse, read, to_dict
+from common.runtime.device import DTYPES, keep_freed_memory, set_determinism, set_threads
+from common.runtime.distributed import Env
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
 from common.training.config import RunConfig, resume_config, stored_yaml
 from common.training.method import Method
 from common.training.parts import Parts

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.errors import UsageError
-from common.machine.device import memory_format
-from common.machine.dist import Env
-from common.machine.seeding import derive
 from common.runs import checkpoint
 from common.runs.log import Means
+from common.runtime.device import memory_format
+from common.runtime.distributed import Env
+from common.runtime.errors import UsageError
+from common.runtime.seeding import derive
 from common.training.config import RunConfig
 
 

@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from common.errors import NonFiniteError
-from common.machine.seeding import permutation
 from common.norms import MixtureNorm, calibrate, recalibrate, statistics_layers
+from common.runtime.errors import NonFiniteError
+from common.runtime.seeding import permutation
 from common.training.config import RunConfig
 
 T = TypeVar("T")

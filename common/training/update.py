@@ -17,9 +17,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from common.data import Batch
-from common.errors import NonFiniteError
-from common.machine.device import Precision, autocast
-from common.machine.dist import smallest_over_ranks
+from common.runtime.device import Precision, autocast
+from common.runtime.distributed import smallest_over_ranks
+from common.runtime.errors import NonFiniteError
 from common.training.parts import Parts
 
 _ALL_WELL = torch.iinfo(torch.int64).max

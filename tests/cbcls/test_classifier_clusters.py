@@ -11,13 +11,13 @@ from cbcls.evaluation import Evaluation
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
 from cbcls.train import Classification
-from common.cli.arguments import parse
 from common.data.clusters import ClustersConfig
 from common.data.image_set import ImageSet
-from common.errors import UsageError
 from common.norms.config import NormConfig
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 IDS = torch.tensor([0, 1, 2, 0])
 

@@ -21,16 +21,16 @@ from cbcls.evaluation import Evaluation, closing_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
 from cbcls.train import CHARTS, Classification
-from common.cli.arguments import parse
 from common.data.clusters import write_clusters
 from common.data.image_set import ImageSet, Splits, to_float
 from common.data.sets.registry import load as load_images
-from common.errors import NonFiniteError
-from common.machine.seeding import permutation
 from common.metrics.scores import keras_threshold
 from common.norms import recalibrate
 from common.runs.checkpoint import load
 from common.runs.log import chart_name, read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import NonFiniteError
+from common.runtime.seeding import permutation
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cbcls.export import load_model
 from cbcls.figures import main
 from cbcls.train import Classification
-from common.machine.seeding import permutation
+from common.runtime.seeding import permutation
 
 
 def words(svg: Path) -> list[str]:

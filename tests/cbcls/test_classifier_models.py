@@ -16,11 +16,11 @@ from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.timm_classifier import TimmClassifier
 from cbcls.networks.vit import ViT
 from cbcls.train import Classification
-from common.cli.arguments import parse
-from common.errors import UsageError
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.config import NormConfig
 from common.norms.factory import NoNorm
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 NONE = NormConfig(kind="none")
 SMALL = "timm:test_resnet"

@@ -16,14 +16,14 @@ from cbcls.config import ClassifierConfig
 from cbcls.evaluation import Evaluation
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
-from common.cli.arguments import parse
 from common.data.augmentation import Augmentation
 from common.data.image_set import to_float
 from common.data.sets import registry
-from common.errors import NonFiniteError, UsageError
-from common.machine.seeding import derive
 from common.runs.checkpoint import Checkpoints, load
 from common.runs.log import chart_name, read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import derive
 
 
 def test_a_run_leaves_everything_behind(finished):

@@ -4,8 +4,8 @@ from torch import nn
 from cbcls.config import ClassifierConfig
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
-from common.machine.dist import Env
 from common.norms.config import NormConfig
+from common.runtime.distributed import Env
 from common.training.opening import prepare
 
 BN = NormConfig(kind="bn")

@@ -29,14 +29,14 @@ from cbda.domains import domain_streams, load_domains
 from cbda.evaluation import _CHARTS
 from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
-from common.cli.arguments import parse
 from common.data import Batch, ImageSet, to_float
 from common.data.augmentation import ViewOptions
-from common.errors import NonFiniteError, UsageError
-from common.machine.seeding import permutation, uniform_per_sample
 from common.networks.pixels import pixels_of
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import permutation, uniform_per_sample
 from common.training.opening import prepare
 from common.training.update import Part
 

@@ -16,8 +16,8 @@ from cbda.adaptation.objective import Objective, collapse
 from cbda.config import MethodConfig
 from common.data import plain
 from common.data.augmentation import ViewOptions
-from common.errors import NonFiniteError
 from common.runs.log import read_metrics
+from common.runtime.errors import NonFiniteError
 from common.training.update import Part
 
 TURN = 20

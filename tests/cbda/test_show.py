@@ -6,7 +6,7 @@ from refusals import refused
 from cbda.show import main
 from common.data import DataConfig, Feed, Stream, load
 from common.data.augmentation import ViewOptions
-from common.machine.seeding import permutation
+from common.runtime.seeding import permutation
 
 
 def tiles(path) -> torch.Tensor:

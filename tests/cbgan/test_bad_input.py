@@ -14,9 +14,9 @@ import cbgan.sample
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
-from common.cli.arguments import parse
 from common.norms.native import loops
 from common.runs.checkpoint import Checkpoints
+from common.runtime.cli import parse
 
 
 @pytest.fixture

@@ -23,16 +23,16 @@ from cbgan.evaluation import Evaluation, distance, largest, recalibrate
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import recalibration_noise
 from cbgan.train import Gan
-from common.cli.arguments import parse
 from common.data import DataConfig
 from common.data.sets.digits import digits
-from common.errors import NonFiniteError
-from common.machine.dist import Env
 from common.metrics.features.neighbours import Copying
 from common.metrics.fid import FidResult
 from common.norms import recalibrate as norm_recalibrate
 from common.norms.config import NormConfig
 from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError
 from common.training.config import RecalibrateConfig
 from common.training.opening import prepare
 

@@ -17,9 +17,9 @@ from cbgan.objective import Objective, collapse_of_losses, collapse_of_values, g
 from cbgan.train import Gan
 from common.data import DataConfig
 from common.data.image_set import to_float
-from common.machine.dist import Env
-from common.machine.seeding import generator
 from common.norms.config import NormConfig
+from common.runtime.distributed import Env
+from common.runtime.seeding import generator
 from common.training.opening import prepare
 from common.training.update import Part, StepGuard, Update
 

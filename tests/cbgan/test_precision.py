@@ -14,11 +14,11 @@ from cbgan.train import Gan
 from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
-from common.machine.device import autocast, memory_format
-from common.machine.dist import Env
 from common.norms.config import NormConfig
 from common.runs.checkpoint import load
 from common.runs.log import read_metrics
+from common.runtime.device import autocast, memory_format
+from common.runtime.distributed import Env
 from common.training.opening import prepare
 
 CPU = torch.device("cpu")

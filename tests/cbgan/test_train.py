@@ -19,13 +19,13 @@ import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.noise import noise
 from cbgan.train import Gan
-from common.cli.arguments import parse
 from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
-from common.machine.dist import Env
 from common.runs.checkpoint import load, save
 from common.runs.log import chart_name, read_metrics
+from common.runtime.cli import parse
+from common.runtime.distributed import Env
 from common.training.opening import prepare
 from common.training.update import Part, StepGuard, Update
 

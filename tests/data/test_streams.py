@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.data import Feed, ImageSet, PerImage, Stream, mirrored, plain
-from common.machine import seeding
-from common.machine.seeding import uniform_per_sample
+from common.runtime import seeding
+from common.runtime.seeding import uniform_per_sample
 
 
 def image_set(n=23, labelled=True):

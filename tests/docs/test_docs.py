@@ -21,12 +21,12 @@ from cbgan.bench import BenchConfig as GanBenchConfig
 from cbgan.config import GanConfig
 from cbgan.evaluate import EvaluateConfig
 from cbgan.sample import SampleConfig
-from common.cli.arguments import parse
 from common.data.__main__ import InspectConfig
 from common.figures import FiguresConfig
 from common.norms.bench import BenchConfig
 from common.norms.doctor import DoctorConfig
 from common.report import ReportConfig
+from common.runtime.cli import parse
 from common.tables import TablesConfig
 
 ROOT = Path(__file__).parents[2]

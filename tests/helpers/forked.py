@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import torch
 
 import common.runs.checkpoint
-from common.cli.command import run_command
 from common.metrics.extractors import weights_hash
 from common.norms.native import loops
+from common.runtime.command import run_command
 from common.training.loop import Training
 from common.training.update import StepGuard
 

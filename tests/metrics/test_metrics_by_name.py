@@ -9,13 +9,13 @@ import yaml
 
 import cbcls.train
 import cbgan.train
-from common.cli.arguments import parse
 from common.data import ImageSet, Splits
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig, classification_scores, measure_all, register_extractor, register_metric
 from common.metrics.extractors import EXTRACTORS
 from common.metrics.scores import METRICS
 from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import stat
 import pytest
 import torch
 
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
 from common.runs import checkpoint
 from common.runs.checkpoint import Checkpoints, DamagedCheckpoint
+from common.runtime.atomic import write_atomic
+from common.runtime.errors import UsageError
 
 
 def state(step: int) -> dict:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import UsageError
 from common.runs import folder as module
 from common.runs.folder import (
     RunFolder,
@@ -24,6 +23,7 @@ from common.runs.folder import (
     note_session,
     recorded_threads,
 )
+from common.runtime.errors import UsageError
 
 FILES = {"config.yaml": "seed: 0\n"}
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.errors import NonFiniteError
+from common.runtime.errors import NonFiniteError
 from common.training.update import StepGuard
 
 DEVICE = torch.device("cpu")

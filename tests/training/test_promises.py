@@ -11,10 +11,10 @@ from forked import Hit, run
 from refusals import refused
 from run_comparison import assert_same_runs, final_state
 
-from common.errors import NonFiniteError, Stopped
 from common.runs.checkpoint import load
 from common.runs.folder import RunFolder
 from common.runs.log import read_metrics
+from common.runtime.errors import NonFiniteError, Stopped
 
 full = pytest.mark.full
 TOY = APPLICATIONS["fourth"]
@@ -299,7 +299,7 @@ def test_a_signal_before_the_run_began_writes_nothing(application, tiny, tmp_pat
     def signalled(self, should_stop):
         os.kill(os.getpid(), signal.SIGINT)
         if should_stop():
-            from common.errors import Interrupted  # noqa: PLC0415
+            from common.runtime.errors import Interrupted  # noqa: PLC0415
 
             raise Interrupted
 

@@ -14,8 +14,8 @@ from forked import Hit, run
 from fourth import Fourth
 from run_comparison import assert_same_runs, final_state, logged
 
-from common.errors import NonFiniteError
-from common.machine.seeding import derive
+from common.runtime.errors import NonFiniteError
+from common.runtime.seeding import derive
 from common.training.loop import Training
 from common.training.update import Update
 

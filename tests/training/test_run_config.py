@@ -6,10 +6,10 @@ import yaml
 from cbcls.config import ClassifierConfig
 from cbda.config import AdaMatchConfig
 from cbgan.config import GanConfig
-from common.cli.arguments import parse
-from common.cli.fields import changeable
-from common.errors import UsageError
 from common.norms.config import NormConfig
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
+from common.runtime.fields import changeable
 from common.training.config import RunConfig, ScheduleConfig, resume_config, stored_yaml
 
 

@@ -12,7 +12,7 @@ import fourth
 import pytest
 from forked import Hit, run
 
-from common.cli.command import StopRequest
+from common.runtime.command import StopRequest
 from common.training.loop import Training
 
 

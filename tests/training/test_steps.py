@@ -8,8 +8,8 @@ from applications import APPLICATIONS
 from fourth import Fourth, FourthConfig
 from run_comparison import assert_same, final_state
 
-from common.errors import NonFiniteError
-from common.machine.dist import Env
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError
 from common.training import steps as module
 from common.training.opening import prepare
 from common.training.steps import Steps, Timed

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.data import Batch
-from common.machine.dist import Env
+from common.runtime.distributed import Env
 from common.training.config import RunConfig
 from common.training.parts import Parts as Parts_
 from common.training.update import StepGuard, Update, frozen

@@ -5,8 +5,8 @@ from torch import nn
 from cbgan.config import GanConfig
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.train import Gan
-from common.machine.dist import Env
 from common.norms.config import NormConfig
+from common.runtime.distributed import Env
 from common.training.opening import prepare
 from common.training.parts import Parts
 

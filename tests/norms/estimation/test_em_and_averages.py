@@ -11,11 +11,11 @@ from norm_cases import mixture_case
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from common.machine.seeding import generator
 from common.norms import MixtureNorm, Moments, UCBNorm
 from common.norms.backends.reference import posterior
 from common.norms.estimation import averages, draws, em
 from common.norms.estimation.averages import Stored
+from common.runtime.seeding import generator
 
 
 def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:

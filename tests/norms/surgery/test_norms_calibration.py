@@ -10,10 +10,10 @@ from norm_cases import mixture_case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common.machine.seeding import generator
 from common.norms import MixtureNorm, SCBNorm, calibrate, clusters, convert_norms, preserved_statistics
 from common.norms.backends import reference
 from common.norms.estimation import em
+from common.runtime.seeding import generator
 
 
 class Backwards(nn.Module):

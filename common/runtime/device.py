@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

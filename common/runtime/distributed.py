@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import RankError, UsageError
+from common.runtime.errors import RankError, UsageError
 
 T = TypeVar("T")
 

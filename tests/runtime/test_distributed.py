@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import UsageError
-from common.machine.dist import Env, group, local_device, mean_over_ranks, smallest_over_ranks
+from common.runtime.distributed import Env, group, local_device, mean_over_ranks, smallest_over_ranks
+from common.runtime.errors import UsageError
 
 PAIR = """
 import os
 import warnings
 import torch
 from torch import nn
-from common.errors import UsageError
-from common.machine.dist import group, mean_over_ranks, smallest_over_ranks
+from common.runtime.errors import UsageError
+from common.runtime.distributed import group, mean_over_ranks, smallest_over_ranks
 
 warnings.filterwarnings("error", module=r"common\\.|__main__")
 with group(torch.device("cpu")) as env:

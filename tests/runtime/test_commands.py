@@ -10,10 +10,10 @@ from refusals import refused
 import cbgan
 import common
 from cbgan.config import GanConfig
-from common.cli import commands
-from common.cli.arguments import parse
-from common.cli.configurations import configurations
-from common.errors import UsageError
+from common.runtime import commands
+from common.runtime.cli import parse
+from common.runtime.configurations import configurations
+from common.runtime.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 

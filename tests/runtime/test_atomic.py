@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.machine import atomic
-from common.machine.atomic import naming, umask, write_atomic, write_text_atomic
 from common.runs.folder import RunFolder
+from common.runtime import atomic
+from common.runtime.atomic import naming, umask, write_atomic, write_text_atomic
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import cbcls.train
 import cbgan.evaluate
 import cbgan.train
 import common.data.__main__
-from common.cli.plugins import GROUP, _owner, installed_plugins, load_plugins
 from common.data.names import DATA_SETS
-from common.errors import UsageError
 from common.metrics.scores import METRICS
 from common.norms import factory
 from common.runs.log import read_metrics
+from common.runtime.errors import UsageError
+from common.runtime.plugins import GROUP, _owner, installed_plugins, load_plugins
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 PLUGIN = PAGE.split("```python\n")[1].split("```")[0]

@@ -14,7 +14,7 @@ SLOW = [
 MAIN = """
 import sys
 from {application}.train import main
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 try:
     main(["--mistyped", "1"])
 except UsageError as error:

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
-from common.machine.seeding import derive, drawing, generator, permutation, uniform_per_sample
 from common.norms.estimation.draws import generator as own_generator
+from common.runtime.seeding import derive, drawing, generator, permutation, uniform_per_sample
 
 
 def test_positions_are_told_apart():
@@ -45,7 +45,7 @@ def test_uniform_is_uniform_and_independent_between_neighbours_and_positions():
 def test_splitmix64_agrees_with_its_published_first_outputs(monkeypatch):
     # The first outputs of SplitMix64 from state 1234567 (Rosetta Code's test vector for the generator).
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    monkeypatch.setattr("common.machine.seeding.derive", lambda *_: 1234567)
+    monkeypatch.setattr("common.runtime.seeding.derive", lambda *_: 1234567)
     draws = uniform_per_sample(torch.arange(3), 0).double().tolist()
     assert draws == [(value >> 40) / 2**24 for value in published]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from common.errors import UsageError
-from common.machine.paths import expanded
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
 
 
 def configurations(application: str) -> dict[str, Path]:

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from common.cli import commands
-from common.cli.command import StopRequest, run_command
-from common.errors import NonFiniteError, Stopped, UsageError
+from common.runtime import commands
+from common.runtime.command import StopRequest, run_command
+from common.runtime.errors import NonFiniteError, Stopped, UsageError
 
 
 def ended(capsys, error: BaseException | None) -> tuple[object, list[str]]:
@@ -131,7 +131,7 @@ def test_of_several_processes_the_first_tells(capsys, monkeypatch):
 
 
 COMMAND = """
-from common.cli.command import run_command
+from common.runtime.command import run_command
 run_command(lambda: print("x" * {count}))
 """
 
@@ -139,8 +139,8 @@ run_command(lambda: print("x" * {count}))
 PRINTING = """
 import sys
 from dataclasses import dataclass
-from common.cli.arguments import parse
-from common.cli.command import run_command
+from common.runtime.cli import parse
+from common.runtime.command import run_command
 
 @dataclass
 class Config:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cbgan.config import GanConfig
-from common.cli import arguments
-from common.cli.arguments import flatten, parse, to_dict
-from common.errors import UsageError
+from common.runtime import cli
+from common.runtime.cli import flatten, parse, to_dict
+from common.runtime.errors import UsageError
 
 FIELDS = [name for name, _ in flatten(to_dict(GanConfig()))]
 GROUPS = ["norm", "data", "fid"]
@@ -80,7 +80,7 @@ def check_types(group: object) -> None:
 def file(tmp_path, monkeypatch) -> Path:
     """Return a file to write to, in a folder of its own that is the working folder too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arguments, "_parser", functools.cache(arguments._parser))  # most of a parse's time
+    monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))  # most of a parse's time
     return tmp_path / "c.yaml"
 
 

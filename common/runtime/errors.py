@@ -1,4 +1,4 @@
-"""What ends a command, each with its own exit status and one line (`common.cli.command.run_command`)."""
+"""What ends a command, each with its own exit status and one line (`common.runtime.command.run_command`)."""
 
 
 class UsageError(Exception):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import UsageError
-from common.machine import device
-from common.machine.device import autocast, cpu_quota, memory_format, resolve_device, set_determinism, set_threads
+from common.runtime import device
+from common.runtime.device import autocast, cpu_quota, memory_format, resolve_device, set_determinism, set_threads
+from common.runtime.errors import UsageError
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -143,7 +143,7 @@ def test_channels_last_is_a_layout():
 
 _FAULTS = """
 import resource, torch
-from common.machine.device import keep_freed_memory
+from common.runtime.device import keep_freed_memory
 print(keep_freed_memory())
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 GROUP = "cluster_based_norm.plugins"
 """The entry points whose modules are imported wherever the distribution that has them is installed."""

@@ -9,8 +9,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from common.errors import RankError
-from common.machine import dist
+from common.runtime import distributed
+from common.runtime.errors import RankError
 
 CPU = torch.device("cpu")
 
@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 def test_a_process_that_no_other_meets_says_so(monkeypatch, rank):
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, "0" if (name, rank) == ("MASTER_PORT", "0") else value)
-    monkeypatch.setattr(dist, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
     line = r"^world: the 2 processes of this run did not all meet within 0:00:01 \(.+\); "
-    with pytest.raises(RankError, match=line), dist.group(CPU):
+    with pytest.raises(RankError, match=line), distributed.group(CPU):
         pass
     assert not torch.distributed.is_initialized()
 
@@ -40,8 +40,8 @@ def test_a_process_that_torchrun_has_left_ends(monkeypatch):
         torchrun = os.fork()
         if torchrun == 0:
             if os.fork() == 0:
-                monkeypatch.setattr(dist, "rendezvous", stand)
-                with dist.group(CPU):
+                monkeypatch.setattr(distributed, "rendezvous", stand)
+                with distributed.group(CPU):
                     os._exit(1)
             os.read(waiting, 1)
             os._exit(0)

@@ -18,11 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
-from common.cli.configurations import with_own_files
-from common.cli.fields import names_of
-from common.cli.plugins import MissingPlugin, load_plugins
-from common.errors import UsageError
-from common.machine.paths import expanded
+from common.runtime.configurations import with_own_files
+from common.runtime.errors import UsageError
+from common.runtime.fields import names_of
+from common.runtime.paths import expanded
+from common.runtime.plugins import MissingPlugin, load_plugins
 
 T = TypeVar("T")
 

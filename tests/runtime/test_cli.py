@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 import yaml
 
-from common.cli.arguments import flatten, parse, to_dict, to_yaml
-from common.errors import UsageError
+from common.runtime.cli import flatten, parse, to_dict, to_yaml
+from common.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from common.cli.command import run_command
-from common.errors import UsageError
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
 
 _FIRST_LINE = re.compile(r'"""(.+?): ``python -m ([\w.]+)')
 """A command's module begins with what it does and how it is started."""

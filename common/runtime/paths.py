@@ -3,7 +3,7 @@
 import typing
 from pathlib import Path
 
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def expanded(path: Path | str, field: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NoReturn
 
-from common.errors import NonFiniteError, RankError, Stopped, UsageError
+from common.runtime.errors import NonFiniteError, RankError, Stopped, UsageError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a user, a scheduler or a closed terminal asks a run to stop by."""
