@@ -10,7 +10,7 @@ from common.data.config import DataConfig
 from common.norms.factory import kinds
 from common.runtime.fields import MAY_CHANGE
 from common.runtime.paths import texts_to_paths
-from common.training.config import RunConfig
+from common.train.config import RunConfig
 
 _FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"
 _CHANNELS = (64, 128, 128, 256)

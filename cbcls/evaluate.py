@@ -18,7 +18,6 @@ from common.data import ImageSet
 from common.data.clusters import clusters_origin
 from common.metrics.logits import evaluating
 from common.metrics.scores import classification_scores, keras_threshold
-from common.runs.folder import environment
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import flatten, parse, shown, to_dict
 from common.runtime.command import run_command
@@ -26,7 +25,8 @@ from common.runtime.device import resolve_device
 from common.runtime.errors import UsageError
 from common.runtime.fields import changeable
 from common.runtime.paths import refuse_overwriting
-from common.training.config import NOT_STORED
+from common.train.config import NOT_STORED
+from common.train.run_dir import environment
 
 _SPLITS = ("test", "validation")
 _WEAKEST = 3

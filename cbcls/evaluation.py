@@ -14,14 +14,14 @@ from common.classification.leak_audit import Categories, LeakAudit, leak_audit, 
 from common.data.image_set import ImageSet, to_input
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
-from common.runs.log import listed
 from common.runtime.atomic import write_text_atomic
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError, UsageError
 from common.runtime.seeding import permutation
-from common.training.method import Better, Tracked
-from common.training.recalibration import drawn, recalibrate_network
+from common.train.logging import listed
+from common.train.recalibration import drawn, recalibrate_network
+from common.train.task import Better, Tracked
 
 CATEGORIES = "categories.json"
 """In a run's folder: names of its classes and clusters, in the order of their numbers."""

@@ -18,7 +18,7 @@ from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import ImageSet
 from common.metrics.logits import evaluating
 from common.runtime.errors import UsageError
-from common.training.recalibration import recalibrates
+from common.train.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)

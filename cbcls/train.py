@@ -19,10 +19,10 @@ from common.data.clusters import with_clusters
 from common.metrics.scores import METRICS
 from common.runtime.command import run_command
 from common.runtime.seeding import drawing
-from common.training.loop import train
-from common.training.method import Better, Method, Moment, Tracked
-from common.training.optimisation import make_optimizer
-from common.training.update import Part, Update
+from common.train.guard import Part, Update
+from common.train.loop import train
+from common.train.optim import make_optimizer
+from common.train.task import Better, Method, Moment, Tracked
 
 
 class Classification(Method[ClassifierConfig]):

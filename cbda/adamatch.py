@@ -19,10 +19,10 @@ from common.data import ImageSet, Stream
 from common.networks.pixels import pixels_of
 from common.runtime.command import run_command
 from common.runtime.distributed import Env
-from common.training.loop import train
-from common.training.method import Better, Method, Moment, Tracked
-from common.training.optimisation import make_optimizer
-from common.training.update import Update
+from common.train.guard import Update
+from common.train.loop import train
+from common.train.optim import make_optimizer
+from common.train.task import Better, Method, Moment, Tracked
 
 
 class AdaMatch(Method[AdaMatchConfig]):

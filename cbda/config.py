@@ -16,7 +16,7 @@ from common.norms.config import NormConfig
 from common.norms.factory import kinds
 from common.runtime.fields import MAY_CHANGE, named
 from common.runtime.paths import texts_to_paths
-from common.training.config import RunConfig, ScheduleConfig
+from common.train.config import RunConfig, ScheduleConfig
 
 _BATCH_NORMS_BECOME = ("mn", "ucb", "scb", "scb_base", "dsbn")
 

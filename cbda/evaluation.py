@@ -24,8 +24,8 @@ from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError, UsageError
 from common.runtime.seeding import drawing, permutation
-from common.training.method import Better, Moment, Tracked
-from common.training.recalibration import drawn, recalibrate_network
+from common.train.recalibration import drawn, recalibrate_network
+from common.train.task import Better, Moment, Tracked
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""

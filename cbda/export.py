@@ -18,7 +18,7 @@ from common.data import to_float
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
 from common.runtime.errors import UsageError
-from common.training.recalibration import recalibrates
+from common.train.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from common.runtime.cli import parse
 from common.runtime.command import run_command
 from common.runtime.device import resolve_device, set_threads
 from common.runtime.distributed import Env
-from common.training.opening import prepare
-from common.training.steps import Steps, Timed
+from common.train.dry_run import Steps, Timed
+from common.train.setup import prepare
 
 _PARTS = ("data", "d", "g")
 _CALLED = {"width": "widths", "norm.kind": "kinds"}

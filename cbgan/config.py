@@ -9,7 +9,7 @@ from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
 from common.norms.factory import kinds
 from common.runtime.fields import MAY_CHANGE
-from common.training.config import BestConfig, RunConfig, ScheduleConfig
+from common.train.config import BestConfig, RunConfig, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)

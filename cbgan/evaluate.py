@@ -20,13 +20,13 @@ from common.classification.stored import Stored, read_stored
 from common.data import DataConfig, Decoding, load, read_folder
 from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig
-from common.runs.log import FINAL, METRICS, read_metrics
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse, read, to_dict, to_yaml
 from common.runtime.command import run_command
 from common.runtime.device import resolve_device, set_threads
 from common.runtime.errors import UsageError
 from common.runtime.paths import expanded, refuse_overwriting
+from common.train.logging import FINAL, METRICS, read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""

@@ -19,13 +19,13 @@ from cbgan.objective import verdict_gap
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
-from common.runs.log import FINAL, read_metrics
 from common.runtime.atomic import write_atomic, write_text_atomic
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.seeding import permutation
-from common.training.method import Better, Moment
-from common.training.recalibration import recalibrate_network
+from common.train.logging import FINAL, read_metrics
+from common.train.recalibration import recalibrate_network
+from common.train.task import Better, Moment
 
 GRID = 64
 """Images in a grid, eight a row."""

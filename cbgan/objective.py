@@ -14,8 +14,8 @@ from cbgan.networks.losses import discriminator_loss, generator_loss, gradient_p
 from cbgan.noise import noise
 from common.metrics.gradient_variance import variances
 from common.runtime.seeding import generator
-from common.training.method import Method
-from common.training.update import Part
+from common.train.guard import Part
+from common.train.task import Method
 
 _LEAST_LOSS = 1e-3
 """A discriminator whose loss is below it tells every image apart, and the generator learns nothing more."""

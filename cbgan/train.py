@@ -18,10 +18,10 @@ from common.metrics.fid import other_split
 from common.norms import preserved_statistics
 from common.runtime.command import run_command
 from common.runtime.errors import UsageError
-from common.training.loop import train
-from common.training.method import Better, Method, Moment, Tracked
-from common.training.optimisation import parameter_groups
-from common.training.update import Update, frozen
+from common.train.guard import Update, frozen
+from common.train.loop import train
+from common.train.optim import parameter_groups
+from common.train.task import Better, Method, Moment, Tracked
 
 
 class Gan(Method[GanConfig]):

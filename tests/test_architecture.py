@@ -33,26 +33,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "common/metrics/features": set(),
     "common/metrics": {"common/metrics/features", "common/data"},
     "common/networks": {"common/norms"},
-    "common/runs": set(),
-    "common/training": {
-        "common/norms", "common/data", "common/data/sets", "common/runs",
-    },
-    "common/reports": {
-        "common/norms", "common/runs", "common/data", "common/data/sets",
-    },
-    "common/classification": {
-        "common/training", "common/metrics", "common/reports", "common/data", "common/runs",
-
-    },
+    "common/train": {"common/norms", "common/data"},
+    "common/reports": {"common/norms", "common/train", "common/data", "common/data/sets"},
+    "common/classification": {"common/train", "common/metrics", "common/reports", "common/data"},
     **{
         application: {
-            "common/classification", "common/training", "common/metrics", "common/networks", "common/norms",
-            "common/data", "common/data/sets", "common/runs", "common/reports",
+            "common/classification", "common/train", "common/metrics", "common/networks", "common/norms",
+            "common/data", "common/data/sets", "common/reports",
         }
         for application in APPLICATIONS
     },
     "cbda/networks": {"common/norms"},
-    "cbda/adaptation": {"cbda/networks", "common/training", "common/metrics"},
+    "cbda/adaptation": {"cbda/networks", "common/train", "common/metrics"},
     "cbgan/networks": {"common/norms"},
     "cbcls/networks": {"common/networks", "common/norms"},
 }  # fmt: skip
@@ -63,7 +55,7 @@ MAY_IMPORT["cbgan"].add("common/metrics/features")
 MAY_IMPORT["cbda"].add("cbda/adaptation")
 COMMANDS = {
     **{f"common/{name}.py": {"common/reports"} for name in ("figures", "report", "tables")},
-    **{f"common/norms/{name}.py": {*LAYERS, "common/runs"} for name in ("bench", "doctor")},
+    **{f"common/norms/{name}.py": {*LAYERS, "common/train"} for name in ("bench", "doctor")},
 }
 """Commands that use more than the folder they are in."""
 ENTRANCES = {"__init__.py", "__main__.py"}

@@ -20,7 +20,7 @@ from cbda.adaptation.losses import (
 from cbda.networks.classifier import SOURCE, TARGET
 from common.runtime.distributed import mean_over_ranks
 from common.runtime.seeding import uniform_per_sample
-from common.training.update import Part
+from common.train.guard import Part
 
 
 @dataclass(frozen=True)

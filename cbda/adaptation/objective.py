@@ -13,8 +13,8 @@ from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import gradients_differ, gradients_vary
 from cbda.adaptation.losses import REMEMBERED, Alignment, Watch, ramp, source_cross_entropy
 from cbda.networks.classifier import SOURCE
-from common.training.method import Method
-from common.training.update import Part, Update
+from common.train.guard import Part, Update
+from common.train.task import Method
 
 _CLASSES_CHARTED = 20
 _NEARLY_ALL = 0.95

@@ -11,9 +11,9 @@ import yaml
 
 from common.norms.config import NormConfig, settings_of
 from common.norms.factory import BUILT_IN, default_options
-from common.runs.log import FINAL, read_metrics
 from common.runtime.cli import flatten
 from common.runtime.errors import UsageError
+from common.train.logging import FINAL, read_metrics
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from cbcls.train import Classification
 from common.data.clusters import ClustersConfig
 from common.data.image_set import ImageSet
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
 
 IDS = torch.tensor([0, 1, 2, 0])
 

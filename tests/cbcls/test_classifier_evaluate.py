@@ -26,11 +26,11 @@ from common.data.image_set import ImageSet, Splits, to_float
 from common.data.sets.registry import load as load_images
 from common.metrics.scores import keras_threshold
 from common.norms import recalibrate
-from common.runs.checkpoint import load
-from common.runs.log import chart_name, read_metrics
 from common.runtime.cli import parse
 from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import permutation
+from common.train.checkpoint import load
+from common.train.logging import chart_name, read_metrics
 
 CPU = torch.device("cpu")
 

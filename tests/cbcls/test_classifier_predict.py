@@ -14,8 +14,8 @@ from cbcls import load_model
 from cbcls.models import build_classifier
 from cbcls.train import Classification
 from common.data import images_below, read_images, to_float
-from common.runs.checkpoint import Checkpoints, load
 from common.runtime.errors import UsageError
+from common.train.checkpoint import Checkpoints, load
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -19,11 +19,11 @@ from cbcls.train import Classification
 from common.data.augmentation import Augmentation
 from common.data.image_set import to_float
 from common.data.sets import registry
-from common.runs.checkpoint import Checkpoints, load
-from common.runs.log import chart_name, read_metrics
 from common.runtime.cli import parse
 from common.runtime.errors import NonFiniteError, UsageError
 from common.runtime.seeding import derive
+from common.train.checkpoint import Checkpoints, load
+from common.train.logging import chart_name, read_metrics
 
 
 def test_a_run_leaves_everything_behind(finished):

@@ -6,7 +6,7 @@ from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.train import Classification
 from common.norms.config import NormConfig
 from common.runtime.distributed import Env
-from common.training.opening import prepare
+from common.train.setup import prepare
 
 BN = NormConfig(kind="bn")
 

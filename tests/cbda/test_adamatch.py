@@ -32,13 +32,13 @@ from cbda.networks.classifier import SOURCE, TARGET, Classifier
 from common.data import Batch, ImageSet, to_float
 from common.data.augmentation import ViewOptions
 from common.networks.pixels import pixels_of
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
 from common.runtime.cli import parse
 from common.runtime.errors import NonFiniteError, UsageError
 from common.runtime.seeding import permutation, uniform_per_sample
-from common.training.opening import prepare
-from common.training.update import Part
+from common.train.checkpoint import load
+from common.train.guard import Part
+from common.train.logging import read_metrics
+from common.train.setup import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbda"
 

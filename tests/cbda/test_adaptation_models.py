@@ -15,9 +15,9 @@ from cbda.networks.wide_resnet import WideResNet
 from common.networks.pixels import pixels_of
 from common.norms import SCBNorm, UCBNorm
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
+from common.train.checkpoint import load
 
 SMALL = "timm:test_resnet"
 

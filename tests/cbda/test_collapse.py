@@ -16,9 +16,9 @@ from cbda.adaptation.objective import Objective, collapse
 from cbda.config import MethodConfig
 from common.data import plain
 from common.data.augmentation import ViewOptions
-from common.runs.log import read_metrics
 from common.runtime.errors import NonFiniteError
-from common.training.update import Part
+from common.train.guard import Part
+from common.train.logging import read_metrics
 
 TURN = 20
 """The step in which the script turns."""

@@ -13,8 +13,8 @@ import cbda.evaluate
 from cbda import load_model
 from cbda.adamatch import AdaMatch
 from cbda.domains import load_domains
-from common.runs.checkpoint import load
 from common.runtime.seeding import permutation
+from common.train.checkpoint import load
 
 
 @pytest.mark.parametrize("kind", ["scb", "none"])

@@ -14,8 +14,8 @@ import cbda.predict
 from cbda import load_model
 from cbda.networks.classifier import SOURCE, TARGET
 from common.data import images_below, read_images, to_float
-from common.runs.checkpoint import load
 from common.runtime.errors import UsageError
+from common.train.checkpoint import load
 
 
 @pytest.fixture

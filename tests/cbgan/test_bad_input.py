@@ -15,8 +15,8 @@ import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
 from common.norms.native import loops
-from common.runs.checkpoint import Checkpoints
 from common.runtime.cli import parse
+from common.train.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ FLAGS = {
     "--fid.extractor inception --fid.weights nowhere.pth": ["fid.weights", "nowhere.pth"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }
-"""Of this application; what all runs refuse is tested in tests/training, tests/data and tests/norms."""
+"""Of this application; what all runs refuse is tested in tests/train, tests/data and tests/norms."""
 
 
 def test_bad_flags_are_one_line_each_and_nothing_is_written(tiny, tmp_path, capsys):

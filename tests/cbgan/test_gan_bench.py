@@ -8,7 +8,7 @@ from refusals import refused
 from cbgan import bench
 from cbgan.networks.dcgan import Generator
 from common.norms import BatchNorm, UCBNorm
-from common.training.steps import Steps, Timed
+from common.train.dry_run import Steps, Timed
 
 FLAGS = ["--data.size", "8", "--batch_size", "50", "--device", "cpu", "--rounds", "3"]
 

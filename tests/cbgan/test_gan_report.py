@@ -25,8 +25,8 @@ from cbgan.train import Gan
 from common.data import ImageSet
 from common.metrics.fid import FidConfig, FidResult
 from common.norms.config import NormConfig
-from common.runs.log import read_metrics
-from common.training.method import Method
+from common.train.logging import read_metrics
+from common.train.task import Method
 
 TINY = ["--width", "8", "--batch_size", "500", "--latent_dim", "16", "--log_every", "1", "--data.size", "8",
         "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70", "--lr", "0.1"]  # fmt: skip

@@ -29,12 +29,12 @@ from common.metrics.features.neighbours import Copying
 from common.metrics.fid import FidResult
 from common.norms import recalibrate as norm_recalibrate
 from common.norms.config import NormConfig
-from common.runs.log import read_metrics
 from common.runtime.cli import parse
 from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError
-from common.training.config import RecalibrateConfig
-from common.training.opening import prepare
+from common.train.config import RecalibrateConfig
+from common.train.logging import read_metrics
+from common.train.setup import prepare
 
 CPU = torch.device("cpu")
 FID = "metric/fid_classifier"

@@ -20,8 +20,8 @@ from common.data.image_set import to_float
 from common.norms.config import NormConfig
 from common.runtime.distributed import Env
 from common.runtime.seeding import generator
-from common.training.opening import prepare
-from common.training.update import Part, StepGuard, Update
+from common.train.guard import Part, StepGuard, Update
+from common.train.setup import prepare
 
 CPU = torch.device("cpu")
 SMALL = {

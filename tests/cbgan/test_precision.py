@@ -15,11 +15,11 @@ from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
 from common.runtime.device import autocast, memory_format
 from common.runtime.distributed import Env
-from common.training.opening import prepare
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
+from common.train.setup import prepare
 
 CPU = torch.device("cpu")
 SIZE = 16

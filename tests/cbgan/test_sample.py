@@ -19,8 +19,8 @@ from cbgan.noise import between, numbered_noise
 from common.data import DataConfig
 from common.data.image_set import to_uint8
 from common.norms.config import NormConfig
-from common.runs.checkpoint import Checkpoints
-from common.training.config import RecalibrateConfig, stored_yaml
+from common.train.checkpoint import Checkpoints
+from common.train.config import RecalibrateConfig, stored_yaml
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")

@@ -22,12 +22,12 @@ from cbgan.train import Gan
 from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
-from common.runs.checkpoint import load, save
-from common.runs.log import chart_name, read_metrics
 from common.runtime.cli import parse
 from common.runtime.distributed import Env
-from common.training.opening import prepare
-from common.training.update import Part, StepGuard, Update
+from common.train.checkpoint import load, save
+from common.train.guard import Part, StepGuard, Update
+from common.train.logging import chart_name, read_metrics
+from common.train.setup import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbgan"
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.classification.stored import StoredModel, read_stored
-from common.runs.checkpoint import Checkpoints
 from common.runtime.errors import UsageError
-from common.training.config import RunConfig, stored_yaml
+from common.train.checkpoint import Checkpoints
+from common.train.config import RunConfig, stored_yaml
 
 
 @dataclass(frozen=True, eq=False)

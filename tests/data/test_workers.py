@@ -13,7 +13,7 @@ from run_comparison import assert_same_runs
 
 from common.data import Feed, ImageSet, Stream
 from common.runtime.errors import UsageError
-from common.training.loop import train
+from common.train.loop import train
 
 IMAGES = ImageSet(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), None, (), "toy", "train")
 

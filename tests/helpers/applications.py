@@ -13,7 +13,7 @@ import cbcls.train
 import cbda.adamatch
 import cbgan.train
 from common.data.augmentation import Augmentation
-from common.training.method import Method
+from common.train.task import Method
 
 Augmentation("weak", 8)(
     torch.zeros(3, 8, 8, dtype=torch.uint8), 0

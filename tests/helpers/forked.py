@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-import common.runs.checkpoint
+import common.train.checkpoint
 from common.metrics.extractors import weights_hash
 from common.norms.native import loops
 from common.runtime.command import run_command
-from common.training.loop import Training
-from common.training.update import StepGuard
+from common.train.guard import StepGuard
+from common.train.loop import Training
 
 for _name in ("sklearn.datasets", "sklearn.metrics", "tensorboard.plugins.custom_scalar.layout_pb2", "torch._dynamo",
               "torch.utils.tensorboard", "torch_fidelity"):  # fmt: skip
@@ -77,7 +77,7 @@ class Hit:
         elif where == "step":
             _before(Training, "_step", hit)
         elif where == "save":
-            common.runs.checkpoint.write_atomic = _dying_in_mid_write(common.runs.checkpoint.write_atomic, counts)
+            common.train.checkpoint.write_atomic = _dying_in_mid_write(common.train.checkpoint.write_atomic, counts)
         else:
             assert where == "evaluation"
             _before(Training, "_evaluate", lambda: _before(Training, "_asked_to_stop", hit), once=True)

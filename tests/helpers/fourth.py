@@ -8,9 +8,9 @@ from torch import nn
 
 from common.data import DataConfig, Stream, mirrored, plain
 from common.norms import UCBNorm
-from common.training.config import RunConfig
-from common.training.loop import train
-from common.training.method import Method, Tracked
+from common.train.config import RunConfig
+from common.train.loop import train
+from common.train.task import Method, Tracked
 
 
 @dataclass(frozen=True, kw_only=True)

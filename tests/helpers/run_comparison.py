@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.runs.checkpoint import Checkpoints
-from common.runs.log import read_metrics
+from common.train.checkpoint import Checkpoints
+from common.train.logging import read_metrics
 
 
 def final_state(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from common.data import ImageSet, Splits
 from common.metrics import Fid, FidConfig, classification_scores, measure_all, register_extractor, register_metric
 from common.metrics.extractors import EXTRACTORS
 from common.metrics.scores import METRICS
-from common.runs.log import read_metrics
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
+from common.train.logging import read_metrics
 
 
 @pytest.fixture(autouse=True)

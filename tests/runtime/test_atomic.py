@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.runs.folder import RunFolder
 from common.runtime import atomic
 from common.runtime.atomic import naming, umask, write_atomic, write_text_atomic
+from common.train.run_dir import RunFolder
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import common.data.__main__
 from common.data.names import DATA_SETS
 from common.metrics.scores import METRICS
 from common.norms import factory
-from common.runs.log import read_metrics
 from common.runtime.errors import UsageError
 from common.runtime.plugins import GROUP, _owner, installed_plugins, load_plugins
+from common.train.logging import read_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 PLUGIN = PAGE.split("```python\n")[1].split("```")[0]

@@ -7,8 +7,8 @@ from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.train import Gan
 from common.norms.config import NormConfig
 from common.runtime.distributed import Env
-from common.training.opening import prepare
-from common.training.parts import Parts
+from common.train.setup import prepare
+from common.train.state import Parts
 
 BN = NormConfig(kind="bn")
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from common.data import Feed, ImageSet
-from common.runs.folder import (
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import flatten, parse, read, to_dict
+from common.runtime.device import DTYPES, keep_freed_memory, set_determinism, set_threads
+from common.runtime.distributed import Env
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
+from common.train.config import RunConfig, resume_config, stored_yaml
+from common.train.run_dir import (
     RunFolder,
     environment,
     environment_json,
@@ -21,15 +28,8 @@ from common.runs.folder import (
     recorded_threads,
     refuse_existing,
 )
-from common.runtime.atomic import write_text_atomic
-from common.runtime.cli import flatten, parse, read, to_dict
-from common.runtime.device import DTYPES, keep_freed_memory, set_determinism, set_threads
-from common.runtime.distributed import Env
-from common.runtime.errors import UsageError
-from common.runtime.paths import expanded
-from common.training.config import RunConfig, resume_config, stored_yaml
-from common.training.method import Method
-from common.training.parts import Parts
+from common.train.state import Parts
+from common.train.task import Method
 
 
 def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from common.data.sets.digits import digits
-from common.runs.checkpoint import load
-from common.runs.log import chart_name, read_metrics
 from common.runtime.errors import UsageError
-from common.training.config import ScheduleConfig
-from common.training.loop import Training
-from common.training.optimisation import schedule_factor
+from common.train.checkpoint import load
+from common.train.config import ScheduleConfig
+from common.train.logging import chart_name, read_metrics
+from common.train.loop import Training
+from common.train.optim import schedule_factor
 
 FOURTH = APPLICATIONS["fourth"]
 

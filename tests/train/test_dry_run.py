@@ -10,9 +10,9 @@ from run_comparison import assert_same, final_state
 
 from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError
-from common.training import steps as module
-from common.training.opening import prepare
-from common.training.steps import Steps, Timed
+from common.train import dry_run as module
+from common.train.dry_run import Steps, Timed
+from common.train.setup import prepare
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from common.norms.config import NormConfig
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
 from common.runtime.fields import changeable
-from common.training.config import RunConfig, ScheduleConfig, resume_config, stored_yaml
+from common.train.config import RunConfig, ScheduleConfig, resume_config, stored_yaml
 
 
 def test_a_stored_configuration_of_another_form_is_one_line_that_names_it(tmp_path):

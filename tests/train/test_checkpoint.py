@@ -6,10 +6,10 @@ import stat
 import pytest
 import torch
 
-from common.runs import checkpoint
-from common.runs.checkpoint import Checkpoints, DamagedCheckpoint
 from common.runtime.atomic import write_atomic
 from common.runtime.errors import UsageError
+from common.train import checkpoint
+from common.train.checkpoint import Checkpoints, DamagedCheckpoint
 
 
 def state(step: int) -> dict:

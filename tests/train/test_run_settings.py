@@ -5,7 +5,7 @@ import math
 from refused_settings import assert_refuses, assert_takes
 
 from cbgan.config import GanConfig
-from common.training.config import BestConfig, GuardConfig, RunConfig, ScheduleConfig
+from common.train.config import BestConfig, GuardConfig, RunConfig, ScheduleConfig
 
 TINY = math.ulp(0.0)
 BELOW_1 = math.nextafter(1.0, 0.0)

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.data import Batch
 from common.runtime.distributed import Env
-from common.training.config import RunConfig
-from common.training.parts import Parts as Parts_
-from common.training.update import StepGuard, Update, frozen
+from common.train.config import RunConfig
+from common.train.guard import StepGuard, Update, frozen
+from common.train.state import Parts as Parts_
 
 DEVICE = torch.device("cpu")
 

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from common.data import ImageSet, Stream, View, hold_out, load, mirrored, plain, to_input
 from common.norms import collect_health, log_scalars, mixture_layers
-from common.runs.log import Log, listed
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.errors import Interrupted, UsageError
-from common.training.config import RunConfig
-from common.training.update import Update
+from common.train.config import RunConfig
+from common.train.guard import Update
+from common.train.logging import Log, listed
 
 C = TypeVar("C", bound=RunConfig)
 Better = Literal["higher", "lower"]
@@ -70,7 +70,7 @@ class Moment:
 
 
 class Method(ABC, Generic[C]):
-    """One application's training method; the loop is in `common.training.loop`.
+    """One application's training method; the loop is in `common.train.loop`.
 
     Attributes:
         application: the folder of its runs, and the package of its command.

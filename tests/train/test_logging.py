@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.runs.log import Log, Means, chart_name, listed, read_metrics
+from common.train.logging import Log, Means, chart_name, listed, read_metrics
 
 
 def test_the_same_names_and_values_in_both_places(tmp_path):

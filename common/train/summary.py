@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from common.runs.log import listed, read_metrics
 from common.runtime.atomic import write_text_atomic
-from common.training.config import RunConfig
-from common.training.method import Method, Tracked
-from common.training.parts import Parts
+from common.train.config import RunConfig
+from common.train.logging import listed, read_metrics
+from common.train.state import Parts
+from common.train.task import Method, Tracked
 
 SUMMARY = "summary.json"
 

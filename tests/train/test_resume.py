@@ -11,10 +11,10 @@ from forked import Hit, run
 from refusals import refused
 from run_comparison import assert_same_runs, final_state
 
-from common.runs.checkpoint import load
-from common.runs.folder import RunFolder
-from common.runs.log import read_metrics
 from common.runtime.errors import NonFiniteError, Stopped
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
+from common.train.run_dir import RunFolder
 
 full = pytest.mark.full
 TOY = APPLICATIONS["fourth"]
@@ -188,7 +188,7 @@ def test_what_is_not_finite_stops_the_run_with_step_and_term_and_keeps_the_weigh
 def run_and_keep(monkeypatch, kept: list[dict]):
     """Note the weights that a failed run is left with."""
     from common.metrics.extractors import weights_hash  # noqa: PLC0415
-    from common.training.loop import Training  # noqa: PLC0415
+    from common.train.loop import Training  # noqa: PLC0415
 
     sound, trained = Training.run, []
 

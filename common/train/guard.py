@@ -20,7 +20,7 @@ from common.data import Batch
 from common.runtime.device import Precision, autocast
 from common.runtime.distributed import smallest_over_ranks
 from common.runtime.errors import NonFiniteError
-from common.training.parts import Parts
+from common.train.state import Parts
 
 _ALL_WELL = torch.iinfo(torch.int64).max
 _SMALLEST_SCALE = 2.0**-10  # a gradient that overflows float16 even so is not an overflow of float16

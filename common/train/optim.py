@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from common.norms.layer import NormLayer
-from common.training.config import ScheduleConfig
+from common.train.config import ScheduleConfig
 
 
 def make_optimizer(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.runs import checkpoint
-from common.runs.log import Means
 from common.runtime.device import memory_format
 from common.runtime.distributed import Env
 from common.runtime.errors import UsageError
 from common.runtime.seeding import derive
-from common.training.config import RunConfig
+from common.train import checkpoint
+from common.train.config import RunConfig
+from common.train.logging import Means
 
 
 class Parts:

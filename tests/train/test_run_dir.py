@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.runs import folder as module
-from common.runs.folder import (
+from common.runtime.errors import UsageError
+from common.train import run_dir as module
+from common.train.run_dir import (
     RunFolder,
     environment,
     environment_json,
@@ -23,14 +24,13 @@ from common.runs.folder import (
     note_session,
     recorded_threads,
 )
-from common.runtime.errors import UsageError
 
 FILES = {"config.yaml": "seed: 0\n"}
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from common.runs.folder import RunFolder
+from common.train.run_dir import RunFolder
 run = RunFolder.reopen(Path(sys.argv[1]))
 if os.fork() == 0:  # a child, as loader workers are, outlives the process
     time.sleep(60)

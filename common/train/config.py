@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from common.norms.config import NormConfig
-from common.runs.folder import missing_plugins
 from common.runtime.cli import flatten, parse, read, shown, to_dict, to_yaml
 from common.runtime.device import Precision
 from common.runtime.errors import UsageError
 from common.runtime.fields import MAY_CHANGE, changeable
 from common.runtime.paths import expanded, texts_to_paths
 from common.runtime.plugins import MissingPlugin
+from common.train.run_dir import missing_plugins
 
 C = TypeVar("C", bound="RunConfig")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.norms import MixtureNorm, calibrate, recalibrate, statistics_layers
 from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import permutation
-from common.training.config import RunConfig
+from common.train.config import RunConfig
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ from fourth import Fourth
 from refusals import refused
 
 from common.data.sets.digits import digits
-from common.runs.log import read_metrics
-from common.training import loop, steps
-from common.training.config import RunConfig
-from common.training.loop import Training
-from common.training.opening import resume_command
+from common.train import dry_run, loop
+from common.train.config import RunConfig
+from common.train.logging import read_metrics
+from common.train.loop import Training
+from common.train.setup import resume_command
 
 FOURTH = APPLICATIONS["fourth"]
 STEP, MEASUREMENT = 0.25, 3.0
@@ -267,7 +267,7 @@ def test_a_dry_run_counts_in_closed_form(tmp_path, monkeypatch, capsys):
             clock[0] += next(durations)
         return clock[0]
 
-    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=perf_counter))
     FOURTH.main([*FOURTH.tiny(tmp_path, tmp_path), "--dry_run", "--epochs", "1000", "--data.validation", "0.1"])
     data, net, top, memory, time = capsys.readouterr().out.splitlines()
     labels = digits(8).train.labels

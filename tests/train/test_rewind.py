@@ -16,8 +16,8 @@ from run_comparison import assert_same_runs, final_state, logged
 
 from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import derive
-from common.training.loop import Training
-from common.training.update import Update
+from common.train.guard import Update
+from common.train.loop import Training
 
 FOURTH = APPLICATIONS["fourth"]
 LIMIT = 3.0

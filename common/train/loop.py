@@ -12,19 +12,19 @@ from tqdm import tqdm
 
 from common.data import ImageSet
 from common.norms import preserved_statistics
-from common.runs.checkpoint import Checkpoints
-from common.runs.log import Log
 from common.runtime.command import StopRequest
 from common.runtime.device import resolve_device
 from common.runtime.distributed import Env, group, local_device
 from common.runtime.errors import Interrupted, NonFiniteError, Stopped
-from common.training.closing import Measured, closing_lines, peak_memory, write_summary
-from common.training.config import RunConfig
-from common.training.method import Method, Moment
-from common.training.opening import RunPlace, configure, prepare, resume_command
-from common.training.optimisation import progress, schedule_factor
-from common.training.steps import estimate
-from common.training.update import StepGuard, Update
+from common.train.checkpoint import Checkpoints
+from common.train.config import RunConfig
+from common.train.dry_run import estimate
+from common.train.guard import StepGuard, Update
+from common.train.logging import Log
+from common.train.optim import progress, schedule_factor
+from common.train.setup import RunPlace, configure, prepare, resume_command
+from common.train.summary import Measured, closing_lines, peak_memory, write_summary
+from common.train.task import Method, Moment
 
 
 def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.runtime.errors import NonFiniteError
-from common.training.update import StepGuard
+from common.train.guard import StepGuard
 
 DEVICE = torch.device("cpu")
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from common.norms import make_norm
-from common.training.optimisation import make_optimizer, parameter_groups
+from common.train.optim import make_optimizer, parameter_groups
 
 
 def test_norm_parameters_and_biases_do_not_decay():

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from common.data import Feed
 from common.norms.layer import NormLayer
-from common.training.config import RunConfig
-from common.training.method import Method
-from common.training.parts import Parts
-from common.training.update import Part, StepGuard, Update
+from common.train.config import RunConfig
+from common.train.guard import Part, StepGuard, Update
+from common.train.state import Parts
+from common.train.task import Method
 
 _STEPS = 3
 _MIB = 2**20

@@ -13,7 +13,7 @@ import pytest
 from forked import Hit, run
 
 from common.runtime.command import StopRequest
-from common.training.loop import Training
+from common.train.loop import Training
 
 
 def given(tmp_path, *more):
