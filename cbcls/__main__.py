@@ -1,6 +1,6 @@
-"""``python -m cbcls`` lists the commands, see `common.runtime.commands`."""
+"""``python -m cbcls`` lists the commands, see `common.runtime.command`."""
 
-from common.runtime.commands import main
+from common.runtime.command import list_or_start
 
 if __name__ == "__main__":
-    main("cbcls")
+    list_or_start("cbcls")

@@ -1,6 +1,6 @@
-"""``python -m cbgan`` lists the commands, see `common.runtime.commands`."""
+"""``python -m cbgan`` lists the commands, see `common.runtime.command`."""
 
-from common.runtime.commands import main
+from common.runtime.command import list_or_start
 
 if __name__ == "__main__":
-    main("cbgan")
+    list_or_start("cbgan")

@@ -12,13 +12,13 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
-from common.runtime.configurations import with_own_files
 from common.runtime.errors import UsageError
 from common.runtime.fields import names_of
 from common.runtime.paths import expanded
@@ -75,7 +75,7 @@ def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = Non
     Raises:
         UsageError, SystemExit: as ``parse``, but for what only the whole configuration can refuse.
     """
-    given = with_own_files(sys.argv[1:] if argv is None else argv, cls.__module__.partition(".")[0])
+    given = _with_own_files(sys.argv[1:] if argv is None else argv, cls.__module__.partition(".")[0])
     if {"-h", "--help"} & set(given) and any(field.name == "plugins" for field in dataclasses.fields(cls)):
         load_plugins(_plugins_in(given))  # so that the help lists what they add
     parser = _parser(cls, prog)
@@ -111,6 +111,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def configurations(application: str) -> dict[str, Path]:
+    """Return an imported package's own configurations by name: the files of configs/APPLICATION, linked into it."""
+    package = sys.modules.get(application)
+    if package is None or not hasattr(package, "__path__"):
+        return {}
+    return {path.stem: path for path in sorted(Path(str(files(package) / "configs")).glob("*.yaml"))}
+
+
+def _with_own_files(argv: Sequence[str], application: str) -> list[str]:
+    """Put the file in the place of each ``--config NAME`` that is no file here, but an application's own by name.
+
+    Raises:
+        UsageError: where there is neither, naming those that exist.
+    """
+    found, own = list(argv), configurations(application)
+    for i, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            found[i] = f"--config={_file(argument.removeprefix('--config='), application, own)}"
+        elif argument == "--config" and i + 1 < len(argv):
+            found[i + 1] = _file(argv[i + 1], application, own)
+    return found
+
+
+def _file(given: str, application: str, own: dict[str, Path]) -> str:
+    path = expanded(given, "config")
+    if not own or path.is_file():
+        return given
+    if given in own:
+        return str(own[given])
+    if not path.exists():
+        near = difflib.get_close_matches(path.stem, own, n=1)
+        hint = f"; did you mean --config {near[0]}?" if near else ""
+        raise UsageError(f"config: no file {given}; by name {application} has {', '.join(own)}{hint}")
+    return given
 
 
 def _parser(cls: type, prog: str | None) -> "_Parser":

@@ -71,7 +71,7 @@ class Env:
         torch_dist.all_gather_object(values, value)
         return values
 
-    def lead(self, function: Callable[[], T]) -> T:
+    def on_rank0(self, function: Callable[[], T]) -> T:
         """Run a function on rank 0 and return its picklable result on every rank.
 
         Raises:
@@ -90,7 +90,7 @@ class Env:
             raise UsageError(outcome[1])
         return outcome[0]
 
-    def first_then_others(self, function: Callable[[], T]) -> T:
+    def rank0_first(self, function: Callable[[], T]) -> T:
         """Run a function on rank 0 and then on the others, which find what it downloaded or cached.
 
         Raises:
@@ -99,7 +99,7 @@ class Env:
         if self.world == 1:
             return function()
         results: list[T] = []
-        self.lead(lambda: results.append(function()))
+        self.on_rank0(lambda: results.append(function()))
         return results[0] if results else function()
 
     def stacked(self, rows: Tensor) -> list[Tensor]:
@@ -118,7 +118,7 @@ class Env:
             yield
             return
         own = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        shared = self.lead(lambda: {name: buffer.cpu() for name, buffer in own.items()})
+        shared = self.on_rank0(lambda: {name: buffer.cpu() for name, buffer in own.items()})
         network.load_state_dict(shared, strict=False)
         try:
             yield

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from common.runtime import commands
+from common.runtime import command
 from common.runtime.command import StopRequest, run_command
 from common.runtime.errors import NonFiniteError, Stopped, UsageError
 
@@ -220,7 +220,7 @@ os._exit(7)
 """
 ARGUMENTS = ["--a b", "", "'\"$HOME`*", "-W", "é\n", "--", "-m"]
 COMMANDS = sorted(
-    f"{package}.{name}" for package in ("common", "cbgan", "cbcls", "cbda") for name in commands.commands(package)
+    f"{package}.{name}" for package in ("common", "cbgan", "cbcls", "cbda") for name in command.commands(package)
 )
 
 

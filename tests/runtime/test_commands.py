@@ -10,9 +10,8 @@ from refusals import refused
 import cbgan
 import common
 from cbgan.config import GanConfig
-from common.runtime import commands
-from common.runtime.cli import parse
-from common.runtime.configurations import configurations
+from common.runtime import command
+from common.runtime.cli import configurations, parse
 from common.runtime.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +23,7 @@ def test_every_module_that_starts_a_command_is_listed():
         for path in (ROOT / package).rglob("*.py"):
             if "\n    run_command(main)\n" in path.read_text():
                 starting.add(".".join(path.relative_to(ROOT / package).with_suffix("").parts).removesuffix(".__main__"))
-        found = commands.commands(package)
+        found = command.commands(package)
         assert set(found) == starting
         assert all(found.values())
 
@@ -101,5 +100,5 @@ def test_there_is_one_version():
 
 def test_an_unknown_command_is_a_usage_error(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["common", "tabels"])
-    line = refused(capsys, lambda _: commands.main("common"))
+    line = refused(capsys, lambda _: command.list_or_start("common"))
     assert line.endswith("did you mean python -m common.tables?")

@@ -74,13 +74,13 @@ assert mean_over_ranks(own).tolist() == [1.5, 5.0]
 assert own.tolist() == [1.0 + rank, 5.0]
 
 calls = []
-assert env.lead(lambda: calls.append(rank) or rank + 7) == 7
+assert env.on_rank0(lambda: calls.append(rank) or rank + 7) == 7
 assert calls == ([0] if rank == 0 else [])
 
 def refuse():
     raise UsageError("told by " + str(rank))
 
-for way in (env.lead, env.first_then_others):
+for way in (env.on_rank0, env.rank0_first):
     try:
         way(refuse)
     except UsageError as error:
@@ -96,7 +96,7 @@ def use():  # the others find what rank 0 has made
         file.write_text("ready")
     return file.read_text() + str(rank)
 
-assert env.first_then_others(use) == "ready" + str(rank)
+assert env.rank0_first(use) == "ready" + str(rank)
 """)
 
 
@@ -144,7 +144,7 @@ def test_alone_everything_is_the_identity(monkeypatch):
     smallest_over_ranks(numbers)
     assert mean_over_ranks(numbers) is numbers
     assert (numbers.item(), env.largest(7), env.gather(8), env.mean({"a": 2.0})) == (3, 7, [8], {"a": 2.0})
-    assert (env.lead(lambda: 4), env.first_then_others(lambda: 5)) == (4, 5)
+    assert (env.on_rank0(lambda: 4), env.rank0_first(lambda: 5)) == (4, 5)
     assert env.stacked(numbers) == [numbers]
 
 
