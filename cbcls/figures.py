@@ -14,7 +14,7 @@ from cbcls.config import ClassifierConfig
 from cbcls.export import TrainedClassifier, load_model
 from cbcls.networks.classifier import Classifier
 from cbcls.networks.shallow_cnn import ShallowCNN
-from cbcls.train import Classification
+from cbcls.task import ClassifierTask
 from common.data import ImageSet
 from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
 from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
@@ -204,7 +204,7 @@ def _components(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
 def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> Batch:
     """Run a classifier on the batch, and keep what its layers give."""
     model = load_model(path, resolve_device(cfg.device), checkpoint=checkpoint)
-    test = Classification.load(model.cfg)["test"]
+    test = ClassifierTask.load_images(model.cfg)["test"]
     images = test.select(permutation(len(test), cfg.seed, "figure")[: cfg.images])
     places = cfg.layers or _places(model.network, model.cfg, cfg.kind, path)
     own = images.clusters if model.clusters and cfg.cluster == "own" else None

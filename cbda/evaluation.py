@@ -25,7 +25,7 @@ from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError, UsageError
 from common.runtime.seeding import drawing, permutation
 from common.train.recalibration import drawn, recalibrate_network
-from common.train.task import Better, Moment, Tracked
+from common.train.task import Better, EvalContext, SelectionMetric
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -57,14 +57,14 @@ def clusters_of(kind: str) -> dict[str, int]:
     return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
 
 
-def choosable() -> dict[str, Tracked]:
+def choosable() -> dict[str, SelectionMetric]:
     """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
     return {
-        "metric/validation_accuracy": Tracked("validation", "higher"),
-        "loss/validation": Tracked("validation", "lower"),
-        "metric/target_information": Tracked("target", "higher"),
-        "metric/target_density": Tracked("target", "higher"),
-        "metric/target_accuracy": Tracked("target_test", "higher", chosen_by_test=True),
+        "metric/validation_accuracy": SelectionMetric("validation", "higher"),
+        "loss/validation": SelectionMetric("validation", "lower"),
+        "metric/target_information": SelectionMetric("target", "higher"),
+        "metric/target_density": SelectionMetric("target", "higher"),
+        "metric/target_accuracy": SelectionMetric("target_test", "higher", chosen_by_test=True),
     }
 
 
@@ -82,7 +82,7 @@ def better() -> Mapping[str, Better]:
     }
 
 
-def check_choice(choice: tuple[str, Tracked] | None, images: Mapping[str, ImageSet]) -> None:
+def check_choice(choice: tuple[str, SelectionMetric] | None, images: Mapping[str, ImageSet]) -> None:
     """Refuse to choose epochs by labels that the target does not have.
 
     Raises:
@@ -118,7 +118,7 @@ def closing_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_onl
     return rows
 
 
-class Evaluation:
+class Evaluator:
     """Measures classifiers.
 
     Args:
@@ -139,7 +139,7 @@ class Evaluation:
     ) -> None:
         self.cfg, self.images, self.device, self.to_input, self.env = cfg, images, device, to_input, env or Env()
 
-    def values(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
+    def values(self, networks: Mapping[str, nn.Module], context: EvalContext) -> dict[str, float]:
         """Measure both networks, log a picture, and return values by tag.
 
         Accuracy, precision, recall and F1 of the adapted network are by each cluster that its layer can be told, of
@@ -148,7 +148,7 @@ class Evaluation:
         are by the source's, and the gain is what the other one has more of in the target.
 
         Raises:
-            Interrupted: if ``moment`` says so between two batches.
+            Interrupted: if ``context`` says so between two batches.
             NonFiniteError: if a logit is not finite.
         """
         adapted, values = networks["adamatch"], {}
@@ -157,7 +157,7 @@ class Evaluation:
         for name, cluster in clusters.items():
             for domain, split in (("source", "test"), ("target", "target_test")):
                 if split in self.images:
-                    logits = self.logits(adapted, split, cluster, moment.go_on)
+                    logits = self.logits(adapted, split, cluster, context.go_on)
                     scores = self._scores(domain, split, logits)
                     if len(clusters) > 1:
                         values |= {f"{tag}_as_{name}": value for tag, value in scores.items()}
@@ -165,21 +165,21 @@ class Evaluation:
                         own[domain] = logits
                         values |= scores
         if "validation" in self.images:
-            values |= self._validated(adapted, moment.go_on)
-        blind = self.logits(adapted, "target", TARGET, moment.go_on)
+            values |= self._validated(adapted, context.go_on)
+        blind = self.logits(adapted, "target", TARGET, context.go_on)
         values["metric/target_information"] = information(blind)
         values["metric/target_density"] = neighbourhood_density(blind)
         if "source_only" in networks:
             for domain, split in (("source", "test"), ("target", "target_test")):
                 if split in self.images:
-                    logits = self.logits(networks["source_only"], split, SOURCE, moment.go_on)
+                    logits = self.logits(networks["source_only"], split, SOURCE, context.go_on)
                     values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
             if "target_test" in self.images:
                 values["metric/gain"] = values["metric/target_accuracy"] - values["metric/source_only_target_accuracy"]
         if self.env.first:
-            self._draw(own, blind, moment)
+            self._draw(own, blind, context)
             names = json.dumps(self.images["train"].classes)
-            write_text_atomic(moment.folder / CLASSES, names + "\n")
+            write_text_atomic(context.folder / CLASSES, names + "\n")
         return values
 
     def logits(self, network: nn.Module, split: str, cluster: int, go_on: Callable[[], None] = lambda: None) -> Tensor:
@@ -240,7 +240,7 @@ class Evaluation:
             "loss/validation": float(F.cross_entropy(logits, labels)),
         }
 
-    def _draw(self, own: Mapping[str, Tensor], blind: Tensor, moment: Moment) -> None:
+    def _draw(self, own: Mapping[str, Tensor], blind: Tensor, context: EvalContext) -> None:
         """Show the first domains' images with what the adapted network says of them."""
         shown, captions, verdicts = [], [], []
         found = {"test": own.get("source"), "target_test": own.get("target")}
@@ -256,9 +256,9 @@ class Evaluation:
             captions += [names[label] for label in said.tolist()]
             verdicts += _verdicts(said, None if images.labels is None else images.labels[index])
         sheet = captioned_sheet(torch.cat(shown), captions, verdicts)
-        moment.log.image(moment.step, "samples/predictions", sheet)
-        moment.log.charts(_CHARTS)
-        path = moment.folder / "samples" / "predictions.png"
+        context.log.image(context.step, "samples/predictions", sheet)
+        context.log.charts(_CHARTS)
+        path = context.folder / "samples" / "predictions.png"
         picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
         write_atomic(path, lambda file: picture.save(file, "PNG"))
 

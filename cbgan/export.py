@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import CLASSES, recalibrate
+from cbgan.models import build_generator
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
 from common.classification.stored import StoredModel, read_stored
@@ -150,12 +151,12 @@ def load_generator(
 
     def of_run() -> dict[str, Any]:
         known = stored.noted(CLASSES, _names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}
-        return known | {"epoch": int(stored.state["at"]["epoch"])}
+        return known | {"epoch": int(stored.state["run"]["epoch"])}
 
     model = stored.model(
         TrainedGenerator,
         of_run,
-        lambda _: Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed),
+        lambda _: build_generator(cfg),
     )
     if not stored.recalibrated:
         recalibrate(cfg, model.network, model.counts, torch.device("cpu"))

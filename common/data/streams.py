@@ -95,7 +95,7 @@ Step = list[dict[str, Batch]]
 _Place = tuple[int, Tensor]  # a pass over a stream, and positions in its set
 
 
-class Feed:
+class StepLoader:
     """The batches of every training step, from one or more streams.
 
     A pass over a stream is a permutation of its images from (seed, stream, "shuffle", pass), cut into batches of one

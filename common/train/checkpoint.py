@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from common.runtime.atomic import write_atomic
 from common.runtime.errors import UsageError
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the layout; files of another one are refused."""
 
 
@@ -58,6 +59,26 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
+def load_weights(path: Path, networks: Mapping[str, nn.Module], averages: Mapping[str, nn.Module]) -> None:
+    """Give networks, and the averages of them, the weights and buffers of another run's.
+
+    Raises:
+        UsageError: if the file is not a checkpoint, or its networks have other shapes.
+    """
+    try:
+        state = load(path)["networks"]
+        for name, network in (*networks.items(), *averages.items()):
+            network.load_state_dict(state[name])
+    except DamagedCheckpoint as error:
+        raise UsageError(f"init_from: {error}; expected a run's checkpoint, such as checkpoints/best.pt") from None
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"init_from: {path} does not fit this configuration ({reason}); expected a checkpoint of a run "
+            "with the same networks and layers"
+        ) from None
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest ``keep`` and the best.
 
@@ -83,7 +104,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         best: bool = False,
-        good: Iterable[int | None] = (),
+        keep: Iterable[int | None] = (),
         epoch: int | None = None,
     ) -> Path:
         """Write the checkpoint of a step, and remove what is no longer kept.
@@ -92,7 +113,7 @@ class Checkpoints:
             step: the step.
             state: what it holds.
             best: keep it as the best one too.
-            good: steps whose checkpoints stay, however old.
+            keep: steps whose checkpoints stay, however old.
             epoch: keep it for good as that of this epoch too.
         """
         path = self.path(step)
@@ -100,7 +121,7 @@ class Checkpoints:
         for copy in ([self.best] if best else []) + ([] if epoch is None else [self.of_epoch(epoch)]):
             with path.open("rb") as source:
                 write_atomic(copy, lambda file, source=source: shutil.copyfileobj(source, file))
-        kept = {*self.paths()[-self.keep :], *(self.path(step) for step in good if step is not None)}
+        kept = {*self.paths()[-self.keep :], *(self.path(step) for step in keep if step is not None)}
         for old in self.paths():
             if old not in kept:
                 old.unlink()

@@ -1,8 +1,8 @@
-"""Real steps of a run that is none: what they cost, without writing anything."""
+"""Run a few training steps to estimate their cost (``--dry_run``); writes nothing."""
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,52 +10,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from common.data import Feed
 from common.norms.layer import NormLayer
-from common.train.config import RunConfig
-from common.train.guard import Part, StepGuard, Update
-from common.train.state import Parts
-from common.train.task import Method
+from common.train.guard import StepGuard
+from common.train.step import Loss, Metrics, MicroBatch, Step
+from common.train.task import Task
 
 _STEPS = 3
 _MIB = 2**20
 
 
 class Steps:
-    """Steps of training as the loop makes them, of which nothing is measured, logged or saved.
+    """Steps of training as the loop makes them, of which nothing is evaluated, logged or saved.
 
     Args:
-        cfg: the run's configuration.
-        method: what is trained.
-        feed: the batches, from the first on; after the last epoch come more.
-        parts: networks, optimizers and their like, which change.
+        task: what is trained, which changes; after its last epoch come more.
     """
 
-    def __init__(self, cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> None:
-        self.cfg, self.method, self.parts = cfg, method, parts
-        self._guard = StepGuard(parts.networks.values(), [f"loss/{name}" for name in parts.optimizers], method.device)
-        epochs = (feed.epoch(epoch, 0, parts.seed) for epoch in itertools.count())
+    def __init__(self, task: Task[Any]) -> None:
+        self.task, self.state = task, task.new_state()
+        self._guard = StepGuard(task.networks.values(), [f"loss/{name}" for name in task.optimizers], task.device)
+        epochs = (task.loader.epoch(epoch, 0, self.state.seed) for epoch in itertools.count())
         self._batches = itertools.chain.from_iterable(epochs)
 
-    def make(self, kind: type[Update] = Update) -> Update:
-        """Make the next step with an update of a kind, wait for the device, and return the update.
+    def make(self, kind: type[Step] = Step) -> Step:
+        """Make the next step with a `Step` of a kind, wait for the device, and return it.
 
         Raises:
             NonFiniteError: if a loss or gradient is not finite.
         """
-        cfg, parts, guard = self.cfg, self.parts, self._guard
-        update = kind(parts, guard, next(self._batches), self.method.device, cfg.precision, cfg.clip)
-        guard.begin(parts.at["step"] + 1)
-        self.method.step(update)
+        state, guard, cfg = self.state, self._guard, self.task.cfg
+        step = kind(state, guard, next(self._batches), cfg)
+        guard.begin(state.run.step + 1)
+        self.task.train_step(step)
         guard.finish()
-        parts.average(cfg.ema, guard.good)
-        parts.at["step"] += 1
+        state.update_averages(cfg.ema, guard.good)
+        state.run.step += 1
         guard.check()
-        return update
+        return step
 
 
-class Timed(Update):
-    """An update that notes how long each loss's share of it takes, the device's work included.
+class Timed(Step):
+    """A step that notes how long each loss's share of it takes, the device's work included.
 
     Attributes:
         began: when the batches were on the device, by `time.perf_counter`.
@@ -64,17 +59,18 @@ class Timed(Update):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        synchronize(self._device)
+        synchronize(self._state.device)
         self.began = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    def descend(self, name: str, loss: Callable[[Part], Tensor]) -> None:
+    def optimize(self, name: str, loss: Loss, *, frozen: Sequence[str] = ()) -> Metrics:
         """Update as usual."""
-        synchronize(self._device)
+        synchronize(self._state.device)
         began = time.perf_counter()
-        super().descend(name, loss)
-        synchronize(self._device)
+        metrics = super().optimize(name, loss, frozen=frozen)
+        synchronize(self._state.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return metrics
 
 
 def synchronize(device: torch.device) -> None:
@@ -83,16 +79,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Measured(Update):
-    """An update that notes how many bytes each loss keeps for its backward pass."""
+class _Measured(Step):
+    """A step that notes how many bytes each loss keeps for its backward pass."""
 
     kept: int = 0
 
-    def descend(self, name: str, loss: Callable[[Part], Tensor]) -> None:
+    def optimize(self, name: str, loss: Loss, *, frozen: Sequence[str] = ()) -> Metrics:
         """Update as usual."""
-        weights = {p.untyped_storage().data_ptr() for net in self._parts.networks.values() for p in net.parameters()}
+        weights = {p.untyped_storage().data_ptr() for net in self._state.networks.values() for p in net.parameters()}
 
-        def noting(part: Part) -> Tensor:
+        def noting(micro: MicroBatch) -> Tensor | tuple[Tensor, Metrics]:
             bytes_at: dict[int, int] = {}
 
             def note(tensor: Tensor) -> Tensor:
@@ -101,34 +97,33 @@ class _Measured(Update):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                value = loss(part)
+                value = loss(micro)
             self.kept = max(self.kept, sum(bytes_at.values()))
             return value
 
-        super().descend(name, noting)
+        return super().optimize(name, noting, frozen=frozen)
 
 
-def estimate(cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> str:
+def estimate(task: Task[Any]) -> str:
     """Describe parameters, memory and time of a run, one fact a line.
 
     Memory of activations is what a loss keeps for its backward pass, the largest such set of a step; time is
-    measured on a few training steps and leaves measurements out.
+    measured on a few training steps and leaves evaluations out.
     """
-    device, steps = method.device, Steps(cfg, method, feed, parts)
-    seconds, kept = [], 0
+    device, steps, seconds, kept = task.device, Steps(task), [], 0
     for _ in range(1 + _STEPS):
         began = time.perf_counter()
-        update = steps.make(_Measured)
+        step = steps.make(_Measured)
         seconds.append(time.perf_counter() - began)
-        assert isinstance(update, _Measured)
-        kept = max(kept, update.kept)
-    each, total = sorted(seconds[1:])[_STEPS // 2], cfg.epochs * len(feed)
-    weights = [p for network in parts.networks.values() for p in network.parameters()]
-    state = [v for opt in parts.optimizers.values() for s in opt.state.values() for v in s.values() if v.ndim]
-    held = 2 * _bytes(weights) + _bytes(state)  # as many gradients as weights
-    sets = ", ".join(f"{len(images):,} {name}" for name, images in method.images.items())
-    lines = [f"data: images of {method.images['train'].images.shape[-1]} pixels a side: {sets}"]
-    lines += [_describe(network) for network in parts.networks.values()]
+        assert isinstance(step, _Measured)
+        kept = max(kept, step.kept)
+    each, total = sorted(seconds[1:])[_STEPS // 2], task.cfg.epochs * len(task.loader)
+    weights = [p for network in task.networks.values() for p in network.parameters()]
+    moments = [v for opt in task.optimizers.values() for s in opt.state.values() for v in s.values() if v.ndim]
+    held = 2 * _bytes(weights) + _bytes(moments)  # as many gradients as weights
+    sets = ", ".join(f"{len(images):,} {name}" for name, images in task.images.items())
+    lines = [f"data: images of {task.images['train'].images.shape[-1]} pixels a side: {sets}"]
+    lines += [_describe(network) for network in task.networks.values()]
     lines.append(
         f"memory: {held / _MIB:.1f} MiB for weights, gradients and the optimizers' state; {kept / _MIB:.1f} MiB of "
         "activations for a backward pass"
@@ -136,8 +131,8 @@ def estimate(cfg: RunConfig, method: Method[Any], feed: Feed, parts: Parts) -> s
     if device.type == "cuda":
         lines.append(f"memory: {torch.cuda.max_memory_allocated(device) / _MIB:.1f} MiB at the peak of a step")
     lines.append(
-        f"time: {1000 * each:.0f} ms a step on {device} with {torch.get_num_threads()} threads, {len(feed):,} steps "
-        f"an epoch, {timedelta(seconds=round(total * each))} for {total:,} steps; measurements come on top"
+        f"time: {1000 * each:.0f} ms a step on {device} with {torch.get_num_threads()} threads, {len(task.loader):,} "
+        f"steps an epoch, {timedelta(seconds=round(total * each))} for {total:,} steps; measurements come on top"
     )
     return "\n".join(lines)
 

@@ -1,26 +1,20 @@
-"""One training step: losses become gradients, gradients become updates, and only if all of them are finite.
+"""The guard of a training step: gradients become updates only if all of them, and the losses, are finite.
 
 The check stays on the device: a flag, once set, masks every later update (through the optimizer's ``found_inf``,
 which fused Adam and SGD honour) and puts the buffers back. The host reads the flag when it can afford to wait:
 every step on a CPU, every few steps on a GPU. Whenever it is read, the state is the one before the first bad step.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from common.data import Batch
-from common.runtime.device import Precision, autocast
 from common.runtime.distributed import smallest_over_ranks
 from common.runtime.errors import NonFiniteError
-from common.train.state import Parts
 
 _ALL_WELL = torch.iinfo(torch.int64).max
 _SMALLEST_SCALE = 2.0**-10  # a gradient that overflows float16 even so is not an overflow of float16
@@ -29,7 +23,7 @@ _SMALLEST_SCALE = 2.0**-10  # a gradient that overflows float16 even so is not a
 class StepGuard:
     """Keeps non-finite losses and gradients of a step away from everything that persists.
 
-    In each step: `begin`, then `descend` for each optimizer, then `finish`; `check` reads the flag.
+    In each step: `begin`, then `update` for each optimizer, then `finish`; `check` reads the flag.
 
     Args:
         modules: networks whose buffers (running averages) are put back after a bad step.
@@ -53,7 +47,7 @@ class StepGuard:
         for kept, buffer in zip(self._before, self._buffers, strict=True):
             kept.copy_(buffer)
 
-    def descend(
+    def update(
         self,
         term: str,
         losses: Iterable[Tensor],
@@ -138,94 +132,3 @@ class StepGuard:
         code = self._step * len(self._terms) + self._terms.index(term)
         self._first = torch.where((self._first == _ALL_WELL) & ~finite, code, self._first)
         smallest_over_ranks(self._first)  # what one rank must not apply, none may
-
-
-@dataclass(frozen=True)
-class Part:
-    """A share of a step's batch.
-
-    Attributes:
-        batches: a batch of every stream, on the device.
-        number: of this part, counted through the run: what draws for it are keyed by.
-        seed: what draws for it follow from, with ``number`` and the rank.
-    """
-
-    batches: dict[str, Batch]
-    number: int
-    seed: int
-
-    def __getitem__(self, stream: str) -> Batch:
-        return self.batches[stream]
-
-
-class Update:
-    """What a method's step works with.
-
-    Args:
-        parts: networks, optimizers and their like.
-        guard: keeps what is not finite away from them.
-        batches: of every part of the step.
-        precision: of networks and losses.
-        clip: largest 2-norm of the gradient of a loss; None for any.
-        progress: share of the run, as its schedule counts it, that was done before this step.
-
-    Attributes:
-        parts: the shares of the batch, in the order in which gradients are accumulated.
-        values: what the step logs, detached scalars by tag, as means over the steps between two log lines.
-        of_epoch: the same, as means over those steps of an epoch that have them; the same names on all ranks.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        guard: StepGuard,
-        batches: list[dict[str, Batch]],
-        device: torch.device,
-        precision: Precision,
-        clip: float | None,
-        progress: float = 0.0,
-    ) -> None:
-        self.progress = progress
-        first = parts.at["step"] * len(batches)
-        self.parts = [
-            Part({name: batch.to(device) for name, batch in streams.items()}, first + number, parts.seed)
-            for number, streams in enumerate(batches)
-        ]
-        self.values: dict[str, Tensor] = {}
-        self.of_epoch: dict[str, Tensor] = {}
-        self._parts, self._guard, self._device = parts, guard, device
-        self._precision: Precision = precision
-        self._clip = clip
-
-    def descend(self, name: str, loss: Callable[[Part], Tensor]) -> None:
-        """Update what optimizer ``name`` holds by the gradient of the mean of ``loss`` over the parts.
-
-        Args:
-            name: an optimizer; the loss is logged as loss/NAME, the 2-norm of its gradient as gradient/NAME.
-            loss: from a part to a scalar; it runs under the run's precision.
-        """
-        optimizer, scaler = self._parts.optimizers[name], self._parts.scalers[name]
-
-        def backward() -> Iterator[Tensor]:
-            for part in self.parts:
-                with contextlib.ExitStack() as stack:
-                    if part is not self.parts[-1]:  # ranks average their gradients once a step
-                        for network in self._parts.wrapped.values():
-                            if isinstance(network, DistributedDataParallel):
-                                stack.enter_context(network.no_sync())
-                    with autocast(self._device, self._precision):
-                        value = loss(part)
-                    yield value  # the guard goes backward here
-
-        mean, norm = self._guard.descend(f"loss/{name}", backward(), len(self.parts), optimizer, scaler, self._clip)
-        self.values |= {f"loss/{name}": mean, f"gradient/{name}": norm}
-
-
-@contextlib.contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Compute no gradients of a network's own weights inside the block, only those that flow through it."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)

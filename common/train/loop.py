@@ -5,30 +5,32 @@ import errno
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from tqdm import tqdm
 
-from common.data import ImageSet
+from common.data import Batch, ImageSet
 from common.norms import preserved_statistics
+from common.runtime.cli import flatten, to_dict
 from common.runtime.command import StopRequest
-from common.runtime.device import resolve_device
+from common.runtime.device import DTYPES, resolve_device
 from common.runtime.distributed import Env, group, local_device
 from common.runtime.errors import Interrupted, NonFiniteError, Stopped
 from common.train.checkpoint import Checkpoints
 from common.train.config import RunConfig
 from common.train.dry_run import estimate
-from common.train.guard import StepGuard, Update
+from common.train.guard import StepGuard
 from common.train.logging import Log
 from common.train.optim import progress, schedule_factor
-from common.train.setup import RunPlace, configure, prepare, resume_command
-from common.train.summary import Measured, closing_lines, peak_memory, write_summary
-from common.train.task import Method, Moment
+from common.train.setup import OpenRunDir, configure, resume_command
+from common.train.step import Step
+from common.train.summary import Results, closing_lines, peak_memory, write_summary
+from common.train.task import EvalContext, Task, TrainContext
 
 
-def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
-    """Run the command of a method: ``python -m APPLICATION.train``.
+def train(kind: type[Task[Any]], argv: Sequence[str] | None = None) -> None:
+    """Run the command that trains a task: ``python -m APPLICATION.train``.
 
     Raises:
         UsageError, NonFiniteError, Stopped: as `common.runtime.command.run_command` reports them.
@@ -36,100 +38,100 @@ def train(kind: type[Method[Any]], argv: Sequence[str] | None = None) -> None:
     cfg = configure(kind, argv)
     device = local_device(resolve_device(cfg.device))
     with group(device) as env:
-        images = env.first_then_others(lambda: kind.load(cfg))
+        images = env.rank0_first(lambda: kind.load_images(cfg))
+        cfg.check_backend(device, DTYPES[cfg.precision])
         if not cfg.dry_run:
             with StopRequest() as stop:
-                Training(kind, cfg, images, device, stop, env).run()
+                Trainer(kind, cfg, images, device, stop, env).run()
         elif env.first:
-            print(estimate(cfg, *prepare(kind, cfg, images, device, Env())))
+            print(estimate(make_task(kind, cfg, images, TrainContext(device, dry_run=True))))
 
 
-@contextlib.contextmanager
-def _whoever_reads() -> Iterator[None]:
-    """Go on where the terminal was closed, or the program that reads what is printed has ended."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.EPIPE):
-            raise
+def make_task(
+    kind: type[Task[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], context: TrainContext
+) -> Task[Any]:
+    """Construct a task; subclasses take a configuration, images and a context alone."""
+    return kind(cfg, images, context)  # pyright: ignore[reportCallIssue]
 
 
 class _Collapsed(Exception):
-    """The run is to go back to its last good checkpoint; the message is why.
+    """The run is to go back to its last checkpoint; the message is why.
 
     Args:
         cause: what is wrong.
-        measured: the last checkpoint may hold it already; go back to the last one that was measured.
+        evaluated: the last checkpoint may hold it already; go back to the last one that was evaluated.
     """
 
-    def __init__(self, cause: str, *, measured: bool = False) -> None:
+    def __init__(self, cause: str, *, evaluated: bool = False) -> None:
         super().__init__(cause)
-        self.measured = measured
+        self.evaluated = evaluated
 
 
-class Training:
+class Trainer:
     """One run. With several processes each has one on its share of every step's images; rank 0 alone writes."""
 
     def __init__(
         self,
-        kind: type[Method[Any]],
+        kind: type[Task[Any]],
         cfg: RunConfig,
         images: Mapping[str, ImageSet],
         device: torch.device,
         stop: StopRequest,
         env: Env,
     ) -> None:
-        self.cfg, self.device, self.stop, self.env = cfg, device, stop, env
-        self.shown: dict[str, float] = {}
-        self.told: set[str] = set()
-        self.method, self.feed, self.parts = prepare(kind, cfg, images, device, env)
-        self.choice = kind.choice(cfg)
-        if cfg.init_from is not None and not cfg.resume:
-            self.parts.load_weights(cfg.init_from)
-        self.place = RunPlace(self.method, cfg, device, env)
+        self.device, self.stop, self.env = device, stop, env
+        self.losses: dict[str, float] = {}
+        self.layer_warnings: list[str] = []
+        self.warned: set[str] = set()
+        self.selection = kind.selection(cfg)
+        self.run_dir = OpenRunDir(kind, cfg, device, env)
         try:
-            self.method.prepare(self._asked_to_stop)
-            self.folder, self.cfg = self.place.open()
+            self.task = make_task(kind, cfg, images, TrainContext(device, env, should_stop=self.stop_requested))
+            self.state = self.task.new_state()
+            self.folder, self.cfg = self.run_dir.open()
             self.checkpoints = Checkpoints(self.folder / "checkpoints")
-            env.lead(self.checkpoints.remove_leftovers)
-            self.log = self._restore()
+            env.on_rank0(self.checkpoints.remove_leftovers)
+            self.restore()
         except BaseException as error:
-            self.place.close()
+            self.run_dir.close()
             if not isinstance(error, Interrupted):
                 raise
             raise Stopped(env.largest(stop.signum or 0), "stopped before the run began") from None
-        self.guard = StepGuard(self.parts.networks.values(), [f"loss/{name}" for name in self.parts.optimizers], device)
+        self.guard = StepGuard(self.task.networks.values(), [f"loss/{name}" for name in self.task.optimizers], device)
         self.bar = tqdm(
-            total=cfg.epochs * len(self.feed),
-            initial=self.parts.at["step"],
+            total=cfg.epochs * len(self.task.loader),
+            initial=self.state.run.step,
             unit="step",
             disable=not (env.first and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
-        self._start_clock()
+        self.start_clock()
 
     def run(self) -> None:
-        """Train, measure, log and save.
+        """Train, evaluate, log and save.
 
         Raises:
             Stopped: after saving, if a signal asked for it.
             NonFiniteError: if a loss or gradient was not finite, or a collapsed run was to stop.
         """
-        state, why = "failed", None
+        status, why = "failed", None
         try:
-            if self.env.lead(lambda: not self.checkpoints.paths()):
-                self.parts.at["sound"] = self.parts.at["step"]
-                self._save(scheduled=True)  # so that a run can be resumed from its first moment on
-            self._summarise("running", None)
-            while not self._done():
+            if self.env.on_rank0(lambda: not self.checkpoints.paths()):
+                self.state.run.last_evaluated_checkpoint = self.state.run.step
+                self.save(scheduled=True)  # so that a run can be resumed from its first moment on
+            self.summarise("running", None)
+            while not self.finished():
                 try:
-                    self._epoch() if self._measured() else self._evaluate()
+                    if self.evaluation_due():
+                        self.evaluate()
+                    else:
+                        self.train_epoch()
                 except _Collapsed as collapsed:
-                    self._rewind(str(collapsed), measured=collapsed.measured)
+                    self.rewind(str(collapsed), evaluated=collapsed.evaluated)
             self.bar.close()
-            state = "finished"
+            status = "finished"
         except Stopped as stopped:
-            state, why = "stopped", str(stopped).split("; go on")[0]
+            status, why = "stopped", str(stopped).split("; go on")[0]
             raise
         except BaseException as error:
             why = f"{type(error).__name__}: {error}"
@@ -139,115 +141,76 @@ class Training:
             try:
                 self.log.close()
             finally:
-                self._summarise(state, why)
-                self.place.close()
+                self.summarise(status, why)
+                self.run_dir.close()
         if self.env.first:
-            print(closing_lines(self.cfg, self.method, self.folder, self.parts, self.warnings))
+            print(closing_lines(self.task, self.folder, self.state.run, self.layer_warnings))
 
-    def _done(self) -> bool:
-        at, patience = self.parts.at, self.cfg.best.patience
-        enough = bool(patience) and at["waited"] >= patience
-        return self._measured() and (at["epoch"] >= self.cfg.epochs or enough)
+    def finished(self) -> bool:
+        """Say whether nothing is left to do: all epochs are done, or enough of them brought nothing better."""
+        run, patience = self.state.run, self.cfg.best.patience
+        enough = bool(patience) and run.epochs_without_improvement >= patience
+        return not self.evaluation_due() and (run.epoch >= self.cfg.epochs or enough)
 
-    def _measured(self) -> bool:
-        at = self.parts.at
-        return at["evaluated"] >= at["epoch"] or not self.method.due(at["epoch"])
+    def evaluation_due(self) -> bool:
+        """Say whether the networks are to be evaluated as they are now."""
+        run = self.state.run
+        return run.last_evaluated < run.epoch and self.task.should_evaluate(run.epoch)
 
-    def _epoch(self) -> None:
-        at, cfg = self.parts.at, self.cfg
-        with contextlib.closing(self.feed.epoch(at["epoch"], at["batch"], self.parts.seed)) as steps:
+    def checkpoint_due(self) -> bool:
+        """Say whether a checkpoint is scheduled after this epoch."""
+        epoch, cfg = self.state.run.epoch, self.cfg
+        return epoch >= cfg.epochs or epoch % cfg.checkpoint_every == 0 or epoch in cfg.checkpoint_keep
+
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch; log its means and the layers' health; save."""
+        run, cfg = self.state.run, self.cfg
+        with contextlib.closing(self.task.loader.epoch(run.epoch, run.batch, self.state.seed)) as steps:
             for batches in steps:
-                self._step(batches)
-                logs = at["step"] % cfg.log_every == 0
-                if logs or self.device.type == "cpu":  # only then does the host wait for a GPU
-                    self._check()
+                self.train_step(batches)
+                logs = run.step % cfg.log_every == 0
+                waits = logs or self.device.type == "cpu"  # only then does the host wait for a GPU
+                if waits:
+                    self.check_finite()
                 if logs:
-                    self._log()
+                    self.log_steps()
                 self.bar.update()
-                if (self.env.world == 1 or logs or self.device.type == "cpu") and self._asked_to_stop():
-                    self._check()
-                    self._save()
-                    self._stop()
-        self._check()
-        at["epoch"], at["batch"] = at["epoch"] + 1, 0
-        values, self.warnings = self.method.health(at["step"])
-        self._record(at["step"], at["epoch"], self.env.mean(self.parts.epoch_means.pop()) | values)
-        self._heed_measured(values)
-        if self._scheduled():
-            self._save(scheduled=True)
-        shown = [f"{name} {value:.4g}" for name, value in self.shown.items()]
-        self.shown = {}  # an epoch of fewer steps than log_every has no losses of its own to print
-        self._report(f"epoch {at['epoch']}/{cfg.epochs}, step {at['step']}", shown)
-        for line in self.warnings:
-            self._warn(line, once_for=line.split(":")[0])
+                if (self.env.world == 1 or waits) and self.stop_requested():
+                    self.check_finite()
+                    self.save()
+                    self.leave()
+        self.check_finite()
+        run.epoch, run.batch = run.epoch + 1, 0
+        health, self.layer_warnings = self.task.health(run.step)
+        self.record(self.env.mean(self.state.epoch_metrics.pop()) | health)
+        self.handle_collapse(health, "evaluation")
+        if self.checkpoint_due():
+            self.save(scheduled=True)
+        self.report(
+            f"epoch {run.epoch}/{cfg.epochs}, step {run.step}", [f"{n} {v:.4g}" for n, v in self.losses.items()]
+        )
+        self.losses = {}  # an epoch of fewer steps than log_every has no losses of its own to print
+        for line in self.layer_warnings:
+            self.warn(line, once_for=line.split(":")[0])
 
-    def _step(self, batches: list[Any]) -> None:
-        at, cfg = self.parts.at, self.cfg
-        share = progress(cfg.schedule, at["step"], len(self.feed), cfg.epochs)
-        factor = schedule_factor(cfg.schedule, at["step"], len(self.feed), cfg.epochs)
-        rate = self.parts.set_learning_rates(factor * cfg.guard.lr_factor ** len(at["rewinds"]))
-        update = Update(self.parts, self.guard, batches, self.device, cfg.precision, cfg.clip, share)
-        self.guard.begin(at["step"] + 1)
-        self.parts.statistics = {}
-        self.method.step(update)
+    def train_step(self, batches: list[dict[str, Batch]]) -> None:
+        """Do one step; nothing that is not finite changes anything, and the guard remembers it."""
+        state, run, cfg, steps = self.state, self.state.run, self.cfg, len(self.task.loader)
+        factor = schedule_factor(cfg.schedule, run.step, steps, cfg.epochs)
+        self.learning_rate = state.set_learning_rates(factor * cfg.guard.lr_factor ** len(run.rewinds))
+        step = Step(state, self.guard, batches, cfg, progress(cfg.schedule, run.step, steps, cfg.epochs))
+        self.guard.begin(run.step + 1)
+        state.statistics = {}
+        metrics = self.task.train_step(step)
         self.guard.finish()
-        self.parts.average(cfg.ema, self.guard.good)
-        at["step"] += 1
-        at["batch"] += 1
-        self.parts.means.add(update.values)
-        self.parts.epoch_means.add(update.of_epoch)
-        self.rate = rate
+        state.update_averages(cfg.ema, self.guard.good)
+        run.step += 1
+        run.batch += 1
+        state.step_metrics.add(metrics.step)
+        state.epoch_metrics.add(metrics.epoch)
 
-    def _evaluate(self) -> None:
-        at = self.parts.at
-        self._count_seconds("training")
-        begun = at["rewinds"][-1]["to"] if at["rewinds"] else 0
-        moment = Moment(at["epoch"], at["step"], self.folder, self.log, self._asked_to_stop, self._warn, begun)
-        try:
-            with self._recalibrated(moment):
-                values = self.method.evaluate(self.parts.measured, moment)
-        except Interrupted:
-            if not self._scheduled():  # else the checkpoint before the measurement stands
-                self._save()
-            self._stop()
-        seconds = self._count_seconds("evaluation")
-        self._record(at["step"], at["epoch"], values)
-        self._heed_measured(values)
-        at["evaluated"] = at["epoch"]
-        best = self._is_best(values)
-        scheduled = self._scheduled() or self._done()
-        if best or scheduled:
-            at["sound"] = at["step"]
-            self._save(scheduled=scheduled, best=best and self.cfg.best.keep)
-        if values:
-            self._report(f"epoch {at['epoch']}/{self.cfg.epochs}", [*self.method.told(values), f"{seconds:.1f} s"])
-        self._summarise("running", None)
-
-    @contextlib.contextmanager
-    def _recalibrated(self, moment: Moment) -> Iterator[None]:
-        """Estimate anew what the measured networks store, on all ranks alike, and undo that after the block."""
-        with contextlib.ExitStack() as stack:
-            for name in self.method.averaged:
-                network = self.parts.measured[name]
-                stack.enter_context(self.env.buffers_of_first(network))
-                stack.enter_context(preserved_statistics(network))
-                self.method.recalibrate(name, network, moment.go_on)
-                self.parts.note_statistics(name)
-            yield
-
-    def _is_best(self, values: Mapping[str, float]) -> bool:
-        """Note the value that epochs are chosen by, and say whether it is the best so far."""
-        if self.choice is None or self.choice[0] not in values:
-            return False
-        at, (tag, tracked) = self.parts.at, self.choice
-        if tracked.improves(values[tag], None if at["best"] is None else at["best"]["value"]):
-            at["best"], at["waited"] = {"value": values[tag], "epoch": at["epoch"], "tag": tag}, 0
-            return True
-        at["waited"] += 1
-        return False
-
-    def _check(self) -> None:
-        """Stop, or rewind, if a loss or gradient so far was not finite."""
+    def check_finite(self) -> None:
+        """Stop, or rewind, if a loss or gradient so far was not finite (waits for the device)."""
         try:
             self.guard.check()
         except NonFiniteError as error:
@@ -255,123 +218,196 @@ class Training:
                 raise
             raise _Collapsed(str(error).split(";")[0]) from None
 
-    def _log(self) -> None:
-        at = self.parts.at
-        means = dict(self.method.shown(self.env.mean(self.parts.means.pop())))
-        steps = at["step"] - self.clock_step
-        speed = steps * self.feed.batch_size * self.cfg.accumulate * self.env.world / self._count_seconds("training")
+    def log_steps(self) -> None:
+        """Log the means of the steps since the last log line."""
+        run, env = self.state.run, self.env
+        means = dict(self.task.log_metrics(env.mean(self.state.step_metrics.pop())))
+        images = (run.step - self.clock_step) * self.task.loader.batch_size * self.cfg.accumulate * env.world
+        speed = images / self.count_seconds("training")
         costs = {"time/images_per_second": speed, "time/peak_memory_mib": peak_memory(self.device)}
-        self._record(at["step"], at["epoch"], means | {"schedule/lr": self.rate} | costs)
-        self.shown = {name: value for name, value in means.items() if name.startswith("loss/")} | {"images/s": speed}
-        shown = {name: f"{value:.4g}" for name, value in self.shown.items()}
-        self.bar.set_postfix({"epoch": at["epoch"] + 1, **shown})
-        self._heed(self.method.collapse(means))
+        self.record(means | {"schedule/lr": self.learning_rate} | costs)
+        self.losses = {name: value for name, value in means.items() if name.startswith("loss/")} | {"images/s": speed}
+        self.bar.set_postfix({"epoch": run.epoch + 1, **{name: f"{value:.4g}" for name, value in self.losses.items()}})
+        self.handle_collapse(means, "steps")
 
-    def _heed_measured(self, values: Mapping[str, float]) -> None:
-        """Heed what was measured, as rank 0 sees it: layers' health differs between ranks, and all have to agree."""
-        self._heed(self.env.lead(lambda: self.method.collapse_measured(values)), measured=True)
+    def evaluate(self) -> None:
+        """Evaluate the networks; log; save if this epoch is the best, or a checkpoint is scheduled."""
+        run, cfg = self.state.run, self.cfg
+        self.count_seconds("training")
+        rewound_to = run.rewinds[-1]["to"] if run.rewinds else 0
+        context = EvalContext(run.epoch, run.step, self.folder, self.log, self.stop_requested, self.warn, rewound_to)
+        try:
+            with self.recalibrated(context):
+                values = self.task.evaluate(self.task.evaluated_networks, context)
+        except Interrupted:
+            if not self.checkpoint_due():  # else the checkpoint before the evaluation stands
+                self.save()
+            self.leave()
+        seconds = self.count_seconds("evaluation")
+        self.record(values)
+        self.handle_collapse(values, "evaluation")
+        run.last_evaluated = run.epoch
+        best = self.is_best(values)
+        scheduled = self.checkpoint_due() or self.finished()
+        if best or scheduled:
+            run.last_evaluated_checkpoint = run.step
+            self.save(scheduled=scheduled, best=best and cfg.best.keep)
+        if values:
+            self.report(f"epoch {run.epoch}/{cfg.epochs}", [*self.task.summary_line(values), f"{seconds:.1f} s"])
+        self.summarise("running", None)
 
-    def _heed(self, cause: str | None, *, measured: bool = False) -> None:
-        """Do with a collapsed run what its guard says."""
-        at = self.parts.at
-        if cause is None:
+    @contextlib.contextmanager
+    def recalibrated(self, context: EvalContext) -> Iterator[None]:
+        """Estimate anew what the evaluated networks store, on all ranks alike, and undo that after the block."""
+        with contextlib.ExitStack() as stack:
+            for name in self.task.evaluated:
+                network = self.task.evaluated_networks[name]
+                stack.enter_context(self.env.buffers_of_first(network))
+                stack.enter_context(preserved_statistics(network))
+                self.task.recalibrate(name, network, context.go_on)
+                self.state.note_statistics(name)
+            yield
+
+    def is_best(self, values: Mapping[str, float]) -> bool:
+        """Note the value that epochs are chosen by, and say whether it is the best so far."""
+        if self.selection is None or self.selection[0] not in values:
+            return False
+        run, (tag, metric) = self.state.run, self.selection
+        if metric.improves(values[tag], None if run.best is None else run.best["value"]):
+            run.best, run.epochs_without_improvement = {"value": values[tag], "epoch": run.epoch, "tag": tag}, 0
+            return True
+        run.epochs_without_improvement += 1
+        return False
+
+    def handle_collapse(self, values: Mapping[str, float], reads: Literal["steps", "evaluation"]) -> None:
+        """Do with a collapsed run what its guard says, if a detector finds that these values show one."""
+
+        def detect() -> tuple[str, str] | None:
+            for detector in self.task.detectors:
+                if detector.reads == reads and (cause := detector.find(values)) is not None:
+                    return cause, detector.remedy
+            return None
+
+        # Layers' health differs between ranks, and all have to agree.
+        found = self.env.on_rank0(detect) if reads == "evaluation" else detect()
+        if found is None:
             return
-        found, remedy = f"collapsed in step {at['step']}: {cause}", f"try {self.method.remedy(cause)}"
+        run, (cause, remedy) = self.state.run, found
+        line = f"collapsed in step {run.step}: {cause}"
         if self.cfg.guard.action == "stop":
-            raise NonFiniteError(f"{found}; the checkpoint before stands; {remedy}")
+            raise NonFiniteError(f"{line}; the checkpoint before stands; try {remedy}")
         if self.cfg.guard.action == "rewind":
-            raise _Collapsed(cause, measured=measured)
-        if at["collapsed"] is None:
-            at["collapsed"] = {"step": at["step"], "cause": cause}
-        self._warn(f"{found}; {remedy}", once_for="collapse")
+            raise _Collapsed(cause, evaluated=reads == "evaluation")
+        if run.collapsed is None:
+            run.collapsed = {"step": run.step, "cause": cause, "remedy": remedy}
+        self.warn(f"{line}; try {remedy}", once_for="collapse")
 
-    def _rewind(self, cause: str, *, measured: bool) -> None:
-        """Go back to the last good checkpoint; what is drawn from there on has another seed, else all would repeat."""
-        at, rewinds = self.parts.at, list(self.parts.at["rewinds"])
+    def rewind(self, cause: str, *, evaluated: bool) -> None:
+        """Go back to the last checkpoint; what is drawn from there on has another seed, else all would repeat."""
+        run, rewinds = self.state.run, list(self.state.run.rewinds)
         if len(rewinds) >= self.cfg.guard.max_rewinds:
-            raise NonFiniteError(f"collapsed in step {at['step']} after {len(rewinds)} rewinds: {cause}")
-        to = at["sound"] if measured and at["sound"] is not None else at["good"]
-        rewinds.append({"step": at["step"], "to": to, "cause": cause})
+            raise NonFiniteError(f"collapsed in step {run.step} after {len(rewinds)} rewinds: {cause}")
+        sound = run.last_evaluated_checkpoint if evaluated else None
+        to = run.last_checkpoint if sound is None else sound
+        rewinds.append({"step": run.step, "to": to, "cause": cause})
         self.log.close()
-        self.log = self._restore(to)
-        self.parts.at["rewinds"] = rewinds
+        self.restore(to)
+        self.state.run.rewinds = rewinds
         if self.env.first:
-            self.checkpoints.drop_after(self.parts.at["step"])
+            self.checkpoints.drop_after(self.state.run.step)
         self.guard.reset()
-        self._save(scheduled=True)
-        self._start_clock()
+        self.save(scheduled=True)
+        self.start_clock()
         lr = self.cfg.guard.lr_factor ** len(rewinds)
-        self._warn(f"rewound to step {self.parts.at['step']}: {cause}; learning rates are now {lr:g} of the first")
+        self.warn(f"rewound to step {self.state.run.step}: {cause}; learning rates are now {lr:g} of the first")
 
-    def _scheduled(self) -> bool:
-        epoch = self.parts.at["epoch"]
-        return epoch >= self.cfg.epochs or epoch % self.cfg.checkpoint_every == 0 or epoch in self.cfg.checkpoint_keep
-
-    def _save(self, *, scheduled: bool = False, best: bool = False) -> None:
+    def save(self, *, scheduled: bool = False, best: bool = False) -> None:
         """Save; scheduled checkpoints lie where those of an undisturbed run do, so that rewinds go back to the same."""
-        at = self.parts.at
+        run = self.state.run
         if scheduled:
-            at["good"] = at["step"]
-        extra = {"log_position": self.log.sync(), "passport": self.method.passport()}
-        state = self.parts.state_dict() | extra
-        epoch = at["epoch"] if scheduled and at["epoch"] in self.cfg.checkpoint_keep else None
+            run.last_checkpoint = run.step
+        extra = {"log_position": self.log.sync(), "passport": self.task.eval_protocol()}
+        state = self.state.state_dict() | extra
+        epoch = run.epoch if scheduled and run.epoch in self.cfg.checkpoint_keep else None
         if self.env.first:
-            self.checkpoints.save(at["step"], state, best=best, good=(at["good"], at["sound"]), epoch=epoch)
+            keep = run.last_checkpoint, run.last_evaluated_checkpoint
+            self.checkpoints.save(run.step, state, best=best, keep=keep, epoch=epoch)
 
-    def _restore(self, step: int | None = None) -> Log:
+    def restore(self, step: int | None = None) -> None:
         """Go on from a step's checkpoint, or the newest whole one if there is any, and cut the log back to it."""
-        state, reports = self.env.lead(lambda: self.checkpoints.load_latest(step))
+        state, reports = self.env.on_rank0(lambda: self.checkpoints.load_latest(step))
         for report in reports:
-            self._warn(report)
-        self.warnings: list[str] = []
-        opened: dict[str, Any] = {"settings": self.place.settings(), "results": list(self.method.tracked(self.cfg))}
-        if state is None:
-            log = Log(self.folder, active=self.env.first, **opened)
-        else:
-            self.method.accept(state["passport"])
-            self.parts.load_state_dict(state)
-            log = Log(self.folder, self.parts.at["step"], state["log_position"], active=self.env.first, **opened)
-        self.results = Measured(self.method.tracked(self.cfg), self.folder if self.env.first else None)
-        return log
+            self.warn(report)
+        self.layer_warnings, position = [], 0
+        if state is not None:
+            self.task.check_protocol(state["passport"])
+            self.state.load_state_dict(state)
+            position = state["log_position"]
+        known = self.task.selection_metrics(self.cfg)
+        settings = dict(flatten(to_dict(self.cfg)))
+        self.log = Log(
+            self.folder,
+            self.state.run.step,
+            position,
+            settings=settings,
+            results=list(known),
+            active=self.env.first,
+        )
+        self.results = Results(known, self.folder if self.env.first else None)
 
-    def _record(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        self.log.scalars(step, epoch, values)
-        self.results.note(epoch, values)
+    def record(self, values: Mapping[str, float]) -> None:
+        """Log values at this step."""
+        run = self.state.run
+        self.log.scalars(run.step, run.epoch, values)
+        self.results.note(run.epoch, values)
 
-    def _summarise(self, state: str, why: str | None) -> None:
+    def summarise(self, status: str, why: str | None) -> None:
+        """Write summary.json."""
         # A disk that is full has ended the run already; it shall not hide why.
-        with contextlib.suppress(*([OSError] if state == "failed" else [])):
+        with contextlib.suppress(*([OSError] if status == "failed" else [])):
             if self.env.first:
-                write_summary(self.folder, state, why, self.cfg, self.method, self.parts, self.choice, self.results)
+                write_summary(self.folder, status, why, self.task, self.state, self.results)
 
-    def _start_clock(self) -> None:
-        self.clock, self.clock_step = time.monotonic(), self.parts.at["step"]
+    def start_clock(self) -> None:
+        """Count seconds, and steps, from now on."""
+        self.clock, self.clock_step = time.monotonic(), self.state.run.step
 
-    def _count_seconds(self, name: str) -> float:
+    def count_seconds(self, name: str) -> float:
         """Add the seconds since the last call to those of training or evaluation, and return them."""
         seconds = time.monotonic() - self.clock
-        self.parts.clock[name] += seconds
-        self._start_clock()
+        self.state.seconds[name] += seconds
+        self.start_clock()
         return seconds
 
-    def _asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Say whether any rank was asked to stop; every rank has to call it."""
         return self.env.any(bool(self.stop))
 
-    def _stop(self) -> NoReturn:
-        signum, command = self.env.largest(self.stop.signum or 0), resume_command(self.method, self.cfg)
-        raise Stopped(signum, f"stopped after step {self.parts.at['step']}; go on with:\n  {command}")
+    def leave(self) -> NoReturn:
+        """End the run, which has been saved, because it was asked to stop."""
+        signum, command = self.env.largest(self.stop.signum or 0), resume_command(type(self.task), self.cfg)
+        raise Stopped(signum, f"stopped after step {self.state.run.step}; go on with:\n  {command}")
 
-    def _report(self, title: str, parts: list[str]) -> None:
+    def report(self, title: str, parts: list[str]) -> None:
         """Print a line where there is no bar to look at."""
         if self.env.first and not sys.stderr.isatty():
-            with _whoever_reads():
+            with _ignore_closed_terminal():
                 print("  ".join([title, *parts]), flush=True)
 
-    def _warn(self, line: str, once_for: str | None = None) -> None:
+    def warn(self, line: str, once_for: str | None = None) -> None:
         """Print a warning, once a run for each subject that has one."""
-        if once_for not in self.told and self.env.first:
-            with _whoever_reads():
+        if once_for not in self.warned and self.env.first:
+            with _ignore_closed_terminal():
                 tqdm.write(f"warning: {line}", file=sys.stderr)
         if once_for is not None:
-            self.told.add(once_for)
+            self.warned.add(once_for)
+
+
+@contextlib.contextmanager
+def _ignore_closed_terminal() -> Iterator[None]:
+    """Go on where the terminal was closed, or the program that reads what is printed has ended."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise

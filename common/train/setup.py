@@ -1,17 +1,15 @@
-"""From a command line to what the loop starts with: settings, images, networks, and the run's folder."""
+"""From a command line to what the loop starts with: settings, and the run's folder."""
 
 import os
 import shlex
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.data import Feed, ImageSet
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import flatten, parse, read, to_dict
 from common.runtime.device import DTYPES, keep_freed_memory, set_determinism, set_threads
@@ -28,11 +26,10 @@ from common.train.run_dir import (
     recorded_threads,
     refuse_existing,
 )
-from common.train.state import Parts
-from common.train.task import Method
+from common.train.task import Task
 
 
-def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
+def configure(kind: type[Task[Any]], argv: Sequence[str] | None) -> RunConfig:
     """Read the command line, and where it goes on with a run that run's settings; set threads, memory and determinism.
 
     Raises:
@@ -60,65 +57,31 @@ def configure(kind: type[Method[Any]], argv: Sequence[str] | None) -> RunConfig:
     set_threads(cfg.threads or threads or 0)
     keep_freed_memory()
     set_determinism(cfg.deterministic)
-    kind.choice(cfg)
+    kind.selection(cfg)
     return cfg.resolved()
 
 
-def prepare(
-    kind: type[Method[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], device: torch.device, env: Env
-) -> tuple[Method[Any], Feed, Parts]:
-    """Build a run's method with its networks, the batches it trains on, and its parts; print what these warn of.
-
-    Raises:
-        UsageError: if the images do not fill a step, or the layers cannot be computed as the run asks for.
-    """
-    cfg.check_backend(device, DTYPES[cfg.precision])
-    method = kind(cfg, images, device, env)
-    try:
-        feed = Feed(
-            method.streams(),
-            steps_per_epoch=cfg.steps_per_epoch,
-            accumulate=cfg.accumulate,
-            workers=0 if cfg.dry_run else method.workers,
-            rank=env.rank,
-            world=env.world,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        parts = Parts(cfg, device, env, method.build, method.optimize, method.averaged)
-    for line in dict.fromkeys(str(warning.message) for warning in told) if env.first else ():
-        print(f"warning: {line}", file=sys.stderr)  # as the loop does, without the place in the code
-    method.networks, method.wrapped = parts.networks, parts.wrapped
-    return method, feed, parts
-
-
-class RunPlace:
-    """A run's folder, held by rank 0: at once if the run goes on, and from `open` on if it is new.
+class OpenRunDir:
+    """A run's folder, held by rank 0: at once if the run is resumed, and from `open` on if it is new.
 
     Raises:
         UsageError: if the run cannot go on here, or another process has it open.
     """
 
-    def __init__(self, method: Method[Any], cfg: RunConfig, device: torch.device, env: Env) -> None:
-        self.method, self.cfg, self.env = method, cfg, env
+    def __init__(self, kind: type[Task[Any]], cfg: RunConfig, device: torch.device, env: Env) -> None:
+        self.kind, self.cfg, self.env = kind, cfg, env
         self.session = environment(device, backend=cfg.norm.backend_on(device, DTYPES[cfg.precision]))
         self._folder: RunFolder | None = None
         if cfg.resume:
-            env.lead(self._reopen)
+            env.on_rank0(self._reopen)
 
     def open(self) -> tuple[Path, RunConfig]:
         """Return the folder, made if the run is new, and the configuration with the run's name."""
         if not self.cfg.resume:
-            self.env.lead(self._create)
-        path = self.env.lead(lambda: self._folder.path if self._folder else Path())
+            self.env.on_rank0(self._create)
+        path = self.env.on_rank0(lambda: self._folder.path if self._folder else Path())
         self.cfg = replace(self.cfg, name=path.name)
         return path, self.cfg
-
-    def settings(self) -> dict[str, Any]:
-        """Return the run's settings by dotted name."""
-        return dict(flatten(to_dict(self.cfg)))
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -127,20 +90,20 @@ class RunPlace:
 
     def _create(self) -> None:
         files = {"config.yaml": stored_yaml(self.cfg), "environment.json": environment_json([self.session])}
-        parent, default = self.cfg.out / self.method.application, self.method.default_name()
+        parent, default = self.cfg.out / self.kind.application, self.kind.default_name(self.cfg)
         self._folder = RunFolder.create(parent, self.cfg.name, default, files)
 
     def _reopen(self) -> None:
         assert self.cfg.name is not None
-        self._folder = RunFolder.reopen(self.cfg.out / self.method.application / self.cfg.name)
+        self._folder = RunFolder.reopen(self.cfg.out / self.kind.application / self.cfg.name)
         for line in note_session(self._folder.path, self.session):
             print(f"warning: {line}", file=sys.stderr)
         write_text_atomic(self._folder.path / "config.yaml", stored_yaml(self.cfg))
 
 
-def resume_command(method: Method[Any], cfg: RunConfig) -> str:
-    """Return the command line that goes on with a run."""
+def resume_command(kind: type[Task[Any]], cfg: RunConfig) -> str:
+    """Return the command line that resumes a run."""
     out = [] if cfg.out == RunConfig().out else ["--out", str(cfg.out)]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     start = "python" if world == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
-    return f"{start} -m {method.application}.{method.command} {shlex.join(['--name', str(cfg.name), '--resume', *out])}"
+    return f"{start} -m {kind.application}.{kind.command} {shlex.join(['--name', str(cfg.name), '--resume', *out])}"

@@ -1,47 +1,68 @@
 """Everything that a checkpoint of a run holds: networks, optimizers, averages of weights, and the position."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.runtime.device import memory_format
 from common.runtime.distributed import Env
-from common.runtime.errors import UsageError
 from common.runtime.seeding import derive
-from common.train import checkpoint
 from common.train.config import RunConfig
 from common.train.logging import Means
 
 
-class Parts:
-    """What training changes, on the device.
+@dataclass
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        epoch: epochs that are done.
+        batch: steps done of the epoch under way.
+        step: steps done in all.
+        last_checkpoint: the step of the last scheduled checkpoint, to which a rewind goes back.
+        last_evaluated: the epoch after which the networks were last evaluated; -1 before the first time.
+        last_evaluated_checkpoint: the step of the last checkpoint in which an evaluation found no collapse.
+        best: ``value``, ``epoch`` and ``tag`` of the best evaluation.
+        epochs_without_improvement: evaluations since then.
+        collapsed: ``step``, ``cause`` and ``remedy`` of the first collapse that the run went on from.
+        rewinds: ``step``, where it went back ``to``, and ``cause`` of each.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    last_checkpoint: int | None = None
+    last_evaluated: int = -1
+    last_evaluated_checkpoint: int | None = None
+    best: dict[str, Any] | None = None
+    epochs_without_improvement: int = 0
+    collapsed: dict[str, Any] | None = None
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TrainState:
+    """What training changes.
 
     With several processes the networks' buffers (running averages) and the log's means differ between ranks; a
     checkpoint holds those of each.
 
     Args:
         cfg: the run's configuration.
-        device: this process's device.
+        device: this process's.
         env: this process among those of the run.
-        build: makes the networks, on the CPU.
-        optimize: makes their optimizers, one for each loss.
-        averaged: names of the networks to keep an average of, where ``cfg.ema`` asks for it.
+        networks, averages, ddp_networks, optimizers: a task's, see `common.train.task.Task`.
 
     Attributes:
-        means: of what steps note, since the last log line.
-        epoch_means: of what some steps note for their epoch, since its start.
-        averages: copies of networks that hold exponential moving averages of their weights and buffers.
-        statistics: the buffers, by network, by which these weights were measured; none before they are.
-        at: the position: finished ``epoch`` s, ``batch`` of the epoch under way, ``step`` in all, the last epoch
-            ``evaluated`` (-1: none), the ``best`` value with its epoch, evaluations ``waited`` since, the step of the
-            last ``good`` checkpoint to rewind to, that of the last one that was measured and found ``sound``, when and
-            why the run was first found ``collapsed`` and went on, and the ``rewinds`` so far with step and cause.
-        clock: seconds spent in ``training`` and ``evaluation``.
+        scalers: of gradients in float16, by optimizer.
+        statistics: the buffers, by network, by which these weights were evaluated; none before they are.
+        step_metrics: means of what steps return, since the last log line.
+        epoch_metrics: means over those steps of the epoch that return them.
+        run: the position.
+        seconds: spent in ``training`` and ``evaluation``.
     """
 
     def __init__(
@@ -49,50 +70,30 @@ class Parts:
         cfg: RunConfig,
         device: torch.device,
         env: Env,
-        build: Callable[[], dict[str, nn.Module]],
-        optimize: Callable[[Mapping[str, nn.Module]], Mapping[str, Optimizer]],
-        averaged: Sequence[str],
+        networks: Mapping[str, nn.Module],
+        averages: Mapping[str, nn.Module],
+        ddp_networks: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
     ) -> None:
-        self.env, self._seed = env, cfg.seed
-        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU, the same for every device
-            torch.manual_seed(derive(cfg.seed, "weights"))
-            self.networks = build()
-        for network in self.networks.values():
-            network.to(device)
-            network.to(memory_format=memory_format(cfg.channels_last))  # pyright: ignore[reportCallIssue]
-        chosen = averaged if cfg.ema else ()
-        self.averages = {name: copy.deepcopy(self.networks[name]).requires_grad_(False) for name in chosen}
-        if cfg.compile:
-            for network in self.networks.values():
-                network.compile()
-        self.optimizers = optimize(self.networks)
-        self._rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in self.optimizers.items()}
+        self.device, self.env, self._seed = device, env, cfg.seed
+        self.networks, self.averages, self.ddp_networks, self.optimizers = networks, averages, ddp_networks, optimizers
+        self._rates = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
         fp16 = cfg.precision == "fp16"
-        self.scalers = {name: torch.amp.GradScaler(device.type, enabled=fp16) for name in self.optimizers}
-        self.wrapped = {
-            name: env.wrap(network) if any(p.requires_grad for p in network.parameters()) else network
-            for name, network in self.networks.items()
-        }
-        self.means, self.epoch_means = Means(), Means()
-        self.at: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "evaluated": -1, "best": None, "waited": 0,
-                                   "good": None, "sound": None, "collapsed": None, "rewinds": []}  # fmt: skip
-        self.clock = {"training": 0.0, "evaluation": 0.0}
+        self.scalers = {name: torch.amp.GradScaler(device.type, enabled=fp16) for name in optimizers}
         self.statistics: dict[str, dict[str, Tensor]] = {}
+        self.step_metrics, self.epoch_metrics = Means(), Means()
+        self.run = RunState()
+        self.seconds = {"training": 0.0, "evaluation": 0.0}
 
     @property
     def seed(self) -> int:
         """What draws of training follow from: the run's seed, and another one after each rewind."""
-        attempt = len(self.at["rewinds"])
+        attempt = len(self.run.rewinds)
         return derive(self._seed, "attempt", attempt) if attempt else self._seed
 
-    @property
-    def measured(self) -> dict[str, nn.Module]:
-        """The networks as they are measured: by their averages where there are any."""
-        return self.networks | self.averages
-
     def note_statistics(self, name: str) -> None:
-        """Keep the buffers that a measured network has now, for those who use it as it is measured."""
-        network = self.measured[name]
+        """Keep the buffers that an evaluated network has now, for those who use it as it is evaluated."""
+        network = self.averages.get(name, self.networks[name])
         stored = network.state_dict().keys() & dict(network.named_buffers()).keys()
         self.statistics[name] = {key: buffer.clone() for key, buffer in network.named_buffers() if key in stored}
 
@@ -104,7 +105,7 @@ class Parts:
         return next(iter(self.optimizers.values())).param_groups[0]["lr"]
 
     @torch.no_grad()
-    def average(self, decay: float, good: Tensor) -> None:
+    def update_averages(self, decay: float, good: Tensor) -> None:
         """Move the averages by ``1 - decay`` towards the networks if ``good`` (a scalar on the device) is true."""
         weight = (1 - decay) * good.float()
         for name, average in self.averages.items():
@@ -115,63 +116,44 @@ class Parts:
                 else:
                     mean.copy_(torch.where(good, theirs[key], mean))
 
-    def _means(self) -> dict[str, Means]:
-        return {"means": self.means, "epoch_means": self.epoch_means}
+    def _networks(self) -> dict[str, Mapping[str, nn.Module]]:
+        return {"networks": self.networks, "averages": self.averages}
 
-    def _groups(self) -> dict[str, Mapping[str, Any]]:
-        return {name: getattr(self, name) for name in ("networks", "averages", "optimizers", "scalers")}
+    def _stateful(self) -> dict[str, Mapping[str, Any]]:
+        return self._networks() | {"optimizers": self.optimizers, "scalers": self.scalers}
+
+    def _metrics(self) -> dict[str, Means]:
+        return {"step_metrics": self.step_metrics, "epoch_metrics": self.epoch_metrics}
 
     def state_dict(self) -> dict[str, Any]:
         """Return state dicts and plain values only; every rank has to call it."""
-        state: dict[str, Any] = {"at": copy.deepcopy(self.at), "clock": dict(self.clock)}
-        state["statistics"] = self.statistics
-        for group, parts in self._groups().items():
+        state: dict[str, Any] = {"run": asdict(self.run), "seconds": dict(self.seconds), "statistics": self.statistics}
+        for group, parts in self._stateful().items():
             state[group] = {name: part.state_dict() for name, part in parts.items()}
-        state |= {name: means.state_dict() for name, means in self._means().items()}
+        means = {name: metrics.state_dict() for name, metrics in self._metrics().items()}
         if self.env.world > 1:
             own = {
-                group: {name: dict(network.named_buffers()) for name, network in self._groups()[group].items()}
-                for group in ("networks", "averages")
+                group: {name: dict(network.named_buffers()) for name, network in networks.items()}
+                for group, networks in self._networks().items()
             }
-            state["ranks"] = self.env.gather(_on_cpu(own | {name: state[name] for name in self._means()}))
-        return state
+            state["ranks"] = self.env.gather(_on_cpu(own | means))
+        return state | means
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a checkpoint's state, and of what differs between ranks this one's share."""
-        self.at, self.clock = copy.deepcopy(state["at"]), dict(state["clock"])
+        self.run, self.seconds = RunState(**copy.deepcopy(state["run"])), dict(state["seconds"])
         self.statistics = state["statistics"]
-        for group, parts in self._groups().items():
+        for group, parts in self._stateful().items():
             for name, part in parts.items():
                 part.load_state_dict(state[group][name])
         own: Mapping[str, Any] = state
         if self.env.world > 1:
             own = state["ranks"][self.env.rank]
-            for group in ("networks", "averages"):
-                for name, network in self._groups()[group].items():
+            for group, networks in self._networks().items():
+                for name, network in networks.items():
                     network.load_state_dict(own[group][name], strict=False)  # buffers only
-        for name, means in self._means().items():
-            means.load_state_dict(own[name])
-
-    def load_weights(self, path: Path) -> None:
-        """Take over the weights and buffers of another run's networks.
-
-        Raises:
-            UsageError: if the file is not a checkpoint, or its networks have other shapes.
-        """
-        try:
-            state = checkpoint.load(path)["networks"]
-            for name, network in self.networks.items():
-                network.load_state_dict(state[name])
-            for name, average in self.averages.items():
-                average.load_state_dict(state[name])
-        except checkpoint.DamagedCheckpoint as error:
-            raise UsageError(f"init_from: {error}; expected a run's checkpoint, such as checkpoints/best.pt") from None
-        except (KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"init_from: {path} does not fit this configuration ({reason}); expected a checkpoint of a run "
-                "with the same networks and layers"
-            ) from None
+        for name, metrics in self._metrics().items():
+            metrics.load_state_dict(own[name])
 
 
 def _on_cpu(values: Any) -> Any:

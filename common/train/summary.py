@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from common.runtime.atomic import write_text_atomic
-from common.train.config import RunConfig
 from common.train.logging import listed, read_metrics
-from common.train.state import Parts
-from common.train.task import Method, Tracked
+from common.train.state import RunState, TrainState
+from common.train.task import SelectionMetric, Task
 
 SUMMARY = "summary.json"
 
 
-class Measured:
+class Results:
     """The values a run has measured so far.
 
     Args:
-        tracked: the values that epochs can be chosen by; every ``metric/`` counts beside them.
+        known: the metrics that epochs can be chosen by; every ``metric/`` counts beside them.
         folder: of a run that goes on, whose log is read once.
 
     Attributes:
@@ -32,8 +31,8 @@ class Measured:
         of_epoch: by epoch, the last value of each tag.
     """
 
-    def __init__(self, tracked: Mapping[str, Tracked], folder: Path | None = None) -> None:
-        self._tracked = tracked
+    def __init__(self, known: Mapping[str, SelectionMetric], folder: Path | None = None) -> None:
+        self._known = known
         self.last: dict[str, dict[str, Any]] = {}
         self.of_epoch: dict[int, dict[str, float | None]] = {}
         for line in [] if folder is None else read_metrics(folder):
@@ -42,21 +41,19 @@ class Measured:
     def note(self, epoch: int, values: Mapping[str, float | None]) -> None:
         """Take over what is logged at an epoch, other values left aside."""
         for tag, value in values.items():
-            if tag in self._tracked or tag.startswith("metric/"):
-                split = self._tracked[tag].split if tag in self._tracked else None
+            if tag in self._known or tag.startswith("metric/"):
+                split = self._known[tag].split if tag in self._known else None
                 self.last[tag] = {"value": value, "epoch": epoch, "split": split}
                 self.of_epoch.setdefault(epoch, {})[tag] = value
 
 
 def write_summary(
     folder: Path,
-    state: str,
+    status: str,
     why: str | None,
-    cfg: RunConfig,
-    method: Method[Any],
-    parts: Parts,
-    choice: tuple[str, Tracked] | None,
-    measured: Measured,
+    task: Task[Any],
+    state: TrainState,
+    results: Results,
 ) -> None:
     """Write summary.json, whole or not at all.
 
@@ -66,50 +63,49 @@ def write_summary(
     ``seconds`` of training and evaluation; ``peak_memory_mib``; the first time and cause a run was found ``collapsed``
     that goes on all the same; and the ``rewinds`` there were.
     """
-    at = parts.at
-    best = at["best"]
-    if best is not None and choice is not None:
-        best = {**best, "tag": choice[0], "split": choice[1].split, "oracle": choice[1].chosen_by_test,
-                "with": measured.of_epoch.get(best["epoch"], {})}  # fmt: skip
+    run, cfg = state.run, task.cfg
+    best, selection = run.best, task.selection(cfg)
+    if best is not None and selection is not None:
+        best = {**best, "tag": selection[0], "split": selection[1].split, "oracle": selection[1].chosen_by_test,
+                "with": results.of_epoch.get(best["epoch"], {})}  # fmt: skip
     content = {
-        "state": state,
+        "state": status,
         "why": why,
-        "epochs": {"done": at["epoch"], "wanted": cfg.epochs},
-        "step": at["step"],
-        "last": measured.last,
+        "epochs": {"done": run.epoch, "wanted": cfg.epochs},
+        "step": run.step,
+        "last": results.last,
         "best": best,
-        "better": method.better(),
-        "passport": method.passport(),
+        "better": task.better(),
+        "passport": task.eval_protocol(),
         "images": {
-            name: {"content_hash": images.content_hash, "count": len(images)} for name, images in method.images.items()
+            name: {"content_hash": images.content_hash, "count": len(images)} for name, images in task.images.items()
         },
-        "seconds": {name: round(value, 3) for name, value in parts.clock.items()},
-        "peak_memory_mib": round(peak_memory(method.device), 1),
-        "collapsed": at["collapsed"],
-        "rewinds": at["rewinds"],
+        "seconds": {name: round(value, 3) for name, value in state.seconds.items()},
+        "peak_memory_mib": round(peak_memory(task.device), 1),
+        "collapsed": run.collapsed and {name: run.collapsed[name] for name in ("step", "cause")},
+        "rewinds": run.rewinds,
     }
     write_text_atomic(folder / SUMMARY, json.dumps(_without_nan(content), indent=2) + "\n")
 
 
-def closing_lines(cfg: RunConfig, method: Method[Any], folder: Path, parts: Parts, warnings: list[str]) -> str:
+def closing_lines(task: Task[Any], folder: Path, run: RunState, warnings: list[str]) -> str:
     """Return the closing lines: results, layer health, where things are, and what to do next."""
-    lines = read_metrics(folder)
-    rows = [("run", str(folder)), *method.closing(lines, folder)]
-    best, at = parts.at["best"], parts.at
+    lines, cfg, best = read_metrics(folder), task.cfg, run.best
+    rows = [("run", str(folder)), *task.summary_rows(lines, folder)]
     if best is not None and best["epoch"] is not None and cfg.best.used:
         oracle = ", chosen by an oracle that looks at test images" if cfg.best.oracle else ""
         rows.append(("best", f"{best['tag']} {best['value']:.4g} (epoch {best['epoch']}{oracle})"))
-    if at["epoch"] < cfg.epochs:
-        waited = f"{at['waited']} evaluations without a better value"
-        rows.append(("stopped", f"after {at['epoch']} of {cfg.epochs} epochs: {waited}"))
+    if run.epoch < cfg.epochs:
+        waited = f"{run.epochs_without_improvement} evaluations without a better value"
+        rows.append(("stopped", f"after {run.epoch} of {cfg.epochs} epochs: {waited}"))
     speeds = [line["time/images_per_second"] for line in lines if "time/images_per_second" in line]
     if speeds:
-        rows.append(("speed", f"{median(speeds):,.0f} images/s on {method.device}"))
+        rows.append(("speed", f"{median(speeds):,.0f} images/s on {task.device}"))
     rows += _health_rows(lines)
     rows += [("warning", warning) for warning in warnings]
-    if (found := at["collapsed"]) is not None:
-        rows.append(("collapsed", f"in step {found['step']}: {found['cause']}; try {method.remedy(found['cause'])}"))
-    rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in at["rewinds"]]
+    if (found := run.collapsed) is not None:
+        rows.append(("collapsed", f"in step {found['step']}: {found['cause']}; try {found['remedy']}"))
+    rows += [("rewound", f"in step {r['step']} to step {r['to']}: {r['cause']}") for r in run.rewinds]
     rows.append(("charts", f"tensorboard --logdir {quote(str(cfg.out))} --host 127.0.0.1"))
     width = max(len(name) for name, _ in rows)
     return "\n" + "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

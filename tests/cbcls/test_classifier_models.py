@@ -15,7 +15,7 @@ from cbcls.networks.densenet import DenseNet
 from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.timm_classifier import TimmClassifier
 from cbcls.networks.vit import ViT
-from cbcls.train import Classification
+from cbcls.task import ClassifierTask
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.config import NormConfig
 from common.norms.factory import NoNorm
@@ -302,7 +302,7 @@ def test_runs_are_named_by_their_network():
         (("--model.name", "timm:hf_hub:some/net", "--norm.kind", "none"), "digits-timm-hf_hub-some-net-none-seed0"),
     ):
         cfg = parse(ClassifierConfig, list(flags))
-        assert Classification(cfg, {}, torch.device("cpu")).default_name() == name
+        assert ClassifierTask.default_name(cfg) == name
 
 
 def test_a_network_of_timm_that_does_not_end_in_a_linear_map_is_refused():

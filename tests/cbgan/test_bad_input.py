@@ -143,7 +143,7 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     classifier.mkdir()
     shutil.copy(Path(folder) / "config.yaml", classifier)
     Checkpoints(classifier / "checkpoints").save(
-        1, {"at": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
+        1, {"run": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
     )
     line = refused(capsys, cbgan.evaluate.main, "--run", str(classifier))
     assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"

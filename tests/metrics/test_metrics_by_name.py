@@ -8,7 +8,8 @@ import torch
 import yaml
 
 import cbcls.train
-import cbgan.train
+import cbgan.config
+import cbgan.task
 from common.data import ImageSet, Splits
 from common.metrics import Fid, FidConfig, classification_scores, measure_all, register_extractor, register_metric
 from common.metrics.extractors import EXTRACTORS
@@ -99,12 +100,12 @@ def test_an_extractor_of_ones_own_gives_the_features_of_the_distance(tmp_path):
 
 def test_a_gans_run_can_be_measured_and_chosen_by_it():
     register_extractor("means", build)
-    cfg = parse(cbgan.train.GanConfig, ["--fid.extractor", "means"])
-    assert next(iter(cbgan.train.Gan.tracked(cfg))) == "metric/fid_means"
+    cfg = parse(cbgan.config.GanConfig, ["--fid.extractor", "means"])
+    assert next(iter(cbgan.task.GanTask.selection_metrics(cfg))) == "metric/fid_means"
     with pytest.raises(
         UsageError, match=r"^fid\.weights: means reads none, expected null or fid\.extractor inception( or \w+)*$"
     ):
-        parse(cbgan.train.GanConfig, ["--fid.extractor", "means", "--fid.weights", "x.pth"])
+        parse(cbgan.config.GanConfig, ["--fid.extractor", "means", "--fid.weights", "x.pth"])
 
 
 def test_wrong_names_and_registrations_are_one_line(tmp_path):

@@ -7,7 +7,7 @@ from applications import APPLICATIONS, Application
 @pytest.fixture
 def application(request) -> Application:
     """Return the toy application unless a test names another one."""
-    return APPLICATIONS[getattr(request, "param", "fourth")]
+    return APPLICATIONS[getattr(request, "param", "toy")]
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,14 @@ from common.train.checkpoint import Checkpoints, DamagedCheckpoint
 
 
 def state(step: int) -> dict:
-    return {"at": {"step": step}, "weights": torch.arange(1000.0) + step}
+    return {"run": {"step": step}, "weights": torch.arange(1000.0) + step}
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     checkpoint.save(tmp_path / "a.pt", state(3))
     loaded = checkpoint.load(tmp_path / "a.pt")
     assert loaded["schema"] == checkpoint.SCHEMA
-    assert loaded["at"] == {"step": 3}
+    assert loaded["run"] == {"step": 3}
     assert torch.equal(loaded["weights"], state(3)["weights"])
     assert checkpoint.load(tmp_path / "a.pt", "meta")["weights"].device.type == "meta"
 
@@ -39,7 +39,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
         checkpoints.save(step, state(step), best=step == 20)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["best.pt", "step-00000030.pt", "step-00000040.pt"]
-    assert checkpoint.load(checkpoints.best)["at"] == {"step": 20}
+    assert checkpoint.load(checkpoints.best)["run"] == {"step": 20}
 
 
 def damage_cut(data: bytes) -> bytes:
@@ -65,7 +65,7 @@ def test_a_damaged_newest_one_is_reported_and_the_one_before_used(tmp_path):
         newest.write_bytes(damage(newest.read_bytes()))
         loaded, reports = checkpoints.load_latest()
         assert loaded is not None
-        assert loaded["at"] == {"step": 10}
+        assert loaded["run"] == {"step": 10}
         assert len(reports) == 1
         assert newest.name in reports[0]
 
@@ -81,7 +81,7 @@ def test_no_flipped_bit_passes_for_the_truth(tmp_path):
         except (DamagedCheckpoint, UsageError):
             found += 1
             continue
-        assert loaded["at"] == {"step": 3}  # padding and time stamps may change, content may not
+        assert loaded["run"] == {"step": 3}  # padding and time stamps may change, content may not
         assert torch.equal(loaded["weights"], state(3)["weights"])
     assert found > 100
 
@@ -98,7 +98,7 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
     checkpoints.remove_leftovers()
     loaded, reports = checkpoints.load_latest()
     assert loaded is not None
-    assert (loaded["at"], reports) == ({"step": 10}, [])
+    assert (loaded["run"], reports) == ({"step": 10}, [])
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000010.pt", "step-extra.pt", "notes.txt"}
 
 
@@ -108,7 +108,7 @@ def test_kept_epochs_are_found_by_number(tmp_path):
     for step, epoch in ((10, 2), (20, None), (30, 12)):
         checkpoints.save(step, state(step), epoch=epoch)
     assert checkpoints.epochs() == [2, 12]
-    assert checkpoint.load(checkpoints.of_epoch(2))["at"] == {"step": 10}
+    assert checkpoint.load(checkpoints.of_epoch(2))["run"] == {"step": 10}
 
 
 def test_the_newest_is_the_one_of_the_largest_step(tmp_path):
@@ -117,7 +117,7 @@ def test_the_newest_is_the_one_of_the_largest_step(tmp_path):
         checkpoints.save(step, state(step))
     loaded, _ = checkpoints.load_latest()
     assert loaded is not None
-    assert loaded["at"] == {"step": 100}
+    assert loaded["run"] == {"step": 100}
     assert [path.name for path in checkpoints.paths()] == ["step-00000010.pt", "step-00000100.pt"]
 
 
@@ -140,9 +140,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(tmp_path, monkeypatch,
         checkpoints.save(30, state(30), best=True)
     assert caught.value.filename == str(tmp_path / ("step-00000030.pt" if failing == 1 else "best.pt"))
     monkeypatch.undo()
-    assert checkpoint.load(checkpoints.best)["at"] == {"step": 10}
+    assert checkpoint.load(checkpoints.best)["run"] == {"step": 10}
     steps = [10, 20] if failing == 1 else [10, 20, 30]
-    assert [checkpoint.load(path)["at"]["step"] for path in checkpoints.paths()] == steps
+    assert [checkpoint.load(path)["run"]["step"] for path in checkpoints.paths()] == steps
     assert len(list(tmp_path.iterdir())) == len(steps) + 1
 
 
@@ -206,20 +206,20 @@ def test_a_state_that_cannot_be_serialised_leaves_the_old_file(tmp_path):
     checkpoint.save(tmp_path / "a.pt", state(1))
     with pytest.raises((AttributeError, pickle.PicklingError)):
         checkpoint.save(tmp_path / "a.pt", {"function": lambda: None})
-    assert checkpoint.load(tmp_path / "a.pt")["at"] == {"step": 1}
+    assert checkpoint.load(tmp_path / "a.pt")["run"] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_a_good_checkpoint_and_those_of_asked_epochs_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(10, state(10), good=[10], epoch=1)
+    checkpoints.save(10, state(10), keep=[10], epoch=1)
     for step in (20, 30, 40):
-        checkpoints.save(step, state(step), good=[10, None])
+        checkpoints.save(step, state(step), keep=[10, None])
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"epoch-0001.pt", "step-00000010.pt", "step-00000030.pt", "step-00000040.pt"}
-    assert checkpoint.load(tmp_path / "epoch-0001.pt")["at"] == {"step": 10}
+    assert checkpoint.load(tmp_path / "epoch-0001.pt")["run"] == {"step": 10}
     loaded, _ = checkpoints.load_latest(30)
     assert loaded is not None
-    assert loaded["at"] == {"step": 30}
+    assert loaded["run"] == {"step": 30}
     checkpoints.drop_after(10)
     assert {path.name for path in tmp_path.iterdir()} == {"epoch-0001.pt", "step-00000010.pt"}

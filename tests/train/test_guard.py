@@ -39,7 +39,7 @@ def one_step(net, guard, optimizer, scaler, step: int, *, loss_value=None, gradi
     loss = y.square().mean()
     if loss_value is not None:
         loss = loss * 0 + loss_value
-    guard.descend("loss/d", [loss], 1, optimizer, scaler)
+    guard.update("loss/d", [loss], 1, optimizer, scaler)
     guard.finish()
 
 

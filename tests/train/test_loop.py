@@ -8,32 +8,33 @@ from typing import Any
 
 import pytest
 import torch
+import toy
 from applications import APPLICATIONS
-from fourth import Fourth
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from toy import ToyTask
 
 from common.data.sets.digits import digits
 from common.runtime.errors import UsageError
 from common.train.checkpoint import load
 from common.train.config import ScheduleConfig
 from common.train.logging import chart_name, read_metrics
-from common.train.loop import Training
+from common.train.loop import Trainer
 from common.train.optim import schedule_factor
 
-FOURTH = APPLICATIONS["fourth"]
+TOY = APPLICATIONS["toy"]
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Return a function that trains the fourth application and returns its folder and what it trained."""
-    trained: list[Training] = []
-    sound = Training.run
-    monkeypatch.setattr(Training, "run", lambda self: trained.append(self) or sound(self))
+    trained: list[Trainer] = []
+    sound = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: trained.append(self) or sound(self))
 
-    def run(*flags: str, name: str = "run", epochs: int = 2) -> tuple[Path, Training]:
-        FOURTH.main([*FOURTH.tiny(tmp_path, tmp_path / "cache"), "--epochs", str(epochs), "--name", name, *flags])
-        return tmp_path / "fourth" / name, trained[-1]
+    def run(*flags: str, name: str = "run", epochs: int = 2) -> tuple[Path, Trainer]:
+        TOY.main([*TOY.tiny(tmp_path, tmp_path / "cache"), "--epochs", str(epochs), "--name", name, *flags])
+        return tmp_path / "toy" / name, trained[-1]
 
     return run
 
@@ -63,50 +64,51 @@ def test_schedules_follow_their_closed_forms():
 def test_a_schedule_reaches_the_optimizers_and_the_log(train):
     folder, training = train("--schedule.kind", "step", "--schedule.milestones", "1", "--lr", "0.2", "--log_every", "1")
     assert [lr for _, lr in column(folder, "schedule/lr")] == pytest.approx([0.2] * 8 + [0.02] * 8)
-    rates = [group["lr"] for opt in training.parts.optimizers.values() for group in opt.param_groups]
+    rates = [group["lr"] for opt in training.state.optimizers.values() for group in opt.param_groups]
     assert rates == pytest.approx([0.02, 0.02])
 
 
 def test_a_cosine_ends_where_its_run_ends(train, tmp_path):
     folder, _ = train("--schedule.kind", "cosine", epochs=1)
     with pytest.raises(UsageError, match="epochs: the run has 1, which its schedule follows, got 2"):
-        FOURTH.main(["--name", folder.name, "--out", str(tmp_path), "--resume", "--epochs", "2"])
+        TOY.main(["--name", folder.name, "--out", str(tmp_path), "--resume", "--epochs", "2"])
 
 
 def test_averages_follow_the_recurrence_buffers_included(train, monkeypatch):
     wanted: dict[str, torch.Tensor] = {}
-    sound = Training._step
+    sound = Trainer.train_step
 
     def step(self, batches):
         if not wanted:  # an average starts where its network starts
-            wanted.update({k: v.double() for k, v in self.parts.networks["net"].state_dict().items()})
+            wanted.update({k: v.double() for k, v in self.state.networks["net"].state_dict().items()})
         sound(self, batches)
-        for name, value in self.parts.networks["net"].state_dict().items():
+        for name, value in self.state.networks["net"].state_dict().items():
             wanted[name] = 0.8 * wanted[name] + 0.2 * value.double() if value.is_floating_point() else value.double()
 
-    monkeypatch.setattr(Training, "_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     seen: list[dict[str, torch.Tensor]] = []
-    evaluate = Fourth.evaluate
+    evaluate = ToyTask.evaluate
 
     def measured(self, networks, moment):
         seen.append({k: v.clone() for k, v in networks["net"].state_dict().items()})
         return evaluate(self, networks, moment)
 
-    monkeypatch.setattr(Fourth, "evaluate", measured)
+    monkeypatch.setattr(ToyTask, "evaluate", measured)
     folder, training = train("--ema", "0.8", "--lr", "0.1")
-    average = training.parts.averages["net"].state_dict()
+    average = training.state.averages["net"].state_dict()
     assert average.keys() == wanted.keys()
+    assert not any(parameter.requires_grad for parameter in training.state.averages["net"].parameters())
     assert {"0.mean", "0.initialized", "2.weight"} <= wanted.keys()
     for name, value in average.items():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(seen[-1][name], value)  # what is measured is the average
         assert torch.equal(load(folder / "checkpoints" / "step-00000016.pt")["averages"]["net"][name], value)
-    assert not torch.equal(average["2.weight"], training.parts.networks["net"].get_parameter("2.weight"))
+    assert not torch.equal(average["2.weight"], training.state.networks["net"].get_parameter("2.weight"))
 
 
 def test_accumulated_parts_make_one_update(train):
     folder, training = train("--accumulate", "2", "--log_every", "1")
-    assert training.parts.at["step"] == 8  # of 16 batches
+    assert training.state.run.step == 8  # of 16 batches
     assert [step for step, _ in column(folder, "loss/net")] == list(range(1, 9))
 
 
@@ -141,7 +143,7 @@ def test_compiled_networks_learn_what_others_do(train, monkeypatch):
     plain, _ = train(name="plain", epochs=1)
     assert not compiled
     traced, training = train("--compile", name="traced", epochs=1)
-    assert compiled == list(training.parts.networks.values())
+    assert compiled == list(training.state.networks.values())
     assert dict(column(traced, "loss/net")) == pytest.approx(dict(column(plain, "loss/net")), rel=1e-4)
     ours, theirs = (load(folder / "checkpoints" / "step-00000008.pt")["networks"] for folder in (traced, plain))
     assert ours["net"].keys() == theirs["net"].keys()  # no prefix of a wrapper
@@ -151,8 +153,8 @@ def test_compiled_networks_learn_what_others_do(train, monkeypatch):
 def test_reduced_precision_and_nhwc_train_float32_weights(train, precision):
     plain, _ = train(name="plain", epochs=1)
     reduced, training = train("--precision", precision, "--channels_last", name="reduced", epochs=1)
-    assert all(p.dtype == torch.float32 for p in training.parts.networks["net"].parameters())
-    assert training.parts.scalers["net"].is_enabled() == (precision == "fp16")
+    assert all(p.dtype == torch.float32 for p in training.state.networks["net"].parameters())
+    assert training.state.scalers["net"].is_enabled() == (precision == "fp16")
     ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11}[precision]
     # A linear map of 192 terms and a cross-entropy: a handful of roundings, which steps with lr 0.001 hardly amplify.
     assert [v for _, v in column(reduced, "loss/net")] == pytest.approx(
@@ -164,7 +166,7 @@ def test_checkpoints_of_asked_epochs_are_kept(train):
     folder, _ = train("--checkpoint_keep", "1", "3", "--checkpoint_every", "4", epochs=5)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"epoch-0001.pt", "epoch-0003.pt", "step-00000032.pt", "step-00000040.pt"}
-    assert [load(folder / "checkpoints" / f"epoch-000{n}.pt")["at"]["epoch"] for n in (1, 3)] == [1, 3]
+    assert [load(folder / "checkpoints" / f"epoch-000{n}.pt")["run"]["epoch"] for n in (1, 3)] == [1, 3]
 
 
 def test_networks_are_measured_every_so_many_epochs_and_in_the_end(train):
@@ -174,7 +176,7 @@ def test_networks_are_measured_every_so_many_epochs_and_in_the_end(train):
 
 def test_steps_per_epoch_make_an_epoch(train):
     folder, training = train("--steps_per_epoch", "3")
-    assert (training.parts.at["epoch"], training.parts.at["step"]) == (2, 6)
+    assert (training.state.run.epoch, training.state.run.step) == (2, 6)
     assert [step for step, _ in column(folder, "loss/test")] == [3, 6]
 
 
@@ -184,14 +186,14 @@ def measured(monkeypatch):
 
     def values(*found: float) -> None:
         remaining = list(found)
-        monkeypatch.setattr(Fourth, "evaluate", lambda *_: {"loss/validation": remaining.pop(0)})
+        monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/validation": remaining.pop(0)})
 
     return values
 
 
 def test_losses_are_printed_of_the_epochs_that_logged_some(train, capsys):
     _, training = train("--log_every", "1000", epochs=1)
-    steps = training.parts.at["step"]
+    steps = training.state.run.step
     capsys.readouterr()
     train("--log_every", str(2 * steps), name="other", epochs=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch") and ", step" in line]
@@ -201,11 +203,11 @@ def test_losses_are_printed_of_the_epochs_that_logged_some(train, capsys):
 def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):
     measured(3.0, 2.0, 2.5, 2.0, 9.0, 9.0)
     folder, training = train("--best.keep", "--best.patience", "2", "--checkpoint_every", "5", epochs=6)
-    assert training.parts.at["epoch"] == 4  # two evaluations that are not better than epoch 2
-    assert load(folder / "checkpoints" / "best.pt")["at"]["best"] == {
+    assert training.state.run.epoch == 4  # two evaluations that are not better than epoch 2
+    assert load(folder / "checkpoints" / "best.pt")["run"]["best"] == {
         "value": 2.0, "epoch": 2, "tag": "loss/validation"}  # fmt: skip
-    assert load(folder / "checkpoints" / "best.pt")["at"]["epoch"] == 2
-    assert (folder / "checkpoints" / f"step-{training.parts.at['step']:08d}.pt").exists()  # the end is saved anyway
+    assert load(folder / "checkpoints" / "best.pt")["run"]["epoch"] == 2
+    assert (folder / "checkpoints" / f"step-{training.state.run.step:08d}.pt").exists()  # the end is saved anyway
     assert "after 4 of 6 epochs" in capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "finished"
@@ -215,12 +217,12 @@ def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):
 def test_a_value_that_is_not_a_number_is_never_the_best(train, measured):
     measured(math.nan, 3.0, math.nan)
     _, training = train("--best.keep", epochs=3)
-    assert training.parts.at["best"] == {"value": 3.0, "epoch": 2, "tag": "loss/validation"}
+    assert training.state.run.best == {"value": 3.0, "epoch": 2, "tag": "loss/validation"}
 
 
 def test_choices_read_validation_images_that_are_held_out_of_training(train):
     folder, training = train("--best.keep", epochs=1)
-    images = training.method.images
+    images = training.task.images
     whole = digits(8).train
     assert whole.labels is not None
     held = sum(round(0.1 * n) for n in torch.bincount(whole.labels).tolist())  # a tenth of each class
@@ -231,7 +233,7 @@ def test_choices_read_validation_images_that_are_held_out_of_training(train):
     assert summary["images"]["validation"] == {"content_hash": images["validation"].content_hash, "count": held}
     assert summary["best"]["split"] == "validation"
     # Nothing is held out where nothing is chosen.
-    assert train(name="none", epochs=1)[1].method.images.keys() == {"train", "test"}
+    assert train(name="none", epochs=1)[1].task.images.keys() == {"train", "test"}
 
 
 def test_choosing_by_test_images_is_refused_unless_it_is_marked(train):
@@ -284,14 +286,14 @@ def test_tensorboard_shows_results_first_and_the_settings(train):
 
 
 def test_what_networks_warn_of_is_told_once_in_a_line_without_a_place_in_the_code(train, monkeypatch, capsys):
-    sound = Fourth.build
+    sound = toy.networks
 
-    def build(self: Fourth) -> dict[str, nn.Module]:
+    def networks() -> dict[str, nn.Module]:
         for _ in range(2):
             warnings.warn("net: made of straw", stacklevel=1)
-        return sound(self)
+        return sound()
 
-    monkeypatch.setattr(Fourth, "build", build)
+    monkeypatch.setattr(toy, "networks", networks)
     train(epochs=1)
     told = [line for line in capsys.readouterr().err.splitlines() if "straw" in line]
     assert told == ["warning: net: made of straw"]

@@ -11,56 +11,30 @@ from forked import Hit, run
 from refusals import refused
 from run_comparison import assert_same_runs, final_state
 
-from common.runtime.errors import NonFiniteError, Stopped
+from common.metrics.extractors import weights_hash
+from common.runtime.errors import Interrupted, NonFiniteError, Stopped
 from common.train.checkpoint import load
 from common.train.logging import read_metrics
+from common.train.loop import Trainer
 from common.train.run_dir import RunFolder
+from common.train.step import Metrics
 
-full = pytest.mark.full
-TOY = APPLICATIONS["fourth"]
-SETTINGS = {
-    "no workers, one rank": (0, 1),
-    "two workers, one rank": (2, 1),
-    "no workers, two ranks": (0, 2),
-    "two workers, two ranks": (2, 2),
-}
-"""Workers and ranks."""
-OPTIONS = {
-    "usual": [],
-    "averaged": ["--ema", "0.9", "--accumulate", "2"],
-    "float16": ["--precision", "fp16"],
-    "mn": ["--norm.kind", "mn"],
-}
-"""The toy application has one layer, whatever the settings say."""
+TOY = APPLICATIONS["toy"]
+AVERAGED, FLOAT16 = ["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16"]
+INTERRUPTED = [
+    # application, workers, ranks, options
+    *(("toy", workers, ranks, options) for workers in (0, 2) for ranks in (1, 2) for options in ([], AVERAGED)),
+    ("toy", 0, 1, FLOAT16),
+    ("cbgan", 2, 2, ["--norm.kind", "mn", "--ema", "0.9"]),
+    ("cbcls", 2, 2, ["--norm.kind", "mn", "--accumulate", "2"]),
+    ("cbda", 2, 2, AVERAGED),
+]
 
 
-every = pytest.mark.parametrize("application", APPLICATIONS, indirect=True)
-toy_on_every_push = pytest.mark.parametrize(
-    "application",
-    [pytest.param(name, marks=[] if name == "fourth" else full) for name in APPLICATIONS],
-    indirect=True,
-)
-
-
-def on_every_push(name: str, setting: str, option: str) -> bool:
-    if name == "fourth":
-        return option in ("usual", "averaged") or (setting, option) == ("no workers, one rank", "float16")
-    return (setting, option) == ("two workers, two ranks", "usual")
-
-
-@pytest.mark.parametrize(
-    ("application", "setting", "option"),
-    [
-        pytest.param(name, setting, option, marks=[] if on_every_push(name, setting, option) else full)
-        for name in APPLICATIONS for setting in SETTINGS for option in OPTIONS
-        if (name, option) != ("fourth", "mn")
-    ],
-    indirect=["application"],
-)  # fmt: skip
-def test_interrupted_and_resumed_equals_left_alone(application, tiny, tmp_path, setting, option):
-    workers, ranks = SETTINGS[setting]
+@pytest.mark.parametrize(("application", "workers", "ranks", "options"), INTERRUPTED, indirect=["application"], ids=str)
+def test_interrupted_and_resumed_equals_left_alone(application, tiny, tmp_path, workers, ranks, options):
     given = [*tiny, "--epochs", "2", "--batch_size", str(application.batch_size // ranks)]
-    given += ["--data.workers", str(workers), *OPTIONS[option]]
+    given += ["--data.workers", str(workers), *options]
     whole = run(application.main, *given, "--name", "whole", ranks=ranks)
     assert whole.statuses == [0] * ranks, whole.err
     assert len(set(whole.weights)) == 1  # the ranks learnt one model
@@ -80,9 +54,16 @@ def test_interrupted_and_resumed_equals_left_alone(application, tiny, tmp_path, 
     assert_same_runs(tmp_path / application.name / "run", tmp_path / application.name / "whole")
 
 
-@toy_on_every_push
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["step:3", "step:8", "step:13", "evaluation:2"])
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        ("step:3", signal.SIGINT),
+        ("step:8", signal.SIGTERM),
+        ("step:13", signal.SIGUSR1),
+        ("evaluation:2", signal.SIGINT),
+        ("evaluation:2", signal.SIGTERM),
+    ],
+)
 def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tmp_path, cache, moment, signum):
     # Steps 3 and 8 are those of a log line and of an epoch's end; 13 falls between two log lines.
     whole = left_alone(application, cache)
@@ -106,7 +87,6 @@ def left_alone(application: Application, cache: Path) -> Path:
     return out / application.name / "whole"
 
 
-@toy_on_every_push
 def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny, tmp_path):
     pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     stopped = run(application.main, *pair, "--name", "run", ranks=2, hit=Hit("step:5@1", signal.SIGTERM))
@@ -116,13 +96,12 @@ def test_one_rank_is_stopped_and_all_stop_after_the_same_step(application, tiny,
         f"torchrun --nproc-per-node 2 -m {application.name}.{application.kind.command} --name run --resume"
         in stopped.err
     )
-    assert final_state(tmp_path / application.name / "run")["at"]["step"] == 5
+    assert final_state(tmp_path / application.name / "run")["run"]["step"] == 5
     alone = run(application.main, "--name", "run", "--out", str(tmp_path), "--resume")
     assert alone.statuses == [2]
     assert "world: the run used 2, this process has 1; start it with torchrun --nproc-per-node 2" in alone.err
 
 
-@toy_on_every_push
 def test_a_rank_that_is_killed_leaves_the_other_one_line_to_say(application, tiny):
     pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     killed = run(application.main, *pair, "--name", "run", ranks=2, hit=Hit("step:3@1"))
@@ -131,7 +110,6 @@ def test_a_rank_that_is_killed_leaves_the_other_one_line_to_say(application, tin
     assert line.startswith("error: world: another process of this run has ended; ")
 
 
-@toy_on_every_push
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(application, tiny, tmp_path):
     pair = [*tiny, "--epochs", "1", "--batch_size", str(application.batch_size // 2)]
     hit = Hit("step:5@1", loss=application.loss)
@@ -144,34 +122,34 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(application, tiny
     assert len(set(four.weights)) == 1
 
 
-@toy_on_every_push
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_with_step_and_term_and_keeps_the_weights(
     application, tiny, tmp_path, monkeypatch, what
 ):
     kind, calls = application.kind, 0
-    sound = kind.step
+    sound = kind.train_step
 
-    def step(self, update):
+    def train_step(self, step):
         nonlocal calls
         calls += 1
-        descend = update.descend
+        optimize = step.optimize
 
-        def spoiled(name, loss):
-            def worse(part):
-                value = loss(part)
+        def spoiled(name, loss, **options):
+            def worse(micro):
+                returned = loss(micro)
+                value, metrics = returned if isinstance(returned, tuple) else (returned, Metrics())
                 if calls == 6 and name == application.loss:
                     if what == "loss":
-                        return value + float("inf")
+                        return value + float("inf"), metrics
                     value.register_hook(lambda gradient: gradient * float("nan"))
-                return value
+                return value, metrics
 
-            descend(name, worse)
+            return optimize(name, worse, **options)
 
-        update.descend = spoiled
-        sound(self, update)
+        step.optimize = spoiled
+        return sound(self, step)
 
-    monkeypatch.setattr(kind, "step", step)
+    monkeypatch.setattr(kind, "train_step", train_step)
     stopped_at: list[dict] = []
     finish = run_and_keep(monkeypatch, stopped_at)
     with pytest.raises(NonFiniteError, match=rf"^{what}/{application.loss} is not finite in step 6;"):
@@ -180,27 +158,24 @@ def test_what_is_not_finite_stops_the_run_with_step_and_term_and_keeps_the_weigh
     summary = json.loads((tmp_path / application.name / "run" / "summary.json").read_text())
     assert summary["state"] == "failed"
     assert "is not finite in step 6" in summary["why"]
-    monkeypatch.setattr(kind, "step", sound)
+    monkeypatch.setattr(kind, "train_step", sound)
     five = run(application.main, *tiny, "--epochs", "2", "--name", "five", hit=Hit("step:5", signal.SIGINT))
     assert five.weights == [stopped_at[0]["weights"]]
 
 
 def run_and_keep(monkeypatch, kept: list[dict]):
     """Note the weights that a failed run is left with."""
-    from common.metrics.extractors import weights_hash  # noqa: PLC0415
-    from common.train.loop import Training  # noqa: PLC0415
-
-    sound, trained = Training.run, []
+    sound, trained = Trainer.run, []
 
     def noted(self):
         trained.append(self)
         sound(self)
 
-    monkeypatch.setattr(Training, "run", noted)
+    monkeypatch.setattr(Trainer, "run", noted)
 
     def finish():
         for training in trained:
-            networks = training.parts.networks.items()
+            networks = training.state.networks.items()
             parameters = {f"{name}.{key}": p for name, net in networks for key, p in net.named_parameters()}
             kept.append({"weights": weights_hash(parameters)})
 
@@ -264,7 +239,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(application, tiny, tmp_pat
     assert_same_runs(tmp_path / application.name / "run", left_alone(application, cache))
 
 
-@every
+@pytest.mark.parametrize("application", APPLICATIONS, indirect=True)
 def test_a_dry_run_writes_nothing_and_states_the_cost(application, tiny, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     application.main([*tiny, "--dry_run"])
@@ -274,14 +249,13 @@ def test_a_dry_run_writes_nothing_and_states_the_cost(application, tiny, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
-@toy_on_every_push
 def test_initial_weights_come_from_another_run_all_of_them_but_not_its_position(application, tiny, tmp_path, capsys):
     application.main([*tiny, "--epochs", "1", "--name", "first"])
     source = tmp_path / application.name / "first" / "checkpoints" / "step-00000008.pt"
     flags = [*tiny, "--epochs", "1", "--init_from", str(source)]
     application.main([*flags, "--name", "second", "--lr", "1e-30", "--weight_decay", "0"])
     second, first = load(source.parents[2] / "second" / "checkpoints" / "step-00000008.pt"), load(source)
-    assert second["at"]["step"] == 8
+    assert second["run"]["step"] == 8
     kept = 0
     for name, network in first["networks"].items():
         for key, value in network.items():
@@ -296,14 +270,15 @@ def test_initial_weights_come_from_another_run_all_of_them_but_not_its_position(
 
 
 def test_a_signal_before_the_run_began_writes_nothing(application, tiny, tmp_path, monkeypatch):
-    def signalled(self, should_stop):
-        os.kill(os.getpid(), signal.SIGINT)
-        if should_stop():
-            from common.runtime.errors import Interrupted  # noqa: PLC0415
+    made = application.kind.__init__
 
+    def signalled(self, cfg, images, context):
+        made(self, cfg, images, context)
+        os.kill(os.getpid(), signal.SIGINT)
+        if context.should_stop():
             raise Interrupted
 
-    monkeypatch.setattr(application.kind, "prepare", signalled)
+    monkeypatch.setattr(application.kind, "__init__", signalled)
     with pytest.raises(Stopped, match="before the run began") as stopped:
         application.main(tiny)
     assert stopped.value.signum == signal.SIGINT

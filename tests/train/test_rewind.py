@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import pytest
 import torch
 from applications import APPLICATIONS
 from forked import Hit, run
-from fourth import Fourth
 from run_comparison import assert_same_runs, final_state, logged
+from toy import ToyTask
 
 from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import derive
-from common.train.guard import Update
-from common.train.loop import Training
+from common.train.loop import Trainer, make_task
+from common.train.step import Metrics
+from common.train.task import Detector, TrainContext
 
-FOURTH = APPLICATIONS["fourth"]
+TOY = APPLICATIONS["toy"]
 LIMIT = 3.0
 WILD = ["--lr", "2", "--guard.action", "rewind", "--guard.lr_factor", "0.1", "--log_every", "1", "--epochs", "3"]
 
@@ -28,29 +30,29 @@ WILD = ["--lr", "2", "--guard.action", "rewind", "--guard.lr_factor", "0.1", "--
 def collapses(monkeypatch):
     """Call a loss above 3 a collapse: a learning rate of 2 leads there, a tenth of it does not."""
 
-    def collapse(self: Fourth, means: dict[str, float]) -> str | None:
+    def high_loss(means: Mapping[str, float]) -> str | None:
         return f"the loss is {means['loss/net']:.3g}" if means["loss/net"] > LIMIT else None
 
-    monkeypatch.setattr(Fourth, "collapse", collapse)
+    monkeypatch.setattr(ToyTask, "detectors", [Detector(high_loss, "steps")])
 
 
 @pytest.fixture
 def flags(tmp_path, cache) -> list[str]:
-    return [*FOURTH.tiny(tmp_path, cache), *WILD]
+    return [*TOY.tiny(tmp_path, cache), *WILD]
 
 
 def test_it_goes_back_with_a_lower_rate_and_other_draws(flags, tmp_path, capsys, monkeypatch):
     drawn: list[tuple[int, int, list[int]]] = []
-    sound = Training._step
+    sound = Trainer.train_step
 
-    def step(self: Training, batches: Any) -> None:
-        drawn.append((self.parts.at["step"], self.parts.seed, batches[0]["train"].index.tolist()))
+    def step(self: Trainer, batches: Any) -> None:
+        drawn.append((self.state.run.step, self.state.seed, batches[0]["train"].index.tolist()))
         sound(self, batches)
 
-    monkeypatch.setattr(Training, "_step", step)
-    FOURTH.main([*flags, "--name", "run"])
-    folder = tmp_path / "fourth" / "run"
-    (rewound,) = final_state(folder)["at"]["rewinds"]
+    monkeypatch.setattr(Trainer, "train_step", step)
+    TOY.main([*flags, "--name", "run"])
+    folder = tmp_path / "toy" / "run"
+    (rewound,) = final_state(folder)["run"]["rewinds"]
     assert rewound["to"] % 8 == 0
     assert rewound["cause"].startswith("the loss is ")
     again = next(i for i, (at, *_) in enumerate(drawn) if i and at <= drawn[i - 1][0])
@@ -67,39 +69,37 @@ def test_it_goes_back_with_a_lower_rate_and_other_draws(flags, tmp_path, capsys,
 
 
 def test_interrupted_anywhere_it_equals_the_run_left_alone(flags, tmp_path):
-    whole = run(FOURTH.main, *flags, "--name", "whole")
+    whole = run(TOY.main, *flags, "--name", "whole")
     assert whole.statuses == [0], whole.err
-    (rewound,) = final_state(tmp_path / "fourth" / "whole")["at"]["rewinds"]
+    (rewound,) = final_state(tmp_path / "toy" / "whole")["run"]["rewinds"]
     resume = ["--name", "run", "--out", str(tmp_path), "--resume"]
     # Stopped just before the collapse, in a checkpoint's write, and killed when it has gone back.
     moments = [Hit(f"step:{rewound['step']}", signal.SIGTERM), Hit("save:1"), Hit("step:3")]
     for number, hit in enumerate(moments):
-        done = run(
-            FOURTH.main, *(flags if number == 0 else []), *(["--name", "run"] if number == 0 else resume), hit=hit
-        )
+        done = run(TOY.main, *(flags if number == 0 else []), *(["--name", "run"] if number == 0 else resume), hit=hit)
         assert done.statuses in ([-signal.SIGKILL], [143]), done.err
-    end = run(FOURTH.main, *resume)
+    end = run(TOY.main, *resume)
     assert end.weights == whole.weights
-    assert_same_runs(tmp_path / "fourth" / "run", tmp_path / "fourth" / "whole")
+    assert_same_runs(tmp_path / "toy" / "run", tmp_path / "toy" / "whole")
 
 
 def test_after_so_many_rewinds_it_stops_with_the_cause(flags, tmp_path):
     with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+ after 2 rewinds: the loss is") as _held:
-        FOURTH.main([*flags, "--name", "run", "--guard.lr_factor", "1", "--guard.max_rewinds", "2"])
+        TOY.main([*flags, "--name", "run", "--guard.lr_factor", "1", "--guard.max_rewinds", "2"])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]  # though it is held
-    summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "toy" / "run" / "summary.json").read_text())
     assert summary["state"] == "failed"
     assert len(summary["rewinds"]) == 2
 
 
 def test_it_only_warns_once_or_stops_where_asked(flags, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Fourth, "collapse", lambda *_: "as ever")
-        FOURTH.main([*flags, "--name", "warned", "--guard.action", "warn", "--lr", "0.01"])
+        patch.setattr(ToyTask, "detectors", [Detector(lambda _: "as ever", "steps")])
+        TOY.main([*flags, "--name", "warned", "--guard.action", "warn", "--lr", "0.01"])
     assert capsys.readouterr().err.count("warning: collapsed in step") == 1
     with pytest.raises(NonFiniteError, match=r"^collapsed in step \d+: the loss is .* checkpoint before stands"):
-        FOURTH.main([*flags, "--name", "stopped", "--guard.action", "stop"])
-    assert final_state(tmp_path / "fourth" / "stopped")["at"]["step"] % 8 == 0
+        TOY.main([*flags, "--name", "stopped", "--guard.action", "stop"])
+    assert final_state(tmp_path / "toy" / "stopped")["run"]["step"] % 8 == 0
 
 
 def test_a_collapse_that_is_measured_goes_back_to_what_was_measured_and_sound(flags, tmp_path, monkeypatch):
@@ -108,61 +108,60 @@ def test_a_collapse_that_is_measured_goes_back_to_what_was_measured_and_sound(fl
     causes = iter([None, None, "few different", None, None, None, None])
     asked: list[set[str]] = []
 
-    def collapse_measured(self: Fourth, values: dict[str, float]) -> str | None:
+    def find(values: Mapping[str, float]) -> str | None:
         asked.append(set(values))
         return next(causes) if values else None
 
-    monkeypatch.setattr(Fourth, "collapse_measured", collapse_measured)
-    monkeypatch.setattr(Fourth, "health", lambda self, step: ({"health/x": 1.0} if step == 16 else {}, []))
-    FOURTH.main([*flags, *calm, "--name", "run"])
-    folder = tmp_path / "fourth" / "run"
+    monkeypatch.setattr(ToyTask, "detectors", [Detector(find, "evaluation")])
+    monkeypatch.setattr(ToyTask, "health", lambda self, step: ({"health/x": 1.0} if step == 16 else {}, []))
+    TOY.main([*flags, *calm, "--name", "run"])
+    folder = tmp_path / "toy" / "run"
     assert {"health/x"} in asked  # the layers' health is asked for too
     state = final_state(folder)
-    assert state["at"]["rewinds"] == [{"step": 16, "to": 8, "cause": "few different"}]
+    assert state["run"]["rewinds"] == [{"step": 16, "to": 8, "cause": "few different"}]
     assert [line["epoch"] for line in logged(folder) if "loss/test" in line] == [1, 2, 3]
-    assert state["at"]["sound"] == 24
+    assert state["run"]["last_evaluated_checkpoint"] == 24
 
 
 def test_the_first_cause_is_kept_where_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Fourth, "collapse", lambda *_: None)
     causes = iter(["dead", None, "dead again", None, None, None])
-    monkeypatch.setattr(Fourth, "collapse_measured", lambda *_: next(causes, None))
-    FOURTH.main([*flags, "--name", "run", "--guard.action", "warn", "--lr", "0.01"])
-    summary = json.loads((tmp_path / "fourth" / "run" / "summary.json").read_text())
+    monkeypatch.setattr(ToyTask, "detectors", [Detector(lambda _: next(causes, None), "evaluation")])
+    TOY.main([*flags, "--name", "run", "--guard.action", "warn", "--lr", "0.01"])
+    summary = json.loads((tmp_path / "toy" / "run" / "summary.json").read_text())
     assert summary["collapsed"] == {"step": 8, "cause": "dead"}
     told, remedy = capsys.readouterr(), "dead; try a lower --lr, or --guard.action rewind"
     assert told.err.count(f"warning: collapsed in step 8: {remedy}\n") == 1
     assert f"collapsed  in step 8: {remedy}\n" in told.out
     causes = iter(["dead"])
     with pytest.raises(NonFiniteError, match=r"^collapsed in step 8: dead; the checkpoint before stands"):
-        FOURTH.main([*flags, "--name", "stopped", "--guard.action", "stop", "--lr", "0.01"])
-    summary = json.loads((tmp_path / "fourth" / "stopped" / "summary.json").read_text())
+        TOY.main([*flags, "--name", "stopped", "--guard.action", "stop", "--lr", "0.01"])
+    summary = json.loads((tmp_path / "toy" / "stopped" / "summary.json").read_text())
     assert (summary["state"], summary["collapsed"]) == ("failed", None)
     assert "dead" in summary["why"]
 
 
 @pytest.mark.parametrize("after_rewind", [False, True])
 def test_what_is_not_finite_rewinds_too_and_nothing_of_it_stays(flags, tmp_path, monkeypatch, after_rewind):
-    calls, sound = 0, Fourth.step
+    calls, sound = 0, ToyTask.train_step
 
-    def step(self: Fourth, update: Update) -> None:
+    def train_step(self: ToyTask, step: Any) -> Metrics:
         nonlocal calls
         calls += 1
-        descend = update.descend
+        optimize = step.optimize
         if calls == 11:
-            update.descend = lambda name, loss: descend(name, lambda part: loss(part) * math.nan)
-        sound(self, update)
+            step.optimize = lambda name, loss: optimize(name, lambda micro: loss(micro) * math.nan)
+        return sound(self, step)
 
-    monkeypatch.setattr(Fourth, "step", step)
+    monkeypatch.setattr(ToyTask, "train_step", train_step)
     calm = ["--lr", "0.01", "--guard.max_rewinds", "1" if after_rewind else "0"]
     if not after_rewind:
         with pytest.raises(NonFiniteError, match="after 0 rewinds: loss/net is not finite in step 11"):
-            FOURTH.main([*flags, *calm, "--name", "run"])
+            TOY.main([*flags, *calm, "--name", "run"])
         return
-    FOURTH.main([*flags, *calm, "--name", "run"])
-    state = final_state(tmp_path / "fourth" / "run")
-    assert [(r["step"], r["to"]) for r in state["at"]["rewinds"]] == [(11, 8)]
-    assert state["at"]["step"] == 24
+    TOY.main([*flags, *calm, "--name", "run"])
+    state = final_state(tmp_path / "toy" / "run")
+    assert [(r["step"], r["to"]) for r in state["run"]["rewinds"]] == [(11, 8)]
+    assert state["run"]["step"] == 24
     for network in state["networks"].values():
         assert all(torch.isfinite(value).all() for value in network.values())
 
@@ -175,6 +174,7 @@ def test_each_application_knows_a_collapse(name, good, bad, cache):
     """A discriminator below 0.001 has won; a classifier of 10 classes above 2 log 10 = 4.605 is worse than a guess."""
     kind = APPLICATIONS[name].kind
     cfg = kind.config(cache=Path(cache))
-    method = kind(cfg, kind.load(cfg), torch.device("cpu"))
-    assert method.collapse(good) is None
-    assert method.collapse(bad)
+    task = make_task(kind, cfg, kind.load_images(cfg), TrainContext(torch.device("cpu"), dry_run=True))
+    finds = [detector.find for detector in task.detectors if detector.reads == "steps"]
+    assert [find(good) for find in finds] == [None]
+    assert all(find(bad) for find in finds)

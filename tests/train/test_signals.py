@@ -8,23 +8,16 @@ import sys
 import termios
 import time
 
-import fourth
 import pytest
-from forked import Hit, run
+import toy
+from forked import run
 
 from common.runtime.command import StopRequest
-from common.train.loop import Training
+from common.train.loop import Trainer
 
 
 def given(tmp_path, *more):
     return ["--out", str(tmp_path), "--batch_size", "120", "--epochs", "2", "--name", "run", *more]
-
-
-def test_a_scheduler_stops_a_run_after_its_step(tmp_path):
-    stopped = run(fourth.main, *given(tmp_path, "--data.workers", "1"), hit=Hit("step:5", signal.SIGUSR1))
-    assert stopped.statuses == [128 + signal.SIGUSR1], stopped.err
-    assert "stopped after step 5; go on with:" in stopped.err
-    assert (tmp_path / "fourth" / "run" / "checkpoints" / "step-00000005.pt").exists()
 
 
 def test_what_nohup_ignores_stays_ignored():
@@ -54,18 +47,18 @@ def test_a_run_whose_terminal_is_gone_saves(tmp_path, monkeypatch):
         os.setsid()
         terminal, own = pty.openpty()
         fcntl.ioctl(own, termios.TIOCSCTTY, 0)
-        step = Training._step
+        step = Trainer.train_step
 
         def hung_up(self, batches):
             step(self, batches)
-            if self.parts.at["step"] == 5:
+            if self.state.run.step == 5:
                 os.close(terminal)
-                self._warn("nobody reads this")
+                self.warn("nobody reads this")
 
-        monkeypatch.setattr(Training, "_step", hung_up)
+        monkeypatch.setattr(Trainer, "train_step", hung_up)
         monkeypatch.setattr(sys, "stderr", os.fdopen(own, "w", closefd=False))
         try:
-            fourth.main(argv)
+            toy.main(argv)
         finally:
             monkeypatch.undo()
 

@@ -1,6 +1,7 @@
-"""What an update makes of a loss and the parts of a step."""
+"""What a step makes of a loss and its micro-batches."""
 
 import contextlib
+import copy
 from typing import Any, cast
 
 import pytest
@@ -11,21 +12,29 @@ from torch.nn.parallel import DistributedDataParallel
 from common.data import Batch
 from common.runtime.distributed import Env
 from common.train.config import RunConfig
-from common.train.guard import StepGuard, Update, frozen
-from common.train.state import Parts as Parts_
+from common.train.guard import StepGuard
+from common.train.state import TrainState
+from common.train.step import Metrics, MicroBatch, Step
 
 DEVICE = torch.device("cpu")
 
 
-class Parts:
-    """One linear map, wrapped as `wrapped` says."""
+def state(ddp: object = None) -> TrainState:
+    """One linear map, wrapped for ranks as ``ddp`` is."""
+    torch.manual_seed(0)
+    networks = {"net": nn.Linear(2, 1, bias=False), "other": nn.Linear(1, 1)}
+    optimizers = {"net": torch.optim.SGD(networks["net"].parameters(), 1.0, fused=True)}
+    made = TrainState(
+        RunConfig(seed=11), DEVICE, Env(), networks, {}, cast(Any, {"net": ddp, "other": object()}), optimizers
+    )
+    made.run.step = 5
+    return made
 
-    def __init__(self, wrapped: object) -> None:
-        torch.manual_seed(0)
-        self.networks = {"net": nn.Linear(2, 1, bias=False)}
-        self.optimizers = {"net": torch.optim.SGD(self.networks["net"].parameters(), 1.0, fused=True)}
-        self.scalers = {"net": torch.amp.GradScaler("cpu", enabled=False)}
-        self.wrapped, self.at, self.seed = {"net": wrapped, "other": object()}, {"step": 5}, 11
+
+def guard(made: TrainState) -> StepGuard:
+    guard = StepGuard(made.networks.values(), ["loss/net"], DEVICE)
+    guard.begin(1)
+    return guard
 
 
 def batches(count: int) -> list[dict[str, Batch]]:
@@ -51,58 +60,70 @@ class Wrapper(DistributedDataParallel):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_ranks_average_gradients_once_a_step_in_its_last_part(count):
+def test_ranks_average_gradients_once_a_step_in_its_last_micro_batch(count):
     wrapper = Wrapper()
-    parts = cast(Any, Parts(wrapper))
-    net = parts.networks["net"]
+    made = state(wrapper)
+    net = cast(nn.Linear, made.networks["net"])
     before, seen = net.weight.detach().clone(), []
-    guard = StepGuard([net], ["loss/net"], DEVICE)
-    update = Update(parts, guard, batches(count), DEVICE, "fp32", None)
-    guard.begin(1)
+    step = Step(made, guard(made), batches(count), RunConfig())
 
-    def loss(part):
-        value = net(torch.ones(1, 2)).sum() * (part.number + 1)
+    def loss(micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
+        value = net(torch.ones(1, 2)).sum() * (micro.number + 1)
         value.register_hook(lambda gradient: seen.append(wrapper.apart))  # when it goes backward
-        return value
+        rare = {"number": torch.tensor(float(micro.number))} if micro is step.micro_batches[-1] else {}
+        return value, Metrics({"twice": 2 * value}, rare)
 
-    update.descend("net", loss)
+    metrics = step.optimize("net", loss)
     assert seen == [True] * (count - 1) + [False]
-    # The mean over the parts, numbered through the run: step 5 has parts 5 * count, ...
+    # The mean over the micro-batches, numbered through the run: step 5 has 5 * count, ...
     factors = [5 * count + number + 1 for number in range(count)]
-    assert [(part.number, part.seed) for part in update.parts] == [(factor - 1, 11) for factor in factors]
+    assert [(micro.number, micro.seed) for micro in step.micro_batches] == [(factor - 1, 11) for factor in factors]
     mean = sum(factors) / count
     torch.testing.assert_close(net.weight.detach(), before - mean)
-    assert update.values.keys() == {"loss/net", "gradient/net"}
-    assert float(update.values["loss/net"]) == pytest.approx(float(before.sum()) * mean, rel=1e-5)
-    assert float(update.values["gradient/net"]) == pytest.approx(2**0.5 * mean)
+    assert metrics.step.keys() == {"loss/net", "gradient/net", "twice"}
+    assert float(metrics.step["loss/net"]) == pytest.approx(float(before.sum()) * mean, rel=1e-5)
+    assert float(metrics.step["twice"]) == pytest.approx(2 * float(before.sum()) * mean, rel=1e-5)
+    assert not metrics.step["twice"].requires_grad
+    assert metrics.epoch == {"number": factors[-1] - 1}  # of those that have it
+    assert float(metrics.step["gradient/net"]) == pytest.approx(2**0.5 * mean)
 
 
-def test_parts_hold_their_own_batches():
-    update = Update(cast(Any, Parts(None)), cast(Any, None), batches(2), DEVICE, "fp32", None)
-    assert [part["train"].labels.tolist() for part in update.parts] == [[0, 0], [1, 1]]
+def test_micro_batches_hold_their_own_batches():
+    step = Step(state(), cast(Any, None), batches(2), RunConfig())
+    assert [micro["train"].labels.tolist() for micro in step.micro_batches] == [[0, 0], [1, 1]]
 
 
-def test_what_is_frozen_learns_again_afterwards_even_after_an_error():
-    net = nn.Linear(1, 1)
-    with frozen(net):
-        assert not any(p.requires_grad for p in net.parameters())
-    assert all(p.requires_grad for p in net.parameters())
-    with pytest.raises(ZeroDivisionError), frozen(net):
-        _ = 1 / 0
-    assert all(p.requires_grad for p in net.parameters())
+def test_metrics_of_two_updates_join():
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    joined = Metrics({"a": one}, {"b": one}) | Metrics({"c": two}, {"d": two})
+    assert (joined.step, joined.epoch) == ({"a": one, "c": two}, {"b": one, "d": two})
+
+
+def test_a_frozen_network_has_no_gradients_and_learns_again_afterwards_even_after_an_error():
+    made = state()
+    net, other = (cast(nn.Linear, made.networks[name]) for name in ("net", "other"))
+    step = Step(made, guard(made), batches(1), RunConfig())
+    before = net.weight.detach().clone()
+    step.optimize("net", lambda _: other(net(torch.ones(1, 2))).sum(), frozen=["other"])
+    assert not torch.equal(net.weight, before)  # gradients flow through it
+    assert other.weight.grad is None
+    assert all(p.requires_grad for p in other.parameters())
+    with pytest.raises(ZeroDivisionError):
+        step.optimize("net", lambda _: torch.tensor(1 / 0), frozen=["other"])
+    assert all(p.requires_grad for p in other.parameters())
 
 
 def test_averages_take_counters_over_and_nothing_from_a_step_that_was_refused():
-    cfg = RunConfig(ema=0.75)
-    parts = Parts_(cfg, DEVICE, Env(), lambda: {"net": nn.BatchNorm1d(2)}, lambda _: {}, ("net",))
-    network, average = cast(nn.BatchNorm1d, parts.networks["net"]), cast(nn.BatchNorm1d, parts.averages["net"])
+    network = nn.BatchNorm1d(2)
+    average = copy.deepcopy(network)
+    made = TrainState(RunConfig(), DEVICE, Env(), {"net": network}, {"net": average}, {}, {})
     assert network.num_batches_tracked is not None
     assert average.num_batches_tracked is not None
-    assert not any(parameter.requires_grad for parameter in average.parameters())
     for good, weight, count in ((True, 2.0, 7), (False, 2.0, 7), (True, 2.75, 9)):
         with torch.no_grad():
             network.weight.fill_(5.0)
             network.num_batches_tracked.fill_(count if good else 8)
-        parts.average(0.75, torch.tensor(good))
+            average.requires_grad_(False)
+        made.update_averages(0.75, torch.tensor(good))
         assert average.weight.tolist() == [weight] * 2  # 1, 1 + (5 - 1) / 4, 2 + (5 - 2) / 4
         assert average.num_batches_tracked.item() == count

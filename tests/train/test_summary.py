@@ -15,17 +15,18 @@ from typing import Any, ClassVar, cast
 import pytest
 import torch
 from applications import APPLICATIONS
-from fourth import Fourth
 from refusals import refused
+from toy import ToyTask
 
 from common.data.sets.digits import digits
 from common.train import dry_run, loop
 from common.train.config import RunConfig
 from common.train.logging import read_metrics
-from common.train.loop import Training
+from common.train.loop import Trainer
 from common.train.setup import resume_command
+from common.train.task import Detector
 
-FOURTH = APPLICATIONS["fourth"]
+TOY = APPLICATIONS["toy"]
 STEP, MEASUREMENT = 0.25, 3.0
 """Seconds by the clock of these tests."""
 SPEED = (120 + 60) / STEP
@@ -50,8 +51,8 @@ class Told:
 
 def trained(out: Path, cache: Path, *flags: str) -> Told:
     """Train the fourth application by the test's clock."""
-    now, told, printed = [100.0], Told(out / "fourth" / "run"), io.StringIO()
-    step, evaluate, epoch = Training._step, Fourth.evaluate, Training._epoch
+    now, told, printed = [100.0], Told(out / "toy" / "run"), io.StringIO()
+    step, evaluate, epoch = Trainer.train_step, ToyTask.evaluate, Trainer.train_epoch
 
     def stepped(self, batches):
         now[0] += STEP
@@ -67,10 +68,10 @@ def trained(out: Path, cache: Path, *flags: str) -> Told:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
-        patch.setattr(Training, "_step", stepped)
-        patch.setattr(Fourth, "evaluate", measured)
-        patch.setattr(Training, "_epoch", begun)
-        FOURTH.main([*FOURTH.tiny(out, cache), "--name", "run", *flags])
+        patch.setattr(Trainer, "train_step", stepped)
+        patch.setattr(ToyTask, "evaluate", measured)
+        patch.setattr(Trainer, "train_epoch", begun)
+        TOY.main([*TOY.tiny(out, cache), "--name", "run", *flags])
     told.out = printed.getvalue().splitlines()
     return told
 
@@ -134,7 +135,7 @@ def test_the_closing_lines_say_what_came_out_and_where_it_is(told):
 
 
 def test_settings_that_no_file_of_the_run_can_hold_are_refused(tmp_path, capsys):
-    line = refused(capsys, FOURTH.main, *FOURTH.tiny(tmp_path, tmp_path), "--out", str(tmp_path / "caf\udce9"))
+    line = refused(capsys, TOY.main, *TOY.tiny(tmp_path, tmp_path), "--out", str(tmp_path / "caf\udce9"))
     assert line.startswith("error: out: expected UTF-8, which config.yaml and TensorBoard can hold, got '")
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +157,7 @@ def test_a_summary_tells_from_the_first_moment_on_that_the_run_is_under_way(told
 
 
 def test_a_summary_has_no_number_that_json_has_no_word_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(Fourth, "evaluate", lambda *_: {"loss/validation": math.inf, "loss/test": 1.0})
+    monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/validation": math.inf, "loss/test": 1.0})
     folder = trained_plainly(tmp_path, "--best.keep")
     text = (folder / "summary.json").read_text()
     summary = json.loads(text, parse_constant=pytest.fail)
@@ -169,13 +170,13 @@ def test_a_summary_has_no_number_that_json_has_no_word_for(tmp_path, monkeypatch
 
 
 def trained_plainly(tmp_path: Path, *flags: str) -> Path:
-    FOURTH.main([*FOURTH.tiny(tmp_path, tmp_path), "--name", "run", *flags])
-    return tmp_path / "fourth" / "run"
+    TOY.main([*TOY.tiny(tmp_path, tmp_path), "--name", "run", *flags])
+    return tmp_path / "toy" / "run"
 
 
 def test_an_oracle_and_an_early_end_are_told(tmp_path, monkeypatch, capsys):
     values = iter((1.0, 2.0, 3.0))
-    monkeypatch.setattr(Fourth, "evaluate", lambda *_: {"loss/test": next(values)})
+    monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/test": next(values)})
     flags = ["--best.by", "loss/test", "--best.oracle", "--best.patience", "2", "--epochs", "9"]
     trained_plainly(tmp_path, *flags)
     lines = capsys.readouterr().out.splitlines()
@@ -185,10 +186,10 @@ def test_an_oracle_and_an_early_end_are_told(tmp_path, monkeypatch, capsys):
 
 def test_what_is_wrong_with_layers_and_what_was_rewound_is_told_once_more(tmp_path, monkeypatch, capsys):
     broken = ("0: use of a component is nothing", "0: something else", "1: another")
-    monkeypatch.setattr(Fourth, "health", lambda self, step: ({"health/0/usage_min": 0.125, "health/0/other_one": 2.0},
+    monkeypatch.setattr(ToyTask, "health", lambda self, step: ({"health/0/usage_min": 0.125, "health/0/other_one": 2.0},
                                                               list(broken)))  # fmt: skip
     collapsed = iter(["has won"])
-    monkeypatch.setattr(Fourth, "collapse", lambda self, means: next(collapsed, None))
+    monkeypatch.setattr(ToyTask, "detectors", [Detector(lambda _: next(collapsed, None), "steps")])
     folder = trained_plainly(tmp_path, "--guard.action", "rewind", "--epochs", "2")
     told = capsys.readouterr()
     closing = told.out.split("\n\n")[1].splitlines()
@@ -234,7 +235,7 @@ def test_on_a_terminal_there_is_a_bar_instead_of_lines(tmp_path, monkeypatch, ca
     monkeypatch.setattr(Bar, "made", [])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     folder = trained_plainly(tmp_path, "--epochs", "2")
-    FOURTH.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "3"])
+    TOY.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "3"])
     first, second = Bar.made
     assert (first.options["total"], first.options["initial"], first.options["disable"]) == (16, 0, False)
     assert (second.options["total"], second.options["initial"]) == (24, 16)
@@ -268,7 +269,7 @@ def test_a_dry_run_counts_in_closed_form(tmp_path, monkeypatch, capsys):
         return clock[0]
 
     monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=perf_counter))
-    FOURTH.main([*FOURTH.tiny(tmp_path, tmp_path), "--dry_run", "--epochs", "1000", "--data.validation", "0.1"])
+    TOY.main([*TOY.tiny(tmp_path, tmp_path), "--dry_run", "--epochs", "1000", "--data.validation", "0.1"])
     data, net, top, memory, time = capsys.readouterr().out.splitlines()
     labels = digits(8).train.labels
     assert labels is not None
