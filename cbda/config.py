@@ -213,6 +213,11 @@ class AdaMatchConfig(RunConfig):
         """Whether learning rate or mu depend on how many epochs there will be."""
         return super().follows_length or self.method.warmup > 0
 
+    @property
+    def fast_in_nhwc(self) -> bool:
+        """Whether training steps on a CPU were no slower in NHWC: not those of timm's networks."""
+        return not self.model.name.startswith("timm:")
+
     def resolved(self) -> "AdaMatchConfig":
         """Return the configuration as a run stores it; what is null of layers that BatchNorms become is BatchNorm's."""
         resolved = replace(super().resolved(), method=self.method.resolved())

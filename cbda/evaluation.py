@@ -43,7 +43,6 @@ HEADLINE = (
     "metric/validation_accuracy",
 )
 """What is printed of a measurement."""
-_BATCH = 256
 _SHOWN = 24
 _KNOW_UNKNOWN = ("scb", "scb_base")
 _TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
@@ -55,6 +54,11 @@ def clusters_of(kind: str) -> dict[str, int]:
     if kind not in kinds(takes_clusters=True):
         return {"source": SOURCE}
     return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
+
+
+def at_once(size: int) -> int:
+    """Return how many images of a side are classified at once: 256 of 32 pixels, of larger ones as fit in as much."""
+    return max(16, min(256, 256 * 32**2 // size**2))
 
 
 def choosable() -> dict[str, SelectionMetric]:
@@ -192,7 +196,9 @@ class Evaluator:
 
         images, classes = self.images[split].images, self.images["train"].num_classes
         with evaluating(network), self.env.buffers_of_first(network):
-            logits = classify(classifier, images, classes, batch_size=_BATCH, env=self.env, go_on=go_on)
+            logits = classify(
+                classifier, images, classes, batch_size=at_once(self.cfg.data.size), env=self.env, go_on=go_on
+            )
         if not logits.isfinite().all():
             raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
         return logits

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
-from cbda.evaluation import CLASSES, CLUSTERS, clusters_of, recalibrate
+from cbda.evaluation import CLASSES, CLUSTERS, at_once, clusters_of, recalibrate
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
 from cbda.task import AdaMatchTask
 from common.classification.stored import StoredModel, check_images, read_stored
-from common.data import to_float
+from common.data import to_input
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
 from common.runtime.errors import UsageError
@@ -55,11 +55,12 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
             raise UsageError(f"cluster: expected {' or '.join(known)} of {self.cfg.norm.kind}, got {cluster}")
 
         def classifier(batch: Tensor) -> Tensor:
-            x = pixels_of(to_float(batch.to(self.device)), self.cfg.model.pixels)
+            x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
+            x = pixels_of(x, self.cfg.model.pixels)
             return self.network(x, torch.full((len(batch),), CLUSTERS[cluster], device=self.device))
 
         with evaluating(self.network):
-            return classify(classifier, images, len(self.classes), batch_size=256)
+            return classify(classifier, images, len(self.classes), batch_size=at_once(self.cfg.data.size))
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoint: str = "last") -> AdaptedModel:

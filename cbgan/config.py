@@ -11,6 +11,8 @@ from common.norms.factory import kinds
 from common.runtime.fields import MAY_CHANGE
 from common.train.config import BestConfig, RunConfig, ScheduleConfig
 
+_NHWC_WIDTH = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class GanConfig(RunConfig):
@@ -84,6 +86,11 @@ class GanConfig(RunConfig):
                 f"base_size: expected 0 or {' or '.join(map(str, allowed))} for images of {self.data.size}, "
                 f"got {self.base_size}"
             )
+
+    @property
+    def fast_in_nhwc(self) -> bool:
+        """Whether training steps on a CPU were no slower in NHWC: those of narrow networks."""
+        return self.width <= _NHWC_WIDTH
 
     @property
     def augmentations(self) -> list[str]:

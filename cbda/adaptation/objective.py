@@ -10,10 +10,8 @@ _NEARLY_ALL = 0.95
 """Mask rate from which on every pseudo-label counts as passing."""
 _THRESHOLD_FELL, _ACCURACY_FELL = 0.9, 0.8
 """Shares of its highest value below which threshold and source accuracy count as falling."""
-_ONE_CLASS, _ONE_OF_TWO, _SOME = 0.9, 0.99, 0.1
-"""Share of the pseudo-labels that counts as all, of two classes, and of the target that has to have any."""
-_SETTLED = 30
-"""Batches from which on it does: a network that has learnt nothing yet may well say one class of everything."""
+_LASTING = 100
+"""Batches for which pseudo-labels of one class are a collapse; a shorter lean may pass."""
 _BY_CHANCE = 8
 """Standard deviations that an average's highest and lowest may lie apart in a long run in which nothing changes."""
 
@@ -41,7 +39,8 @@ def collapse(
         classes: how many there are.
         batch_size: source images of a batch, on all ranks.
     """
-    (threshold, accuracy, *shares), best = watch.recent.tolist(), watch.highest.tolist()
+    threshold, accuracy = watch.recent[:2].tolist()
+    best, leaning = watch.highest.tolist(), int(watch.leaning)
     limit = 2 * math.log(classes)
     # In inference mode BatchNorm's averages are far off in a run's first steps, and losses are whatever they are.
     if method.source_pass != "inference" and means["loss/source"] > limit * (1 + (method.source_loss == "sum")):
@@ -55,7 +54,6 @@ def collapse(
         return None
     if means["adapt/mask_rate"] > _NEARLY_ALL and threshold < _THRESHOLD_FELL * best[0]:
         return f"every pseudo-label passes a threshold that has fallen from {best[0]:.2g} to {threshold:.2g}"
-    limit = _ONE_CLASS if classes > 2 else _ONE_OF_TWO
-    if watch.batches >= _SETTLED and sum(shares) > _SOME and max(shares) > limit * sum(shares):
-        return f"{100 * max(shares) / sum(shares):.0f} % of the pseudo-labels are of one class"
+    if leaning >= _LASTING:
+        return f"for {leaning} batches nearly all pseudo-labels have been of one class"
     return None

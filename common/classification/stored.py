@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.runtime.atomic import write_atomic, write_text_atomic
 from common.runtime.cli import to_dict, to_yaml
+from common.runtime.device import memory_format
 from common.runtime.errors import UsageError
 from common.train.checkpoint import Checkpoints, DamagedCheckpoint, load
 from common.train.config import RunConfig, stored_config
@@ -150,7 +151,7 @@ class Stored(Generic[C]):
         return kind(network.eval(), self.cfg, **facts)
 
     def load_into(self, network: nn.Module) -> None:
-        """Give a network the weights.
+        """Give a network the weights, in the run's memory layout.
 
         Raises:
             UsageError: if they are not those of such a network.
@@ -160,6 +161,7 @@ class Stored(Generic[C]):
         except RuntimeError as error:
             reason = str(error).split(":", maxsplit=1)[0]
             raise UsageError(f"run: the weights in {self.folder} are not of its {_CONFIG} ({reason})") from None
+        network.to(memory_format=memory_format(self.cfg.channels_last))  # pyright: ignore[reportCallIssue]
 
 
 def read_stored(

@@ -196,7 +196,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def to_input(images: Tensor, device: torch.device, *, channels_last: bool) -> Tensor:
+def to_input(images: Tensor, device: torch.device, *, channels_last: bool | None) -> Tensor:
     """Bring uint8 images (N, 3, S, S) to a device, in [-1, 1], there as NHWC in memory where asked for."""
     return to_float(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format(channels_last))
 

@@ -1,6 +1,7 @@
 """Networks of timm by name, with weights from a file or timm's own, and whether a network takes images of a size."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,23 @@ def _load(network: nn.Module, path: Path, called: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise a dozen unrelated types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        # Torch's second sentence tells how to unpickle whatever the file holds.
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         raise UsageError(f"model.weights: {path} cannot be read as weights ({reason})") from None
-    state = state.get("state_dict", state.get("model", state))
-    own = network.state_dict()
+    if not isinstance(state, Mapping):
+        raise UsageError(f"model.weights: {path} holds a {type(state).__name__}, expected tensors by name")
+    state, own = state.get("state_dict", state.get("model", state)), network.state_dict()
+    # Models that this project exported hold timm's network beside other layers.
+    inner = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+    state = max(state, inner, key=lambda names: len(own.keys() & names.keys()))
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     missing = [name for name in own if name not in fitting]
-    if len(missing) > 2:  # the last layer's weight and bias
-        raise UsageError(
-            f"model.weights: {path} holds {len(fitting)} of the {len(own)} tensors of {called}; "
-            f"missing or of another shape: {', '.join(missing[:3])}, ..."
-        )
+    parts = {name.split(".")[0] for name in fitting}
+    more = [name for name in state if name not in own and name.split(".")[0] in parts]
+    for names, what in ((missing, "missing or of another shape"), (more, f"{len(more)} that this network has not")):
+        if len(names) > 2:  # the last layer's weight and bias
+            raise UsageError(
+                f"model.weights: {path} holds {len(fitting)} of the {len(own)} tensors of {called}; "
+                f"{what}: {', '.join(names[:3])}, ..."
+            )
     network.load_state_dict(fitting, strict=False)

@@ -99,6 +99,6 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """Return the layout of 4-d tensors."""
+def memory_format(channels_last: bool | None) -> torch.memory_format:
+    """Return the layout of 4-d tensors; None, of a configuration that no run has resolved, is False."""
     return torch.channels_last if channels_last else torch.contiguous_format

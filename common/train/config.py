@@ -149,8 +149,9 @@ class RunConfig:
     """auto, cpu, cuda or cuda:n; auto is CUDA where there is one."""
     precision: Precision = "fp32"
     """Precision of convolutions and linear maps (autocast); fp16 scales its gradients."""
-    channels_last: bool = False
-    """Keep images as NHWC in memory, which tensor cores prefer."""
+    channels_last: bool | None = None
+    """Keep images and weights as NHWC in memory: the same values up to rounding, at another speed; null does so on a
+    CPU, but for networks of timm and GANs wider than 128, which it slows down (docs/benchmarks.md)."""
     deterministic: bool = False
     """On CUDA, use only kernels whose results repeat bit for bit; some are slower."""
     compile: bool = False
@@ -216,13 +217,22 @@ class RunConfig:
             raise ValueError(f"ema: expected 0 up to, not including, 1, got {self.ema}")
 
     @property
+    def fast_in_nhwc(self) -> bool:
+        """Whether training steps on a CPU were no slower in NHWC than in NCHW (docs/benchmarks.md)."""
+        return True
+
+    @property
     def follows_length(self) -> bool:
         """Whether what a step does depends on how many epochs there will be, so that a resumed run keeps them."""
         return self.schedule.kind in ("cosine", "arc")
 
     def resolved(self: C) -> C:
         """Return the configuration as a run stores it, with what follows from other settings written out."""
-        return replace(self, norm=self.norm.resolved())
+        channels_last = self.channels_last
+        if channels_last is None:
+            on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+            channels_last = on_cpu and self.fast_in_nhwc
+        return replace(self, norm=self.norm.resolved(), channels_last=channels_last)
 
     def check_backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Raise UsageError if the layers ask for a backend that cannot run on a device, on activations of a dtype."""

@@ -17,6 +17,7 @@ from common.train.task import Task
 
 _STEPS = 3
 _MIB = 2**20
+_LISTED = 10
 
 
 class Steps:
@@ -140,6 +141,8 @@ def estimate(task: Task[Any]) -> str:
 def _describe(network: nn.Module) -> str:
     norms = {name: _count(layer) for name, layer in network.named_modules() if isinstance(layer, NormLayer | _NormBase)}
     listed = ", ".join(f"{count:,} in {name}" for name, count in norms.items())
+    if len(norms) > _LISTED:
+        listed = f"{sum(norms.values()):,} in {len(norms)} normalizations, {next(iter(norms))} to {list(norms)[-1]}"
     return f"{type(network).__name__}: {_count(network):,} parameters, of them {listed or 'none in normalizations'}"
 
 

@@ -28,9 +28,11 @@ def by_hand(run: Path, images: torch.Tensor, cluster: int | None) -> torch.Tenso
     network = build_classifier(model.cfg, 6, len(model.clusters))
     state = load(sorted((run / "checkpoints").glob("step-*.pt"))[-1])
     network.load_state_dict({**state["networks"]["network"], **state["statistics"]["network"]})
+    # In the run's layout: under every cluster this network's rounding alone is 1e-4 in NCHW, against float64.
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with torch.no_grad():
         ids = None if cluster is None else torch.full((len(images),), cluster)
-        return network.eval()(to_float(images), ids).softmax(1)
+        return network.eval()(to_float(images).contiguous(memory_format=torch.channels_last), ids).softmax(1)
 
 
 @pytest.mark.parametrize(

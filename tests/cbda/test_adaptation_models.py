@@ -10,6 +10,7 @@ from torch import nn
 import cbda.adamatch
 from cbda import load_model
 from cbda.config import AdaMatchConfig, ImagesConfig, ModelConfig
+from cbda.evaluation import at_once
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.networks.pixels import pixels_of
@@ -46,9 +47,24 @@ def test_timms_networks_take_local_weights_but_for_a_last_layer_of_other_classes
     torch.save({"other": torch.zeros(3)}, path)
     with pytest.raises(UsageError, match=r"^model.weights: .* holds 0 of the \d+ tensors of timm:test_resnet"):
         build_classifier(config(name=SMALL, weights=path), 4)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(UsageError, match=r"^model.weights: .* holds a Tensor, expected tensors by name$"):
+        build_classifier(config(name=SMALL, weights=path), 4)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UsageError, match=r"^model.weights: .* cannot be read as weights"):
         build_classifier(config(name=SMALL, weights=path), 4)
+
+
+def test_weights_of_a_deeper_network_are_refused_and_of_another_head_are_not(tmp_path):
+    state = build_classifier(config(name=SMALL), 4).network.state_dict()
+    head = {f"fc.{number}.{name}": torch.zeros(2) for number in range(3) for name in ("weight", "bias")}
+    deeper = {name.replace("layer4.0", "layer4.1"): value for name, value in state.items()}
+    paths = {name: tmp_path / f"{name}.pth" for name in ("deeper", "head")}
+    torch.save(state | deeper, paths["deeper"])
+    torch.save({name: value for name, value in state.items() if not name.startswith("fc.")} | head, paths["head"])
+    build_classifier(config(name=SMALL, weights=paths["head"]), 4)
+    with pytest.raises(UsageError, match=r"^model.weights: .* that this network has not: layer4.1.conv1.weight, "):
+        build_classifier(config(name=SMALL, weights=paths["deeper"]), 4)
 
 
 def test_images_whose_last_maps_have_no_instance_statistics_are_refused():
@@ -133,6 +149,22 @@ def test_a_pretrained_network_is_adapted_with_its_batch_norms_converted(tiny, tm
     assert not any(name.startswith("norm.") for name in state["source_only"])
     model = load_model(tmp_path / "cbda" / "run")
     assert model.logits(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+
+
+def test_an_exported_model_is_a_file_of_weights(tiny, tmp_path):
+    flags = ["--model.name", SMALL, "--epochs", "1", "--steps_per_epoch", "1", "--data.size", "32"]
+    cbda.adamatch.main([*tiny, *flags, "--norm.kind", "scb", "--name", "run"])
+    exported = load_model(tmp_path / "cbda" / "run")
+    exported.save(tmp_path / "exported")
+    weights = tmp_path / "exported" / "model.safetensors"
+    network = build_classifier(config(name=SMALL, weights=weights), len(exported.classes)).network
+    for name, value in exported.network.network.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_large_images_are_classified_in_as_much_memory_as_small_ones():
+    assert at_once(32) == at_once(16) == 256
+    assert [at_once(size) * size**2 for size in (64, 96, 128)] == pytest.approx([256 * 32**2] * 3, rel=0.02)
 
 
 def test_pixels_come_in_the_range_that_was_asked_for():

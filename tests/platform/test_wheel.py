@@ -1,7 +1,6 @@
-"""A wheel, built and installed into a folder, does without the checkout: commands, configurations, recipes."""
+"""A wheel, built and installed into a folder, does without the checkout: commands, configurations."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,6 @@ import common
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("common", "cbgan", "cbda", "cbcls")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "recipes.md"]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FORGET_CHECKOUT = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -80,17 +77,3 @@ def test_commands_and_configurations_by_name_from_any_folder(installed, tmp_path
     assert "Generator: " in dry.stdout
     assert "epochs: 2\n" in run(installed, tmp_path, "-m", "cbgan.train", "--config", "smoke", "--print_config").stdout
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_recipe_runs(installed, tmp_path, page):
-    text = page.read_text(encoding="utf-8")
-    blocks = list(BLOCK.finditer(text))
-    assert len(blocks) == text.count("```python") > 0
-    # Each block in a namespace of its own, in one process, which imports torch once; lines are those of the page.
-    lines = ["\n" * text[: block.start(1)].count("\n") + block[1] for block in blocks]
-    (tmp_path / "run.py").write_text(
-        f"for block in {lines!r}:\n    exec(compile(block, {page.name!r}, 'exec'), {{}})\n"
-    )
-    done = run(installed, tmp_path, "run.py")
-    assert done.returncode == 0, done.stderr

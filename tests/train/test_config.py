@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from cbcls.config import ClassifierConfig
@@ -72,6 +73,34 @@ MORE = {
 def test_for_how_long_how_often_and_where_may_change_and_nothing_else(kind):
     always = {"epochs", "log_every", "checkpoint_every", "checkpoint_keep", "device", "threads", "cache"}
     assert set(changeable(kind)) == always | MORE[kind]
+
+
+@pytest.mark.parametrize(("flags", "gpu", "last"), [
+    ([], False, True),
+    ([], True, False),
+    (["--device", "cpu"], True, True),
+    (["--device", "cuda:1"], False, False),
+    (["--channels_last", "false"], False, False),
+    (["--channels_last"], True, True),
+])  # fmt: skip
+def test_a_cpu_keeps_images_as_nhwc_and_a_run_that_goes_on_keeps_what_it_had(tmp_path, monkeypatch, flags, gpu, last):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    (tmp_path / "config.yaml").write_text(stored_yaml(parse(RunConfig, flags).resolved()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not gpu)  # on another machine
+    argv = ["--name", "run", "--resume"]
+    for more in ([], ["--device", "auto"], ["--device", "cpu"]):
+        assert resume_config(RunConfig, [*argv, *more], tmp_path).resolved().channels_last is last
+    with pytest.raises(UsageError, match=r"^channels_last: the run has "):
+        resume_config(RunConfig, [*argv, "--channels_last", str(not last).lower()], tmp_path)
+
+
+def test_networks_that_nhwc_slows_down_stay_as_they_are():
+    slow = {AdaMatchConfig: ["--model.name", "timm:resnet18"], ClassifierConfig: ["--model.name", "timm:resnet18"],
+            GanConfig: ["--width", "256"]}  # fmt: skip
+    for kind, flags in slow.items():
+        assert parse(kind, ["--device", "cpu"]).resolved().channels_last
+        assert not parse(kind, ["--device", "cpu", *flags]).resolved().channels_last
+        assert parse(kind, ["--device", "cpu", *flags, "--channels_last"]).resolved().channels_last
 
 
 def test_a_change_that_may_not_be_is_told_whatever_it_makes_of_other_settings(tmp_path):
