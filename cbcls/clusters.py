@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data import DataConfig, ImageSet, Splits, load
 from common.data.clusters import write_clusters
 from common.data.image_set import resize
-from common.errors import UsageError
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.cli.fields import MAY_CHANGE
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
-from common.machine.paths import texts_to_paths
 from common.norms.registry import kinds
-from common.training.config import RunConfig
+from common.runtime.fields import MAY_CHANGE
+from common.runtime.paths import texts_to_paths
+from common.train.config import RunConfig
 
 _FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"
 _CHANNELS = (64, 128, 128, 256)

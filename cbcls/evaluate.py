@@ -9,24 +9,24 @@ from typing import Any
 from torch import Tensor
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation
+from cbcls.evaluation import Evaluator
 from cbcls.export import TrainedClassifier, load_model
-from cbcls.train import Classification
+from cbcls.task import ClassifierTask
 from common.classification.measured import draw, measured
 from common.classification.stored import run_folder
-from common.cli.arguments import flatten, parse, shown, to_dict
-from common.cli.command import run_command
-from common.cli.fields import changeable
 from common.data import ImageSet
 from common.data.clusters import clusters_origin
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
 from common.metrics.logits import evaluating
 from common.metrics.scores import classification_scores, keras_threshold
-from common.runs.folder import environment
-from common.training.config import NOT_STORED
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import flatten, parse, shown, to_dict
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.fields import changeable
+from common.runtime.paths import refuse_overwriting
+from common.train.config import NOT_STORED
+from common.train.run_dir import environment
 
 _SPLITS = ("test", "validation")
 _WEAKEST = 3
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(options.run, device, checkpoint=options.checkpoint)
     baseline = None if options.baseline is None else load_model(options.baseline, device)
     differ = [] if baseline is None else _differences(model, baseline, options)
-    images = Classification.load(model.cfg)
-    evaluation = Evaluation(model.cfg, images, device)
+    images = ClassifierTask.load_images(model.cfg)
+    evaluation = Evaluator(model.cfg, images, device)
     _check_images(model, images)
     record: dict[str, Any] = {
         "run": str(options.run),
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _logits(model: TrainedClassifier, images: Mapping[str, ImageSet]) -> Tensor:
     device = next(model.network.parameters()).device
     with evaluating(model.network):
-        return Evaluation(model.cfg, images, device).logits(model.network, images["test"])
+        return Evaluator(model.cfg, images, device).logits(model.network, images["test"])
 
 
 def _measured(images: ImageSet, logits: Tensor) -> dict[str, Any]:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from cbcls.config import ClassifierConfig
 from common.classification.leak_audit import Categories, LeakAudit, leak_audit, told
 from common.data.image_set import ImageSet, to_input
-from common.errors import NonFiniteError, UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
-from common.runs.log import listed
-from common.training.method import Better, Tracked
-from common.training.recalibration import drawn, recalibrate_network
+from common.runtime.atomic import write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import permutation
+from common.train.logging import listed
+from common.train.recalibration import drawn, recalibrate_network
+from common.train.task import Better, SelectionMetric
 
 CATEGORIES = "categories.json"
 """In a run's folder: names of its classes and clusters, in the order of their numbers."""
@@ -42,7 +42,7 @@ HEADLINE = ("loss/test", "metric/accuracy", "metric/validation_accuracy", "loss/
 """What is printed of a measurement."""
 
 
-class Evaluation:
+class Evaluator:
     """Measures a classifier.
 
     Args:
@@ -231,16 +231,16 @@ def _categories(images: ImageSet) -> Categories:
     return Categories(images.labels, images.clusters)
 
 
-def choosable() -> dict[str, Tracked]:
+def choosable() -> dict[str, SelectionMetric]:
     """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
     chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
     ]
     return {
-        **{f"metric/validation_{name}": Tracked("validation", better) for name, better in chosen},
-        "loss/validation": Tracked("validation", "lower"),
-        **{f"metric/{name}": Tracked("test", better, chosen_by_test=True) for name, better in chosen},
-        "loss/test": Tracked("test", "lower", chosen_by_test=True),
+        **{f"metric/validation_{name}": SelectionMetric("validation", better) for name, better in chosen},
+        "loss/validation": SelectionMetric("validation", "lower"),
+        **{f"metric/{name}": SelectionMetric("test", better, chosen_by_test=True) for name, better in chosen},
+        "loss/test": SelectionMetric("test", "lower", chosen_by_test=True),
     }
 
 

@@ -12,13 +12,13 @@ from cbcls.config import ClassifierConfig
 from cbcls.evaluation import CATEGORIES, logits_of, recalibrate
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
-from cbcls.train import Classification
+from cbcls.task import ClassifierTask
 from common.classification.leak_audit import UNKNOWN
 from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import ImageSet
-from common.errors import UsageError
 from common.metrics.logits import evaluating
-from common.training.recalibration import recalibrates
+from common.runtime.errors import UsageError
+from common.train.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
         classes: names, in the order of the logits.
         clusters: names of the clusters that it can be told, in the order of their numbers; empty where it is told none.
         epoch: after how many it was taken.
-        passport: what the images and clusters of its run were (see `Method.passport`).
+        passport: what the images and clusters of its run were (see `Task.eval_protocol`).
     """
 
     network: Classifier
@@ -107,7 +107,7 @@ def load_model(
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
 
     def names() -> tuple[tuple[str, ...], tuple[str, ...]]:
-        train = (images or Classification.load(cfg))["train"]
+        train = (images or ClassifierTask.load_images(cfg))["train"]
         return train.classes, train.cluster_names
 
     def of_run() -> dict[str, Any]:
@@ -115,7 +115,7 @@ def load_model(
         return {
             "classes": classes,
             "clusters": clusters if cfg.told_clusters else (),
-            "epoch": stored.state["at"]["epoch"],
+            "epoch": stored.state["run"]["epoch"],
             "passport": stored.state["passport"],
         }
 
@@ -126,7 +126,7 @@ def load_model(
     )
     network = model.network.to(device)
     if not stored.recalibrated and recalibrates(cfg, network):
-        recalibrate(cfg, network, (images or Classification.load(cfg))["train"], torch.device(device))
+        recalibrate(cfg, network, (images or ClassifierTask.load_images(cfg))["train"], torch.device(device))
     return model
 
 

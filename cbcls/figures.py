@@ -14,18 +14,18 @@ from cbcls.config import ClassifierConfig
 from cbcls.export import TrainedClassifier, load_model
 from cbcls.networks.classifier import Classifier
 from cbcls.networks.shallow_cnn import ShallowCNN
-from cbcls.train import Classification
-from common.cli.arguments import parse
-from common.cli.command import run_command
+from cbcls.task import ClassifierTask
 from common.data import ImageSet
-from common.errors import UsageError
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
-from common.machine.seeding import permutation
 from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
 from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
 from common.reports.figures import labelled, stems
 from common.reports.records import LoggedRun, group_by_seed, read_run
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
+from common.runtime.seeding import permutation
 
 FEATURES = "features"
 """Instead of a layer's name: what the last linear map is given."""
@@ -204,7 +204,7 @@ def _components(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
 def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> Batch:
     """Run a classifier on the batch, and keep what its layers give."""
     model = load_model(path, resolve_device(cfg.device), checkpoint=checkpoint)
-    test = Classification.load(model.cfg)["test"]
+    test = ClassifierTask.load_images(model.cfg)["test"]
     images = test.select(permutation(len(test), cfg.seed, "figure")[: cfg.images])
     places = cfg.layers or _places(model.network, model.cfg, cfg.kind, path)
     own = images.clusters if model.clusters and cfg.cluster == "own" else None

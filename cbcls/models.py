@@ -11,9 +11,9 @@ from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.networks.timm_classifier import TimmClassifier
 from common.data import ImageSet
-from common.errors import UsageError
 from common.networks.from_timm import timm_network
 from common.networks.pixels import PixelScale, Standardised
+from common.runtime.errors import UsageError
 
 
 def build_classifier(

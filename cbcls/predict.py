@@ -7,9 +7,9 @@ from pathlib import Path
 from cbcls.export import load_model
 from common.classification.predictions import PredictionFiles
 from common.classification.stored import check_free
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.machine.device import resolve_device
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""``python -m cbda`` lists the commands, see `common.cli.commands`."""
+"""``python -m cbda`` lists the commands, see `common.runtime.command`."""
 
-from common.cli.commands import main
+from common.runtime.command import list_or_start
 
 if __name__ == "__main__":
-    main("cbda")
+    list_or_start("cbda")

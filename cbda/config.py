@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import NOISE_PARTS
 from cbda.networks.wide_resnet import Form
-from common.cli.fields import MAY_CHANGE, named
 from common.data.augmentation import ViewOptions
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
-from common.machine.paths import texts_to_paths
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.registry import kinds
-from common.training.config import RunConfig, ScheduleConfig
+from common.runtime.fields import MAY_CHANGE, named
+from common.runtime.paths import texts_to_paths
+from common.train.config import RunConfig, ScheduleConfig
 
 _BATCH_NORMS_BECOME = ("mn", "ucb", "scb", "scb_base", "dsbn")
 

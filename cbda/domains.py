@@ -7,8 +7,8 @@ import torch
 
 from cbda.config import AdaMatchConfig, DomainConfig
 from common.data import ImageSet, Splits, Stream, load
-from common.errors import UsageError
-from common.machine.seeding import permutation
+from common.runtime.errors import UsageError
+from common.runtime.seeding import permutation
 
 
 def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:

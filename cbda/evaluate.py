@@ -15,17 +15,17 @@ from cbda.export import AdaptedModel, load_model
 from cbda.networks.divergence import collect_activation, divergences
 from common.classification.measured import draw, measured
 from common.classification.stored import run_folder
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data import ImageSet
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
-from common.machine.seeding import permutation
 from common.metrics.scores import information, neighbourhood_density
 from common.reports import diagrams
 from common.reports.embedding import collect_features, embedding
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
+from common.runtime.seeding import permutation
 
 _RESULTS = "evaluation.json"
 _SPLITS = {"source": "test", "target": "target_test"}

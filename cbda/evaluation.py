@@ -14,18 +14,18 @@ from torch.func import functional_call
 from cbda.config import AdaMatchConfig
 from cbda.networks.classifier import SOURCE, TARGET, UNKNOWN
 from common.data import ImageSet, to_input
-from common.errors import NonFiniteError, UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import drawing, permutation
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
 from common.norms.registry import kinds
 from common.reports.sheet import Verdict, captioned_sheet
-from common.training.method import Better, Moment, Tracked
-from common.training.recalibration import drawn, recalibrate_network
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import drawing, permutation
+from common.train.recalibration import drawn, recalibrate_network
+from common.train.task import Better, EvalContext, SelectionMetric
 
 CLASSES = "classes.json"
 """In a run's folder: the names of its classes, in the order of the logits."""
@@ -61,14 +61,14 @@ def at_once(size: int) -> int:
     return max(16, min(256, 256 * 32**2 // size**2))
 
 
-def choosable() -> dict[str, Tracked]:
+def choosable() -> dict[str, SelectionMetric]:
     """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
     return {
-        "metric/validation_accuracy": Tracked("validation", "higher"),
-        "loss/validation": Tracked("validation", "lower"),
-        "metric/target_information": Tracked("target", "higher"),
-        "metric/target_density": Tracked("target", "higher"),
-        "metric/target_accuracy": Tracked("target_test", "higher", chosen_by_test=True),
+        "metric/validation_accuracy": SelectionMetric("validation", "higher"),
+        "loss/validation": SelectionMetric("validation", "lower"),
+        "metric/target_information": SelectionMetric("target", "higher"),
+        "metric/target_density": SelectionMetric("target", "higher"),
+        "metric/target_accuracy": SelectionMetric("target_test", "higher", chosen_by_test=True),
     }
 
 
@@ -86,7 +86,7 @@ def better() -> Mapping[str, Better]:
     }
 
 
-def check_choice(choice: tuple[str, Tracked] | None, images: Mapping[str, ImageSet]) -> None:
+def check_choice(choice: tuple[str, SelectionMetric] | None, images: Mapping[str, ImageSet]) -> None:
     """Refuse to choose epochs by labels that the target does not have.
 
     Raises:
@@ -122,7 +122,7 @@ def closing_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_onl
     return rows
 
 
-class Evaluation:
+class Evaluator:
     """Measures classifiers.
 
     Args:
@@ -143,7 +143,7 @@ class Evaluation:
     ) -> None:
         self.cfg, self.images, self.device, self.to_input, self.env = cfg, images, device, to_input, env or Env()
 
-    def values(self, networks: Mapping[str, nn.Module], moment: Moment) -> dict[str, float]:
+    def values(self, networks: Mapping[str, nn.Module], context: EvalContext) -> dict[str, float]:
         """Measure both networks, log a picture, and return values by tag.
 
         Accuracy, precision, recall and F1 of the adapted network are by each cluster that its layer can be told, of
@@ -152,7 +152,7 @@ class Evaluation:
         are by the source's, and the gain is what the other one has more of in the target.
 
         Raises:
-            Interrupted: if ``moment`` says so between two batches.
+            Interrupted: if ``context`` says so between two batches.
             NonFiniteError: if a logit is not finite.
         """
         adapted, values = networks["adamatch"], {}
@@ -161,7 +161,7 @@ class Evaluation:
         for name, cluster in clusters.items():
             for domain, split in (("source", "test"), ("target", "target_test")):
                 if split in self.images:
-                    logits = self.logits(adapted, split, cluster, moment.go_on)
+                    logits = self.logits(adapted, split, cluster, context.go_on)
                     scores = self._scores(domain, split, logits)
                     if len(clusters) > 1:
                         values |= {f"{tag}_as_{name}": value for tag, value in scores.items()}
@@ -169,21 +169,21 @@ class Evaluation:
                         own[domain] = logits
                         values |= scores
         if "validation" in self.images:
-            values |= self._validated(adapted, moment.go_on)
-        blind = self.logits(adapted, "target", TARGET, moment.go_on)
+            values |= self._validated(adapted, context.go_on)
+        blind = self.logits(adapted, "target", TARGET, context.go_on)
         values["metric/target_information"] = information(blind)
         values["metric/target_density"] = neighbourhood_density(blind)
         if "source_only" in networks:
             for domain, split in (("source", "test"), ("target", "target_test")):
                 if split in self.images:
-                    logits = self.logits(networks["source_only"], split, SOURCE, moment.go_on)
+                    logits = self.logits(networks["source_only"], split, SOURCE, context.go_on)
                     values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
             if "target_test" in self.images:
                 values["metric/gain"] = values["metric/target_accuracy"] - values["metric/source_only_target_accuracy"]
         if self.env.first:
-            self._draw(own, blind, moment)
+            self._draw(own, blind, context)
             names = json.dumps(self.images["train"].classes)
-            write_text_atomic(moment.folder / CLASSES, names + "\n")
+            write_text_atomic(context.folder / CLASSES, names + "\n")
         return values
 
     def logits(self, network: nn.Module, split: str, cluster: int, go_on: Callable[[], None] = lambda: None) -> Tensor:
@@ -246,7 +246,7 @@ class Evaluation:
             "loss/validation": float(F.cross_entropy(logits, labels)),
         }
 
-    def _draw(self, own: Mapping[str, Tensor], blind: Tensor, moment: Moment) -> None:
+    def _draw(self, own: Mapping[str, Tensor], blind: Tensor, context: EvalContext) -> None:
         """Show the first domains' images with what the adapted network says of them."""
         shown, captions, verdicts = [], [], []
         found = {"test": own.get("source"), "target_test": own.get("target")}
@@ -262,9 +262,9 @@ class Evaluation:
             captions += [names[label] for label in said.tolist()]
             verdicts += _verdicts(said, None if images.labels is None else images.labels[index])
         sheet = captioned_sheet(torch.cat(shown), captions, verdicts)
-        moment.log.image(moment.step, "samples/predictions", sheet)
-        moment.log.charts(_CHARTS)
-        path = moment.folder / "samples" / "predictions.png"
+        context.log.image(context.step, "samples/predictions", sheet)
+        context.log.charts(_CHARTS)
+        path = context.folder / "samples" / "predictions.png"
         picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
         write_atomic(path, lambda file: picture.save(file, "PNG"))
 

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbda.adamatch import AdaMatch
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
 from cbda.evaluation import CLASSES, CLUSTERS, at_once, clusters_of, recalibrate
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
+from cbda.task import AdaMatchTask
 from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import to_input
-from common.errors import UsageError
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
-from common.training.recalibration import recalibrates
+from common.runtime.errors import UsageError
+from common.train.recalibration import recalibrates
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +87,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoi
     def of_run() -> dict[str, Any]:
         threshold = float(stored.state["networks"]["alignment"]["threshold"])
         classes = stored.noted(CLASSES, tuple, lambda: load_domains(cfg)["train"].classes)
-        return {"classes": classes, "threshold": threshold, "epoch": stored.state["at"]["epoch"]}
+        return {"classes": classes, "threshold": threshold, "epoch": stored.state["run"]["epoch"]}
 
     model = stored.model(AdaptedModel, of_run, lambda facts: build_classifier(plain, len(facts["classes"])))
     network = model.network.to(device)
     if not stored.recalibrated and recalibrates(cfg, network):
-        recalibrate(cfg, network, AdaMatch.load(cfg), torch.device(device))
+        recalibrate(cfg, network, AdaMatchTask.load_images(cfg), torch.device(device))
     return model

@@ -8,9 +8,9 @@ from cbda.adaptation.losses import Alignment
 from cbda.config import AdaMatchConfig, ModelConfig
 from cbda.networks.classifier import Classifier
 from cbda.networks.wide_resnet import WideResNet
-from common.errors import UsageError
 from common.networks.from_timm import blank_output, timm_network
 from common.norms.config import settings_of
+from common.runtime.errors import UsageError
 
 
 def build_networks(cfg: AdaMatchConfig, num_classes: int) -> dict[str, nn.Module]:

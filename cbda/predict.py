@@ -9,9 +9,9 @@ from cbda.evaluation import clusters_of
 from cbda.export import AdaptedModel, load_model
 from common.classification.predictions import PredictionFiles
 from common.classification.stored import check_free
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.machine.device import resolve_device
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)

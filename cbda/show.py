@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data import DataConfig, load
 from common.data.augmentation import ViewOptions
 from common.data.config import fields_without_prefix
-from common.machine.atomic import write_atomic
-from common.machine.paths import refuse_overwriting
-from common.machine.seeding import permutation
 from common.reports.sheet import captioned_sheet
+from common.runtime.atomic import write_atomic
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.paths import refuse_overwriting
+from common.runtime.seeding import permutation
 
 _SHOWN = 8
 

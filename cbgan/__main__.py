@@ -1,6 +1,6 @@
-"""``python -m cbgan`` lists the commands, see `common.cli.commands`."""
+"""``python -m cbgan`` lists the commands, see `common.runtime.command`."""
 
-from common.cli.commands import main
+from common.runtime.command import list_or_start
 
 if __name__ == "__main__":
-    main("cbgan")
+    list_or_start("cbgan")

@@ -9,16 +9,15 @@ import torch
 
 from cbgan.config import GanConfig
 from cbgan.networks.losses import Loss
-from cbgan.train import Gan
-from common.cli.arguments import parse
-from common.cli.command import run_command
+from cbgan.task import GanTask
 from common.data import ImageSet
-from common.machine.device import resolve_device, set_threads
-from common.machine.dist import Env
 from common.norms.bench import compare, head, line, machine, quantiles
 from common.norms.config import NormConfig
-from common.training.opening import prepare
-from common.training.steps import Steps, Timed
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import DTYPES, resolve_device, set_threads
+from common.train.dry_run import Steps, Timed
+from common.train.task import TrainContext
 
 _PARTS = ("data", "d", "g")
 _CALLED = {"width": "widths", "norm.kind": "kinds"}
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device(cfg.device)
     set_threads(cfg.threads)
     kinds = list(dict.fromkeys(["bn", *cfg.kinds]))
-    images = {kind: Gan.load(cfg.of(kind, cfg.widths[0])) for kind in kinds}["bn"]
+    images = {kind: GanTask.load_images(cfg.of(kind, cfg.widths[0])) for kind in kinds}["bn"]
     for number, width in enumerate(cfg.widths):
         found = rows(cfg, kinds, width, images, device)
         if not number:
@@ -102,7 +101,8 @@ def rows(
     steps = {}
     for kind in kinds:
         of = cfg.of(kind, width)
-        steps[kind] = Steps(of, *prepare(Gan, of, images, device, Env()))
+        of.check_backend(device, DTYPES[of.precision])
+        steps[kind] = Steps(GanTask(of, images, TrainContext(device, dry_run=True)))
     runs: dict[str, Callable[[], object]] = {kind: each.make for kind, each in steps.items()}
     times = compare(runs, cfg.rounds, device)
     found = []
@@ -119,10 +119,10 @@ def shares(steps: Steps, rounds: int) -> dict[str, float]:
     seen: dict[str, list[float]] = {name: [] for name in (*_PARTS, "rest")}
     for _ in range(rounds):
         began = time.perf_counter()
-        update = steps.make(Timed)
+        step = steps.make(Timed)
         whole = time.perf_counter() - began
-        assert isinstance(update, Timed)
-        parts = {"data": update.began - began, **update.seconds}
+        assert isinstance(step, Timed)
+        parts = {"data": step.began - began, **step.seconds}
         for name, seconds in (parts | {"rest": whole - sum(parts.values())}).items():
             seen[name].append(seconds / whole)
     return {name: quantiles(values)[1] for name, values in seen.items()}

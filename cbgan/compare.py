@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.cli.arguments import parse, shown
-from common.cli.command import run_command
-from common.errors import UsageError
-from common.machine.paths import refuse_overwriting
 from common.reports.figures import Run, curves, grid, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
-from common.runs.log import FINAL
+from common.runtime.cli import parse, shown
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
 from common.tables import Cell, best_of
+from common.train.logging import FINAL
 
 _PROTOCOL = ("fid.reference", "fid.extractor", "data.size")
 """Settings that FIDs have to share to be compared, besides the number of samples and what the passports hold."""

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
-from common.cli.fields import MAY_CHANGE
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
 from common.norms.registry import kinds
-from common.training.config import BestConfig, RunConfig, ScheduleConfig
+from common.runtime.fields import MAY_CHANGE
+from common.train.config import BestConfig, RunConfig, ScheduleConfig
 
 _NHWC_WIDTH = 128
 

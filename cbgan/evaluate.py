@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluation, fid_series, recalibrate, save_grid
+from cbgan.evaluation import GRID, Evaluator, fid_series, recalibrate, save_grid
 from cbgan.export import checkpoint_of
 from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
-from cbgan.networks.dcgan import Generator
-from cbgan.train import Gan
+from cbgan.models import build_generator
+from cbgan.task import GanTask
 from common.classification.stored import Stored, read_stored
-from common.cli.arguments import parse, read, to_dict, to_yaml
-from common.cli.command import run_command
 from common.data import DataConfig, Decoding, load, read_folder
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.device import resolve_device, set_threads
-from common.machine.paths import expanded, refuse_overwriting
 from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig
-from common.runs.log import FINAL, METRICS, read_metrics
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import parse, read, to_dict, to_yaml
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device, set_threads
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded, refuse_overwriting
+from common.train.logging import FINAL, METRICS, read_metrics
 
 _FALL = 10
 """A run counts as having learnt when its last FID is below its first by this factor."""
@@ -133,11 +133,10 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     set_threads(cfg.threads)
     device = resolve_device(options.device)
     cfg.check_backend(device)
-    images = Gan.load(cfg)
-    g = Gan(cfg, images, device).build()["g"].to(device)
-    assert isinstance(g, Generator)
+    images = GanTask.load_images(cfg)
+    g = build_generator(cfg).to(device)
     stored.load_into(g)
-    evaluation, weights = Evaluation(cfg, images, device), weights_hash(g.state_dict())
+    evaluation, weights = Evaluator(cfg, images, device), weights_hash(g.state_dict())
     fid = evaluation.fid
     assert fid is not None
     lines, count = read_metrics(folder) if same else [], options.samples or options.fid.samples
@@ -146,7 +145,7 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
         raise UsageError(f"check: {folder} logged no {fid.tag} of {count:,} samples to compare with; leave it out")
     if not stored.recalibrated:
         recalibrate(cfg, g, evaluation.class_counts(), device)
-    at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["at"]
+    at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["run"]
     _warn(evaluation.fid_warnings(count))
     result = evaluation.measure(g, count, thorough=True)
     logged = [

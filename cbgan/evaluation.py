@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cbgan.collapse import verdict_gap
 from cbgan.config import GanConfig
 from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
-from cbgan.objective import verdict_gap
 from common.data.image_set import ImageSet, Splits, to_uint8
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.device import autocast
-from common.machine.dist import Env
-from common.machine.seeding import permutation
 from common.metrics.classifier import Classifier
 from common.metrics.fid import Fid, FidResult, other_split
-from common.runs.log import FINAL, read_metrics
-from common.training.method import Better, Moment
-from common.training.recalibration import recalibrate_network
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.device import autocast
+from common.runtime.distributed import Env
+from common.runtime.seeding import permutation
+from common.train.logging import FINAL, read_metrics
+from common.train.recalibration import recalibrate_network
+from common.train.task import Better, EvalContext
 
 GRID = 64
 """Images in a grid, eight a row."""
@@ -34,7 +34,7 @@ CLASSES = "classes.json"
 """In the folder of a conditional run: names, and numbers of training images, of the classes."""
 
 
-class Evaluation:
+class Evaluator:
     """Measures generators.
 
     Args:
@@ -141,44 +141,44 @@ class Evaluation:
         asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
         return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
 
-    def run(self, g: Generator, moment: Moment, raw: Generator | None = None) -> dict[str, float]:
+    def run(self, g: Generator, context: EvalContext, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
 
         Args:
             g: the generator that counts.
-            moment: when it is measured.
+            context: when it is measured.
             raw: the same one without averages of its weights, whose FID is logged beside it.
 
         Raises:
-            Interrupted: if ``moment.should_stop`` says so on the way; nothing is drawn then.
+            Interrupted: if ``context.should_stop`` says so on the way; nothing is drawn then.
         """
         values: dict[str, float] = {}
         while self.warnings:
-            moment.report(self.warnings.pop(0))
+            context.report(self.warnings.pop(0))
         if self.fid is not None:
-            last, count = moment.epoch >= self.cfg.epochs, self.cfg.fid.samples
+            last, count = context.epoch >= self.cfg.epochs, self.cfg.fid.samples
             more = self.cfg.fid.final_samples if last else None
             thorough = self.fid.thorough(last=last and more is None)
-            self.latest = result = self.measure(g, count, moment.should_stop, thorough=thorough)
+            self.latest = result = self.measure(g, count, context.should_stop, thorough=thorough)
             values |= self._values(result)
             if raw is not None:
-                values[f"{self.fid.tag}_raw"] = self.measure(raw, count, moment.should_stop).fid
+                values[f"{self.fid.tag}_raw"] = self.measure(raw, count, context.should_stop).fid
             if more is not None:
                 thorough = self.fid.thorough(last=True)
-                self.latest = result = self.measure(g, more, moment.should_stop, thorough=thorough)
+                self.latest = result = self.measure(g, more, context.should_stop, thorough=thorough)
                 final = self._values(result)
                 values |= {f"{tag}{FINAL}": value for tag, value in final.items() if tag != self.fid.floor_tag}
-            if moment.epoch == 0:
-                moment.log.charts({"FID": self.fid.distances(values)} | _CHARTS, self.fid.bands(values))
+            if context.epoch == 0:
+                context.log.charts({"FID": self.fid.distances(values)} | _CHARTS, self.fid.bands(values))
             if last and result.copying is not None:
                 if result.copying.alarm:
-                    moment.report(copying_line(result))
+                    context.report(copying_line(result))
                 if self.env.first:
-                    self._draw_nearest(g, result, moment)
+                    self._draw_nearest(g, result, context)
         training = g.training
-        values |= self.env.lead(lambda: self._draw(g, moment))
+        values |= self.env.on_rank0(lambda: self._draw(g, context))
         g.train(training)
-        self.most, gap = self.env.lead(lambda: of_log(read_metrics(moment.folder), moment.rewound_to))
+        self.most, gap = self.env.on_rank0(lambda: of_log(read_metrics(context.folder), context.rewound_to))
         return values | gap
 
     def _values(self, result: FidResult) -> dict[str, float]:
@@ -186,7 +186,7 @@ class Evaluation:
         found = {} if result.classes is None else {"metric/classes_found": float(sum(n > 0 for n in result.classes))}
         return self.fid.values(result) | found
 
-    def told(self, values: Mapping[str, float]) -> list[str]:
+    def summary_line(self, values: Mapping[str, float]) -> list[str]:
         """Return what is printed of a measurement: the distance, its interval, precision, recall; the log has all."""
         if self.fid is None or self.fid.tag not in values:
             return []
@@ -223,29 +223,29 @@ class Evaluation:
 
         return nearest_sheet(result, generate, self.images["train"])
 
-    def _draw_nearest(self, g: Generator, result: FidResult, moment: Moment) -> None:
+    def _draw_nearest(self, g: Generator, result: FidResult, context: EvalContext) -> None:
         training = g.training
         sheet = self.nearest(g, result)
         g.train(training)
-        save_sheet(sheet, moment.folder / "samples" / "nearest.png")
-        moment.log.image(moment.step, "samples/nearest", sheet)
+        save_sheet(sheet, context.folder / "samples" / "nearest.png")
+        context.log.image(context.step, "samples/nearest", sheet)
 
-    def _draw(self, g: Generator, moment: Moment) -> dict[str, float]:
+    def _draw(self, g: Generator, context: EvalContext) -> dict[str, float]:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
 
         Returns:
             How much its images differ, and the share whose class is the one that was asked for, by tag.
         """
-        samples, train = moment.folder / "samples", self.images["train"]
+        samples, train = context.folder / "samples", self.images["train"]
         real = train.images[permutation(len(train), SEED, "diversity")[:GRID]]  # files may be sorted by class
         if not (samples / "real.png").exists():
             save_grid(real, samples / "real.png")
             if self.cfg.conditional:
                 known = json.dumps({"classes": train.classes, "counts": self.class_counts()}, ensure_ascii=False)
-                write_text_atomic(moment.folder / CLASSES, known + "\n")
+                write_text_atomic(context.folder / CLASSES, known + "\n")
         images = self.grid(g)
-        grid = save_grid(images, samples / f"epoch-{moment.epoch:04d}.png")
-        moment.log.image(moment.step, "samples/generated", grid)
+        grid = save_grid(images, samples / f"epoch-{context.epoch:04d}.png")
+        context.log.image(context.step, "samples/generated", grid)
         values = {"metric/diversity": distance(images) / (distance(real) or math.nan)}  # copies of one do not differ
         if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
             values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
@@ -259,7 +259,7 @@ class Evaluation:
         parts = zip(z.split(size), labels.split(size), strict=True)
         return sum(int((classifier.predict(self.sample(g, *part)) == part[1]).sum()) for part in parts) / count
 
-    def closing(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return what a finished run tells its user."""
         rows = [("FID", "not measured (evaluate_every is 0)")]
         if self.fid is not None:

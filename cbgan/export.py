@@ -10,14 +10,15 @@ from torch import Tensor
 
 from cbgan.config import GanConfig
 from cbgan.evaluation import CLASSES, recalibrate
+from cbgan.models import build_generator
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import fixed_labels, numbered_noise
 from common.classification.stored import StoredModel, read_stored
 from common.data import to_uint8
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
-from common.machine.device import autocast
-from common.machine.paths import expanded
+from common.runtime.atomic import write_atomic
+from common.runtime.device import autocast
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
 
 PROGRAM = "generator.pt2"
 """The generator as torch.export has it, for code that knows nothing of this project."""
@@ -150,12 +151,12 @@ def load_generator(
 
     def of_run() -> dict[str, Any]:
         known = stored.noted(CLASSES, _names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}
-        return known | {"epoch": int(stored.state["at"]["epoch"])}
+        return known | {"epoch": int(stored.state["run"]["epoch"])}
 
     model = stored.model(
         TrainedGenerator,
         of_run,
-        lambda _: Generator(cfg.width, cfg.latent_dim, cfg.norm, cfg.data.size, cfg.base_size, cfg.seed),
+        lambda _: build_generator(cfg),
     )
     if not stored.recalibrated:
         recalibrate(cfg, model.network, model.counts, torch.device("cpu"))

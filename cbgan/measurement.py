@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from common.data.image_set import ImageSet
-from common.machine.atomic import write_atomic
 from common.metrics.features.neighbours import EXPECTED
 from common.metrics.fid import Fid, FidResult, other_split
 from common.reports.sheet import captioned_sheet
+from common.runtime.atomic import write_atomic
 
 PAIRS = 32
 """Pairs on a sheet, eight a row."""

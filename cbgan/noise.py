@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cbgan.config import GanConfig
-from common.machine.seeding import generator
+from common.runtime.seeding import generator
 
 SEED = 314159
 """The noise that generators are measured on is the same for every run, whatever its seed."""

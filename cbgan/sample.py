@@ -13,12 +13,12 @@ from torch import Tensor
 from cbgan.evaluation import save_grid
 from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
-from common.machine.device import resolve_device
-from common.machine.paths import refuse_overwriting
+from common.runtime.atomic import write_atomic
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
 
 _COUNTS = {"grid": 64, "images": 64, "classes": 8, "walk": 6}
 _FRAMES = 12

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say in a line, as `common.cli.command.run_command` later does, that Ctrl-C came while torch was being loaded."""
+    """Say in a line, as `run_command` later does, that Ctrl-C came while torch was being loaded."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped at once", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,6 @@
-"""``python -m common`` lists the commands, see `common.cli.commands`."""
+"""``python -m common`` lists the commands, see `common.runtime.command`."""
 
-from common.cli.commands import main
+from common.runtime.command import list_or_start
 
 if __name__ == "__main__":
-    main("common")
+    list_or_start("common")

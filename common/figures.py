@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.errors import UsageError
-from common.machine.paths import refuse_overwriting
 from common.reports.figures import Curves, Run, curve_panels, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
-from common.cli.arguments import parse, shown
-from common.cli.command import run_command
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.paths import refuse_overwriting
 from common.reports.published import PUBLISHED, Published
 from common.reports.records import LoggedRun, differing, group_by_seed, measured_by, read_run, refuse_unlike
+from common.runtime.atomic import write_text_atomic
+from common.runtime.cli import parse, shown
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
+from common.runtime.paths import refuse_overwriting
 from common.tables import Cell, origin
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
-from common.machine.seeding import derive
 from common.norms import BatchNorm
 from common.norms.config import NormConfig
+from common.runtime.seeding import derive
 
 
 class DenseNet(Classifier):

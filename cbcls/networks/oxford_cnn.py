@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
-from common.machine.seeding import derive
 from common.norms import BatchNorm
 from common.norms.config import NormConfig
+from common.runtime.seeding import derive
 
 _BLOCKS = ((32, 5), (32, 4), (64, 4), (64, 3), (128, 3), (128, 2), (256, 2))
 """Channels and kernel of each block's two convolutions."""

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
-from common.machine.seeding import derive
 from common.norms.config import NormConfig
+from common.runtime.seeding import derive
 
 _CHANNELS = (64, 128, 128, 256)
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
-from common.machine.seeding import derive
 from common.networks.from_timm import blank_output
 from common.norms import BatchNorm, clusters, convert_norms
 from common.norms.config import NormConfig
+from common.runtime.seeding import derive
 
 
 class TimmClassifier(Classifier):

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cbcls.networks.classifier import Classifier
-from common.machine.seeding import derive
 from common.norms.config import NormConfig
+from common.runtime.seeding import derive
 
 _SIDE, _PATCH, _WIDTH = 72, 6, 64
 

@@ -1,4 +1,4 @@
-"""AdaMatch (Berthelot et al., ICLR 2022), its loss on one part of a batch; the numbers are those of section 3."""
+"""AdaMatch (Berthelot et al., ICLR 2022), its loss on a micro-batch; the numbers are those of section 3."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from cbda.adaptation.losses import (
     source_cross_entropy,
 )
 from cbda.networks.classifier import SOURCE, TARGET
-from common.machine.dist import mean_over_ranks
-from common.machine.seeding import uniform_per_sample
-from common.training.update import Part
+from common.runtime.distributed import mean_over_ranks
+from common.runtime.seeding import uniform_per_sample
+from common.train.step import MicroBatch
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Both domains' losses on a part of a batch of B source and T target images, C classes, and what they follow from.
+    """Both domains' losses on a micro-batch of B source and T target images, C classes, and what they follow from.
 
     Attributes:
         source: loss of the source; a scalar.
@@ -55,21 +55,25 @@ class Terms:
 
 
 def adamatch(
-    method: MethodConfig, part: Part, network: nn.Module, alignment: Alignment, to_input: Callable[[Tensor], Tensor]
+    method: MethodConfig,
+    micro: MicroBatch,
+    network: nn.Module,
+    alignment: Alignment,
+    to_input: Callable[[Tensor], Tensor],
 ) -> Terms:
-    """Return the terms of AdaMatch's loss on a part of a batch.
+    """Return the terms of AdaMatch's loss on a micro-batch.
 
     (1) to (3) are random logit interpolation, (4) distribution alignment, (5) the relative confidence threshold, (6)
     to (8) the losses.
 
     Args:
         method: resolved.
-        part: batches of "train", the source, of "target" and, if there is one, of "target_labelled", two views each.
+        micro: batches of "train", the source, of "target" and, if there is one, of "target_labelled", two views each.
         network: the classifier, as gradients are to flow through it.
-        alignment: running estimates, which take this part in.
+        alignment: running estimates, which take these in.
         to_input: from uint8 images to what the network sees.
     """
-    source, target, labelled = part["train"], part["target"], part.batches.get("target_labelled")
+    source, target, labelled = micro["train"], micro["target"], micro.batches.get("target_labelled")
     x = to_input(torch.cat([*source.views, *(labelled.views if labelled else ()), *target.views]))
     rows, known = 2 * len(source.labels), len(x) - 2 * len(target.labels)
     cluster = torch.tensor([SOURCE] * rows + [TARGET] * (len(x) - rows), device=x.device)
@@ -78,9 +82,9 @@ def adamatch(
     if method.interpolation:
         together, alone = network(x, cluster, known, inference=method.source_pass == "inference")
         together = together.float()
-        shares = [shares_drawn(part, "train", together.shape[1])]
+        shares = [shares_drawn(micro, "train", together.shape[1])]
         if labelled:
-            shares.append(shares_drawn(part, "target_labelled", together.shape[1]))
+            shares.append(shares_drawn(micro, "target_labelled", together.shape[1]))
         from_known = interpolated(together[:known], alone.float(), torch.cat(shares).to(x.device))
     else:
         together = network(x, cluster, 0, inference=method.source_pass == "inference").float()
@@ -121,9 +125,9 @@ def adamatch(
     return terms
 
 
-def shares_drawn(part: Part, stream: str, classes: int) -> Tensor:
+def shares_drawn(micro: MicroBatch, stream: str, classes: int) -> Tensor:
     """Draw a number in [0, 1) for each logit of a stream's weak and strong views (2 B, C), whoever shares the step."""
-    index, key = part[stream].index, () if stream == "train" else (stream,)
+    index, key = micro[stream].index, () if stream == "train" else (stream,)
     entries = (index[:, None] * classes + torch.arange(classes)).flatten()
-    draws = [uniform_per_sample(entries, part.seed, "interpolation", *key, view, part.number) for view in (0, 1)]
+    draws = [uniform_per_sample(entries, micro.seed, "interpolation", *key, view, micro.number) for view in (0, 1)]
     return torch.cat(draws).view(2 * len(index), classes)

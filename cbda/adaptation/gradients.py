@@ -10,8 +10,8 @@ from cbda.adaptation.algorithm import Terms
 from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.losses import masked_cross_entropy, source_cross_entropy
 from cbda.networks.classifier import own_parameters
-from common.machine.dist import mean_over_ranks
 from common.metrics.gradient_variance import OverTensors, gradient_noise, gradient_variance
+from common.runtime.distributed import mean_over_ranks
 
 NOISE_PARTS = 8
 """Parts of a batch whose gradients `noise_every` compares."""

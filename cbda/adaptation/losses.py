@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.machine.dist import mean_over_ranks
+from common.runtime.distributed import mean_over_ranks
 
 Scaling = Literal["sum", "l2"]
 Labels = Literal["hard", "soft"]

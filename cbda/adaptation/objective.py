@@ -1,22 +1,11 @@
-"""The two losses of a training step, what they tell of adaptation on the way, and what tells that it has collapsed."""
+"""What is logged of adaptation, and what shows that it has collapsed."""
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from cbda.adaptation.algorithm import Terms, adamatch
 from cbda.adaptation.config import MethodConfig
-from cbda.adaptation.gradients import gradients_differ, gradients_vary
-from cbda.adaptation.losses import REMEMBERED, Alignment, Watch, ramp, source_cross_entropy
-from cbda.networks.classifier import SOURCE
-from common.training.method import Method
-from common.training.update import Part, Update
+from cbda.adaptation.losses import REMEMBERED, Watch
 
-_CLASSES_CHARTED = 20
 _NEARLY_ALL = 0.95
 """Mask rate from which on every pseudo-label counts as passing."""
 _THRESHOLD_FELL, _ACCURACY_FELL = 0.9, 0.8
@@ -25,72 +14,6 @@ _LASTING = 100
 """Batches for which pseudo-labels of one class are a collapse; a shorter lean may pass."""
 _BY_CHANCE = 8
 """Standard deviations that an average's highest and lowest may lie apart in a long run in which nothing changes."""
-
-
-class Objective:
-    """The losses of one step on parts of its batch.
-
-    Args:
-        method: with the networks that are trained.
-        progress: share of the run before the step, in [0, 1], which mu follows.
-    """
-
-    def __init__(self, method: Method[Any], progress: float) -> None:
-        self.method, self.cfg = method, method.cfg
-        self.mu = ramp(progress, method.cfg.method.warmup)
-        self._shown: defaultdict[str, list[Tensor]] = defaultdict(list)
-
-    def adamatch(self, part: Part) -> Tensor:
-        """Return the classifier's loss: the source's, the labelled target's if any, and mu times the target's."""
-        networks, alignment = self.method.networks, self.method.networks["alignment"]
-        assert isinstance(alignment, Alignment)
-        terms = adamatch(self.cfg.method, part, self.method.wrapped["adamatch"], alignment, self.method.to_input)
-        values = self._told(terms, part["target"].labels)
-        if self._due(part, self.cfg.variance_every):
-            values |= gradients_vary(terms, networks["adamatch"])
-        if self._due(part, self.cfg.noise_every):
-            values |= gradients_differ(self.cfg.method, terms, part["train"].labels, networks["adamatch"])
-        for name, value in values.items():
-            self._shown[name].append(value.detach())
-        supervised = terms.source if terms.labelled is None else terms.source + terms.labelled
-        return supervised + self.mu * terms.target
-
-    def source_only(self, part: Part) -> Tensor:
-        """Return the loss of the classifier that sees the source alone, on the same images."""
-        source = part["train"]
-        x = self.method.to_input(torch.cat(source.views))
-        logits = self.method.wrapped["source_only"](x, torch.full((len(x),), SOURCE, device=x.device))
-        return source_cross_entropy(logits.float(), source.labels, self.cfg.method.source_loss or "mean")
-
-    def show(self, update: Update) -> None:
-        """Hand over what is to be logged; of gradients, which few steps measure, the means over an epoch."""
-        for name, values in self._shown.items():
-            kept = update.of_epoch if name.startswith("gradient/") else update.values
-            kept[name] = torch.stack(values).mean(0)
-        update.values["schedule/mu"] = torch.tensor(self.mu)
-
-    def _due(self, part: Part, every: int) -> bool:
-        """Say whether something is measured on a part, the last one of every so manieth step."""
-        return every > 0 and (part.number + 1) % (every * self.cfg.accumulate) == 0
-
-    def _told(self, terms: Terms, labels: Tensor) -> dict[str, Tensor]:
-        """Return what tells whether adaptation works: see docs/adaptation.md."""
-        values = {
-            "loss/source": terms.source,
-            "loss/target": terms.target,
-            "adapt/threshold": terms.threshold,
-            "adapt/source_accuracy": terms.accuracy,
-            "adapt/largest_class": terms.shares.max(),
-            "adapt/mask_rate": terms.mask.float().mean(),
-        }
-        if terms.labelled is not None:
-            values["loss/target_labelled"] = terms.labelled
-        if self.method.images["target"].labels is not None:
-            values["adapt/passing_right"] = (terms.mask & (terms.pseudo.argmax(1) == labels)).float().mean()
-        classes = self.method.images["train"].classes
-        if len(classes) <= _CLASSES_CHARTED and self.cfg.method.alignment != "none":
-            values |= {f"adapt/ratio/{name}": ratio for name, ratio in zip(classes, terms.ratio, strict=True)}
-        return values
 
 
 def shares_of_passing(means: Mapping[str, float]) -> dict[str, float]:

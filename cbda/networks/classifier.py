@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from common.machine.seeding import derive
 from common.norms import clusters, convert_norms, converted
 from common.norms.config import NormConfig
 from common.norms.registry import kinds
+from common.runtime.seeding import derive
 
 SOURCE, TARGET, UNKNOWN = 0, 1, -1
 """Cluster ids: the domains are the clusters."""

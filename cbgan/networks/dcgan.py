@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common.machine.seeding import derive
 from common.norms.config import NormConfig
 from common.norms.registry import kinds
+from common.runtime.seeding import derive
 
 _SLOPE = 0.2
 _WEIGHT_STD = 0.02

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.machine.seeding import permutation
+from common.runtime.seeding import permutation
 
 UNKNOWN = -1
 FIXES = 0.99

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.data import check_folder, images_below, read_images
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.paths import refuse_overwriting
 from common.reports.sheet import captioned_sheet
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.paths import refuse_overwriting
 
 _TABLE, _SHEET = "predictions.csv", "predictions.png"
 _SHOWN = 64

@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from common.cli.arguments import to_dict, to_yaml
-from common.errors import UsageError
-from common.machine.atomic import write_atomic, write_text_atomic
-from common.machine.device import memory_format
-from common.runs.checkpoint import Checkpoints, DamagedCheckpoint, load
-from common.training.config import RunConfig, stored_config
+from common.runtime.atomic import write_atomic, write_text_atomic
+from common.runtime.cli import to_dict, to_yaml
+from common.runtime.device import memory_format
+from common.runtime.errors import UsageError
+from common.train.checkpoint import Checkpoints, DamagedCheckpoint, load
+from common.train.config import RunConfig, stored_config
 
 C = TypeVar("C", bound=RunConfig)
 M = TypeVar("M", bound="StoredModel[Any]")

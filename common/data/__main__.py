@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
 from common.data.config import DataConfig, fields_without_prefix
 from common.data.image_set import ImageSet, resize
 from common.data.sets.registry import load
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
+from common.runtime.atomic import write_atomic
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.errors import UsageError
 
 _TILES, _COLUMNS = 64, 8
 _TILE = (64, 128)  # smaller images are enlarged to the first or nearly so, larger ones reduced to the second

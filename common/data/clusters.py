@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.cli.fields import MAY_CHANGE
 from common.data.image_set import ImageSet, Splits
-from common.errors import UsageError
-from common.machine.atomic import write_text_atomic
-from common.machine.paths import texts_to_paths
+from common.runtime.atomic import write_text_atomic
+from common.runtime.errors import UsageError
+from common.runtime.fields import MAY_CHANGE
+from common.runtime.paths import texts_to_paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.cli.fields import MAY_CHANGE, named
 from common.data.names import DATA_SETS, OPTIONAL
-from common.errors import UsageError
-from common.machine.paths import texts_to_paths
+from common.runtime.errors import UsageError
+from common.runtime.fields import MAY_CHANGE, named
+from common.runtime.paths import texts_to_paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.machine.device import memory_format
+from common.runtime.device import memory_format
 
 _CHUNK = 256
 _RESIZE_VALUES = 2**24  # floats in memory at once

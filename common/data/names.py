@@ -29,7 +29,8 @@ def register_data_set(name: str, load: Callable[[Any], Splits], *, takes: Iterab
     Args:
         name: what it is called: lower-case letters, digits and underscores, a letter first.
         load: from a `DataConfig` to `Splits` of images ``config.size`` pixels a side; what is wrong with files or
-            settings raises `common.errors.UsageError`, one line that names the setting. Import here what takes long.
+            settings raises `common.runtime.errors.UsageError`, one line that names the setting. Import here what takes
+            long.
         takes: those of the settings root, test_root, labels, superclasses, blend, split, fit and in_memory that it has
             a use for; the others are refused with it.
 

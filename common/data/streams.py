@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.cli.command import STOPPING
 from common.data.image_set import ImageSet
-from common.errors import RankError, UsageError
-from common.machine import seeding
+from common.runtime import seeding
+from common.runtime.command import STOPPING
+from common.runtime.errors import RankError, UsageError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -95,7 +95,7 @@ Step = list[dict[str, Batch]]
 _Place = tuple[int, Tensor]  # a pass over a stream, and positions in its set
 
 
-class Feed:
+class StepLoader:
     """The batches of every training step, from one or more streams.
 
     A pass over a stream is a permutation of its images from (seed, stream, "shuffle", pass), cut into batches of one

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.data.image_set import ImageSet
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def read_superclasses(path: Path, classes: Iterable[str]) -> dict[str, str]:

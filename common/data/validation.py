@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from common.data.image_set import ImageSet
-from common.errors import UsageError
-from common.machine import seeding
+from common.runtime import seeding
+from common.runtime.errors import UsageError
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from common.machine import seeding
-from common.machine.atomic import write_atomic
+from common.runtime import seeding
+from common.runtime.atomic import write_atomic
 
 _DIGEST = hashlib.sha256().digest_size
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from common.data import ImageSet, to_float
 from common.data.image_set import resize
-from common.errors import UsageError
-from common.machine import seeding
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.extractors import weights_hash
+from common.runtime import seeding
+from common.runtime.errors import UsageError
 
 SEED = 271828  # the measuring instrument does not change with the run's seed
 STEPS = 400

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UsageError
 from common.metrics.extractors import weights_hash
 from common.metrics.inception import first_line, verified
+from common.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

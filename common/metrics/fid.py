@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from common.data import ImageSet, Splits
-from common.errors import Interrupted, UsageError
-from common.machine.dist import Env
-from common.machine.paths import texts_to_paths
 from common.metrics.cache import read_cache, write_cache
 from common.metrics.classifier import Classifier
 from common.metrics.dinov2 import MODELS, DinoV2
@@ -34,6 +31,9 @@ from common.metrics.features.uncertainty import (
 )
 from common.metrics.inception import Inception
 from common.metrics.logits import in_batches
+from common.runtime.distributed import Env
+from common.runtime.errors import Interrupted, UsageError
+from common.runtime.paths import texts_to_paths
 
 Sample = Callable[[int, int], Tensor]
 ShouldStop = Callable[[], bool]
@@ -179,7 +179,7 @@ class Fid:
             raise UsageError("fid.reference: there are no test images, expected train")
         self.config = config
         # One process trains or downloads, the others find the result in the cache.
-        self.extractor, self.warning = self._env.first_then_others(lambda: _extractor(config, splits, cache, device))
+        self.extractor, self.warning = self._env.rank0_first(lambda: _extractor(config, splits, cache, device))
         if "inception_score" in config.metrics and not hasattr(self.extractor, "logits"):
             raise UsageError(f"fid.metrics: inception_score takes logits, which {self.extractor.name} has none of")
         self._cache, self._device = cache / "fid", torch.device(device)
@@ -407,7 +407,7 @@ class Fid:
                 "torch_fidelity": version("torch-fidelity"),
             }
         )
-        found = self._env.lead(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
+        found = self._env.on_rank0(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
         if found is None:
             features = self._features(lambda i, n: real.images[i : i + n], len(real), should_stop)
             of = statistics(features)

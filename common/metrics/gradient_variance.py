@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.machine.dist import mean_over_ranks
+from common.runtime.distributed import mean_over_ranks
 
 
 class OverTensors(NamedTuple):

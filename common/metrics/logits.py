@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from common.machine.dist import Env
+from common.runtime.distributed import Env
 
 
 def in_batches(

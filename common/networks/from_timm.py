@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UsageError
 from common.norms import clusters
 from common.norms.base import NormLayer
+from common.runtime.errors import UsageError
 
 
 def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weights: Path | None = None) -> nn.Module:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.errors import UsageError
-from common.machine.device import resolve_device, set_threads
 from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
 from common.norms.registry import make_norm
-from common.runs.folder import environment
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device, set_threads
+from common.runtime.errors import UsageError
+from common.train.run_dir import environment
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
 GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.cli.arguments import parse
-from common.cli.command import run_command
-from common.machine.device import resolve_device
 from common.norms import bench, functional
 from common.norms.agreement import Case, budget, cluster_results, error, mixture_case, mixture_results
-from common.runs.folder import environment
+from common.runtime.cli import parse
+from common.runtime.command import run_command
+from common.runtime.device import resolve_device
+from common.train.run_dir import environment
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPONENTS = (1, 3)

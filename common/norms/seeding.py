@@ -16,7 +16,7 @@ def _digest(seed: int, *position: int | str) -> int:
 def generator(seed: int, *position: int | str) -> torch.Generator:
     """Return a fresh generator on the CPU whose stream belongs to this seed and position alone.
 
-    The same as ``common.machine.seeding.generator``, held here too (and compared with it by a test) so that the
+    The same as ``common.runtime.seeding.generator``, held here too (and compared with it by a test) so that the
     layers can be copied into another code base.
     """
     return torch.Generator().manual_seed(_digest(seed, *position))

@@ -13,8 +13,8 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from common.machine.seeding import derive, permutation
 from common.reports.figures import COLOURS, drawing_style, write_figure
+from common.runtime.seeding import derive, permutation
 
 _PANEL = (3.3, 2.5)  # inches
 _FITTED = 10_000  # values that a mixture is fitted to

@@ -18,8 +18,8 @@ from sklearn.neighbors import KernelDensity
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from common.machine.seeding import derive, permutation
 from common.reports.figures import COLOURS, drawable, drawing_style, write_figure
+from common.runtime.seeding import derive, permutation
 
 Labelling = tuple[Tensor, Sequence[str]]
 """For each point the number of its class (N,), -1 where it is not known, and the classes' names."""

@@ -22,10 +22,10 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
-from common.cli.arguments import shown
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
 from common.reports.records import LoggedRun, differing
+from common.runtime.atomic import write_atomic
+from common.runtime.cli import shown
+from common.runtime.errors import UsageError
 
 Run = tuple[Sequence[float], Sequence[float]]
 """x and y of one run, equally long."""

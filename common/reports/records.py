@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from common.cli.arguments import flatten
-from common.errors import UsageError
 from common.norms.config import NormConfig, settings_of
 from common.norms.registry import BUILT_IN, default_options
-from common.runs.log import FINAL, read_metrics
+from common.runtime.cli import flatten
+from common.runtime.errors import UsageError
+from common.train.logging import FINAL, read_metrics
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import cbcls.train
-from common.machine.seeding import generator
+from common.runtime.seeding import generator
 
 CLASSES = 6
 

@@ -39,7 +39,7 @@ FLAGS = {
     "--batch_size 2000": ["batch_size", "60", "2000"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }
-"""Of this application; what all runs refuse is tested in tests/training, tests/data and tests/norms."""
+"""Of this application; what all runs refuse is tested in tests/train, tests/data and tests/norms."""
 
 
 def test_bad_flags_are_one_line_each_and_nothing_is_written(tiny, tmp_path, capsys):

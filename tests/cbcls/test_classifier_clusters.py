@@ -4,20 +4,21 @@ import json
 
 import pytest
 import torch
+from tasks import made
 
 import cbcls.train
 from cbcls.config import ClassifierConfig, ModelConfig
-from cbcls.evaluation import Evaluation
+from cbcls.evaluation import Evaluator
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
-from cbcls.train import Classification
-from common.cli.arguments import parse
+from cbcls.task import ClassifierTask
 from common.data.clusters import ClustersConfig
 from common.data.image_set import ImageSet
-from common.errors import UsageError
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
 
 IDS = torch.tensor([0, 1, 2, 0])
 
@@ -110,8 +111,7 @@ def test_clusters_that_a_network_is_not_told_are_no_part_of_its_passport(tiny):
         (["--norm.kind", "scb", "--norm.num_components", "6"], True),
     ):
         cfg = parse(ClassifierConfig, [*tiny, "--clusters.by", "classes", *flags])
-        method = Classification(cfg, Classification.load(cfg), torch.device("cpu"))
-        names = {name for name in method.passport() if name.startswith("clusters_")}
+        names = {name for name in made(ClassifierTask, cfg).eval_protocol() if name.startswith("clusters_")}
         assert names == ({"clusters_train", "clusters_test"} if told else set())
 
 
@@ -126,7 +126,7 @@ def test_evaluation_tells_each_image_its_own_cluster():
     images = ImageSet(torch.zeros(50, 3, 8, 8, dtype=torch.uint8), labels, tuple("abc"), "x", "test", None, (), labels,
                       tuple("abc"))  # fmt: skip
     cfg = ClassifierConfig(batch_size=16)
-    evaluation = Evaluation(cfg, {"train": images, "test": images}, torch.device("cpu"))
+    evaluation = Evaluator(cfg, {"train": images, "test": images}, torch.device("cpu"))
     assert evaluation.scores(Echo(), lambda: None)["metric/accuracy"] == 1
 
 

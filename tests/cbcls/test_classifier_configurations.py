@@ -5,7 +5,7 @@ import torch
 import cbcls.config  # noqa: F401 - so that its own files are found by name
 from cbcls.config import ClassifierConfig
 from cbcls.models import build_classifier
-from common.cli.arguments import parse
+from common.runtime.cli import parse
 
 
 def composed(*names: str, flags: tuple[str, ...] = ()) -> ClassifierConfig:

@@ -17,20 +17,20 @@ import cbcls.evaluate
 import cbcls.evaluation
 import cbcls.train
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import Evaluation, closing_rows
+from cbcls.evaluation import CHARTS, Evaluator, closing_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
-from cbcls.train import CHARTS, Classification
-from common.cli.arguments import parse
+from cbcls.task import ClassifierTask
 from common.data.clusters import write_clusters
 from common.data.image_set import ImageSet, Splits, to_float
 from common.data.sets.registry import load as load_images
-from common.errors import NonFiniteError
-from common.machine.seeding import permutation
 from common.metrics.scores import keras_threshold
 from common.norms import recalibrate
-from common.runs.checkpoint import load
-from common.runs.log import chart_name, read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import NonFiniteError
+from common.runtime.seeding import permutation
+from common.train.checkpoint import load
+from common.train.logging import chart_name, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def config(run: Path) -> ClassifierConfig:
 
 def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, capsys):
     found = results(runs / "plain", tmp_path)
-    images, model = Classification.load(config(runs / "plain")), load_model(runs / "plain")
+    images, model = ClassifierTask.load_images(config(runs / "plain")), load_model(runs / "plain")
     for split in ("test", "validation"):
         values, labels = found[split], images[split].labels
         assert labels is not None
@@ -112,7 +112,7 @@ def test_a_run_logs_what_is_measured_of_its_checkpoints(runs, tmp_path):
 def test_training_images_are_measured_as_test_images_are(runs):
     """On a fixed sample, as many as there are test images."""
     run = runs / "plain"
-    model, train = load_model(run), Classification.load(config(run))["train"]
+    model, train = load_model(run), ClassifierTask.load_images(config(run))["train"]
     assert train.labels is not None
     chosen = permutation(len(train), 0, "seen")[:18]
     logits, labels = model.logits(train.images[chosen]), train.labels[chosen]
@@ -136,9 +136,7 @@ def test_the_sample_of_training_images_is_no_larger_than_needed():
 
     for train, test, count in ((30, 20, 20), (20, 30, 20), (2100, 2100, 2000)):
         network = Counts()
-        Evaluation(ClassifierConfig(), {"train": images(train), "test": images(test)}, CPU).scores(
-            network, lambda: None
-        )
+        Evaluator(ClassifierConfig(), {"train": images(train), "test": images(test)}, CPU).scores(network, lambda: None)
         assert network.seen == test + count
 
 
@@ -147,7 +145,7 @@ def told_by_hand(run: Path, ids: torch.Tensor) -> float:
     cfg = config(run)
     network = build_classifier(cfg, 6, 6)
     network.load_state_dict(measured(last(run)))
-    test = Classification.load(cfg)["test"]
+    test = ClassifierTask.load_images(cfg)["test"]
     with torch.no_grad():
         said = network.eval()(to_float(test.images), ids).argmax(1)
     assert test.labels is not None
@@ -162,7 +160,7 @@ def last(run: Path) -> Path:
 def test_a_model_that_is_told_clusters_is_audited(runs, tmp_path, name, capsys):
     run = runs / name
     found = results(run, tmp_path)["leak_audit"]
-    labels = Classification.load(config(run))["test"].labels
+    labels = ClassifierTask.load_images(config(run))["test"].labels
     assert labels is not None
     shuffled = labels[permutation(18, 0, "leak audit")]
     wanted = {"known": labels, "unknown": torch.full((18,), -1), "shuffled": shuffled,
@@ -249,7 +247,7 @@ def test_a_baseline_is_told_the_same(runs, tmp_path, capsys):
     flags = ["--baseline", str(runs / "told")]
     found = results(runs / "scb", tmp_path, *flags)["leak_audit"]
     assert found["clusters"] == {"by": "classes"}
-    labels = Classification.load(config(runs / "told"))["test"].labels
+    labels = ClassifierTask.load_images(config(runs / "told"))["test"].labels
     assert labels is not None
     theirs = told_by_hand(runs / "told", labels)
     assert found["baseline"]["accuracy"] == pytest.approx(theirs)
@@ -315,7 +313,7 @@ def test_other_settings_of_a_baseline_are_told(runs, tmp_path, capsys):
 def test_statistics_are_estimated_from_training_images_before_each_measurement(runs, tmp_path, name):
     """Against estimates by hand, which give other scores than the averages that training left."""
     run = runs / name
-    cfg, images = config(run), Classification.load(config(run))
+    cfg, images = config(run), ClassifierTask.load_images(config(run))
     network = build_classifier(cfg, 6)
     network.load_state_dict(load(last(run))["networks"]["network"])
     pixels, labels = to_float(images["test"].images), images["test"].labels
@@ -383,12 +381,12 @@ def test_two_ranks_measure_the_mixtures_that_one_process_would(tiny, tmp_path):
 
 def test_measuring_leaves_no_trace_in_a_network(runs):
     cfg = config(runs / "mn")
-    images = Classification.load(cfg)
+    images = ClassifierTask.load_images(cfg)
     network = build_classifier(cfg, 6)
     network.load_state_dict(measured(last(runs / "mn")))
     network.train()
     before = copy.deepcopy(network.state_dict())
-    Evaluation(cfg, images, CPU).scores(network, lambda: None)
+    Evaluator(cfg, images, CPU).scores(network, lambda: None)
     torch.testing.assert_close(dict(network.state_dict()), dict(before), rtol=0, atol=0)
     assert network.training
     with torch.no_grad():

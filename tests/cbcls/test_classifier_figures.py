@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cbcls.export import load_model
 from cbcls.figures import main
-from cbcls.train import Classification
-from common.machine.seeding import permutation
+from cbcls.task import ClassifierTask
+from common.runtime.seeding import permutation
 
 
 def words(svg: Path) -> list[str]:
@@ -23,7 +23,7 @@ def words(svg: Path) -> list[str]:
 def output(run: Path, layer: str, checkpoint: str = "last", count: int = 256, seed: int = 0) -> Tensor:
     """Return what a layer of a run's network gives of the figure's images, (B, ...)."""
     model = load_model(run, checkpoint=checkpoint)
-    test = Classification.load(model.cfg)["test"]
+    test = ClassifierTask.load_images(model.cfg)["test"]
     images = test.select(permutation(len(test), seed, "figure")[:count])
     found: list[Tensor] = []
     handle = model.network.get_submodule(layer).register_forward_hook(lambda _m, _a, out: found.append(out.detach()))

@@ -15,12 +15,12 @@ from cbcls.networks.densenet import DenseNet
 from cbcls.networks.oxford_cnn import OxfordCNN
 from cbcls.networks.timm_classifier import TimmClassifier
 from cbcls.networks.vit import ViT
-from cbcls.train import Classification
-from common.cli.arguments import parse
-from common.errors import UsageError
+from cbcls.task import ClassifierTask
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
 from common.norms.baselines import NoNorm
 from common.norms.config import NormConfig
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 NONE = NormConfig(kind="none")
 SMALL = "timm:test_resnet"
@@ -302,7 +302,7 @@ def test_runs_are_named_by_their_network():
         (("--model.name", "timm:hf_hub:some/net", "--norm.kind", "none"), "digits-timm-hf_hub-some-net-none-seed0"),
     ):
         cfg = parse(ClassifierConfig, list(flags))
-        assert Classification(cfg, {}, torch.device("cpu")).default_name() == name
+        assert ClassifierTask.default_name(cfg) == name
 
 
 def test_a_network_of_timm_that_does_not_end_in_a_linear_map_is_refused():

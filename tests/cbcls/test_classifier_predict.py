@@ -12,10 +12,10 @@ import cbcls.predict
 import cbcls.train
 from cbcls import load_model
 from cbcls.models import build_classifier
-from cbcls.train import Classification
+from cbcls.task import ClassifierTask
 from common.data import images_below, read_images, to_float
-from common.errors import UsageError
-from common.runs.checkpoint import Checkpoints, load
+from common.runtime.errors import UsageError
+from common.train.checkpoint import Checkpoints, load
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -67,13 +67,13 @@ def test_files_whose_names_are_no_utf8_are_in_the_table_escaped(runs, tmp_path):
 
 
 def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path, monkeypatch):
-    images = Classification.load(load_model(runs / "plain").cfg)["test"].images
+    images = ClassifierTask.load_images(load_model(runs / "plain").cfg)["test"].images
     for name in ("plain", "scb", "mn"):
         trained, out = load_model(runs / name), tmp_path / name
         cbcls.predict.main(["--run", str(runs / name), "--export", str(out)])
         assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.yaml", "model.json"}
         with monkeypatch.context() as without:
-            without.setattr(Classification, "load", lambda _: pytest.fail("it needs no images"))
+            without.setattr(ClassifierTask, "load_images", lambda _: pytest.fail("it needs no images"))
             exported = load_model(out)
         assert torch.equal(exported.logits(images), trained.logits(images))
         assert exported.classes == trained.classes == tuple(f"class{k}" for k in range(6))
@@ -120,7 +120,7 @@ def test_images_are_brought_to_size_as_the_runs_were(runs, tmp_path):
 
 
 def test_clusters_of_each_image_can_be_told_by_number(runs):
-    model, images = load_model(runs / "scb"), Classification.load(load_model(runs / "scb").cfg)["test"].images
+    model, images = load_model(runs / "scb"), ClassifierTask.load_images(load_model(runs / "scb").cfg)["test"].images
     ids = torch.arange(18) % 6
     mixed = model.logits(images, ids)
     for k in range(6):
@@ -169,7 +169,7 @@ def domains_run(tmp_path) -> Path:
     """Make what a run of another application leaves, as far as reading it goes."""
     folder = tmp_path / "adapted"
     Checkpoints(folder / "checkpoints").save(
-        1, {"networks": {"adamatch": {}, "alignment": {}}, "averages": {}, "statistics": {}, "at": {}}
+        1, {"networks": {"adamatch": {}, "alignment": {}}, "averages": {}, "statistics": {}, "run": {}}
     )
     (folder / "config.yaml").write_text("source: {name: digits}\n")
     return folder

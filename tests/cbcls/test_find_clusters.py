@@ -16,8 +16,8 @@ from cbcls.clusters import FindClustersConfig, find_clusters
 from common.data import ImageSet, Splits
 from common.data.clusters import ClustersConfig, with_clusters
 from common.data.image_set import resize
-from common.errors import UsageError
-from common.machine.seeding import generator
+from common.runtime.errors import UsageError
+from common.runtime.seeding import generator
 
 COLOURS = torch.tensor([[200, 30, 30], [30, 200, 30], [30, 30, 200]])
 

@@ -1,19 +1,18 @@
 import torch
+from tasks import made
 from torch import nn
 
 from cbcls.config import ClassifierConfig
 from cbcls.networks.shallow_cnn import ShallowCNN
-from cbcls.train import Classification
-from common.machine.dist import Env
+from cbcls.task import ClassifierTask
 from common.norms.config import NormConfig
-from common.training.opening import prepare
 
 BN = NormConfig(kind="bn")
 
 
 def built(cfg: ClassifierConfig) -> ShallowCNN:
     """Build a run's classifier as training does."""
-    network = prepare(Classification, cfg, Classification.load(cfg), torch.device("cpu"), Env())[2].networks["network"]
+    network = made(ClassifierTask, cfg).networks["network"]
     assert isinstance(network, ShallowCNN)
     return network
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from forked import Hit, run
 from run_comparison import assert_same_runs, final_state, logged
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from tasks import made
 from torch import Tensor, nn
 
 import cbda.adamatch
@@ -21,24 +21,22 @@ import cbda.adaptation.algorithm
 import cbda.adaptation.gradients
 import cbda.models
 import cbda.predict
-from cbda.adamatch import AdaMatch
 from cbda.adaptation.algorithm import shares_drawn
-from cbda.adaptation.objective import Objective
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
 from cbda.evaluation import _CHARTS
 from cbda.models import build_classifier
 from cbda.networks.classifier import SOURCE, TARGET, Classifier
-from common.cli.arguments import parse
+from cbda.task import AdaMatchTask
 from common.data import Batch, ImageSet, to_float
 from common.data.augmentation import ViewOptions
-from common.errors import NonFiniteError, UsageError
-from common.machine.seeding import permutation, uniform_per_sample
 from common.networks.pixels import pixels_of
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
-from common.training.opening import prepare
-from common.training.update import Part
+from common.runtime.cli import parse
+from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.seeding import permutation, uniform_per_sample
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
+from common.train.step import MicroBatch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbda"
 
@@ -106,30 +104,26 @@ class Linear(nn.Module):
         return (logits, logits[:alone] + MORE["keras" if inference else "official"]) if alone else logits
 
 
-def prepared(tiny: list[str], *flags: str) -> tuple[AdaMatch, Part, Linear]:
-    """Return a method whose classifier is a linear map, and a part of a batch."""
-    cfg = parse(AdaMatchConfig, [*tiny, *flags]).resolved()
-    method, feed, _ = prepare(AdaMatch, cfg, AdaMatch.load(cfg), torch.device("cpu"), cbda.adamatch.Env())
-    assert isinstance(method, AdaMatch)
+def prepared(tiny: list[str], *flags: str) -> tuple[AdaMatchTask, MicroBatch, Linear]:
+    """Return a task whose classifier is a linear map, and a micro-batch."""
+    task = made(AdaMatchTask, parse(AdaMatchConfig, [*tiny, *flags]).resolved())
     network = Linear()
-    method.wrapped["adamatch"] = network
-    return method, Part(next(feed.epoch(0, 0, 5))[0], 7, 5), network
+    task.ddp_networks["adamatch"] = network
+    return task, MicroBatch(next(task.loader.epoch(0, 0, 5))[0], 7, 5), network
 
 
-def loss_of(method: AdaMatch, part: Part, mu: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of a part, and what is logged of it."""
-    objective = Objective(method, 0.5)
-    objective.mu = mu
-    loss, told = objective.adamatch(part), SimpleNamespace(values={}, of_epoch={})
-    objective.show(told)  # pyright: ignore[reportArgumentType]
-    return loss, told.values | told.of_epoch
+def loss_of(task: AdaMatchTask, micro: MicroBatch, mu: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a micro-batch, and what is logged of it."""
+    loss, metrics = task.adamatch_loss(micro, mu)
+    assert all(name.startswith("gradient/") for name in metrics.epoch)  # which few steps measure
+    return loss, {name: value.detach() for name, value in {**metrics.step, **metrics.epoch}.items()}
 
 
 def forward(batch: Batch, network: Linear) -> list[Tensor]:
     return [network.logits(to_float(view)) for view in batch.views]
 
 
-def by_hand(part: Part, network: Linear, kind: str, mu: float) -> Tensor:
+def by_hand(part: MicroBatch, network: Linear, kind: str, mu: float) -> Tensor:
     """AdaMatch's loss, written down once more for each kind."""
     source, target = part["train"], part["target"]
     sw, ss = forward(source, network)
@@ -216,7 +210,7 @@ def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
     assert [values["loss/source"], values["loss/target_labelled"]] == pytest.approx([w.item() for w in wanted])
 
 
-def mixed_by_hand(part: Part, stream: str, key: tuple[str, ...], network: Linear) -> list[Tensor]:
+def mixed_by_hand(part: MicroBatch, stream: str, key: tuple[str, ...], network: Linear) -> list[Tensor]:
     """Weak and strong logits of a stream of labelled images, between the joint pass and their own."""
     entries = (part[stream].index[:, None] * 3 + torch.arange(3)).flatten()
     shares = [uniform_per_sample(entries, 5, "interpolation", *key, view, 7).view(-1, 3) for view in (0, 1)]
@@ -227,8 +221,7 @@ def mixed_by_hand(part: Part, stream: str, key: tuple[str, ...], network: Linear
 
 def test_few_labels_are_repeated_to_a_full_batch_each_time_in_another_view(tiny):
     cfg = parse(AdaMatchConfig, [*tiny, "--source.labelled", "1", "--target.labelled", "2"])
-    _, feed, _ = prepare(AdaMatch, cfg, AdaMatch.load(cfg), torch.device("cpu"), cbda.adamatch.Env())
-    batches = next(feed.epoch(0, 0, 5))[0]
+    batches = next(made(AdaMatchTask, cfg).loader.epoch(0, 0, 5))[0]
     for name, few in (("train", 3), ("target_labelled", 6)):
         batch = batches[name]
         assert len(batch.labels) == 9
@@ -255,7 +248,7 @@ def test_alignment_by_the_labelled_target(tiny):
 def test_few_labels_of_one_set_are_semi_supervised_learning(tiny, domains):
     same = ["--target.root", str(domains / "source" / "train"), "--target.test_root", str(domains / "source" / "test")]
     cfg = parse(AdaMatchConfig, [*tiny, *same, "--source.labelled", "3"])
-    images = AdaMatch.load(cfg)
+    images = AdaMatchTask.load_images(cfg)
     assert (len(images["train"]), len(images["target"])) == (9, 36)
     labels = images["train"].labels
     assert labels is not None
@@ -283,16 +276,16 @@ def test_what_passes_is_counted(tiny):
     source[0] = (source[0] + 1) % 3  # one of nine is wrong
     target[:4], target[4:] = 0, 1
     sharpness = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 0, 0])  # six pass: four of class 0, two of class 1
-    method.wrapped["adamatch"] = Saying(source, target, sharpness)
+    method.ddp_networks["adamatch"] = Saying(source, target, sharpness)
     values = loss_of(method, part, 0.5)[1]
-    shown = method.shown({name: value.item() for name, value in values.items()})
+    shown = method.log_metrics({name: value.item() for name, value in values.items()})
     assert shown["adapt/source_accuracy"] == pytest.approx(8 / 9)
     assert shown["adapt/mask_rate"] == pytest.approx(6 / 9)
     assert shown["adapt/largest_class"] == pytest.approx(4 / 6)
     right = (target == part["target"].labels)[:6].float().mean().item()
     assert shown["adapt/pseudo_label_accuracy_oracle"] == pytest.approx(right)
-    method.wrapped["adamatch"] = Saying(source, target, 0 * sharpness)
-    none = method.shown({name: value.item() for name, value in loss_of(method, part, 0.5)[1].items()})
+    method.ddp_networks["adamatch"] = Saying(source, target, 0 * sharpness)
+    none = method.log_metrics({name: value.item() for name, value in loss_of(method, part, 0.5)[1].items()})
     assert none["adapt/mask_rate"] == 0
     assert not {"adapt/pseudo_label_accuracy_oracle", "adapt/largest_class"} & none.keys()
 
@@ -335,7 +328,7 @@ def test_the_scores_of_a_run_are_those_of_its_averaged_weights(finished):
     network.load_state_dict({**state["averages"]["adamatch"], **state["statistics"]["adamatch"]})
     last = next(line for line in reversed(read_metrics(folder)) if "metric/target_accuracy" in line)
     for domain, split in (("source", "test"), ("target", "target_test")):
-        images = AdaMatch.load(cfg)[split]
+        images = AdaMatchTask.load_images(cfg)[split]
         assert images.labels is not None
         for name, cluster in (("source", SOURCE), ("target", TARGET)):
             with torch.no_grad():
@@ -366,7 +359,7 @@ def test_a_target_without_labels_needs_none(tiny, tmp_path, domains, capsys):
 
 
 def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, monkeypatch):
-    sound, runs = AdaMatch.load, []
+    sound, runs = AdaMatchTask.load_images, []
 
     def with_garbage(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
         images = sound(cfg)
@@ -380,7 +373,7 @@ def test_nothing_learnt_or_chosen_depends_on_the_targets_labels(tiny, tmp_path, 
         cbda.adamatch.main([*tiny, "--name", name, "--best.keep", "--best.by", "metric/target_information"])
         best = json.loads((tmp_path / "cbda" / name / "summary.json").read_text())["best"]
         runs.append((logged(tmp_path / "cbda" / name), (best["value"], best["epoch"])))
-        monkeypatch.setattr(AdaMatch, "load", with_garbage)
+        monkeypatch.setattr(AdaMatchTask, "load_images", with_garbage)
     (right, best), (garbage, same) = runs
     assert best == same
     differ = {k for a, b in zip(right, garbage, strict=True) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
@@ -451,7 +444,9 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 def test_two_ranks_draw_the_shares_of_one(tiny):
     part = prepared(tiny, "--batch_size", "8")[1]
     shares = shares_drawn(part, "train", 3)
-    halves = [shares_drawn(Part({"train": _half(part["train"], rank)}, 7, 5), "train", 3).chunk(2) for rank in (0, 1)]
+    halves = [
+        shares_drawn(MicroBatch({"train": _half(part["train"], rank)}, 7, 5), "train", 3).chunk(2) for rank in (0, 1)
+    ]
     assert torch.equal(torch.cat([halves[rank][view] for view in (0, 1) for rank in (0, 1)]), shares)
     assert 0 <= shares.min() < 0.2
     assert 0.8 < shares.max() < 1
@@ -467,7 +462,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     method, part, network = prepared(tiny, "--variance_every", "4")
     method.networks["adamatch"] = network
     for number, sampled in ((6, False), (7, True)):
-        values = loss_of(method, Part(part.batches, number, 5), 0.1)[1]
+        values = loss_of(method, MicroBatch(part.batches, number, 5), 0.1)[1]
         assert ("gradient/source_variance_mean" in values) == sampled
     full, none = (by_hand(part, network, "official", mu) for mu in (1.0, 0.0))
     for domain, loss in (("source", none), ("target", full - none)):  # without mu
@@ -478,7 +473,7 @@ def test_the_variance_of_gradients_is_that_of_each_domains_own_loss(tiny):
     unsure[0].networks["adamatch"] = unsure[2]
     batch = unsure[1]["target"]
     grey = replace(batch, views=tuple(torch.full_like(view, 127) for view in batch.views))
-    values = loss_of(unsure[0], Part(unsure[1].batches | {"target": grey}, 0, 5), 1.0)[1]
+    values = loss_of(unsure[0], MicroBatch({**unsure[1].batches, "target": grey}, 0, 5), 1.0)[1]
     assert values["adapt/mask_rate"] == 0
     assert "gradient/source_variance_mean" in values
     assert "gradient/target_variance_mean" not in values  # missing, not 0
@@ -489,7 +484,7 @@ def test_the_noise_of_gradients_is_that_between_eighths_of_a_batch(tiny, kind):
     method, part, network = prepared(tiny, "--noise_every", "3", "--batch_size", "12", "--method.kind", kind)
     method.networks["adamatch"] = network
     assert not any("noise" in name for name in loss_of(method, part, 0.3)[1])
-    values = loss_of(method, Part(part.batches, 8, 5), 0.3)[1]
+    values = loss_of(method, MicroBatch(part.batches, 8, 5), 0.3)[1]
     source, target, classes = part["train"], part["target"], torch.arange(3)
     mixed = []
     for view, logits in enumerate(forward(source, network)):
@@ -561,7 +556,7 @@ def test_the_authors_variance_is_of_the_sum_of_all_logits_in_training_mode_on_a_
     assert [line["step"] for line in logged] == [4, 8]
     seen = {}
     for line in logged:
-        network, images = build_classifier(cfg, 3), AdaMatch.load(cfg)
+        network, images = build_classifier(cfg, 3), AdaMatchTask.load_images(cfg)
         path = tmp_path / "cbda" / "run" / "checkpoints" / f"step-{line['step']:08d}.pt"
         state = load(path)["networks"]["adamatch"]
         for domain, split in (("source", "train"), ("target", "target")):
@@ -617,13 +612,12 @@ def test_accuracies_are_told_apart_by_the_cluster_where_a_layer_is_told_any(tiny
 
 def test_logits_that_are_not_finite_name_their_images(tiny):
     cfg = parse(AdaMatchConfig, tiny)
-    method = AdaMatch(cfg, AdaMatch.load(cfg), torch.device("cpu"))
-    method.prepare(lambda: False)
+    task = made(AdaMatchTask, cfg)
     network = build_classifier(cfg, 3)
     with torch.no_grad():
         network.get_parameter("network.linear.bias").fill_(math.nan)
     with pytest.raises(NonFiniteError, match=r"^logits of the target_test images are not finite"):
-        method.evaluation.logits(network, "target_test", TARGET)
+        task.evaluator.logits(network, "target_test", TARGET)
 
 
 def test_a_run_can_be_made_longer_where_nothing_depends_on_its_length():

@@ -13,12 +13,12 @@ from cbda.config import AdaMatchConfig, ImagesConfig, ModelConfig
 from cbda.evaluation import at_once
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
-from common.cli.arguments import parse
-from common.errors import UsageError
 from common.networks.pixels import pixels_of
 from common.norms import SCBNorm, UCBNorm
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
+from common.train.checkpoint import load
 
 SMALL = "timm:test_resnet"
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 import cbda.adamatch
 import cbda.models
 from cbda.adaptation.losses import Watch
-from cbda.adaptation.objective import Objective, collapse
+from cbda.adaptation.objective import collapse
 from cbda.config import MethodConfig
+from cbda.task import AdaMatchTask
 from common.data import plain
 from common.data.augmentation import ViewOptions
-from common.errors import NonFiniteError
-from common.runs.log import read_metrics
-from common.training.update import Part
+from common.runtime.errors import NonFiniteError
+from common.train.logging import read_metrics
+from common.train.step import MicroBatch
 
 TURN = 20
 """The step in which the script turns."""
@@ -52,16 +53,16 @@ class Scripted(nn.Module):
 @pytest.fixture
 def scripted(monkeypatch):
     """Return a function that has runs follow a script."""
-    sound = Objective.adamatch
+    sound = AdaMatchTask.adamatch_loss
 
-    def loss(self: Objective, part: Part):
-        network = self.method.networks["adamatch"]
+    def loss(self: AdaMatchTask, micro: MicroBatch, mu: float):
+        network = self.networks["adamatch"]
         assert isinstance(network, Scripted)
-        network.labels, network.step = part["train"].labels, part.number
-        return sound(self, part)
+        network.labels, network.step = micro["train"].labels, micro.number
+        return sound(self, micro, mu)
 
     def follow(script: str) -> None:
-        monkeypatch.setattr(Objective, "adamatch", loss)
+        monkeypatch.setattr(AdaMatchTask, "adamatch_loss", loss)
         monkeypatch.setattr(ViewOptions, "view", lambda *_: plain)
         monkeypatch.setattr(cbda.models, "build_classifier", lambda *_, **__: Scripted(script))
 

@@ -11,10 +11,10 @@ from torch.distributions import Normal, kl_divergence
 import cbda.adamatch
 import cbda.evaluate
 from cbda import load_model
-from cbda.adamatch import AdaMatch
 from cbda.domains import load_domains
-from common.machine.seeding import permutation
-from common.runs.checkpoint import load
+from cbda.task import AdaMatchTask
+from common.runtime.seeding import permutation
+from common.train.checkpoint import load
 
 
 @pytest.mark.parametrize("kind", ["scb", "none"])
@@ -26,7 +26,7 @@ def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, kind, capsys
     model = load_model(folder)
     assert set(found["target"]) == ({"source", "target", "unknown"} if kind == "scb" else {"source"})
     for domain, split in (("source", "test"), ("target", "target_test")):
-        images = AdaMatch.load(model.cfg)[split]
+        images = AdaMatchTask.load_images(model.cfg)[split]
         assert images.labels is not None
         for cluster, values in found[domain].items():
             said = model.logits(images.images, cluster).argmax(1)
@@ -68,7 +68,7 @@ def test_how_far_the_domains_are_apart_in_each_layer_and_where_their_features_li
     assert list(apart)[: len(layers)] == layers
     assert list(apart)[-1] == "network.linear"
     model = load_model(runs / kind)
-    images = AdaMatch.load(model.cfg)
+    images = AdaMatchTask.load_images(model.cfg)
     of = {"source": images["test"], "target": images["target_test"]}
     pixels = [normal((each.images.double() / 127.5 - 1).mean((2, 3))) for each in of.values()]
     assert apart["images"] == pytest.approx(symmetric(*pixels), rel=1e-4)

@@ -14,8 +14,8 @@ import cbda.predict
 from cbda import load_model
 from cbda.networks.classifier import SOURCE, TARGET
 from common.data import images_below, read_images, to_float
-from common.errors import UsageError
-from common.runs.checkpoint import load
+from common.runtime.errors import UsageError
+from common.train.checkpoint import load
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_run_named_by_its_checkpoint_is_evaluated_in_its_folder(finished, caps
     run, _ = finished
     best = str(run / "checkpoints" / "best.pt")
     cbda.evaluate.main(["--run", best, "--tsne", "0", "--force"])
-    epoch = load(run / "checkpoints" / "best.pt")["at"]["epoch"]
+    epoch = load(run / "checkpoints" / "best.pt")["run"]["epoch"]
     assert json.loads((run / "evaluation" / "evaluation.json").read_text())["epoch"] == epoch
     assert f"results of epoch {epoch} in {run}/evaluation" in capsys.readouterr().out
     line = refused(capsys, cbda.evaluate.main, "--run", best, "--checkpoint", "1", "--out", str(run / "other"))

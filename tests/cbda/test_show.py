@@ -4,9 +4,9 @@ from PIL import Image
 from refusals import refused
 
 from cbda.show import main
-from common.data import DataConfig, Feed, Stream, load
+from common.data import DataConfig, StepLoader, Stream, load
 from common.data.augmentation import ViewOptions
-from common.machine.seeding import permutation
+from common.runtime.seeding import permutation
 
 
 def tiles(path) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_a_sheet_shows_what_training_sees(tmp_path):
     assert torch.equal(found[0], train.images[index])
     assert len(found) == 7
     views = ViewOptions(invert=True, scale=(0.9, 1.4))
-    feed = Feed({"train": Stream(train, 400, (views.view("weak", 32), views.view("strong", 32)))})
+    feed = StepLoader({"train": Stream(train, 400, (views.view("weak", 32), views.view("strong", 32)))})
     for later in range(3):
         (step,) = feed.epoch(epoch + later, 0, 3)
         batch = step[0]["train"]

@@ -14,9 +14,9 @@ import cbgan.sample
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
-from common.cli.arguments import parse
 from common.norms.backends.cpu import library
-from common.runs.checkpoint import Checkpoints
+from common.runtime.cli import parse
+from common.train.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ FLAGS = {
     "--fid.extractor inception --fid.weights nowhere.pth": ["fid.weights", "nowhere.pth"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }
-"""Of this application; what all runs refuse is tested in tests/training, tests/data and tests/norms."""
+"""Of this application; what all runs refuse is tested in tests/train, tests/data and tests/norms."""
 
 
 def test_bad_flags_are_one_line_each_and_nothing_is_written(tiny, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     classifier.mkdir()
     shutil.copy(Path(folder) / "config.yaml", classifier)
     Checkpoints(classifier / "checkpoints").save(
-        1, {"at": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
+        1, {"run": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
     )
     line = refused(capsys, cbgan.evaluate.main, "--run", str(classifier))
     assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"

@@ -8,7 +8,7 @@ from refusals import refused
 from cbgan import bench
 from cbgan.networks.dcgan import Generator
 from common.norms import BatchNorm, UCBNorm
-from common.training.steps import Steps, Timed
+from common.train.dry_run import Steps, Timed
 
 FLAGS = ["--data.size", "8", "--batch_size", "50", "--device", "cpu", "--rounds", "3"]
 
@@ -40,11 +40,11 @@ def test_steps_are_compared_with_batchnorms_at_each_width(monkeypatch, capsys):
     ]
     for width, runs in zip((8, 16), timed, strict=True):
         for kind, layer in (("bn", BatchNorm), ("ucb", UCBNorm)):
-            generator = runs[kind].parts.networks["g"]
+            generator = runs[kind].state.networks["g"]
             assert isinstance(generator, Generator)
             assert isinstance(generator.norm1, layer)
             assert generator.norm1.num_features == width // 2
-            assert runs[kind].parts.at["step"] == 1
+            assert runs[kind].state.run.step == 1
             assert not isinstance(generator.norm1, UCBNorm) or generator.norm1.groups == 2
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import cbgan.evaluate
 import cbgan.train
 from common.data.sets.digits import digits
-from common.runs.log import read_metrics
+from common.train.logging import read_metrics
 
 FID = "metric/fid_classifier"
 

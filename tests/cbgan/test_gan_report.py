@@ -18,15 +18,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 import cbgan.evaluate
 import cbgan.train
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation
+from cbgan.evaluation import Evaluator
 from cbgan.networks.dcgan import Discriminator, Generator
 from cbgan.noise import fixed_noise
-from cbgan.train import Gan
+from cbgan.task import GanTask
 from common.data import ImageSet
 from common.metrics.fid import FidConfig, FidResult
 from common.norms.config import NormConfig
-from common.runs.log import read_metrics
-from common.training.method import Method
+from common.train.logging import read_metrics
 
 TINY = ["--width", "8", "--batch_size", "500", "--latent_dim", "16", "--log_every", "1", "--data.size", "8",
         "--fid.samples", "60", "--fid.batch_size", "30", "--fid.final_samples", "70", "--lr", "0.1"]  # fmt: skip
@@ -118,7 +117,7 @@ def test_real_images_are_of_all_classes_where_files_are_sorted_by_class(tmp_path
     (tmp_path / "samples").mkdir()
     grey = torch.arange(4).repeat_interleave(100)  # a class each
     images = (60 * grey)[:, None, None, None].expand(-1, 3, 8, 8).to(torch.uint8)
-    evaluation = cast(Any, Evaluation.__new__(Evaluation))
+    evaluation = cast(Any, Evaluator.__new__(Evaluator))
     evaluation.cfg, evaluation.fid = GanConfig(), None
     evaluation.images = {"train": ImageSet(images, grey, tuple("abcd"), "imagefolder", "train")}
     evaluation.grid = lambda g: torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
@@ -129,20 +128,18 @@ def test_real_images_are_of_all_classes_where_files_are_sorted_by_class(tmp_path
     assert all((middles == 60 * k).sum() > 5 for k in range(4))
 
 
-def closing(method: Method[Any], lines: list[dict[str, Any]]) -> dict[str, str]:
-    return dict(method.closing(lines, Path("my runs/cbgan/one")))
+def closing(evaluator: Evaluator, lines: list[dict[str, Any]]) -> dict[str, str]:
+    return dict(evaluator.summary_rows(lines, Path("my runs/cbgan/one")))
 
 
-def method_after(result: FidResult | None, floor: float | None = 0.5, every: int = 1) -> Gan:
-    """Return a method that has measured this, without having trained."""
-    cfg = GanConfig()
-    gan = Gan(cfg, {}, torch.device("cpu"))
-    gan.evaluation = cast(Any, Evaluation.__new__(Evaluation))
-    gan.evaluation.cfg, gan.evaluation.latest = cfg, result
+def evaluator_after(result: FidResult | None, floor: float | None = 0.5, every: int = 1) -> Evaluator:
+    """Return one that has measured this."""
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator.cfg, evaluator.latest = GanConfig(), result
     extractor = SimpleNamespace(name="classifier")
     fid = SimpleNamespace(tag=FID, other_tag=f"{FID}_test", floor_tag=f"{FID}_floor", floor=floor, extractor=extractor)
-    gan.evaluation.fid = cast(Any, fid if every else None)
-    return gan
+    evaluator.fid = cast(Any, fid if every else None)
+    return evaluator
 
 
 SERIES = [
@@ -155,8 +152,8 @@ SERIES = [
 
 
 def test_a_finished_run_tells_its_distances_and_what_to_do_next():
-    gan = method_after(FidResult(20.0, 1200, (0, 1000, 1, 199)))
-    assert closing(gan, SERIES) == {
+    evaluator = evaluator_after(FidResult(20.0, 1200, (0, 1000, 1, 199)))
+    assert closing(evaluator, SERIES) == {
         "FID (classifier)": "first 300.2 (epoch 0), best 12.5 (2), last 20 (6); "
         "the best against the test images 13.75; real test images 0.5",
         "classes": "3 of 4 found among 1,200 samples",
@@ -167,10 +164,10 @@ def test_a_finished_run_tells_its_distances_and_what_to_do_next():
 
 
 def test_what_was_not_measured_is_not_told():
-    told = closing(method_after(FidResult(20.0, 60, None), floor=None), [SERIES[4] | {f"{FID}_test": None}])
+    told = closing(evaluator_after(FidResult(20.0, 60, None), floor=None), [SERIES[4] | {f"{FID}_test": None}])
     assert told["FID (classifier)"] == "first 20 (epoch 6), best 20 (6), last 20 (6)"
     assert "classes" not in told
-    none = closing(method_after(None, every=0), [])
+    none = closing(evaluator_after(None, every=0), [])
     assert none["FID"] == "not measured (evaluate_every is 0)"
     assert list(none) == ["FID", "pictures", "evaluate", "paper's run"]
 
@@ -193,8 +190,8 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
         counts.append(count)
         return found[len(counts) - 1]
 
-    monkeypatch.setattr(Evaluation, "measure", measure)
-    monkeypatch.setattr(Evaluation, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    monkeypatch.setattr(Evaluator, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
     series = {FID: [(0, 300.0), (2, 30.5)], f"{FID}_final": [(2, 29.5)]}
     monkeypatch.setattr(cbgan.evaluate, "fid_series", lambda lines, tag: series[tag])
     for fid, classes, status, verdict in VERDICTS:
@@ -221,20 +218,20 @@ def test_a_check_passes_below_a_tenth_with_every_class(folder, monkeypatch, caps
 
 
 def test_a_measurement_is_told_in_short():
-    gan, evaluation = Gan(GanConfig(), {}, torch.device("cpu")), object.__new__(Evaluation)
-    gan.evaluation, evaluation.cfg = evaluation, GanConfig(fid=FidConfig(final_samples=50_000))
+    gan, evaluation = GanTask.__new__(GanTask), Evaluator.__new__(Evaluator)
+    gan.evaluator, evaluation.cfg = evaluation, GanConfig(fid=FidConfig(final_samples=50_000))
     fid = SimpleNamespace(tag=FID, extractor=SimpleNamespace(name="classifier"), tag_of="metric/{}_classifier".format)
     evaluation.fid = cast(Any, fid)
     values = {FID: 5.4321, f"{FID}_test": 6.0, "metric/precision_classifier": 0.61234, "metric/recall_classifier": 0.7,
               f"{FID}_low": 4.5, f"{FID}_high": 5.25, f"{FID}_infinity": 4.9, "metric/classes_found": 10.0}  # fmt: skip
     told = ["FID (classifier) 5.432", "between the distributions 4.5 to 5.25", "precision 0.612", "recall 0.7"]
-    assert gan.told(values) == told
-    assert gan.told({FID: 5.4321, "metric/diversity": 0.5}) == told[:1]
+    assert gan.summary_line(values) == told
+    assert gan.summary_line({FID: 5.4321, "metric/diversity": 0.5}) == told[:1]
     final = {f"{FID}_final": 5.25, f"{FID}_low_final": 4.75, f"{FID}_high_final": 5.125}
     told[1:2] = ["of 50,000 samples 5.25", "between the distributions 4.75 to 5.125"]
-    assert gan.told(values | final) == told
+    assert gan.summary_line(values | final) == told
     evaluation.fid = None  # evaluate_every 0
-    assert gan.told({"metric/diversity": 0.5}) == ["metric/diversity 0.5"]
+    assert gan.summary_line({"metric/diversity": 0.5}) == ["metric/diversity 0.5"]
 
 
 def test_the_end_is_measured_on_both_numbers_of_samples_each_under_a_tag_of_its_own(folder, lines, capsys):
@@ -258,9 +255,9 @@ def test_the_end_is_measured_on_both_numbers_of_samples_each_under_a_tag_of_its_
 
 
 def test_the_closing_lines_keep_the_numbers_of_samples_apart():
-    gan = method_after(FidResult(11.5, 50_000, None))
-    gan.evaluation.cfg = GanConfig(fid=FidConfig(final_samples=50_000))
-    told = closing(gan, [*SERIES[:-1], SERIES[-1] | {f"{FID}_final": 11.5}])
+    evaluator = evaluator_after(FidResult(11.5, 50_000, None))
+    evaluator.cfg = GanConfig(fid=FidConfig(final_samples=50_000))
+    told = closing(evaluator, [*SERIES[:-1], SERIES[-1] | {f"{FID}_final": 11.5}])
     assert told["FID (classifier)"].startswith("first 300.2 (epoch 0), best 12.5 (2), last 20 (6)")
     assert told["FID, final"] == "11.5 (epoch 6) from 50,000 samples"
 
@@ -268,8 +265,9 @@ def test_the_closing_lines_keep_the_numbers_of_samples_apart():
 def test_epochs_that_are_due():
     for every, checkpoint_every, epochs in ((2, 1, [0, 2, 4, 5]), (5, 1, [0, 5]), (0, 2, [2, 4, 5])):
         cfg = GanConfig(epochs=5, checkpoint_every=checkpoint_every, evaluate_every=every)
-        gan = Gan(cfg, {}, torch.device("cpu"))
-        assert [epoch for epoch in range(6) if gan.due(epoch)] == epochs
+        gan = GanTask.__new__(GanTask)
+        gan.cfg = cfg
+        assert [epoch for epoch in range(6) if gan.should_evaluate(epoch)] == epochs
 
 
 def test_networks_are_of_32_pixels_where_nothing_is_said():

@@ -16,25 +16,27 @@ from run_comparison import assert_same_runs
 from torch import nn
 
 import cbgan.evaluation
+import cbgan.models
+import cbgan.task
 import cbgan.train
 import common.metrics.fid
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluation, distance, largest, recalibrate
+from cbgan.evaluation import Evaluator, distance, largest, recalibrate
+from cbgan.models import build_generator
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import recalibration_noise
-from cbgan.train import Gan
-from common.cli.arguments import parse
+from cbgan.task import GanTask
 from common.data import DataConfig
 from common.data.sets.digits import digits
-from common.errors import NonFiniteError
-from common.machine.dist import Env
 from common.metrics.features.neighbours import Copying
 from common.metrics.fid import FidResult
 from common.norms import recalibrate as norm_recalibrate
 from common.norms.config import NormConfig
-from common.runs.log import read_metrics
-from common.training.config import RecalibrateConfig
-from common.training.opening import prepare
+from common.runtime.cli import parse
+from common.runtime.distributed import Env
+from common.runtime.errors import NonFiniteError
+from common.train.config import RecalibrateConfig
+from common.train.logging import read_metrics
 
 CPU = torch.device("cpu")
 FID = "metric/fid_classifier"
@@ -45,7 +47,7 @@ def fresh(cfg: GanConfig) -> Generator:
 
 
 def test_the_protocol_of_a_generator_tells_its_statistics():
-    evaluation = Evaluation.__new__(Evaluation)
+    evaluation = Evaluator.__new__(Evaluator)
     evaluation.fid = cast(Any, SimpleNamespace(passport=lambda: {"split": "train"}))
     evaluation.cfg = GanConfig(recalibrate=RecalibrateConfig(images=100, batch_size=10))
     assert evaluation.passport() == {"split": "train", "recalibrated": "all, 100 images by 10"}
@@ -58,11 +60,11 @@ def test_a_run_measures_statistics_that_were_estimated_anew(tiny, tmp_path, monk
     """The average's and the raw weights'; training goes on as if nothing had been measured."""
     measured: list[list[dict[str, torch.Tensor]]] = []
 
-    def run(self: Evaluation, *generators: Any) -> dict[str, float]:
+    def run(self: Evaluator, *generators: Any) -> dict[str, float]:
         measured.append([copy.deepcopy(g.state_dict()) for g in (generators[0], *generators[2:])])
         return {}
 
-    monkeypatch.setattr(Evaluation, "run", run)
+    monkeypatch.setattr(Evaluator, "run", run)
     flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--evaluate_every", "0", "--ema", "0.5",
              "--recalibrate.images", "100", "--recalibrate.batch_size", "50"]  # fmt: skip
     cbgan.train.main([*tiny, *flags, "--name", "all"])
@@ -102,15 +104,13 @@ def test_average_and_raw_weights_are_both_measured(conditional, cache):
     last = [line for line in read_metrics(conditional) if FID in line][-1]
     norm = NormConfig(kind="scb", num_components=10)
     cfg = GanConfig(width=8, latent_dim=8, batch_size=100, data=DataConfig(size=8), norm=norm, cache=cache)
-    images = Gan.load(cfg)
-    parts = prepare(Gan, cfg, images, CPU, Env())[2]
+    images = GanTask.load_images(cfg)
     state = torch.load(conditional / "checkpoints" / "step-00000010.pt", weights_only=True)
-    g = parts.networks["g"]
-    assert isinstance(g, Generator)
+    g = build_generator(cfg)
     for tag, weights in ((FID, state["averages"]["g"]), (f"{FID}_raw", state["networks"]["g"])):
         g.load_state_dict(weights)
-        recalibrate(cfg, g, Evaluation(cfg, images, CPU).class_counts(), CPU)
-        assert Evaluation(cfg, images, CPU).measure(g, 50).fid == pytest.approx(last[tag], rel=1e-6)
+        recalibrate(cfg, g, Evaluator(cfg, images, CPU).class_counts(), CPU)
+        assert Evaluator(cfg, images, CPU).measure(g, 50).fid == pytest.approx(last[tag], rel=1e-6)
     assert last[FID] != last[f"{FID}_raw"]
 
 
@@ -126,11 +126,11 @@ def test_a_conditional_run_leaves_its_classes_and_is_asked_for_them(conditional)
 
 def test_the_share_as_asked_is_of_classes_asked_and_seen(monkeypatch):
     cfg = GanConfig(norm=NormConfig(kind="scb", num_components=10))
-    evaluation = Evaluation.__new__(Evaluation)
+    evaluation = Evaluator.__new__(Evaluator)
     evaluation.cfg, evaluation.device = cfg, CPU
     labels = torch.arange(1000) % 10
-    monkeypatch.setattr(Evaluation, "labels", lambda self, count: labels[:count])
-    monkeypatch.setattr(Evaluation, "sample", lambda self, g, z, asked: torch.where(asked < 3, 9, asked))
+    monkeypatch.setattr(Evaluator, "labels", lambda self, count: labels[:count])
+    monkeypatch.setattr(Evaluator, "sample", lambda self, g, z, asked: torch.where(asked < 3, 9, asked))
     classifier = SimpleNamespace(predict=lambda images: images)
     assert evaluation._share_as_asked(cast(Any, SimpleNamespace(latent_dim=2)), cast(Any, classifier)) == 0.7
 
@@ -178,18 +178,18 @@ def test_a_generator_that_no_longer_covers_the_real_images_is_told(tiny, tmp_pat
 @pytest.fixture
 def stalled(tiny, monkeypatch) -> list[str]:
     """Return the flags of a run of 2 steps an epoch whose discriminator says the same of every image."""
-    sound = Gan.build
+    sound = cbgan.models.build_networks
 
     def silenced(module: nn.Module, given: Any, logits: torch.Tensor) -> torch.Tensor:
         return 0 * logits
 
-    def build(self: Gan) -> dict[str, nn.Module]:
-        networks = sound(self)
+    def build(cfg: GanConfig) -> dict[str, nn.Module]:
+        networks = sound(cfg)
         networks["d"].register_forward_hook(silenced)
         return networks
 
-    monkeypatch.setattr(Gan, "build", build)
-    monkeypatch.setattr("cbgan.objective._WINDOW", 6)
+    monkeypatch.setattr(cbgan.task, "build_networks", build)
+    monkeypatch.setattr("cbgan.collapse._WINDOW", 6)
     return [*tiny, "--epochs", "5", "--batch_size", "500", "--log_every", "1", "--evaluate_every", "0"]
 
 
@@ -228,16 +228,16 @@ def test_a_stalled_game_stops_or_goes_back_and_is_given_time_there(stalled):
 )
 def test_a_run_stops_at_a_dead_component_and_at_a_discriminator_that_has_won(tiny, tmp_path, monkeypatch, fault, cause):
     if fault == "dead":
-        sound = Gan.build
+        sound = cbgan.models.build_networks
 
-        def build(self: Gan) -> dict[str, nn.Module]:
-            networks = sound(self)
+        def build(cfg: GanConfig) -> dict[str, nn.Module]:
+            networks = sound(cfg)
             networks["g"].get_submodule("norm1").get_buffer("mean")[1] += 1e3  # nothing is ever near
             return networks
 
-        monkeypatch.setattr(Gan, "build", build)
+        monkeypatch.setattr(cbgan.task, "build_networks", build)
     else:
-        monkeypatch.setattr("cbgan.objective.discriminator_loss", lambda real, fake, kind: 0 * real.mean() + 5e-4)
+        monkeypatch.setattr("cbgan.task.discriminator_loss", lambda real, fake, kind: 0 * real.mean() + 5e-4)
     flags = [
         "--epochs",
         "1",
@@ -260,7 +260,7 @@ def test_a_run_stops_at_a_dead_component_and_at_a_discriminator_that_has_won(tin
 @pytest.mark.parametrize("alarm", [True, False])
 def test_copied_training_images_are_reported_after_the_last_epoch(monkeypatch, tmp_path, alarm):
     cfg = GanConfig(epochs=3, width=8, latent_dim=4)
-    evaluation = Evaluation.__new__(Evaluation)
+    evaluation = Evaluator.__new__(Evaluator)
     evaluation.cfg, evaluation.env, evaluation.warnings = cfg, Env(), []
     found = FidResult(1.0, 10, None, copying=Copying(0.5, 0.9, alarm))
     evaluation.fid = cast(Any, SimpleNamespace(thorough=lambda last: last, values=lambda _: {}, tag=FID))

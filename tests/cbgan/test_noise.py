@@ -8,7 +8,7 @@ import torch
 from cbgan.config import GanConfig
 from cbgan.noise import between, fixed_labels, fixed_noise, noise, numbered_noise, recalibration_noise, spread_labels
 from common.norms.config import NormConfig
-from common.training.config import RecalibrateConfig
+from common.train.config import RecalibrateConfig
 
 CPU = torch.device("cpu")
 

@@ -4,22 +4,21 @@ import math
 
 import pytest
 import torch
+from tasks import made
 from torch import nn
 
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.networks.losses import discriminator_loss, generator_loss
 from cbgan.noise import noise
-from cbgan.train import Gan
+from cbgan.task import GanTask
 from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
-from common.machine.device import autocast, memory_format
-from common.machine.dist import Env
 from common.norms.config import NormConfig
-from common.runs.checkpoint import load
-from common.runs.log import read_metrics
-from common.training.opening import prepare
+from common.runtime.device import autocast, memory_format
+from common.train.checkpoint import load
+from common.train.logging import read_metrics
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -27,7 +26,7 @@ SIZE = 16
 
 def built(cfg: GanConfig) -> tuple[nn.Module, nn.Module]:
     """Build a run's generator and discriminator as training does."""
-    networks = prepare(Gan, cfg, Gan.load(cfg), CPU, Env())[2].networks
+    networks = made(GanTask, cfg).networks
     return networks["g"], networks["d"]
 
 

@@ -19,8 +19,8 @@ from cbgan.noise import between, numbered_noise
 from common.data import DataConfig
 from common.data.image_set import to_uint8
 from common.norms.config import NormConfig
-from common.runs.checkpoint import Checkpoints
-from common.training.config import RecalibrateConfig, stored_yaml
+from common.train.checkpoint import Checkpoints
+from common.train.config import RecalibrateConfig, stored_yaml
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "eel")
@@ -40,7 +40,7 @@ def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanC
             torch.nn.init.normal_(parameter, 0.0, 0.5)
         networks.append(g.state_dict())
     state = {
-        "at": {"epoch": 3, "step": 30},
+        "run": {"epoch": 3, "step": 30},
         "networks": {"g": networks[0], "d": Discriminator(8, 8).state_dict()},
         "averages": {"g": networks[1]} if average else {},
         "statistics": {},  # as of a checkpoint that was not measured
@@ -227,7 +227,7 @@ def test_runs_that_cannot_be_read(plain, by_class, tmp_path, capsys):
         path.unlink()
     assert "has no checkpoint yet" in line(plain)
     Checkpoints(plain / "checkpoints").save(
-        1, {"at": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
+        1, {"run": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
     )
     assert "no g;" in line(plain)
     stray = tmp_path / "stray.pt"

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tasks import made
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import softplus
 
@@ -18,16 +20,15 @@ import cbgan.evaluate
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.noise import noise
-from cbgan.train import Gan
-from common.cli.arguments import parse
+from cbgan.task import GanTask
 from common.data import DataConfig
 from common.data.image_set import to_float
 from common.data.sets.digits import digits
-from common.machine.dist import Env
-from common.runs.checkpoint import load, save
-from common.runs.log import chart_name, read_metrics
-from common.training.opening import prepare
-from common.training.update import Part, StepGuard, Update
+from common.runtime.cli import parse
+from common.train.checkpoint import load, save
+from common.train.guard import StepGuard
+from common.train.logging import chart_name, read_metrics
+from common.train.step import Metrics, MicroBatch, Step
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cbgan"
 
@@ -87,7 +88,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_fid_and_is_reported_against_t
     folder, printed = measured
     lines = [line for line in read_metrics(folder) if "metric/fid_classifier" in line]
     lowest = min(lines, key=lambda line: line["metric/fid_classifier"])
-    best = load(folder / "checkpoints" / "best.pt")["at"]
+    best = load(folder / "checkpoints" / "best.pt")["run"]
     assert (best["best"]["value"], best["step"]) == (lowest["metric/fid_classifier"], lowest["step"])
     assert f"the best against the test images {lowest['metric/fid_classifier_test']:.4g}" in printed
 
@@ -164,28 +165,28 @@ def test_each_loss_sees_the_right_images_and_its_own_noise(cache):
     """Hold a step against the two losses written out: real before fake, and two draws of noise."""
     cfg = GanConfig(width=16, latent_dim=16, batch_size=64, data=DataConfig(size=8), cache=cache, loss="logistic",
                     spectral=False, augment=["none"])  # fmt: skip
-    method, feed, parts = prepare(Gan, cfg, Gan.load(cfg), torch.device("cpu"), Env())
-    losses: dict[str, Callable[[Part], torch.Tensor]] = {}
+    task = made(GanTask, cfg)
+    losses: dict[str, Callable[[MicroBatch], Any]] = {}
 
-    class Caught(Update):
-        def descend(self, name: str, loss: Callable[[Part], torch.Tensor]) -> None:
+    class Caught(Step):
+        def optimize(self, name: str, loss: Callable[[MicroBatch], Any], *, frozen: Sequence[str] = ()) -> Metrics:
             losses[name] = loss
-            frozen = not any(p.requires_grad for p in parts.networks["d"].parameters())
-            assert frozen == (name == "g")  # the generator's half computes no gradients of the discriminator
+            assert list(frozen) == (["d"] if name == "g" else [])  # no gradients of the discriminator are computed
+            return Metrics()
 
-    guard = StepGuard(parts.networks.values(), ["loss/d", "loss/g"], torch.device("cpu"))
-    update = Caught(parts, guard, next(feed.epoch(0, 0, cfg.seed)), torch.device("cpu"), "fp32", None)
-    method.step(update)
-    (part,) = update.parts
-    g, d = parts.networks["g"], parts.networks["d"]
-    real = to_float(part["train"].images)
+    guard = StepGuard(task.networks.values(), ["loss/d", "loss/g"], torch.device("cpu"))
+    step = Caught(task.new_state(), guard, next(task.loader.epoch(0, 0, cfg.seed)), cfg)
+    task.train_step(step)
+    (micro,) = step.micro_batches
+    g, d = task.networks["g"], task.networks["d"]
+    real = to_float(micro["train"].images)
     z = noise(cfg, 0, 128, torch.device("cpu"))
     assert not torch.equal(z[:64], z[64:])
     want_d = softplus(-d(real)).mean() + softplus(d(g(z[:64]).detach())).mean()
     want_g = softplus(-d(g(z[64:]))).mean()
-    assert losses["d"](part).item() == pytest.approx(want_d.item(), rel=1e-5)
-    assert losses["g"](part).item() == pytest.approx(want_g.item(), rel=1e-5)
-    loss = losses["d"](part)
+    assert losses["d"](micro)[0].item() == pytest.approx(want_d.item(), rel=1e-5)
+    assert losses["g"](micro).item() == pytest.approx(want_g.item(), rel=1e-5)
+    loss, _ = losses["d"](micro)
     loss.backward()
     assert all(p.grad is None for p in g.parameters())  # the discriminator's half does not train the generator
     # Other steps, parts, ranks and attempts draw other noise.

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.classification.stored import StoredModel, read_stored
-from common.errors import UsageError
-from common.runs.checkpoint import Checkpoints
-from common.training.config import RunConfig, stored_yaml
+from common.runtime.errors import UsageError
+from common.train.checkpoint import Checkpoints
+from common.train.config import RunConfig, stored_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 def checkpoint(value: float, *, average: float | None = None) -> dict:
     averages = {} if average is None else {"network": weights(average)}
-    return {"networks": {"network": weights(value)}, "averages": averages, "statistics": {}, "at": {"step": 1}}
+    return {"networks": {"network": weights(value)}, "averages": averages, "statistics": {}, "run": {"step": 1}}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_runs_checkpoints_by_name_and_the_average_where_there_is_one(run, whic
     network = nn.Linear(3, 2)
     stored.load_into(network)
     torch.testing.assert_close(dict(network.state_dict()), weights(value))
-    assert (stored.cfg.epochs, stored.facts, stored.state["at"]) == (7, None, {"step": 1})
+    assert (stored.cfg.epochs, stored.facts, stored.state["run"]) == (7, None, {"step": 1})
 
 
 def test_what_is_not_there_is_named(run, tmp_path):

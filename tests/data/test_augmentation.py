@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.data import DataConfig, Feed, ImageSet, PerImage, Stream, load
+from common.data import DataConfig, ImageSet, PerImage, StepLoader, Stream, load
 from common.data.augmentation import Augmentation, ViewOptions
 
 PLAIN = ViewOptions()
@@ -129,7 +129,7 @@ def digits() -> ImageSet:
 
 
 def steps(workers: int = 0, rank: int = 0, world: int = 1) -> list[tuple[Tensor, ...]]:
-    feed = Feed({"train": Stream(digits(), 16 // world, VIEWS)}, workers=workers, rank=rank, world=world)
+    feed = StepLoader({"train": Stream(digits(), 16 // world, VIEWS)}, workers=workers, rank=rank, world=world)
     return [step[0]["train"].views for step in feed.epoch(1, 0, 7)]
 
 

@@ -5,8 +5,8 @@ import torch
 
 from common.data.clusters import ClustersConfig, with_clusters, write_clusters
 from common.data.image_set import ImageSet, Splits
-from common.errors import UsageError
-from common.machine.seeding import generator
+from common.runtime.errors import UsageError
+from common.runtime.seeding import generator
 
 LABELS = torch.tensor([2, 0, 1, 2, 2, 0])
 SUPER = torch.tensor([1, 0, 0, 1, 1, 0])

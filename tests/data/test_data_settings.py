@@ -12,8 +12,8 @@ from cbda.config import SourceConfig
 from common.data import load
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
-from common.errors import UsageError
 from common.metrics.fid import FidConfig
+from common.runtime.errors import UsageError
 
 BELOW_1 = math.nextafter(1.0, 0.0)
 

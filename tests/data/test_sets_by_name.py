@@ -7,7 +7,7 @@ import torch
 
 from common.data import DataConfig, ImageSet, Splits, load, register_data_set
 from common.data.names import DATA_SETS
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

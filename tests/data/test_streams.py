@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import Feed, ImageSet, PerImage, Stream, mirrored, plain
-from common.machine import seeding
-from common.machine.seeding import uniform_per_sample
+from common.data import ImageSet, PerImage, StepLoader, Stream, mirrored, plain
+from common.runtime import seeding
+from common.runtime.seeding import uniform_per_sample
 
 
 def image_set(n=23, labelled=True):
@@ -24,7 +24,10 @@ class Batches:
     """A feed of one stream, its batches as (images, labels, index)."""
 
     def __init__(self, data, size, seed, *, flip=False, **options):
-        self.feed, self.seed = Feed({"train": Stream(data, size, (mirrored if flip else plain,))}, **options), seed
+        self.feed, self.seed = (
+            StepLoader({"train": Stream(data, size, (mirrored if flip else plain,))}, **options),
+            seed,
+        )
 
     def __len__(self):
         return len(self.feed)
@@ -123,7 +126,7 @@ class Noting:
 
 def test_without_workers_a_thread_is_one_step_ahead_and_no_more():
     noting = Noting()
-    steps = Feed({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
+    steps = StepLoader({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
     first = next(steps)
     noting.wait_for_one()
     noting.wait_for_one()  # the second step is made though nobody has asked for it
@@ -135,7 +138,7 @@ def test_without_workers_a_thread_is_one_step_ahead_and_no_more():
 
 def test_closing_early_ends_the_thread():
     noting = Noting()
-    steps = Feed({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
+    steps = StepLoader({"train": Stream(image_set(), 4, (noting,))}).epoch(0, 0, 0)
     next(steps)
     ((thread, _), *_) = noting.seen
     assert thread.is_alive()
@@ -145,7 +148,7 @@ def test_closing_early_ends_the_thread():
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_step_is_asked_for():
-    steps = Feed({"train": Stream(image_set(), 4, (Noting(fails_at=3),))}).epoch(0, 0, 0)
+    steps = StepLoader({"train": Stream(image_set(), 4, (Noting(fails_at=3),))}).epoch(0, 0, 0)
     assert [next(steps), next(steps)]
     with pytest.raises(RuntimeError, match="batch 3"):
         next(steps)
@@ -183,7 +186,7 @@ def two(steps_per_epoch=None, workers=0, rank=0, world=1, accumulate=1):
     """Make a stream of 23 images in batches of 4, and one of 7 in batches of 3, shown plainly and mirrored."""
     streams = {"train": Stream(image_set(), 4 // world), "other": Stream(image_set(7), 3, (mirrored, plain, mirrored))}
     options: Any = {"workers": workers, "rank": rank, "world": world, "accumulate": accumulate}
-    return Feed(streams, steps_per_epoch=steps_per_epoch, **options)
+    return StepLoader(streams, steps_per_epoch=steps_per_epoch, **options)
 
 
 def indices(feed, name, epochs, seed=0):
@@ -253,8 +256,8 @@ def test_two_ranks_share_the_batches_of_one():
     for name in ("train", "other"):
         streams = {"train": Stream(image_set(), 4), "other": Stream(image_set(9), 2)}
         half = {"train": Stream(image_set(), 2), "other": Stream(image_set(9), 1)}
-        alone = indices(Feed(streams), name, 2)
-        pair = [indices(Feed(half, rank=rank, world=2), name, 2) for rank in (0, 1)]
+        alone = indices(StepLoader(streams), name, 2)
+        pair = [indices(StepLoader(half, rank=rank, world=2), name, 2) for rank in (0, 1)]
         assert [a + b for a, b in zip(*pair, strict=True)] == alone
 
 

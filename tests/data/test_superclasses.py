@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from common.data import DataConfig, load
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 SPECIES = {"beagle": "dog", "Abyssinian": "cat", "pug": "dog"}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.data import ImageSet, hold_out
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def image_set(counts: list[int], labelled: bool = True) -> ImageSet:

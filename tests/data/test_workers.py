@@ -5,15 +5,15 @@ import os
 import signal
 
 import forked
-import fourth
 import pytest
 import torch
-from fourth import Fourth
+import toy
 from run_comparison import assert_same_runs
+from toy import ToyTask
 
-from common.data import Feed, ImageSet, Stream
-from common.errors import UsageError
-from common.training.loop import train
+from common.data import ImageSet, StepLoader, Stream
+from common.runtime.errors import UsageError
+from common.train.loop import train
 
 IMAGES = ImageSet(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), None, (), "toy", "train")
 
@@ -53,7 +53,7 @@ FAILURES = {
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_fails_ends_the_command_in_one_line(view, workers):
     def main(_):
-        for step in Feed({"train": Stream(IMAGES, 4, (view,))}, workers=workers).epoch(0, 0, 0):
+        for step in StepLoader({"train": Stream(IMAGES, 4, (view,))}, workers=workers).epoch(0, 0, 0):
             assert step
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 
@@ -68,7 +68,7 @@ def test_a_worker_that_fails_ends_the_command_in_one_line(view, workers):
             os.kill(int(pid), 0)
 
 
-class Failing(Fourth):
+class Failing(ToyTask):
     """Finds a training image unreadable in the second epoch."""
 
     def streams(self):
@@ -80,9 +80,9 @@ class Failing(Fourth):
 
 def test_the_run_goes_on_from_its_last_epoch(tmp_path):
     flags = ["--out", str(tmp_path), "--batch_size", "120", "--data.workers", "1", "--epochs", "3"]
-    whole = forked.run(fourth.main, *flags, "--name", "whole")
+    whole = forked.run(toy.main, *flags, "--name", "whole")
     failed = forked.run(lambda argv: train(Failing, argv), *flags, "--name", "failed")
     assert (failed.statuses, failed.err) == ([2], "error: cat.png: cannot be read\n")
-    resumed = forked.run(fourth.main, "--out", str(tmp_path), "--name", "failed", "--resume")
+    resumed = forked.run(toy.main, "--out", str(tmp_path), "--name", "failed", "--resume")
     assert (whole.statuses, resumed.statuses) == ([0], [0]), resumed.err
-    assert_same_runs(tmp_path / "fourth" / "failed", tmp_path / "fourth" / "whole")
+    assert_same_runs(tmp_path / "toy" / "failed", tmp_path / "toy" / "whole")

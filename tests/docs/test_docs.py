@@ -23,11 +23,11 @@ import torch
 from claims import CLAIMS
 from PIL import Image
 
-from common.cli import arguments
 from common.data.names import DATA_SETS
-from common.errors import UsageError
 from common.metrics.scores import METRICS
 from common.norms import registry
+from common.runtime import cli
+from common.runtime.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,7 +105,7 @@ def start(module: str, flags: Sequence[str], *, parse: bool = False) -> None:
     if "." not in module:  # lists the commands of a package
         return
     main = importlib.import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main
-    build = arguments._build
+    build = cli._build
 
     def stop_once_built(cls: type, values: Any, prefix: str = "") -> Any:
         built = build(cls, values, prefix)
@@ -115,7 +115,7 @@ def start(module: str, flags: Sequence[str], *, parse: bool = False) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if parse:
-            patch.setattr(arguments, "_build", stop_once_built)
+            patch.setattr(cli, "_build", stop_once_built)
         try:
             main(flags)
         except Parsed:

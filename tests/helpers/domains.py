@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.machine.seeding import generator
+from common.runtime.seeding import generator
 
 CLASSES = ("cat", "dog", "fox")
 

@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-import common.runs.checkpoint
-from common.cli.command import run_command
+import common.train.checkpoint
 from common.metrics.extractors import weights_hash
 from common.norms.backends.cpu import library
-from common.training.loop import Training
-from common.training.update import StepGuard
+from common.runtime.command import run_command
+from common.train.guard import StepGuard
+from common.train.loop import Trainer
 
 for _name in ("sklearn.datasets", "sklearn.metrics", "tensorboard.plugins.custom_scalar.layout_pb2", "torch._dynamo",
               "torch.utils.tensorboard", "torch_fidelity"):  # fmt: skip
@@ -75,12 +75,12 @@ class Hit:
         if self.loss is not None:
             _spoil(self.loss, counts)
         elif where == "step":
-            _before(Training, "_step", hit)
+            _before(Trainer, "train_step", hit)
         elif where == "save":
-            common.runs.checkpoint.write_atomic = _dying_in_mid_write(common.runs.checkpoint.write_atomic, counts)
+            common.train.checkpoint.write_atomic = _dying_in_mid_write(common.train.checkpoint.write_atomic, counts)
         else:
             assert where == "evaluation"
-            _before(Training, "_evaluate", lambda: _before(Training, "_asked_to_stop", hit), once=True)
+            _before(Trainer, "evaluate", lambda: _before(Trainer, "stop_requested", hit), once=True)
 
 
 def run(main: Callable[[list[str]], object], *argv: str, ranks: int = 1, hit: Hit | None = None) -> Outcome:
@@ -130,14 +130,14 @@ def _child(
         os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "localhost"}
     if hit is not None:
         hit.arm(rank)
-    trained: list[Training] = []
-    _before(Training, "run", lambda *_: None, keep=trained)
+    trained: list[Trainer] = []
+    _before(Trainer, "run", lambda *_: None, keep=trained)
     try:
         run_command(lambda: main(argv))
     finally:
         for training in trained:
             parameters = {
-                f"{name}.{key}": p for name, net in training.parts.networks.items() for key, p in net.named_parameters()
+                f"{name}.{key}": p for name, net in training.state.networks.items() for key, p in net.named_parameters()
             }
             (place / f"weights{rank}").write_text(weights_hash(parameters))
         sys.stdout.flush()
@@ -162,14 +162,14 @@ def _before(
 
 
 def _spoil(name: str, counts: Callable[[], bool]) -> None:
-    sound = StepGuard.descend
+    sound = StepGuard.update
 
-    def descend(self: StepGuard, term: str, losses: Any, *args: Any, **kwargs: Any) -> Any:
+    def update(self: StepGuard, term: str, losses: Any, *args: Any, **kwargs: Any) -> Any:
         if term == f"loss/{name}" and counts():
             losses = (loss + math.inf for loss in losses)  # the gradients stay finite
         return sound(self, term, losses, *args, **kwargs)
 
-    StepGuard.descend = descend
+    StepGuard.update = update
 
 
 def _dying_in_mid_write(write_atomic: Callable[..., Any], counts: Callable[[], bool]) -> Callable[..., Any]:

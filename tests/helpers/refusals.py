@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from common.cli.command import run_command
+from common.runtime.command import run_command
 
 
 def refused(capsys: Any, main: Callable[[list[str]], object], *argv: str) -> str:

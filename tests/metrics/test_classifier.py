@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from common.data import DataConfig, ImageSet, load, to_float
-from common.errors import UsageError
 from common.metrics import classifier as module
 from common.metrics.classifier import Classifier, _block
+from common.runtime.errors import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from refused_settings import assert_takes
 from safetensors.torch import save, save_file
 
 from common.data import ImageSet, Splits
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig
 from common.metrics.dinov2 import MODELS, DinoV2
+from common.runtime.errors import UsageError
 
 WIDTH, HEADS = 12, 2
 State = dict[str, torch.Tensor]

@@ -5,9 +5,9 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from common.data import DataConfig, ImageSet, Splits, load
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig, Interrupted
 from common.metrics import fid as module
+from common.runtime.errors import UsageError
 
 
 class Pixels:

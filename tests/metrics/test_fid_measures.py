@@ -8,12 +8,12 @@ import torch
 from refused_settings import assert_refuses, assert_takes
 
 from common.data import ImageSet, Splits
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig, FidResult, statistics
 from common.metrics import fid as module
 from common.metrics.features.neighbours import copying, nearest
 from common.metrics.features.quality import inception_score, kernel_distance, precision_recall
 from common.metrics.features.uncertainty import distance_interval, distance_limit
+from common.runtime.errors import UsageError
 
 
 class Pixels:

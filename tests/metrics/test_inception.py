@@ -15,11 +15,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from common.data import Splits
 from common.data.reading.image_folder import Decoding, read_folder
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig
 from common.metrics import inception as module
 from common.metrics.features import quality
 from common.metrics.inception import Inception
+from common.runtime.errors import UsageError
 
 COUNT = 6
 

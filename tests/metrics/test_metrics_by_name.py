@@ -8,14 +8,15 @@ import torch
 import yaml
 
 import cbcls.train
-import cbgan.train
-from common.cli.arguments import parse
+import cbgan.config
+import cbgan.task
 from common.data import ImageSet, Splits
-from common.errors import UsageError
 from common.metrics import Fid, FidConfig, classification_scores, measure_all, register_extractor, register_metric
 from common.metrics.extractors import EXTRACTORS
 from common.metrics.scores import METRICS
-from common.runs.log import read_metrics
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
+from common.train.logging import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +100,12 @@ def test_an_extractor_of_ones_own_gives_the_features_of_the_distance(tmp_path):
 
 def test_a_gans_run_can_be_measured_and_chosen_by_it():
     register_extractor("means", build)
-    cfg = parse(cbgan.train.GanConfig, ["--fid.extractor", "means"])
-    assert next(iter(cbgan.train.Gan.tracked(cfg))) == "metric/fid_means"
+    cfg = parse(cbgan.config.GanConfig, ["--fid.extractor", "means"])
+    assert next(iter(cbgan.task.GanTask.selection_metrics(cfg))) == "metric/fid_means"
     with pytest.raises(
         UsageError, match=r"^fid\.weights: means reads none, expected null or fid\.extractor inception( or \w+)*$"
     ):
-        parse(cbgan.train.GanConfig, ["--fid.extractor", "means", "--fid.weights", "x.pth"])
+        parse(cbgan.config.GanConfig, ["--fid.extractor", "means", "--fid.weights", "x.pth"])
 
 
 def test_wrong_names_and_registrations_are_one_line(tmp_path):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from common.machine.seeding import generator
 from common.metrics import classification_scores, keras_threshold
 from common.metrics.scores import calibration
+from common.runtime.seeding import generator
 
 # Hand count: class 0 has 3 samples (2 found), class 1 has 2 (1 found), class 2 has 1 (0 found), class 3 none.
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from common import norms
-from common.errors import UsageError
 from common.norms import bench
+from common.runtime.errors import UsageError
 
 
 def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):

@@ -6,10 +6,10 @@ from torch import nn
 
 from cbcls.config import ClassifierConfig
 from cbgan.config import GanConfig
-from common.cli.arguments import parse
-from common.errors import UsageError
 from common.norms import make_norm, register_norm, registry
 from common.norms.config import NormConfig
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from norm_cases import mixture_case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common.machine.seeding import generator
 from common.norms import (
     MixtureNorm,
     SCBNorm,
@@ -22,6 +21,7 @@ from common.norms import (
     recalibrate,
 )
 from common.norms.backends import reference
+from common.runtime.seeding import generator
 
 
 class Backwards(nn.Module):

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from common.cli.arguments import parse
-from common.errors import UsageError
 from common.norms import DomainBatchNorm
 from common.norms.config import NormConfig, settings_of
+from common.runtime.cli import parse
+from common.runtime.errors import UsageError
 
 KINDS = ("bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb")
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from common.errors import UsageError
 from common.norms import doctor, functional
 from common.norms.backends import eager
+from common.runtime.errors import UsageError
 
 doctor_timed = doctor.TIMED
 NAMES = [check.name for check in doctor.checks()]

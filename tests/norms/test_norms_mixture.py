@@ -11,10 +11,10 @@ from norm_cases import mixture_case
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from common.machine.seeding import generator
 from common.norms import MixtureNorm, Moments, UCBNorm, mixture, seeding
 from common.norms.backends.reference import MixtureParams, posterior
 from common.norms.mixture import points_key
+from common.runtime.seeding import generator
 
 
 def clouds(count: int = 400, seed: int = 0, apart: float = 1.0) -> torch.Tensor:

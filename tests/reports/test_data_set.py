@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.data import DataConfig, ImageSet, load
 from common.data.__main__ import contact_sheet, main
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def table(text):

@@ -17,9 +17,9 @@ from PIL import Image
 from refusals import refused
 
 import common.figures
-from common.machine.seeding import generator
 from common.reports import figures
 from common.reports.figures import Curves, curve_panels, curves, grid
+from common.runtime.seeding import generator
 
 X = [0.0, 10.0, 20.0, 30.0]
 RUNS = [(X, [80.0, 50.0, 30.0, 20.0]), (X, [70.0, 55.0, 33.0, 29.0]), (X, [90.0, 60.0, 27.0, 14.0])]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import common.tables
-from common.cli.command import run_command
+from common.runtime.command import run_command
 
 
 def make_run(folder: Path, name: str, *, seed: int, norm: str, accuracy: float | None, **more: float) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from common.data.reading.image_folder import check_folder, images_below, read_photograph
-from common.errors import UsageError
-from common.machine import seeding
-from common.machine.paths import expanded
+from common.runtime import seeding
+from common.runtime.errors import UsageError
+from common.runtime.paths import expanded
 
 SMALLEST_SAMPLE = 427
 """Shorter side in pixels of scikit-learn's two photographs, which are 427 x 640."""

@@ -20,8 +20,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from common.data.reading.layout import is_there
-from common.errors import UsageError
-from common.machine.atomic import write_atomic
+from common.runtime.atomic import write_atomic
+from common.runtime.errors import UsageError
 
 _CHUNK = 2**20
 _TIMEOUT = 60  # seconds without an answer

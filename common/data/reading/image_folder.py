@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.data.image_set import ImageSet, Lazy
 from common.data.reading.layout import refuse_splits, subfolders
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

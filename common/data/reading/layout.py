@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from shlex import quote
 
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 _MARKS = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),

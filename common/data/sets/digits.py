@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.data.image_set import ImageSet, Splits
 from common.data.reading.blend import Photographs, blend, photographs
-from common.machine import seeding
+from common.runtime import seeding
 
 _SEED = 0
 _CLASSES = tuple("0123456789")

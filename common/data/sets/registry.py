@@ -8,7 +8,7 @@ from common.data.names import DATA_SETS, register_data_set
 from common.data.reading.image_folder import Decoding, read_folder
 from common.data.reading.layout import own_folders, published_root
 from common.data.superclasses import read_superclasses, with_superclasses
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 # Only when a set is loaded is what it needs imported: torchvision and scikit-learn take seconds, --help none.
 # ruff: noqa: PLC0415

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from common.machine.seeding import permutation
+from common.runtime.seeding import permutation
 
 Quality = Literal["kid", "inception_score", "precision_recall"]
 

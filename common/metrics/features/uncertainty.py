@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from common.machine.seeding import generator, permutation
 from common.metrics.features.frechet import Reference, Statistics
+from common.runtime.seeding import generator, permutation
 
 REPLICATES = 20
 _QUANTILE = 2.0930240544  # of Student's t with 19 degrees of freedom, at 0.975

@@ -1,21 +1,19 @@
 import pytest
 import torch
+from tasks import made
 from torch import nn
 
 from cbgan.config import GanConfig
 from cbgan.networks.dcgan import Discriminator, Generator
-from cbgan.train import Gan
-from common.machine.dist import Env
+from cbgan.task import GanTask
 from common.norms.config import NormConfig
-from common.training.opening import prepare
-from common.training.parts import Parts
 
 BN = NormConfig(kind="bn")
 
 
-def built(cfg: GanConfig) -> Parts:
+def built(cfg: GanConfig) -> GanTask:
     """Build a run's networks as training does."""
-    return prepare(Gan, cfg, Gan.load(cfg), torch.device("cpu"), Env())[2]
+    return made(GanTask, cfg)
 
 
 def generator(cfg: GanConfig) -> nn.Module:

@@ -11,7 +11,7 @@ from torchvision.datasets import MNIST
 
 from common.data import DataConfig, load
 from common.data.reading.blend import blend
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def pictures(*shapes):

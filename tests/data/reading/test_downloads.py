@@ -9,7 +9,7 @@ import pytest
 from common.data.reading import downloads
 from common.data.reading.downloads import Published, obtain, obtain_folders, obtain_unzipped, unpack
 from common.data.reading.layout import own_folders, published_root
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 CONTENT = b"what the authors published" * 100_000
 

@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 from common.data import DataConfig, load
 from common.data.reading.image_folder import Decoding, images_below, read_folder
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def pixels(height, width, channels=3, seed=0):

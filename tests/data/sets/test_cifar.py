@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from common.data import DataConfig, load
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from common.data import DataConfig, load
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def test_digits_are_scikit_learns_digits_with_their_labels():

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from common.data import DataConfig, load
 from common.data.reading import downloads
 from common.data.sets import oxford_pet, tiny_imagenet
-from common.errors import UsageError
+from common.runtime.errors import UsageError
 
 
 def md5(path):

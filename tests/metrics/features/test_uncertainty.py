@@ -3,9 +3,9 @@ import pytest
 import torch
 from scipy import stats
 
-from common.machine.seeding import generator, permutation
 from common.metrics import Statistics, frechet_distance, statistics
 from common.metrics.features.uncertainty import Interval, distance_interval, distance_limit, enough
+from common.runtime.seeding import generator, permutation
 
 DIM, SHIFT = 8, 0.3
 SCALES = torch.linspace(0.5, 1.5, DIM, dtype=torch.float64)

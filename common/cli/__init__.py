@@ -1,1 +1,0 @@
-"""The command line: settings from files and flags, and how a command starts and ends."""

@@ -1,0 +1,189 @@
+"""Whatever stands in a file or on the command line: a configuration, or one line that says what is wrong."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import string
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cbgan.config import GanConfig
+from common.runtime import cli
+from common.runtime.cli import flatten, parse, to_dict
+from common.runtime.errors import UsageError
+
+FIELDS = [name for name, _ in flatten(to_dict(GanConfig()))]
+GROUPS = ["norm", "data", "fid"]
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
+    derandomize=True,  # the same examples every time: a red run can be repeated
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def outcome(argv: list[str]) -> GanConfig | str | None:
+    """Return the configuration, the line that refuses it, or None after help; anything else escapes and fails."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+            found = parse(GanConfig, argv)
+    except UsageError as error:
+        line = str(error)
+        assert line.splitlines() == [line], repr(line)
+        assert line.strip()
+        assert not told.getvalue()
+        return line
+    except SystemExit as left:
+        if left.code:
+            raise
+        return None
+    assert isinstance(found, GanConfig)
+    check_types(found)
+    return found
+
+
+def check_types(group: object) -> None:
+    """Assert that every value has the type its field declares (a whole number may stand for a float)."""
+    hints = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):  # pyright: ignore[reportArgumentType]
+        value, hint = getattr(group, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value):
+            check_types(value)
+            continue
+        options = typing.get_args(hint) or (hint,)
+        literal = typing.get_origin(hint) is typing.Literal
+        names = [a for option in options for a in typing.get_args(option)]  # of Literal[...] | None
+        kinds = tuple(option for option in options if isinstance(option, type))
+        if typing.get_origin(hint) is list:
+            assert isinstance(value, list), (field.name, value)
+            choices = [a for option in options for a in typing.get_args(option)]  # of list[Literal[...]]
+            assert all(item in choices if choices else type(item) in options for item in value), (field.name, value)
+        elif literal or names:
+            allowed = options if literal else [*names, *(kind() for kind in kinds if kind is type(None))]
+            assert value in allowed or (bool in kinds and isinstance(value, bool)), (field.name, value)
+        else:
+            assert isinstance(value, kinds), (field.name, value)
+            assert bool in kinds or not isinstance(value, bool), (field.name, value)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> Path:
+    """Return a file to write to, in a folder of its own that is the working folder too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))  # most of a parse's time
+    return tmp_path / "c.yaml"
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**4), 10**4),
+    st.integers(-3, 70),
+    st.integers(min_value=10**14),  # more than any memory holds; sizes between are refused or allocated by luck
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        ["ucb", "bn", "digits", "inception", "auto", "1e3", "null", "true", "~", "", " ", "\n", "{", "a: 1"]
+    ),
+    st.dates(),
+    st.binary(max_size=4),
+)
+names = st.sampled_from([*FIELDS, *GROUPS, "config", "help", "print_config", "__path__", "norm.kind.x"]) | st.text(
+    max_size=5
+)
+leaves = st.sampled_from(sorted({name.split(".")[-1] for name in FIELDS})) | names | st.integers() | st.none()
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(leaves, inner, max_size=4), max_leaves=8
+)
+documents = st.dictionaries(names | leaves, values, max_size=5)
+
+
+@fuzz
+@given(content=st.binary(max_size=60))
+@example(content=b"\xef\xbb\xbfepochs: 3\n")
+@example(content=b"epochs: 3\r\n")
+@example(content=b"\x00")
+def test_arbitrary_bytes_in_a_file(file, content):
+    file.write_bytes(content)
+    outcome(["--config", str(file)])
+
+
+yaml_text = st.text(alphabet=st.sampled_from(string.printable + "é\u2028\ufeff\x85"), max_size=40)
+syntax = st.lists(
+    st.sampled_from(
+        ["epochs", "norm", "kind", ": ", ":", "\n", "\n  ", "- ", "{", "}", "[", "]", ",", "&a ", "*a", "<<", "!!",
+         "!!python/name:os.system", "!!binary ", "!!set ", "!!timestamp ", "!!int ", "!!bool ",
+         "!!float ", "|", ">", "'", '"', "#", "---\n", "...\n",
+         "%YAML 1.1", "?", "null", "1", "0x1f", "1_0", "1:30", ".inf", ".nan", "yes", "=", "\t", "@", "`"]
+    ), max_size=12,
+).map("".join)  # fmt: skip
+
+
+@fuzz
+@given(text=yaml_text | syntax)
+@example(text="!!timestamp ")
+@example(text="epochs: !!int ''")
+@example(text="resume: !!bool x")
+def test_arbitrary_text_in_a_file(file, text):
+    file.write_text(text, encoding="utf-8")
+    outcome(["--config", str(file)])
+
+
+@fuzz
+@given(document=documents)
+@example(document={"config": "c.yaml"})
+@example(document={"epochs": {}})
+@example(document={"norm": {"kind": {"a": 1}}})
+def test_real_names_with_values_of_any_type(file, document):
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    outcome(["--config", str(file)])
+
+
+@fuzz
+@given(values=st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, scalars)))
+def test_every_field_with_a_value_of_any_type(file, values):
+    document: dict[str, typing.Any] = {}
+    for name, value in values.items():
+        group, _, leaf = name.rpartition(".")
+        (document.setdefault(group, {}) if group else document)[leaf] = value
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    outcome(["--config", str(file)])
+
+
+words = scalars.map(str) | st.text(max_size=10) | syntax
+options = names.map(lambda name: f"--{name}") | st.sampled_from(["-h", "--", "-", "--norm.kind+", "--no_resume", "-1"])
+flags = st.lists(options | words | st.tuples(options, words).map("=".join), max_size=5)
+
+
+@fuzz
+@given(argv=flags)
+@example(argv=["--print_config=x"])
+@example(argv=["--config", "{a: 1}"])
+@example(argv=["--config", ""])
+@example(argv=["--help"])
+def test_arbitrary_flags(file, argv):
+    outcome(argv)
+
+
+@fuzz
+@given(name=st.sampled_from(FIELDS), value=words)
+@example(name="resume", value="0\x1e0")
+@example(name="norm.groups", value="100000000000000")
+@example(name="epochs", value="!!timestamp ")
+@example(name="epochs", value="!!int ''")
+@example(name="norm.groups", value="!!bool x")
+@example(name="lr", value="&a [*a]")
+def test_a_flag_with_any_value(file, name, value):
+    found = outcome([f"--{name}={value}"])
+    if isinstance(found, str) and "!!" not in value:
+        assert name.split(".")[0] in found  # the line names the field, or at least its group

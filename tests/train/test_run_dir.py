@@ -1,0 +1,312 @@
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.runtime.errors import UsageError
+from common.train import run_dir as module
+from common.train.run_dir import (
+    RunFolder,
+    environment,
+    environment_json,
+    find_run,
+    note_session,
+    recorded_threads,
+)
+
+FILES = {"config.yaml": "seed: 0\n"}
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from common.train.run_dir import RunFolder
+run = RunFolder.reopen(Path(sys.argv[1]))
+if os.fork() == 0:  # a child, as loader workers are, outlives the process
+    time.sleep(60)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_fresh_names_count_up(tmp_path):
+    names = []
+    for _ in range(3):
+        run = RunFolder.create(tmp_path, None, "digits-ucb-seed0", FILES)
+        names.append(run.path.name)
+        run.close()
+        (tmp_path / "digits-ucb-seed0-2").mkdir(exist_ok=True)  # empty, and somebody's
+    assert names == ["digits-ucb-seed0", "digits-ucb-seed0-3", "digits-ucb-seed0-4"]
+    assert not list((tmp_path / "digits-ucb-seed0-2").iterdir())
+    assert (tmp_path / names[2] / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_a_given_name_that_exists_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    with pytest.raises(UsageError, match=r"name: .*mine exists; add --resume"):
+        RunFolder.create(tmp_path, "mine", "default", FILES)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_in_the_folders_place_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UsageError, match="out: cannot write to"):
+        RunFolder.create(tmp_path / "runs" / "cbgan", None, "default", FILES)
+
+
+def test_a_run_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_text_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.create(tmp_path, None, "default", FILES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_refuses_a_second_process_and_dies_with_its_own_whatever_its_children_do(tmp_path):
+    RunFolder.create(tmp_path, "run", "default", FILES).close()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            with pytest.raises(UsageError, match="in use by another process"):
+                RunFolder.reopen(tmp_path / "run")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            RunFolder.reopen(tmp_path / "run").close()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+SESSION = {
+    "device": "cpu",
+    "threads": 2,
+    "world": 1,
+    "python": "3.11.7",
+    "versions": {"torch": "2.11.0", "triton": None},
+    "hardware": {"cpu": "A", "cores": 2, "memory_gib": 8, "gpu": None},
+    "backend": "eager",
+    "commit": "abc",
+}
+
+
+def changed(field: str, value: object) -> dict:
+    group, _, name = field.partition(".")
+    return SESSION | ({group: SESSION[group] | {name: value}} if name else {group: value})
+
+
+def write_sessions(folder, *sessions):
+    (folder / "environment.json").write_text(environment_json(list(sessions)))
+
+
+def sessions(folder) -> list[dict]:
+    return json.loads((folder / "environment.json").read_text())["sessions"]
+
+
+def test_a_session_like_the_last_one_is_appended_without_a_word(tmp_path):
+    session = environment(torch.device("cpu"), backend="auto")
+    write_sessions(tmp_path, session)
+    assert session["versions"]["torch"] == torch.__version__
+    assert note_session(tmp_path, session) == []
+    assert sessions(tmp_path) == [session, session]
+
+
+ELSEWHERE = {"device": "cuda", "threads": 7, "python": "3.12.1", "versions.torch": "2.12.0",
+             "versions.triton": "3.4.0", "hardware.cpu": "B", "hardware.gpu": "C"}  # fmt: skip
+
+
+def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path):
+    for field, value in ELSEWHERE.items():
+        write_sessions(tmp_path, SESSION)
+        session = changed(field, value)
+        (line,) = note_session(tmp_path, session)
+        before = (SESSION | SESSION["versions"] | SESSION["hardware"])[field.split(".")[-1]]
+        assert line.startswith(f"{field}: the run used {before}, this process has {value}; ")
+        assert "last bits" in line
+        assert "\n" not in line
+        assert sessions(tmp_path) == [SESSION, session]
+        assert note_session(tmp_path, session) == []  # as the last session, if not as the first
+    for field, value in (("hardware.memory_gib", 64), ("hardware.cores", 64), ("commit", "def")):
+        write_sessions(tmp_path, SESSION)
+        assert note_session(tmp_path, changed(field, value)) == []  # what no result depends on
+
+
+def test_another_backend_of_the_layers_is_refused_on_the_same_kind_of_device(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    with pytest.raises(
+        UsageError, match=r"^backend: the run's .* by eager, .* by compiled; start it with CXX=none"
+    ) as one:
+        note_session(tmp_path, changed("backend", "compiled"))
+    assert "\n" not in str(one.value)
+    assert sessions(tmp_path) == [SESSION]
+    write_sessions(tmp_path, changed("backend", "compiled"))
+    with pytest.raises(UsageError, match=r"^backend: .* by compiled, .* by eager; install the C\+\+ compiler"):
+        note_session(tmp_path, SESSION)
+
+
+def test_a_backend_that_comes_with_another_device_goes_with_a_line(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    lines = note_session(tmp_path, changed("backend", "triton") | {"device": "cuda"})
+    assert [line.split(":")[0] for line in lines] == ["device", "backend"]
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    write_sessions(tmp_path, SESSION)
+    with pytest.raises(UsageError, match=r"^world: the run used 1, .* has 4; .* torchrun --nproc-per-node 1$"):
+        note_session(tmp_path, changed("world", 4))
+    assert sessions(tmp_path) == [SESSION]
+
+
+def test_the_threads_to_keep_are_those_of_the_last_session(tmp_path):
+    write_sessions(tmp_path, SESSION, changed("threads", 5))
+    assert recorded_threads(tmp_path) == 5
+
+
+BAD_SESSIONS = {
+    "missing": None,
+    "empty": b"",
+    "half": b'{"sessions": [{"wor',
+    "no text": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "another object": b"{}",
+    "sessions of no kind": b'{"sessions": 3}',
+    "no session": b'{"sessions": []}',
+    "a session of no kind": b'{"sessions": [1]}',
+    "threads in words": b'{"sessions": [{"world": 1, "threads": "two"}]}',
+    "threads that are true": b'{"sessions": [{"world": 1, "threads": true}]}',
+    "no threads": b'{"sessions": [{"world": 1, "threads": 0}]}',
+    "threads not noted": b'{"sessions": [{"world": 1}]}',
+}
+
+
+@pytest.mark.parametrize("read", [recorded_threads, lambda path: note_session(path, SESSION)], ids=["threads", "note"])
+def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path, read):
+    file = tmp_path / "environment.json"
+    for content in BAD_SESSIONS.values():
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UsageError, match=f"^name: {file} .* expected {{") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+        assert not file.exists() if content is None else file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [("lock", RunFolder.reopen), ("environment.json", lambda path: note_session(path, SESSION))],
+    ids=["lock", "session"],
+)
+def test_a_folder_that_may_only_be_read_is_one_line(tmp_path, monkeypatch, name, use):
+    write_sessions(tmp_path, SESSION)
+    opened = os.open
+    for code in (errno.EROFS, errno.EACCES, errno.EPERM):
+
+        def refuse(path, flags, *mode, code=code, **options):
+            if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+                raise OSError(code, os.strerror(code), path)
+            return opened(path, flags, *mode, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            with pytest.raises(
+                UsageError, match=rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"
+            ):
+                use(tmp_path)
+        assert sessions(tmp_path) == [SESSION]
+
+
+def test_a_full_disk_is_not_taken_for_one_that_may_only_be_read(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.reopen(tmp_path)
+
+
+def test_a_file_system_without_locks_is_told_apart_from_a_run_in_use(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UsageError, match=f"^name: {tmp_path} cannot be locked \\(No locks available\\)"):
+        RunFolder.reopen(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_commit_is_that_of_the_code_and_marked_where_the_code_has_changed(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit() -> str | None:
+        return environment(torch.device("cpu"))["commit"]
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "code.py"))
+    assert commit() is None
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", "code.py")
+    git("commit", "-m", "First")
+    git("tag", "-a", "v1", "-m", "v1")  # a commit's number stays what is noted
+    assert commit() == git("rev-parse", "HEAD")
+    assert len(git("rev-parse", "HEAD")) == 40
+    (tmp_path / "code.py").write_text("2")
+    assert commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_a_session_tells_how_it_was_started_and_on_what(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "cbgan.train", "--out", "my runs"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    session = environment(torch.device("cuda", 1), backend="eager")
+    assert session["command"] == "python -m cbgan.train --out 'my runs'"
+    assert (session["world"], session["threads"], session["device"], session["backend"]) == (3, 6, "cuda", "eager")
+    assert session["hardware"]["gpu"] == "card 1"
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    assert session["hardware"]["memory_gib"] == pytest.approx(int(memory.split()[1]) / 2**20, rel=0.05)
+    assert environment(torch.device("cpu"))["hardware"]["gpu"] is None
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert session["hardware"]["cpu"] in (models or [platform.machine()])
+
+
+def test_a_run_to_go_on_with_is_found_or_those_that_are_there_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"^name: .*ghost is not a run that can be resumed; there are no runs there$"):
+        find_run(tmp_path, "ghost")
+    for name in ("two", "one"):
+        RunFolder.create(tmp_path, name, "default", FILES).close()
+    (tmp_path / "ghost").mkdir()
+    assert find_run(tmp_path, "one") == tmp_path / "one"
+    with pytest.raises(UsageError, match=r"; runs there: one, two$"):
+        find_run(tmp_path, "ghost")
+
+
+def test_a_name_taken_by_a_link_to_nowhere_is_taken(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"^name: .*run exists; add --resume"):
+        RunFolder.create(tmp_path, "run", "default", FILES)
+
+
+def test_the_time_of_a_start_is_utc():
+    started = environment(torch.device("cpu"))["started"]
+    assert started.startswith(time.strftime("%Y-", time.gmtime()))
+    assert started.endswith("+00:00")
