@@ -1,17 +1,17 @@
-"""What all Triton kernels share, and those of ``cluster_norm``; imported only where one is to run or be compiled.
+"""Functions of all Triton kernels, and the kernels of ``cluster_norm``; imported when one runs or is compiled.
 
-Every activation is (N, C, L) with three strides, or (1, C, N * L) where samples and positions can be walked as
-one, and every kernel takes it in tiles of BLOCK_L locations by BLOCK_C channels. JOINT says that a tile holds
-one whole group of channels, which share a posterior (BLOCK_L, 1); otherwise each channel has its own (BLOCK_L,
-BLOCK_C). Arithmetic is in float32. A program walks over several tiles of one block of channels and leaves its sums to
-a second, small kernel: no atomics, so results repeat bit for bit.
+Every activation is (N, C, L) with three strides, or (1, C, N * L) where samples and positions join, and every kernel
+reads it in tiles of BLOCK_L locations by BLOCK_C channels. JOINT: a tile holds one whole group of channels, which share
+a posterior (BLOCK_L, 1); otherwise each channel has its own (BLOCK_L, BLOCK_C). Arithmetic is in float32. A program
+loops over several tiles of one block of channels and leaves its sums to a second, small kernel: no atomics, so that
+results repeat bit for bit.
 
 Offsets are int64, since an activation may hold more than 2^31 elements.
 
 Where each sample has a cluster, a tile is (BLOCK_S, BLOCK_L, BLOCK_C), of several samples where maps are small.
 Tables of means and variances (K, C) have strides, and a row (C,) to add to each where they are made by linear layers.
-STORED: variances are log-variances. UNKNOWN: an id of -1 is an unknown cluster, whose samples are left to kernels of
-their own, which take far more registers, in tiles of UNKNOWN_L locations by all channels, UNKNOWN_C of at least C.
+STORED: variances are log-variances. UNKNOWN: an id of -1 is an unknown cluster, whose samples have their own kernels,
+which need far more registers, in tiles of UNKNOWN_L locations by all channels, UNKNOWN_C of at least C.
 """
 
 # ruff: noqa: PLR0912, PLR0915 - Triton folds branches on constants, which must stand alone

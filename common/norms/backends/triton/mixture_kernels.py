@@ -1,14 +1,14 @@
-"""The Triton kernels that walk over an activation for a mixture: moments, output, and the two passes backward.
+"""The Triton kernels that read an activation for a mixture: moments, output, and the two passes backward.
 
-``tiles`` has what they do with a tile. A program walks over several tiles of a block of channels; the first
-kernel leaves the mixture as a state to those after it, since moving averages change the parameters meanwhile.
+``tiles`` has their work on a tile. A program loops over several tiles of a block of channels. The first kernel leaves
+the mixture as a state to the next ones, since moving averages change the parameters meanwhile.
 
-Where channels have posteriors of their own and hold few locations, a program is a channel. It walks over all its
-locations twice, the second time where its multiprocessor's cache still holds them: an activation is read from memory
-once. A tile is BLOCK_S samples by BLOCK_L positions; offsets in a channel fit in 32 bits.
+Where channels have posteriors of their own and few locations, a program takes a channel. It reads all its locations
+twice, then from its multiprocessor's cache: an activation is read from memory once. A tile is BLOCK_S samples
+by BLOCK_L positions; offsets in a channel fit in 32 bits.
 
-``cluster_kernels`` says what is common to all kernels, ``parameter_kernels`` has those that touch no activation. FLAT:
-all locations of the batch are one step apart.
+``cluster_kernels`` describes all kernels; ``parameter_kernels`` has those that touch no activation. FLAT: all locations
+of the batch are one stride apart.
 """
 
 # ruff: noqa: RUF005, PLR0915, SIM108 - Triton compiles no stars in tuples, and folds branches on constants

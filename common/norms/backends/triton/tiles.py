@@ -1,8 +1,8 @@
-"""What every Triton kernel of a mixture does with a tile: the mixture's rows, posteriors, sums and gradients.
+"""The work of a mixture's Triton kernels on a tile: the mixture's rows, posteriors, sums and gradients.
 
-A kernel takes what a loop needs of the mixture as rows (1, BLOCK_C), one a component, before the loop: the mean, the
-scale and the constant of a log density in base 2, the weight of the output. They are found from the parameters, or
-stand as planes (K, C) in a *state*. Sums are kept at each place of a tile and added up across threads after the loop.
+Before its loop a kernel loads rows (1, BLOCK_C) of each component: the mean, the scale and the constant of a log
+density in base 2, and the weight of the output. They are computed from the parameters, or are planes (K, C) of a
+*state*. Sums are kept at each place of a tile and added up across threads after the loop.
 
 STORED: parameters are logits, mean and log-variance; otherwise log weights, mean and variance. JOINT: a tile holds one
 group of channels, which share a posterior.
