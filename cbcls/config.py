@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.runtime.fields import MAY_CHANGE
 from common.runtime.paths import texts_to_paths
 from common.train.config import RunConfig

@@ -13,7 +13,7 @@ from common.data.config import DataConfig
 from common.data.names import DATA_SETS
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.runtime.fields import MAY_CHANGE, named
 from common.runtime.paths import texts_to_paths
 from common.train.config import RunConfig, ScheduleConfig

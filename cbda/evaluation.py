@@ -17,7 +17,7 @@ from common.data import ImageSet, to_input
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.reports.sheet import Verdict, captioned_sheet
 from common.runtime.atomic import write_atomic, write_text_atomic
 from common.runtime.device import autocast

@@ -7,7 +7,7 @@ from cbgan.networks.augmentation import KINDS
 from cbgan.networks.losses import Loss
 from common.data.config import DataConfig
 from common.metrics.fid import FidConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.runtime.fields import MAY_CHANGE
 from common.train.config import BestConfig, RunConfig, ScheduleConfig
 

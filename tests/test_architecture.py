@@ -10,23 +10,18 @@ ROOT = Path(__file__).parents[1]
 APPLICATIONS = ("cbgan", "cbda", "cbcls")
 LAYERS = {
     "common/norms",
-    "common/norms/estimation",
     "common/norms/backends",
-    "common/norms/native",
-    "common/norms/kernels",
+    "common/norms/backends/cpu",
+    "common/norms/backends/triton",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     # Everything may import common/registry.py, and but for the layers common/runtime; what is not listed is forbidden.
     "common": set(),
     "common/runtime": set(),
     "common/norms/backends": set(),
-    "common/norms/native": {"common/norms/backends"},
-    "common/norms/kernels": {"common/norms/backends"},
-    "common/norms/estimation": {"common/norms/backends", "common/norms/native"},
-    "common/norms": {
-        "common/norms/estimation", "common/norms/backends", "common/norms/native", "common/norms/kernels",
-    },
-    "common/norms/surgery": {"common/norms", "common/norms/backends", "common/norms/estimation"},
+    "common/norms/backends/cpu": {"common/norms/backends"},
+    "common/norms/backends/triton": {"common/norms/backends"},
+    "common/norms": {"common/norms/backends", "common/norms/backends/cpu", "common/norms/backends/triton"},
     "common/data/reading": {"common/data"},
     "common/data/sets": {"common/data", "common/data/reading"},
     "common/data": set(),
@@ -58,6 +53,9 @@ COMMANDS = {
     **{f"common/norms/{name}.py": {*LAYERS, "common/train"} for name in ("bench", "doctor")},
 }
 """Commands that use more than the folder they are in."""
+ANYWHERE = {"common/registry.py", "common/__init__.py"}
+UNDER_BACKENDS = {f"common/norms/{name}.py" for name in ("__init__", "mixture", "seeding")}
+"""What backends may import of the folder above theirs: the rules that all of them follow, by name or as modules."""
 ENTRANCES = {"__init__.py", "__main__.py"}
 """Of a package: they show its public names from wherever they are, or start its command."""
 
@@ -100,7 +98,7 @@ def test_a_folder_imports_what_it_may(folder):
             place, name = str(target.parent.relative_to(ROOT)), str(target.relative_to(ROOT))
             if name in COMMANDS:
                 assert own in COMMANDS or folder in APPLICATIONS, f"{own} imports {name}"
-            elif name not in ("common/registry.py", "common/__init__.py"):
+            elif name not in ANYWHERE and not (name in UNDER_BACKENDS and folder.startswith("common/norms/")):
                 low = place == "common/runtime" and (folder not in LAYERS or own in COMMANDS)
                 assert low or place in allowed, f"{own} imports {name}"
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from common.norms import clusters, convert_norms, converted
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.runtime.seeding import derive
 
 SOURCE, TARGET, UNKNOWN = 0, 1, -1

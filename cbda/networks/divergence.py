@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from common.norms.factory import DomainBatchNorm
-from common.norms.layer import NormLayer
+from common.norms.base import NormLayer
+from common.norms.baselines import DomainBatchNorm
 
 IMAGES = "images"
 """What the channels of the network's input are called, beside those of its layers."""

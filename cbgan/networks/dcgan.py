@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from common.norms.config import NormConfig
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.runtime.seeding import derive
 
 _SLOPE = 0.2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.norms import clusters
-from common.norms.layer import NormLayer
+from common.norms.base import NormLayer
 from common.runtime.errors import UsageError
 
 

@@ -1,17 +1,19 @@
 """Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
 
 from .backends.reference import Moments
-from .em_norm import MixtureNorm
-from .factory import BatchNorm, DomainBatchNorm, InstanceNorm, make_norm, register_norm
-from .functional import cluster_norm, mixture_norm
+from .baselines import BatchNorm, DomainBatchNorm, InstanceNorm
+from .calibrate import calibrate, preserved_statistics, recalibrate, statistics_layers
+from .cluster_context import WithClusters, clusters
+from .convert import convert_norms, converted, revert_norms, scb_state_from_base, ucb_state_from_batch_norm
 from .health import Health, collect_health, health, log_scalars, mixture_layers
-from .supervised import SCBNorm, SCBNormBase
-from .surgery.calibration import calibrate, preserved_statistics, recalibrate, statistics_layers
-from .surgery.convert import convert_norms, converted, revert_norms
-from .surgery.norm_act import NormAct, norm_act
-from .surgery.routing import WithClusters, clusters
-from .surgery.state_dicts import scb_state_from_base, ucb_state_from_batch_norm
-from .unsupervised import UCBNorm
+from .mixture_norm import MixtureNorm
+from .norm_act import NormAct, norm_act
+from .registry import make_norm, register_norm
+from .scb_norm import SCBNorm, SCBNormBase
+from .ucb_norm import UCBNorm
+
+# isort: split
+from .functional import cluster_norm, mixture_norm  # after the module that has the name of the second
 
 __all__ = [
     "BatchNorm",

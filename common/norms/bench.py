@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
-from common.norms.factory import make_norm
+from common.norms.registry import make_norm
 from common.runtime.cli import parse
 from common.runtime.command import run_command
 from common.runtime.device import resolve_device, set_threads
@@ -27,7 +27,7 @@ TIMED: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...], tup
     "cpu": (SHAPES, (torch.float32,), (FORWARD, BOTH)),
     "cuda": (GPU_SHAPES, (torch.float32, torch.bfloat16), (EVALUATION, FORWARD, BOTH)),
 }
-"""What is timed, by a device's type: shapes, precisions of activations, passes."""
+"""Shapes, precisions and passes to time, by a device's type."""
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 PLACES = {
@@ -198,7 +198,7 @@ def memory_row(shape: tuple[int, ...], backends: list[str], device: torch.device
 def memory(layer: nn.Module, x: Tensor, g: Tensor) -> str:
     """Return what a layer keeps for the backward pass and holds at most in training, in sizes of x."""
     run = step(layer.train(), x, g, backward=True)
-    run()  # what is made once, such as compiled code, is not counted
+    run()  # compilation is not counted
     return " / ".join(f"{amount / x.nbytes:.2f}" for amount in (saved_bytes(run), peak_bytes(run, x.device)))
 
 
@@ -215,7 +215,7 @@ def table1_rows(shape: tuple[int, ...], rounds: int, device: torch.device) -> li
             layer.train(passes != EVALUATION)
         runs = {name: step(layer, x, g, backward=passes == BOTH) for name, layer in layers.items()}
         for run in runs.values():
-            milliseconds(run, 1, device)  # what is made once, such as compiled code, is not counted
+            milliseconds(run, 1, device)  # compilation is not counted
         times = compare(runs, rounds, device)
         for name, measured in times.items():
             bn = times["BN"]
@@ -242,7 +242,7 @@ def head(titles: Sequence[str]) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Return on what numbers are measured, and of which code."""
+    """Return the machine and the code that numbers were measured with."""
     found = environment(device)
     hardware, versions = found["hardware"], found["versions"]
     code = f"torch {versions['torch']}, Python {found['python']}, commit {found['commit']}"
@@ -255,7 +255,7 @@ def runnable(device: torch.device) -> list[str]:
 
 
 def refusal(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Say why a backend cannot run on the device in a precision, or return None if it can."""
+    """Return why a backend cannot run on the device in a precision, or None if it can."""
     try:
         functional.choose_backend(backend, torch.empty(0, device=device, dtype=dtype), COMPONENTS)
     except ValueError as refused:
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: a device or backend that is none, or cannot be used here.
+        UsageError: an unknown device or backend, or one that cannot run here.
     """
     cfg = parse(BenchConfig, argv, prog="python -m common.norms.bench")
     device = resolve_device(cfg.device)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import checks, functional
-from .factory import BUILT_IN, MIXTURES, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
+from . import functional
+from .registry import BUILT_IN, MIXTURES, WITHOUT_COMPONENTS, check_kind, default_options, kinds, make_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,13 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         check_kind("norm.kind", self.kind)
-        checks.check_size("norm.num_components", self.num_components)
+        functional.check_size("norm.num_components", self.num_components)
         accepted, given = default_options(self.kind), self._given()
         for name, value in given.items():
             if name not in accepted:
                 raise ValueError(f"norm.{name}: {value} means nothing to norm.kind {self.kind}; leave it out")
         if self.groups is not None:
-            checks.check_size("norm.groups", self.groups)
+            functional.check_size("norm.groups", self.groups)
             given["groups"] = 1
         if self.kind in BUILT_IN:  # of others nobody knows which sizes they take
             # A small layer refuses what this one would, which may need more memory than there is.
@@ -66,7 +66,7 @@ class NormConfig:
         """Raise ValueError, with the field's dotted name, unless the layer can have so many channels."""
         if self.groups is not None:
             try:
-                checks.check_groups(self.groups, num_features)
+                functional.check_groups(self.groups, num_features)
             except ValueError as error:
                 raise ValueError(f"norm.{error}") from None
         if self.kind not in BUILT_IN:

@@ -37,7 +37,7 @@ TIMED: dict[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {
         for dtype in (torch.float32, torch.bfloat16)
     ),
 }
-"""Shapes and precisions of what is timed, by the device's type."""
+"""Shapes and precisions to time, by the device's type."""
 ROUNDS = 5
 ACCESSES = {"SCB": (2, 2, 5), "UCB joint": (2, 3, 8), "UCB channel-wise": (2, 3, 8)}
 """The least times that x, y, g and dx are read or written, together, by layers at their defaults: in evaluation, and in
@@ -101,7 +101,7 @@ def _mixture(case: Case, backend: str, *, groups: int, statistics: str) -> Resul
 
 
 def checks() -> Iterator[Check]:
-    """Yield what is compared."""
+    """Yield the comparisons."""
     for ids in ("known", "mixed", "unknown"):
         yield Check(f"SCB, {ids} ids", partial(_cluster, ids=ids, posterior="location"), of_clusters=True)
     yield Check("SCB, unknown ids, by sample", partial(_cluster, ids="unknown", posterior="sample"), of_clusters=True)
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; the exit status is 1 if a backend that can run disagrees.
 
     Raises:
-        UsageError: the device is none, or is not there.
+        UsageError: an unknown or missing device.
     """
     cfg = parse(DoctorConfig, argv, prog="python -m common.norms.doctor")
     device = resolve_device(cfg.device)

@@ -1,39 +1,166 @@
-"""The two primitives of the family, checked, and sent to a backend."""
+"""The checks of arguments, the choice of a backend, and the two primitives of the family as functions."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from numbers import Integral, Real
+from typing import TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
-from .backends import capture, closed_form, reference
-from .backends.reference import Moments, Scale, Statistics, UnknownPosterior, UnknownScale
-from .checks import (
-    check_choice,
-    check_cluster_or_unknown,
-    check_device,
-    check_eps,
-    check_groups,
-    check_input,
-    check_mean,
-    check_parameter,
-)
-from .kernels import cluster_operators, launch, operators
-from .native import loops
+from .backends import graphs
+from .backends.backend import Backend, ClusterOptions, ClusterParams, Options, Reference
+from .backends.cpu import library
+from .backends.cpu.library import Cpu
+from .backends.eager import Eager
+from .backends.reference import MixtureParams, Moments, Scale, Statistics, UnknownPosterior, UnknownScale
+from .backends.triton import launch
+from .backends.triton.backend import Triton
 
-BACKENDS = ("auto", "reference", "eager", "compiled", "triton")
-LEAST_VALUES = {"joint": 1 << 14, "single": 1 << 14}
+GIVE_IDS = "call the layer with its samples' cluster ids: layer(x, ids)"
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether value is a whole number of an integer type; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object) -> int:
+    """Raise ValueError unless value is a whole number."""
+    if not is_integer(value):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    return int(value)
+
+
+def check_size(name: str, value: object) -> int:
+    """Raise ValueError unless value is a whole number of at least 1."""
+    size = check_whole(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: expected at least 1, got {size}")
+    return size
+
+
+def check_groups(groups: object, channels: int) -> int:
+    """Raise ValueError unless groups is a positive divisor of channels."""
+    if not is_integer(groups) or groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of {channels}, got {groups!r}")
+    return int(groups)
+
+
+def check_eps(eps: object) -> float:
+    """Raise ValueError unless eps is a positive, finite number."""
+    if not _is_number(eps) or not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a positive, finite number, got {eps!r}")
+    return float(eps)
+
+
+def check_momentum(momentum: object) -> float:
+    """Raise ValueError unless momentum is a number from 0 to 1."""
+    if not _is_number(momentum) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: expected 0 to 1, got {momentum!r}")
+    return float(momentum)
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise ValueError unless dtype is None or a real floating-point one."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
+
+
+def describe(value: object) -> str:
+    """Return a tensor's dtype and shape, or the type of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_input(x: object, channels: int, dim: int = 1) -> None:
+    """Raise ValueError unless x is a floating-point tensor with a batch, and so many channels in dimension dim."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError(f"x: expected a floating-point tensor, got {describe(x)}")
+    if x.ndim < 2 or not -x.ndim < dim < x.ndim or x.shape[dim] != channels:
+        raise ValueError(f"x: expected {channels} channels in dimension {dim}, got {tuple(x.shape)}")
+
+
+def check_training_batch(x: Tensor, channels: int) -> None:
+    """Raise ValueError if x holds one value per channel, which has no variance."""
+    if x.numel() == channels:
+        raise ValueError(f"x: expected more than one value per channel in training, got {tuple(x.shape)}")
+
+
+def check_positions(x: Tensor) -> None:
+    r"""Raise ValueError if a sample of x (N, C, \*) holds one value per channel, which has no variance."""
+    if math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"x: expected more than one position to take statistics of, got {tuple(x.shape)}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
+    """Raise ValueError unless the tensor is on the device, which is that of ``whose``."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, as {whose}, got one on {tensor.device}")
+
+
+def check_parameter(name: str, tensor: object, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise ValueError unless tensor is floating-point, of the shape, and on x's device."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
+        raise ValueError(f"{name}: expected a floating-point {tuple(shape)}, got {describe(tensor)}")
+    check_device(name, tensor, x.device, "x")
+
+
+def check_mean(mean: object) -> None:
+    """Raise ValueError unless mean is a floating-point (K, C) with at least one row."""
+    if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.ndim != 2 or len(mean) < 1:
+        raise ValueError(f"mean: expected a floating-point (K, C) with K of at least 1, got {describe(mean)}")
+
+
+def check_cluster(cluster: object, x: Tensor, num_clusters: int, lowest: int, remedy: str | None = None) -> None:
+    """Raise ValueError unless cluster is int64 (N,) on x's device, IndexError (CPU only) for an id beyond range.
+
+    ``remedy`` says how ids are given, where there are none.
+    """
+    if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.shape != x.shape[:1]:
+        message = f"cluster: expected an int64 tensor ({len(x)},), got {describe(cluster)}"
+        raise ValueError(f"{message}; {remedy}" if remedy and cluster is None else message)
+    check_device("cluster", cluster, x.device, "x")
+    if not graphs.unseen() and cluster.device.type == "cpu" and len(cluster):
+        low, high = (int(v) for v in cluster.aminmax())
+        if low < lowest or high >= num_clusters:
+            wrong = low if low < lowest else high
+            raise IndexError(f"cluster: expected ids from {lowest} to {num_clusters - 1}, got {wrong}")
+
+
+def check_cluster_or_unknown(
+    cluster: object, x: Tensor, num_clusters: int, allow_unknown: bool, remedy: str | None = None
+) -> None:
+    """Check as ``check_cluster``; -1 and None stand for unknown clusters where these are allowed, as in evaluation."""
+    if cluster is not None:
+        check_cluster(cluster, x, num_clusters, lowest=-1 if allow_unknown else 0)
+    elif not allow_unknown:
+        message = f"cluster: expected an int64 tensor ({len(x)},) in training, got None"
+        raise ValueError(f"{message}; {remedy}" if remedy else message)
+
+
+IMPLEMENTED: dict[str, Backend] = {"reference": Reference(), "eager": Eager(), "compiled": Cpu(), "triton": Triton()}
+BACKENDS = ("auto", *IMPLEMENTED)
+LEAST_VALUES = 1 << 14
 """Values of an activation from which "auto" takes compiled loops on a CPU.
 
-Measured at commit 7c56381 on a core of an AMD EPYC: they save 2 ms of a training step there and 30 at a million values,
-while their compiler takes 2 s (the table is in docs/benchmarks.md). They are faster below too, where too few steps are
-made for that."""
+Measured at commit 7c56381 on a core of an AMD EPYC: they save 2 ms of a training step there, and 30 ms at a million
+values (docs/benchmarks.md). Below they are faster too, but rarely make up for the 2 s of their compiler."""
 
 
 def check_backend(backend: str, num_components: int = 0) -> None:
-    """Raise ValueError unless backend is one, and one for mixtures of K components, or for clusters where K is 0."""
+    """Raise ValueError unless the backend exists, for mixtures of K components or, where K is 0, for clusters."""
     check_choice("backend", backend, BACKENDS)
-    if backend == "compiled" and (reason := loops.refusal_of_components(num_components)):
+    if backend == "compiled" and (reason := library.refusal_of_components(num_components)):
         raise ValueError(f"backend: 'compiled' {reason}")
 
 
@@ -46,28 +173,28 @@ def choose_backend(
 ) -> str:
     """Return the backend that computes x with these parameters.
 
-    "auto" is triton where its kernels can run on a GPU, and compiled on a CPU for mixtures of K components where
-    the loops of ``native`` can and x is large enough; else eager. Under torch.func and in exported graphs it is
+    "auto" is triton on a GPU where its kernels can run; compiled on a CPU for mixtures of K components, where the loops
+    of ``backends.cpu`` can and x is large enough; else eager. Under torch.func and in exported graphs the answer is
     reference, whatever was asked for.
 
     Raises:
-        ValueError: backend is no backend, or one that cannot run here, with the reason.
+        ValueError: an unknown backend, or one that cannot run here, with the reason.
     """
     check_backend(backend, num_components)
-    if capture.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
+    if graphs.exported() and (backend != "triton" or torch.onnx.is_in_onnx_export()):
         return "reference"  # the equations themselves: operators of torch alone
-    if capture.transformed():
-        return "reference"  # of which torch takes any derivative
+    if graphs.transformed():
+        return "reference"  # torch takes any derivative of it
     if backend == "compiled":
         if torch.compiler.is_compiling():
             return "eager"  # no graph can hold the loops
-        if reason := loops.refusal(x, num_components, *parameters):
+        if reason := library.refusal(x, num_components, *parameters):
             raise ValueError(f"backend: 'compiled' {reason}")
     if backend not in ("auto", "triton"):
         return backend
     if backend == "auto" and not x.is_cuda:
-        pays = num_components > 0 and x.numel() >= LEAST_VALUES["joint" if group_channels > 1 else "single"]
-        return "compiled" if pays and loops.refusal(x, num_components, *parameters) is None else "eager"
+        pays = num_components > 0 and x.numel() >= LEAST_VALUES
+        return "compiled" if pays and library.refusal(x, num_components, *parameters) is None else "eager"
     reason = launch.refusal(x) or launch.mixture_refusal(max(num_components, 1), group_channels)
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' {reason}")
@@ -76,7 +203,7 @@ def choose_backend(
 
 def settled_backend(backend: str, device: torch.device, dtype: torch.dtype, num_components: int) -> str:
     """Return what ``choose_backend`` makes of a backend for a large activation; no components stand for clusters."""
-    return choose_backend(backend, torch.empty(max(LEAST_VALUES.values()), device=device, dtype=dtype), num_components)
+    return choose_backend(backend, torch.empty(LEAST_VALUES, device=device, dtype=dtype), num_components)
 
 
 def _check_tensors(x: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -139,23 +266,11 @@ def cluster_norm(
     check_choice("unknown_scale", unknown_scale, get_args(UnknownScale))
     check_choice("unknown_posterior", unknown_posterior, get_args(UnknownPosterior))
     check_cluster_or_unknown(cluster, x, len(mean), allow_unknown)
-    backend = choose_backend(backend, x)
-    any_unknown = False
-    if cluster is not None:
-        if not allow_unknown and backend != "triton":
-            cluster = cluster.masked_fill(cluster < 0, len(mean))  # a wrong id like any other: NaN on a GPU
-        unasked = cluster.device.type != "cpu" or capture.unseen()
-        any_unknown = allow_unknown and (unasked or bool((cluster == -1).any()))
+    chosen = IMPLEMENTED[choose_backend(backend, x)]
     if x.numel() == 0:
         return empty(x, mean, var)
-    options: Any = {"eps": eps, "unknown_scale": unknown_scale, "unknown_posterior": unknown_posterior}
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == "reference":
-            return reference.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
-        if backend == "triton":
-            options |= {"any_unknown": any_unknown, "allow_unknown": allow_unknown}
-            return cluster_operators.cluster_norm(x, cluster, mean, var, **options)
-        return closed_form.cluster_norm(x, cluster, mean, var, any_unknown=any_unknown, **options)
+    options = ClusterOptions(eps, unknown_scale, unknown_posterior, allow_unknown)
+    return chosen.normalise_clusters(x, cluster, ClusterParams(mean, var), (None, None), options)
 
 
 def mixture_norm(
@@ -215,26 +330,11 @@ def mixture_norm(
     check_choice("scale", scale, get_args(Scale))
     check_choice("statistics", statistics, get_args(Statistics))
     groups = check_groups(groups, mean.shape[1])
-    given = log_lambda, mean, var
-    backend = choose_backend(backend, x, len(mean), mean.shape[1] // groups, (*given, weight, bias))
+    params = MixtureParams(log_lambda, mean, var)
+    given = [t for t in (*params, weight, bias) if t is not None]
+    chosen = IMPLEMENTED[choose_backend(backend, x, len(mean), mean.shape[1] // groups, given)]
     if x.numel() == 0:
         moments = Moments(mean.new_zeros(len(mean), groups), torch.zeros_like(mean), torch.zeros_like(mean))
-        parameters = [t for t in (log_lambda, mean, var, weight, bias) if t is not None]
-        return empty(x, *parameters), moments if statistics == "batch" else None
-    options: Any = {"groups": groups, "eps": eps, "scale": scale, "statistics": statistics}
-    if backend == "compiled":
-        y, state = loops.mixture_norm(reference.flatten(x), given, weight, bias, **options)
-        return y.reshape(x.shape), None if statistics == "learned" else loops.moments_of(state, len(mean), groups)
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == "eager":
-            return closed_form.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
-        if backend == "triton":
-            return operators.mixture_norm(x, log_lambda, mean, var, weight=weight, bias=bias, **options)
-        y, moments = reference.mixture_norm(x, log_lambda, mean, var, **options)
-        return y if weight is None or bias is None else affine(y, weight, bias), moments
-
-
-def affine(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    r"""Scale and shift each channel of y (N, C, \*), in its dtype."""
-    shape = [-1] + [1] * (y.ndim - 2)
-    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)
+        return empty(x, *given), moments if statistics == "batch" else None
+    y, state = chosen.normalise(x, params, (weight, bias), Options(groups, eps, scale, statistics))
+    return y, None if state is None else chosen.moments(state, len(mean), groups)

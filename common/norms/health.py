@@ -1,4 +1,4 @@
-"""Whether the components of a mixture layer live, and whether they tell locations and samples apart."""
+"""Health of mixture layers: usage of the components, and how much the posteriors depend on location and sample."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .backends import reference
-from .unsupervised import MixtureLayer
+from .base import MixtureLayer
 
 LEAST_USAGE = 0.01
 LEAST_INFORMATION = 0.05
-LEAST_CONTENT = 0.02
+LEAST_SAMPLE_INFORMATION = 0.02
 MOST_DEAD_CHANNELS = 0.1
 
 
@@ -36,21 +36,21 @@ class Health:
     1."""
     drift: float
     """Distance from stored to batch component in the same unit, averaged by usage."""
-    content: float | None = None
-    """What the posteriors at one position tell of which sample they belong to, in nats, averaged over positions and
-    groups; None of a single sample, which has nothing to be told from.
+    sample_information: float | None = None
+    """Mutual information of the posteriors and the sample at one position, in nats, averaged over positions and groups;
+    None for a single sample.
 
-    Information is this and what the posteriors tell of the position, which zero padding alone makes differ: at 0 each
-    position has its mixture component whatever the sample, and the layer is a BatchNorm for each region of the map.
+    The rest of information is about the position, for which zero padding suffices. At 0 each position belongs to one
+    component whatever the sample, and the layer is a BatchNorm for each region of the map.
     """
     dead_channels: float = 0.0
     """Share of the groups, with the default one channel each, whose least used component has a usage below 0.01."""
 
     def warnings(self) -> list[str]:
-        """Say what is wrong, in one line each; nothing for K = 1, which cannot fail in these ways.
+        """Return one line for each problem; none for K = 1, which cannot have them.
 
-        What follows from a line is not said again: content is at most information, and where a component is empty
-        on average it is so in many groups.
+        Left out is what follows from another line: sample information is at most information, and a component that is
+        empty on average is empty in many groups.
         """
         if len(self.usage) == 1:
             return []
@@ -64,9 +64,9 @@ class Health:
                 f"information is {self.information:.2g} nats, less than {LEAST_INFORMATION:g}: "
                 "the layer acts as BatchNorm"
             )
-        elif self.content is not None and not self.content >= LEAST_CONTENT:
+        elif self.sample_information is not None and not self.sample_information >= LEAST_SAMPLE_INFORMATION:
             found.append(
-                f"content is {self.content:.2g} nats, less than {LEAST_CONTENT:g}: "
+                f"sample information is {self.sample_information:.2g} nats, less than {LEAST_SAMPLE_INFORMATION:g}: "
                 "the posteriors tell where a location is, not what is there"
             )
         if not found and self.dead_channels > MOST_DEAD_CHANNELS:
@@ -98,7 +98,7 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
     usage = share.mean(1)
     entropy = torch.special.entr(tau).sum(0)  # (N, G, L)
     information = (torch.special.entr(share).sum(0) - entropy.mean((0, 2))).mean()
-    content = (torch.special.entr(tau.mean(1)).sum(0) - entropy.mean(0)).mean()
+    sample_information = (torch.special.entr(tau.mean(1)).sum(0) - entropy.mean(0)).mean()
     dead = 1 - (share.amin(0) >= LEAST_USAGE).to(tau.dtype).mean() if len(share) > 1 else torch.tensor(0.0)
     distance = torch.tensor(math.inf)
     if len(mean) > 1:
@@ -113,7 +113,7 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
         information=float(information),
         distance=float(distance),
         drift=float(drift),
-        content=float(content) if len(x) > 1 else None,
+        sample_information=float(sample_information) if len(x) > 1 else None,
         dead_channels=float(dead),
     )
 
@@ -134,8 +134,8 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
     The dictionary fills as the model runs; a layer that runs twice keeps the last measurement. Each measures
     the stored mixture as it was before the batch, in training and in evaluation mode alike. In training mode
     the run itself would move running statistics and seed layers: on leaving the block every buffer of the
-    model, and every parameter of a mixture layer, is put back as it was. Use it beside the training step, not
-    around it.
+    model, and every parameter of a mixture layer, is put back as it was. Use it between training steps, not
+    around one.
 
     Example:
         >>> with collect_health(model) as found, torch.no_grad():
@@ -172,14 +172,14 @@ def collect_health(model: nn.Module) -> Iterator[dict[str, Health]]:
 
 
 def log_scalars(found: Mapping[str, Health]) -> dict[str, float]:
-    """Flatten to {"health/<layer>/<quantity>": value}; leaves out distance for K = 1, and content of one sample."""
+    """Flatten to {"health/<layer>/<quantity>": value}; no distance for K = 1, no sample_information for one sample."""
     scalars = {}
     for layer, state in found.items():
         values = {
             "usage_min": min(state.usage),
             "effective": state.effective,
             "information": state.information,
-            "content": state.content,
+            "sample_information": state.sample_information,
             "dead_channels": state.dead_channels,
             "distance": state.distance if len(state.usage) > 1 else None,
             "drift": state.drift,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from common.norms.config import NormConfig, settings_of
-from common.norms.factory import BUILT_IN, default_options
+from common.norms.registry import BUILT_IN, default_options
 from common.runtime.cli import flatten
 from common.runtime.errors import UsageError
 from common.train.logging import FINAL, read_metrics

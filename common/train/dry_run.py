@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from common.norms.layer import NormLayer
+from common.norms.base import NormLayer
 from common.train.guard import StepGuard
 from common.train.step import Loss, Metrics, MicroBatch, Step
 from common.train.task import Task

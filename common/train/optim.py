@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from common.norms.layer import NormLayer
+from common.norms.base import NormLayer
 from common.train.config import ScheduleConfig
 
 

@@ -17,8 +17,8 @@ from cbcls.networks.timm_classifier import TimmClassifier
 from cbcls.networks.vit import ViT
 from cbcls.task import ClassifierTask
 from common.norms import BatchNorm, DomainBatchNorm, InstanceNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm
+from common.norms.baselines import NoNorm
 from common.norms.config import NormConfig
-from common.norms.factory import NoNorm
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
 

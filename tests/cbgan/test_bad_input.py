@@ -14,7 +14,7 @@ import cbgan.sample
 import cbgan.train
 from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
-from common.norms.native import loops
+from common.norms.backends.cpu import library
 from common.runtime.cli import parse
 from common.train.checkpoint import Checkpoints
 
@@ -109,7 +109,7 @@ def test_a_configuration_file_that_was_broken_since(run, tmp_path, capsys):
     assert "config.yaml" in refused(capsys, cbgan.train.main, *run)
 
 
-@pytest.mark.skipif(loops.library(3) is None, reason="needs a C++ compiler on the PATH")
+@pytest.mark.skipif(library.library(3) is None, reason="needs a C++ compiler on the PATH")
 def test_a_run_that_began_with_a_compiler_where_there_is_none(run, tmp_path, capsys, monkeypatch):
     before = listing(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -25,7 +25,7 @@ from PIL import Image
 
 from common.data.names import DATA_SETS
 from common.metrics.scores import METRICS
-from common.norms import factory
+from common.norms import registry
 from common.runtime import cli
 from common.runtime.errors import UsageError
 
@@ -165,7 +165,7 @@ def folder(tmp_path, monkeypatch) -> None:
             pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))  # a page shows how to add to these
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))  # a page shows how to add to these
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
     monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
 

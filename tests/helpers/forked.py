@@ -22,7 +22,7 @@ import torch
 
 import common.train.checkpoint
 from common.metrics.extractors import weights_hash
-from common.norms.native import loops
+from common.norms.backends.cpu import library
 from common.runtime.command import run_command
 from common.train.guard import StepGuard
 from common.train.loop import Trainer
@@ -86,7 +86,7 @@ class Hit:
 def run(main: Callable[[list[str]], object], *argv: str, ranks: int = 1, hit: Hit | None = None) -> Outcome:
     """Run a command in one process, or in several as torchrun starts them."""
     for components in (2, 3):
-        loops.library(components)  # else every fork would compile it
+        library.library(components)  # else every fork would compile it
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -24,9 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.norms.backends import recomputation
-from common.norms.backends.namespace import NAMESPACE
-from common.norms.kernels import launch
+from common.norms.backends import checkpointing
+from common.norms.backends.graphs import NAMESPACE
+from common.norms.backends.triton import launch
 
 COMPONENTS = 3
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -162,7 +162,7 @@ def record(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype, layout: str
     arguments = layer.arguments(x)
     recorder = Recorder()
     no_autocast = mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext())  # it takes no meta device
-    unchecked = mock.patch.object(recomputation, "_may_follow", return_value=False)  # whatever hooks count here
+    unchecked = mock.patch.object(checkpointing, "_may_follow", return_value=False)  # whatever hooks count here
     with replaced_kernels(recorder.kernel), no_autocast, unchecked, recorder:
         with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = module(*arguments)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from common.norms import make_norm
 from common.norms.agreement import budget, cluster_results, error, mixture_case, mixture_results
-from common.norms.backends import closed_form, traced
+from common.norms.backends import eager, traced_passes
+from common.norms.backends.cpu import library
 from common.norms.backends.reference import Moments
-from common.norms.native import loops
 
 __all__ = [
     "BACKENDS",
@@ -29,7 +29,7 @@ __all__ = [
     "needs_compiler",
 ]
 
-needs_compiler = pytest.mark.skipif(shutil.which(loops.compiler()) is None, reason="needs a C++ compiler on the PATH")
+needs_compiler = pytest.mark.skipif(shutil.which(library.compiler()) is None, reason="needs a C++ compiler on the PATH")
 BACKENDS = ("reference", "eager", "traced", pytest.param("compiled", marks=needs_compiler))
 """Of mixtures; those of clusters are all but the last."""
 GRADIENTS = ("y", "dx", "dlog_lambda", "dmean", "dvar")
@@ -46,7 +46,7 @@ def backend(name: str) -> Iterator[str]:
     if name != "traced":
         yield name
         return
-    with mock.patch.object(closed_form, "_passes", return_value=traced):
+    with mock.patch.object(eager, "_passes", return_value=traced_passes):
         yield "eager"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from faults import Fault, is_kernel
 from processes import Answer, Job, Work
 
-REDUNDANT = ("tests/norms/kernels/test_kernels.py::test_under_the_interpreter",)
+REDUNDANT = ("tests/norms/backends/triton/test_kernels.py::test_under_the_interpreter",)
 """Tests that only run others, which are run here one by one."""
 RECORD_SECONDS = 1500.0
 BUDGET = 30.0

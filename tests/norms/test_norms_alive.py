@@ -8,10 +8,9 @@ import torch
 from norm_cases import mixture_case
 from torch import Tensor
 
-from common.norms import MixtureNorm, UCBNorm, health
+from common.norms import MixtureNorm, UCBNorm, health, mixture, seeding
 from common.norms.config import NormConfig
-from common.norms.estimation import draws, em
-from common.norms.estimation.em import Fit
+from common.norms.mixture import Components
 
 CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
 
@@ -112,7 +111,7 @@ def test_the_best_additions_are_chosen_group_by_group():
         candidates = mixture_case((3, 5, 4), num=1, seed=seed)[0]  # (K, B, C), K = 3
         _, log_lambda, mean, var, _ = mixture_case((1, 4), num=3, seed=seed + 1)
         new_var, eps = var[:1] / 10, 0.3
-        got = em.best_additions(candidates, Fit(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
+        got = mixture.best_additions(candidates, Components(log_lambda.exp(), mean, var), new_var, groups=2, eps=eps)
         for group in (slice(0, 2), slice(2, 4)):
             points = candidates[..., group].reshape(15, 2)
             old = density(points[:, None], mean[:, group], var[:, group] + eps) @ log_lambda.exp()
@@ -125,8 +124,8 @@ def test_the_best_additions_are_chosen_group_by_group():
 def test_drawn_locations_are_those_of_x():
     x = torch.arange(24.0).view(2, 3, 4)  # location (n, l) is (12 n + l, 12 n + l + 4, 12 n + l + 8)
     cases = ((0, 1), (0, 1), (0, 2), (1, 1))
-    keys = ((draws.key(seed, "reseed"), torch.tensor(step)) for seed, step in cases)
-    a, b, *others = (em.draw_locations(x, 500, *key) for key in keys)
+    keys = ((seeding.key(seed, "reseed"), torch.tensor(step)) for seed, step in cases)
+    a, b, *others = (mixture.draw_locations(x, 500, *key) for key in keys)
     assert torch.equal(a, b)
     assert not any(torch.equal(a, other) for other in others)
     assert sorted({tuple(row) for row in a.tolist()}) == [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from norm_cases import any_norm, mixture_case
 
-from common.norms import checks, cluster_norm, functional, mixture_norm
+from common.norms import cluster_norm, functional, mixture_norm
 
 CLUSTERED = ("dsbn", "scb")
 KINDS = ("bn", "in", "mn", "ucb", *CLUSTERED)
@@ -252,7 +252,7 @@ def test_an_id_beyond_range(kind, options, training, wrong, before_dispatch):
 
 
 def test_ids_on_other_devices_are_not_asked_for():
-    checks.check_cluster(IDS.to("meta"), X.to("meta"), num_clusters=3, lowest=0)
+    functional.check_cluster(IDS.to("meta"), X.to("meta"), num_clusters=3, lowest=0)
 
 
 def test_an_id_that_nobody_may_ask_about_gives_a_row_of_nan(monkeypatch):

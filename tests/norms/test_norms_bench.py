@@ -1,8 +1,5 @@
 """The benchmark prints a table of every layer."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -34,41 +31,6 @@ def test_the_table_has_a_row_for_each_shape_and_pass(monkeypatch, capsys):
         assert row[3:] == ["4.00 (2.00-8.00)", "2.00 (2.00-2.00)", "3.00 (3.00-3.00)", "4.00 (4.00-4.00)"]
     header, rule, row = memory.splitlines()
     assert header.count("|") == rule.count("|") == row.count("|") == 6
-
-
-def test_a_gpu_is_timed_in_evaluation_and_in_bfloat16_too(monkeypatch):
-    assert ((64, 64, 112, 112) in bench.TIMED["cuda"][0]) is True
-    assert bench.TIMED["cuda"][1:] == ((torch.float32, torch.bfloat16), ("evaluation", "forward", "both"))
-    seen = []
-
-    def compare(runs, rounds, device):
-        for run in runs.values():
-            found = run()
-            seen.append((isinstance(found, tuple), (found[0] if isinstance(found, tuple) else found).dtype))
-        return {name: [1.0] for name in runs}
-
-    def layers(channels, backend):
-        made.append(torch.nn.BatchNorm2d(channels))
-        return {"layer": made[-1]}
-
-    made: list[torch.nn.Module] = []
-    monkeypatch.setitem(bench.TIMED, "cpu", bench.TIMED["cuda"])
-    monkeypatch.setattr(bench, "compare", compare)
-    monkeypatch.setattr(bench, "layers", layers)
-    rows = bench.time_row((4, 6, 2, 2), "NHWC", ["eager"], 1, torch.device("cpu"), torch.bfloat16)
-    told = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
-    assert told == [["4x6x2x2", "NHWC, bfloat16", name] for name in ("evaluation", "forward", "both")]
-    assert [layer.training for layer in made] == [False, True, True]
-    assert seen == [(backward, torch.bfloat16) for backward in (False, False, False, False, True, True)]
-
-
-def test_layers_are_timed_at_their_defaults():
-    told = {name: str(layer) for name, layer in bench.layers(6, "eager").items()}
-    assert told == {
-        "SCB": "SCBNorm(6, 3, backend='eager')",
-        "UCB joint": "UCBNorm(6, 3, groups=1, backend='eager')",
-        "UCB channel-wise": "UCBNorm(6, 3, backend='eager')",
-    }
 
 
 def test_memory_is_what_autograd_keeps_and_what_is_held_at_once():
@@ -122,20 +84,6 @@ def test_table_1_has_the_papers_counts_and_ratios_to_batchnorm(monkeypatch, caps
     assert groups == [None, 1, None, None, 1, 1, 8]  # the paper's equations, and last this project's default
 
 
-def test_table_1_is_measured_at_the_places_of_the_papers_networks():
-    """256 CIFAR images in the shallow CNN's third layer, 64 in the generator's second, 216 in front of ViT."""
-    assert list(bench.PLACES.values()) == [(256, 128, 8, 8), (64, 128, 16, 16), (216, 3, 32, 32)]
-
-
-def test_layers_of_known_clusters_are_given_all_of_them_in_turn():
-    x = torch.zeros(7, 4, 2)
-    for kind in ("scb", "scb_base"):
-        _, cluster = bench.arguments(norms.make_norm(kind, 4, 3), x)
-        assert cluster.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    (given,) = bench.arguments(norms.make_norm("ucb", 4, 3), x)
-    assert given is x
-
-
 def test_quantiles_are_those_of_the_sorted_values():
     assert bench.quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == pytest.approx((2.0, 3.0, 5.0))
 
@@ -155,30 +103,6 @@ def test_bad_input_is_named(argv, line):
         bench.main(argv)
 
 
-def test_the_command_line_explains_itself():
-    done = subprocess.run(
-        [sys.executable, "-m", "common.norms.bench", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--backends" in done.stdout
-
-
-def test_memory_of_a_gpu_is_the_peak_beyond_what_was_held(monkeypatch):
-    asked, device = [], torch.device("cuda", 1)
-    for name, value in (("memory_allocated", 100), ("max_memory_allocated", 350), ("reset_peak_memory_stats", None)):
-        monkeypatch.setattr(
-            torch.cuda, name, lambda where, name=name, value=value: asked.append((name, where)) or value
-        )
-    assert bench.peak_bytes(lambda: asked.append(("run", None)), device) == 250
-    names = ("reset_peak_memory_stats", "memory_allocated", "run", "max_memory_allocated")
-    assert asked == [(name, None if name == "run" else device) for name in names]
-
-
 def test_a_storage_kept_twice_counts_once():
     x = torch.ones(5, requires_grad=True)
     assert bench.saved_bytes(lambda: (x * x) * (x * 2)) == 3 * 5 * 4  # x, x * x and x * 2
-
-
-def test_every_backend_that_is_not_refused_is_timed(monkeypatch):
-    refusals = {"eager": None, "compiled": "no compiler", "triton": None}
-    monkeypatch.setattr(bench, "refusal", lambda backend, device: refusals[backend])
-    assert bench.runnable(torch.device("cpu")) == ["eager", "triton"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from cbcls.config import ClassifierConfig
 from cbgan.config import GanConfig
-from common.norms import factory, make_norm, register_norm
+from common.norms import make_norm, register_norm, registry
 from common.norms.config import NormConfig
 from common.runtime.cli import parse
 from common.runtime.errors import UsageError
@@ -14,7 +14,7 @@ from common.runtime.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
 
 
 def groups_of(num_features: int, num_components: int, *, eps: float = 1e-3, affine: bool = True) -> nn.Module:
@@ -67,7 +67,7 @@ def test_what_two_sizes_cannot_call_is_refused():
     for build in (lambda num_features: None, lambda a, b, eps: None, lambda *, a, b: None, "mine"):
         with pytest.raises(ValueError, match=r"^build: expected a function of num_features, num_components"):
             register_norm("mine", build)  # pyright: ignore[reportArgumentType]
-    assert "mine" not in factory.kinds()
+    assert "mine" not in registry.kinds()
 
 
 def test_a_kind_that_makes_no_layer_is_refused_when_it_is_used():
@@ -99,9 +99,3 @@ def test_no_layer_gives_back_what_it_is_given_and_ignores_clusters():
     assert not list(layer.parameters()) + list(layer.buffers())
     with pytest.raises(ValueError, match=r"^norm\.eps: 0\.1 means nothing to norm\.kind none; leave it out$"):
         NormConfig(kind="none", eps=0.1)
-
-
-def test_kinds_without_components_are_those_whose_state_does_not_know_their_number():
-    for kind in factory.BUILT_IN:
-        few, many = (str(make_norm(kind, 4, number).state_dict()) for number in (2, 3))
-        assert (few == many) == (kind in factory.WITHOUT_COMPONENTS), kind

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import any_norm, mixture_case, needs_compiler
+from norm_cases import any_norm, in_full, mixture_case, needs_compiler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from common.norms import clusters, convert_norms
-from common.norms.backends import recomputation
-from common.norms.surgery import routing
+from common.norms import cluster_context, clusters, convert_norms
+from common.norms.backends import checkpointing
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ucb": ("ucb", {"groups": 1, "init": "kmeans++"}),
@@ -26,6 +25,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scb_base": ("scb_base", {"init": "data"}),
     "dsbn": ("dsbn", {}),
 }
+ON_EVERY_PUSH = ("ucb reseed", "mn", "scb", "dsbn")
 NATIVE = {"ucb compiled": ("ucb", {"backend": "compiled"}), "mn compiled": ("mn", {"backend": "compiled"})}
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
 IDS = torch.arange(8) % 3
@@ -84,7 +84,14 @@ def steps(network: Network) -> list[Tensor]:
 
 
 @MODES
-@pytest.mark.parametrize("case", [*LAYERS, *(pytest.param(name, marks=needs_compiler) for name in NATIVE)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *ON_EVERY_PUSH,
+        *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH)),
+        *(pytest.param(name, marks=needs_compiler) for name in NATIVE),
+    ],
+)
 def test_a_checkpointed_layer_trains_as_without(case, reentrant):
     kind, options = (LAYERS | NATIVE)[case]
     plain, checkpointed = pair(kind, reentrant, **options)
@@ -115,7 +122,7 @@ ARITHMETIC += [torch.ops.aten.sum.dim_IntList, torch.ops.aten.cat.default, torch
 
 
 @pytest.mark.parametrize("saved", [PRODUCTS, ARITHMETIC], ids=["products", "arithmetic"])
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*ON_EVERY_PUSH, *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH))])
 def test_a_selective_checkpoint_saves_operators_of_the_model_alone(case, saved):
     """It pairs what it saves by order; a fit multiplies matrices too, and averages are arithmetic."""
     kind, options = LAYERS[case]
@@ -141,7 +148,7 @@ def test_passes_over_the_same_values_are_refused():
 
 def test_a_pass_that_was_not_kept_is_refused():
     _, network = pair("ucb", reentrant=True)
-    waiting = [network(batch(seed)).square().sum() for seed in range(recomputation.MOST + 1)]
+    waiting = [network(batch(seed)).square().sum() for seed in range(checkpointing.MOST + 1)]
     waiting[-1].backward()
     with pytest.raises(RuntimeError, match="a backward pass runs UCBNorm over values that are not those"):
         waiting[0].backward()
@@ -209,17 +216,17 @@ def test_only_a_backward_pass_makes_a_pass_a_repeated_one():
     class Probe(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            said.append(recomputation.running())
+            said.append(checkpointing.running())
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            said.append(recomputation.running())
+            said.append(checkpointing.running())
             return grads[0]
 
     x = torch.ones(2, requires_grad=True)
     (Probe.apply(x).sum() * 2).backward()  # pyright: ignore[reportAttributeAccessIssue]
-    assert [*said, recomputation.running()] == [False, True, False]
+    assert [*said, checkpointing.running()] == [False, True, False]
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", pytest.param("compiled", marks=needs_compiler)])
@@ -291,7 +298,9 @@ def test_an_evaluation_without_ids_has_none_again(reentrant):
 def test_ids_that_were_not_kept_are_refused():
     network = routed()
     with clusters(IDS):
-        waiting = [checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(routing.MOST + 1)]
+        waiting = [
+            checkpoint(network, batch(seed), use_reentrant=False).sum() for seed in range(cluster_context.MOST + 1)
+        ]
     with clusters(IDS.flip(0)):
         waiting[-1].backward()
         with pytest.raises(RuntimeError, match="a backward pass runs RoutedSCBNorm over values that are not"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from norm_cases import any_norm, assert_within_budget, mixture_case
+from norm_cases import any_norm, assert_within_budget, in_full, mixture_case
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
@@ -34,6 +34,7 @@ LAYERS = {
     "ucb weight": ("ucb", {"update": "weight"}),
     "ucb learned": ("ucb", {"update": "weight", "statistics": "learned", "init": "kmeans++"}),
 }
+ON_EVERY_PUSH = ("dsbn", "mn", "scb", "scb_base", "ucb compiled", "ucb reseed", "ucb learned")
 SHAPE = (9, 4, 500)  # 4,500 locations, more than a fit takes
 
 
@@ -105,7 +106,7 @@ def test_a_fresh_layer_trains_compiled_as_it_trains_plain(case):
     assert len(graphs) == 1  # one graph for a layer before and after its seeding
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*ON_EVERY_PUSH, *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH))])
 def test_a_fresh_layer_trains_exported_as_it_trains_plain(case):
     layer = fresh(case)
     plain = plain_copy(layer)

@@ -15,18 +15,8 @@ from timm.models import MobileNetV3
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import nn
 from torchvision import models
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from common.norms import (
-    MixtureNorm,
-    NormAct,
-    SCBNorm,
-    UCBNorm,
-    convert_norms,
-    converted,
-    norm_act,
-    revert_norms,
-)
+from common.norms import MixtureNorm, NormAct, SCBNorm, UCBNorm, convert_norms, converted, norm_act, revert_norms
 
 
 def mobile_net(**options: Any) -> nn.Module:
@@ -39,22 +29,10 @@ Norm = Callable[..., nn.Module]
 MODELS: dict[str, tuple[Callable[[Norm], nn.Module], Any, int]] = {
     # How the model is made of a norm_layer, with which activation or channel_dim, and how many norms it has.
     "torchvision resnet18": (lambda norm: models.resnet18(norm_layer=norm), None, 20),
-    "torchvision convnext": (
-        # The norm of the stem, of the step between stages and of the head; blocks keep LayerNorm.
-        lambda norm: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], norm_layer=norm),
-        None,
-        3,
-    ),
     "torchvision vit": (lambda norm: models.VisionTransformer(32, 8, 2, 2, 16, 32, norm_layer=norm), -1, 5),
-    "timm resnet18": (lambda norm: timm.create_model("resnet18", norm_layer=norm), None, 20),
     "timm efficientnet_b0": (lambda norm: timm.create_model("efficientnet_b0", norm_layer=norm), nn.SiLU, 49),
     "timm mobilenetv3": (lambda norm: mobile_net(norm_layer=norm), nn.Hardswish, 7),
     "timm convnext_atto": (lambda norm: timm.create_model("convnext_atto", conv_mlp=True, norm_layer=norm), None, 17),
-    "timm vit_tiny": (
-        lambda norm: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, norm_layer=norm),
-        -1,
-        25,
-    ),
 }
 
 
@@ -203,7 +181,6 @@ TRANSFORMERS = {
     "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=7), 25),
     "timm convnext": (lambda: timm.create_model("convnext_atto", num_classes=7), 17),
     "torchvision vit": (lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32), 5),
-    "torchvision convnext": (lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]), 5),
 }
 
 

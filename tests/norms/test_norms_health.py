@@ -95,8 +95,8 @@ QUARTER = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
 def test_content_is_what_is_told_of_the_sample_at_one_position(component, information, content):
     found = certain(component)
     assert found.information == pytest.approx(information, abs=1e-6)
-    assert found.content == pytest.approx(content, abs=1e-6)
-    lines = [line for line in found.warnings() if line.startswith("content")]
+    assert found.sample_information == pytest.approx(content, abs=1e-6)
+    lines = [line for line in found.warnings() if line.startswith("sample")]
     assert len(lines) == (content == 0)
 
 
@@ -114,21 +114,15 @@ def test_information_is_content_and_what_is_told_of_the_position():
             overall = tau[:, :, group].mean((1, 2))
             position += sum(float(m * (m / o).log()) for m, o in zip(mean, overall, strict=True)) / 12
     assert min(content, position) > 0.01
-    assert found.content == pytest.approx(content, rel=1e-4)
+    assert found.sample_information == pytest.approx(content, rel=1e-4)
     assert found.information == pytest.approx(content + position, rel=1e-4)
-
-
-def test_without_positions_content_is_information():
-    layer, x = two_clouds()
-    found = health(layer, x)
-    assert found.content == pytest.approx(found.information, rel=1e-6)
 
 
 def test_one_sample_has_no_content_and_no_warning_of_it():
     found = certain(torch.tensor([[0, 1, 0, 1]]))
-    assert found.content is None
+    assert found.sample_information is None
     assert found.warnings() == []
-    assert "health/0/content" not in log_scalars({"0": found})
+    assert "health/0/sample_information" not in log_scalars({"0": found})
 
 
 def test_dead_channels_are_those_whose_least_component_is_hardly_used():
@@ -155,14 +149,16 @@ def test_what_follows_from_a_warning_is_not_said_again():
 
     assert lines(content=0.021, dead=0.1) == []
     assert lines(content=None) == []
-    assert lines(content=0.019) == ["content"]
-    assert lines(content=math.nan) == ["content"]
+    assert lines(content=0.019) == ["sample"]
+    assert lines(content=math.nan) == ["sample"]
     assert lines(information=0.01, content=0.0) == ["information"]
     assert lines(dead=0.11) == ["11"]
     assert lines(dead=1.0, least=0.001) == ["component"]
-    assert lines(dead=1.0, content=0.0) == ["content"]
+    assert lines(dead=1.0, content=0.0) == ["sample"]
     (line,) = Health((0.5, 0.5), 2, 1, 1, 0, 0.0125).warnings()
-    assert line == ("content is 0.013 nats, less than 0.02: the posteriors tell where a location is, not what is there")
+    assert line == (
+        "sample information is 0.013 nats, less than 0.02: the posteriors tell where a location is, not what is there"
+    )
 
 
 def test_the_distance_is_the_least():
@@ -177,13 +173,6 @@ def test_posteriors_are_those_of_the_stored_mixture():
     x = mixture_case((5, 4, 6), num=1, dtype=torch.float32)[0]
     want = posterior(x, layer.log_weights(), layer.mean, torch.full((3, 4), 1.5), groups=2)
     torch.testing.assert_close(layer.posterior(x.movedim(1, -1)), want)
-
-
-def test_an_unused_component_is_named():
-    layer, x = two_clouds()
-    found = health(layer, x[x[:, 0] > 0])
-    assert any(line.startswith("component 0 holds") for line in found.warnings())
-    assert not any(line.startswith("component 1 holds") for line in found.warnings())
 
 
 def test_one_component_warns_of_nothing_and_has_no_distance():
@@ -258,9 +247,9 @@ def test_collected_health_is_that_of_the_layers_own_input():
     tags = log_scalars(found)
     assert tags["health/1/information"] == found["1"].information
     assert tags["health/3.0/usage_min"] == min(found["3.0"].usage)
-    names = {"usage_min", "effective", "information", "content", "dead_channels", "distance", "drift"}
+    names = {"usage_min", "effective", "information", "sample_information", "dead_channels", "distance", "drift"}
     assert set(tags) == {f"health/{layer}/{name}" for layer in ("1", "3.0") for name in names}
-    assert tags["health/1/content"] == found["1"].content
+    assert tags["health/1/sample_information"] == found["1"].sample_information
     assert tags["health/1/dead_channels"] == found["1"].dead_channels
 
 
@@ -321,11 +310,3 @@ def test_an_exception_still_puts_everything_back():
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(layer._forward_pre_hooks for layer in mixture_layers(model).values())
-
-
-def test_channels_last_layers_measure_the_same():
-    first, last = UCBNorm(4, 3), UCBNorm(4, 3, channel_dim=-1)
-    x = mixture_case((6, 4, 5), num=1, dtype=torch.float32)[0]
-    a, b = health(first, x), health(last, x.movedim(1, -1))
-    assert a.usage == pytest.approx(b.usage)
-    assert a.drift == pytest.approx(b.drift)

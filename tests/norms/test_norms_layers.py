@@ -16,7 +16,7 @@ from norm_cases import mixture_case
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, mixture_norm
+from common.norms import MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, cluster_norm, functional, mixture_norm
 
 KINDS = ["bn", "in", "dsbn", "mn", "scb", "scb_base", "ucb"]
 OWN = ["mn", "scb", "scb_base", "ucb"]
@@ -107,15 +107,6 @@ def test_reset_returns_to_a_new_layer(case):
         assert torch.equal(layer(*arguments(kind, x)), fresh(*arguments(kind, x)))
     for name, tensor in fresh.state_dict().items():
         assert torch.equal(layer.state_dict()[name], tensor), name
-
-
-def test_the_layers_of_a_base_start_at_zero_again():
-    layer = SCBNormBase(4, 3)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.fill_(2)
-    layer.reset_parameters()
-    assert not any(p.any() for p in (*layer.parameters(), *SCBNormBase(4, 3).parameters()))
 
 
 def test_the_options_of_unknown_clusters_reach_them():
@@ -322,11 +313,6 @@ def test_printing_shows_every_option_that_is_not_the_default():
     assert repr(fitted) == "MixtureNorm(8, 3, groups=2, init='uniform', refit_every=2, em_steps=5)"
 
 
-def test_minus_one_and_none_are_unknown_in_evaluation():
-    layer, x = make_norm("scb", 4, 3).eval(), torch.randn(6, 4)
-    assert torch.equal(layer(x), layer(x, torch.full((6,), -1)))
-
-
 @pytest.mark.parametrize("kind", ["bn", "in"])
 def test_bn_and_in_are_torchs_own(kind):
     theirs = {"bn": nn.BatchNorm2d, "in": nn.InstanceNorm2d}[kind](4, affine=True)
@@ -353,6 +339,16 @@ def test_domain_batch_norm_is_one_batch_norm_a_domain():
     layer.eval()
     want[cluster == 2] = norms[2].eval()(x[cluster == 2]).detach()
     torch.testing.assert_close(layer(x, cluster)[cluster == 2], want[cluster == 2])
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_forward_pass_asks_for_a_backend_once(monkeypatch, kind):
+    asked, choose = [], functional.choose_backend
+    monkeypatch.setattr(functional, "choose_backend", lambda *given: asked.append(given) or choose(*given))
+    layer = make_norm(kind, 4, 3)
+    for training in (True, False):
+        layer.train(training)(*arguments(kind, batch(0)))
+    assert len(asked) == 2
 
 
 def test_importing_the_layers_imports_no_triton():

@@ -3,7 +3,7 @@
 import re
 
 from common.data.names import DATA_SETS
-from common.norms.factory import kinds
+from common.norms.registry import kinds
 from common.reports.published import PUBLISHED, Published
 
 TABLE_V = """

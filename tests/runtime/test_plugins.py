@@ -14,7 +14,7 @@ import cbgan.train
 import common.data.__main__
 from common.data.names import DATA_SETS
 from common.metrics.scores import METRICS
-from common.norms import factory
+from common.norms import registry
 from common.runtime.errors import UsageError
 from common.runtime.plugins import GROUP, _owner, installed_plugins, load_plugins
 from common.train.logging import read_metrics
@@ -28,7 +28,7 @@ FLAGS = ["--norm.kind", "grouped", "--norm.num_components", "4", "--data.name", 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    monkeypatch.setattr(factory, "_KINDS", dict(factory._KINDS))
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
     monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
     modules = set(sys.modules)
@@ -41,10 +41,10 @@ def as_before(monkeypatch):
 @pytest.fixture
 def forget(monkeypatch):
     """Return a function that brings back what a new process would know."""
-    kinds, sets, metrics = dict(factory._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
+    kinds, sets, metrics = dict(registry._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
 
     def act() -> None:
-        monkeypatch.setattr(factory, "_KINDS", dict(kinds))
+        monkeypatch.setattr(registry, "_KINDS", dict(kinds))
         monkeypatch.setattr(DATA_SETS, "_known", dict(sets))
         monkeypatch.setattr(METRICS, "_known", dict(metrics))
         sys.modules.pop("plugin_of_tests", None)

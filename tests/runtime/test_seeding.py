@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from common.norms.estimation.draws import generator as own_generator
+from common.norms.seeding import generator as own_generator
 from common.runtime.seeding import derive, drawing, generator, permutation, uniform_per_sample
 
 

@@ -1,222 +1,279 @@
-"""The passes in plain torch: the ``eager`` backend.
+"""The forward and backward passes in closed form: the ``eager`` backend, alone and within a graph of torch.compile.
 
-Each walks over the samples in parts small enough to stay in cache, writes into buffers it allocated once, and
-takes differences ``x - mean`` rather than expanded squares, which lose all digits under a common offset.
+The derivatives are those of the equations in ``reference``, exactly; tests compare the two in float64. What
+loops over the activation is in ``passes``, and in ``traced_passes`` for graphs; what stands here works on parameters.
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from .passes import DensitySums, Mixture, least_posterior
-
-KEEP_SINGLE: bool = True
-PART_ELEMENTS = 1 << 18
-"""Elements of x in a part: a megabyte of float32, so that the few buffers of a pass share an L2
-cache."""
-
-
-def _parts(x: Tensor) -> Iterator[slice]:
-    """Cut the samples of x into slices of about PART_ELEMENTS elements."""
-    step = max(1, PART_ELEMENTS // max(1, x[:1].numel()))
-    return (slice(start, start + step) for start in range(0, len(x), step))
+from . import distributed, passes, reference, traced_passes
+from .backend import Affine, Backend, ClusterOptions, Options
+from .passes import Densities, DensitySums
+from .reference import MixtureParams, Moments, Scale
 
 
-def _sum_channels(t: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Sum t (n, G, D, L) times weight (G, D, 1) over a group's channels, into out (n, G, L)."""
-    if t.shape[2] == 1:
-        return torch.mul(t.squeeze(2), weight.squeeze(2), out=out)
-    return torch.matmul(weight.mT, t, out=out.unsqueeze(2)).squeeze(2)
+class _Refuse(Function):
+    """Pass on a gradient that follows from sources; raise when it is differentiated by them."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            'backend: the closed forms have no second derivative; build the layer with backend="reference"'
+        )
 
 
-def _sum_products(a: Tensor, b: Tensor, product: Tensor, out: Tensor) -> Tensor:
-    """Put a b, each (n, G, D, L), into product, and its sum over a group's channels into out (n, G, L)."""
-    torch.mul(a, b, out=product)
-    return out.copy_(product.squeeze(2)) if a.shape[2] == 1 else torch.sum(product, 2, out=out)
+def first_derivative_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Compute a backward pass outside autograd and autocast, and refuse to differentiate its result.
+
+    torch.autograd.function.once_differentiable would give an error that names no remedy, and none at all
+    where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple:
+        second = torch.is_grad_enabled()  # true only under create_graph=True
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            results = backward(ctx, *grads)
+        if not second:
+            return results
+        return tuple(r if r is None else _Refuse.apply(r, *grads, *ctx.saved_tensors) for r in results)
+
+    return wrapped
 
 
-def _sum_locations(t: Tensor, weight: Tensor) -> Tensor:
-    """Sum t (n, G, D, L) times weight (n, G, L) over samples and positions: (G, D, 1)."""
-    if t.shape[2] == 1:
-        return (t.squeeze(2) * weight).sum(2).sum(0).view(-1, 1, 1)  # twice as fast as sum((0, 2))
-    return torch.matmul(t, weight[..., None]).sum(0)
+def _passes() -> Any:
+    """Return the passes to run: those of ``passes`` write into buffers, which no graph can hold."""
+    return traced_passes if torch.compiler.is_compiling() else passes
 
 
-def _posterior(x: Tensor, mix: Mixture, out: Tensor | None = None) -> Tensor:
-    """Eq. 6 for a part of x: (K, n, G, L)."""
-    tau = mix.mean.new_empty(len(mix.mean), *x.shape[:2], x.shape[3]) if out is None else out
-    buffer = torch.empty_like(x)
-    for k, tau_k in enumerate(tau):
-        u = torch.sub(x, mix.mean[k], out=buffer)
-        u.mul_(u)
-        _sum_channels(u, -0.5 * mix.precision[k], out=tau_k).add_(mix.constant[k])
-    torch.softmax(tau, 0, out=tau)
-    return torch.threshold_(tau, least_posterior(tau.dtype), 0.0)
+class _ClusterNorm(Function):
+    """Eq. 10; s is the variance plus eps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cluster: Tensor, mean: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, cluster, mean, s)
+        centre, rho = (reference.gather_rows(table, cluster)[..., None] for table in (mean, s.rsqrt()))
+        return _passes().cluster_transform(x, centre, rho)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, cluster, mean, s = ctx.saved_tensors
+        rho = s.rsqrt()
+        centre, rho_n = (reference.gather_rows(table, cluster)[..., None] for table in (mean, rho))
+        dx, sums = _passes().cluster_gradients(x, g, centre, rho_n, ctx.needs_input_grad[0])
+        member = (cluster == torch.arange(len(mean), device=x.device)[:, None]).to(mean.dtype)
+        sum_g, sum_gu = member @ sums  # (K, N) @ (N, C): repeatable, no atomics
+        return dx, None, -rho * sum_g, -0.5 * rho**3 * sum_gu
 
 
-def posterior(x: Tensor, mix: Mixture) -> Tensor | None:
-    """Leave them to each part."""
-    return None
-
-
-def moments(x: Tensor, mix: Mixture) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Keep the posteriors."""
-    dtype = mix.mean.dtype
-    tau = mix.mean.new_empty(len(mix.mean), x.shape[0], x.shape[1], x.shape[3])
-    mass = mix.mean.new_zeros(mix.mean.shape[:2])
-    first, second = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
-    for part in _parts(x):
-        xp, tau_p = x[part].to(dtype), tau[:, part]
-        _posterior(xp, mix, out=tau_p)
-        mass += tau_p.sum((1, 3))
-        for k, tau_k in enumerate(tau_p):
-            first[k] += _sum_locations(xp, tau_k)
-    count = mass.clamp(min=torch.finfo(dtype).tiny)[:, :, None, None]
-    mean = first / count
-    first.zero_()
-    for part in _parts(x):
-        xp, tau_p = x[part].to(dtype), tau[:, part]
-        buffer = torch.empty_like(xp)
-        for k, tau_k in enumerate(tau_p):
-            u = torch.sub(xp, mean[k], out=buffer)
-            first[k] += _sum_locations(u, tau_k)
-            second[k] += _sum_locations(u.mul_(u), tau_k)
-    shift = first / count  # what rounding left of the first mean's error, under a large offset
-    return tau, mass, mean + shift, (second / count - shift.square()).clamp_(min=0)
-
-
-def _combine(x: Tensor, tau: Tensor, mean: Tensor, rstd: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write sum_k tau_k rstd_k (x - mean_k) + bias of a part into y."""
-    buffer = torch.empty_like(x)
-    for k, tau_k in enumerate(tau):
-        u = torch.sub(x, mean[k], out=buffer).mul_(rstd[k])
-        if k == 0:
-            torch.mul(u, tau_k.unsqueeze(2), out=y)
-        else:
-            y.addcmul_(u, tau_k.unsqueeze(2))
-    if bias is not None:
-        y.add_(bias)
-
-
-def transform(x: Tensor, tau: Tensor | None, mean: Tensor, rstd: Tensor, bias: Tensor | None, mix: Mixture) -> Tensor:
-    """Write straight into y where it has the compute dtype."""
-    y = torch.empty_like(x)
-    for part in _parts(x):
-        xp = x[part].to(mean.dtype)
-        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
-        if x.dtype == mean.dtype:
-            _combine(xp, tau_p, mean, rstd, bias, y[part])
-        else:
-            out = torch.empty_like(xp)
-            _combine(xp, tau_p, mean, rstd, bias, out)
-            y[part] = out
-    return y
-
-
-def gradient_sums(x: Tensor, g: Tensor, tau: Tensor | None, mean: Tensor, mix: Mixture) -> tuple[Tensor, Tensor]:
-    """Two products a component."""
-    sum_g, sum_gu = torch.zeros_like(mean), torch.zeros_like(mean)
-    for part in _parts(x):
-        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
-        buffer = torch.empty_like(xp)
-        for k, tau_k in enumerate(_posterior(xp, mix) if tau is None else tau[:, part]):
-            sum_g[k] += _sum_locations(gp, tau_k)
-            sum_gu[k] += _sum_locations(torch.sub(xp, mean[k], out=buffer).mul_(gp), tau_k)
-    return sum_g, sum_gu
-
-
-def _through_posterior(
-    x: Tensor, tau: Tensor, dtau: Tensor, mix: Mixture, dx: Tensor, sums: DensitySums | None
-) -> None:
-    """Take dtau (overwritten) of a part through the softmax and the densities, into dx and the sums."""
-    dtau -= (tau * dtau).sum(0)
-    z = dtau.mul_(tau)
-    buffer = torch.empty_like(x)
-    for k, z_k in enumerate(z):
-        u = torch.sub(x, mix.mean[k], out=buffer).mul_(mix.precision[k])
-        dx.addcmul_(u, z_k.unsqueeze(2), value=-1)
-        if sums is not None:
-            sums.z[k] += z_k.sum((0, 2))
-            sums.zu[k] += _sum_locations(u, z_k)
-            sums.zuu[k] += _sum_locations(u.mul_(u), z_k)
-
-
-def _no_sums(mix: Mixture) -> DensitySums:
-    return DensitySums(torch.zeros_like(mix.constant[:, :, 0]), torch.zeros_like(mix.mean), torch.zeros_like(mix.mean))
-
-
-def batch_gradients(
+def unknown_cluster(
+    norm: Callable[[Tensor, MixtureParams, Affine, Options], tuple[Tensor, Any]],
     x: Tensor,
-    g: Tensor,
-    tau: Tensor | None,
     mean: Tensor,
-    rstd: Tensor,
-    dm: Tensor,
-    dv: Tensor,
-    constant: Tensor,
-    mix: Mixture,
-    wanted: bool,
-) -> tuple[Tensor, DensitySums | None]:
-    """Five buffers of a part's size."""
-    dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
-    for part in _parts(x):
-        xp, gp = x[part].to(mean.dtype), g[part].to(mean.dtype)
-        tau_p = _posterior(xp, mix) if tau is None else tau[:, part]
-        u, q, product, dxp = (torch.empty_like(xp) for _ in range(4))
-        dxp.zero_()
-        dtau = torch.empty_like(tau_p)
-        for k, tau_k in enumerate(tau_p):
-            torch.sub(xp, mean[k], out=u)
-            torch.mul(gp, rstd[k], out=q).add_(dm[k]).addcmul_(u, dv[k])
-            _sum_products(u, q, product, out=dtau[k]).sub_(constant[k])
-            dxp.addcmul_(q.addcmul_(u, dv[k]), tau_k.unsqueeze(2))
-        _through_posterior(xp, tau_p, dtau, mix, dxp, sums)
-        dx[part] = dxp
-    return dx, sums
+    var: Tensor,
+    options: ClusterOptions,
+) -> Tensor:
+    """Eqs. 12 and 13 for x (N, C, L) by a backend's norm, since they are Eq. 15 under equal weights."""
+    whole = options.unknown_posterior == "sample"
+    # One posterior a sample is one over all its values: each is a channel, at a single location.
+    given = x.flatten(1).unsqueeze(2) if whole else x
+    rows = [t.repeat_interleave(x.shape[2], dim=1) if whole else t for t in (mean, var)]
+    equal = mean.new_full((len(mean),), -math.log(len(mean)))
+    scale: Scale = "paper" if options.unknown_scale == "paper" else "sqrt_k"
+    y, _ = norm(given, MixtureParams(equal, *rows), (None, None), Options(1, options.eps, scale, "learned"))
+    return y.view(x.shape)
 
 
-def learned_gradients(
-    x: Tensor, g: Tensor, rstd: Tensor, mix: Mixture, wanted: bool
-) -> tuple[Tensor, tuple[DensitySums, Tensor, Tensor] | None]:
-    """Three buffers of a part's size."""
-    dx, sums = torch.empty_like(x), _no_sums(mix) if wanted else None
-    direct, direct_u = torch.zeros_like(mix.mean), torch.zeros_like(mix.mean)
-    for part in _parts(x):
-        xp, gp = x[part].to(rstd.dtype), g[part].to(rstd.dtype)
-        u, h, dxp = torch.empty_like(xp), torch.empty_like(xp), torch.zeros_like(xp)
-        tau = _posterior(xp, mix)
-        dtau = torch.empty_like(tau)
-        for k, tau_k in enumerate(tau):
-            dxp.addcmul_(torch.mul(gp, rstd[k], out=h), tau_k.unsqueeze(2))
-            torch.sub(xp, mix.mean[k], out=u).mul_(gp)
-            _sum_channels(u, rstd[k], out=dtau[k])
-            if wanted:
-                direct[k] += _sum_locations(gp, tau_k)
-                direct_u[k] += _sum_locations(u, tau_k)
-        _through_posterior(xp, tau, dtau, mix, dxp, sums)
-        dx[part] = dxp
-    return dx, None if sums is None else (sums, direct, direct_u)
+class _Work:
+    """A mixture and the affine map after it, in the shapes that passes use."""
+
+    def __init__(
+        self,
+        options: Options,
+        log_lambda: Tensor,
+        mean: Tensor,
+        s: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self.passes, self.eps = _passes(), options.eps
+        self.split = options.groups, mean.shape[1] // options.groups
+        self.mix = Densities.of(log_lambda, mean, s, self.split)
+        shape = (*self.split, 1)
+        self.weight, self.bias = (t if t is None else t.view(shape) for t in (weight, bias))
+        self.lambdas = ((-0.5 * log_lambda).exp() * options.kappa(len(mean))).view(-1, 1, 1, 1)
+        """lambda^(-1/2), times 1 / sqrt(K) under scale="sqrt_k"."""
+        self.scale = self.lambdas if self.weight is None else self.lambdas * self.weight
+
+    def grouped(self, t: Tensor) -> Tensor:
+        """View (N, C, L) as (N, G, D, L)."""
+        return t.unflatten(1, self.split)
+
+    def ungrouped(self, t: Tensor) -> Tensor:
+        """Shape (N, G, D, L) as (N, C, L), hidden from autograd: a view that a Function returns is read-only."""
+        return torch.ops.aten._unsafe_view(t, (t.shape[0], t.shape[1] * t.shape[2], t.shape[3]))
+
+    def moments(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        return self.passes.moments(self.grouped(x), self.mix)
+
+    def output(self, x: Tensor, tau: Tensor | None, m: Tensor, v: Tensor) -> Tensor:
+        rstd = self.scale * (v + self.eps).rsqrt()
+        return self.ungrouped(self.passes.transform(self.grouped(x), tau, m, rstd, self.bias, self.mix))
+
+    def gradient_sums(self, x: Tensor, g: Tensor, tau: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.passes.gradient_sums(self.grouped(x), self.grouped(g), tau, m, self.mix)
+
+    def batch_gradients(
+        self,
+        x: Tensor,
+        g: Tensor,
+        tau: Tensor | None,
+        mass: Tensor,
+        m: Tensor,
+        v: Tensor,
+        sum_g: Tensor,
+        sum_gu: Tensor,
+        all_g: Tensor,
+        all_gu: Tensor,
+        wanted: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients from the sums of this rank and of all ranks; those of the mixture only if wanted."""
+        r = (v + self.eps).rsqrt()
+        count = mass.clamp(min=torch.finfo(mass.dtype).tiny)[:, :, None, None]
+        dm = -r * self.scale * all_g / count  # gradients of the moments, a unit of mass each
+        dv = -0.5 * r**3 * self.scale * all_gu / count
+        arguments = self.grouped(x), self.grouped(g), tau, m, self.scale * r, dm, dv, (dv * v).sum(2)
+        dx, sums = self.passes.batch_gradients(*arguments, self.mix, wanted)
+        return self.gradients(dx, sums, sum_g, sum_gu, r)
+
+    def gradients(
+        self, dx: Tensor, sums: DensitySums | None, sum_g: Tensor, sum_gu: Tensor, rho: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, log_lambda, mean, s, weight and bias.
+
+        Args:
+            dx: (N, G, D, L).
+            sums: of z, if wanted.
+            sum_g: of tau g; since posteriors sum to one, its sum over the components is that of g.
+            sum_gu: of tau g (x - mean).
+            rho: one over a component's standard deviation.
+        """
+        dweight = dbias = None
+        normalised = rho * sum_gu * self.lambdas
+        if self.weight is not None:
+            dweight, dbias = normalised.sum(0).flatten(), sum_g.sum(0).flatten()
+            normalised = normalised * self.weight
+        if sums is None:
+            return dx.flatten(1, 2), None, None, None, dweight, dbias
+        dlog_lambda = sums.z.sum(1) - 0.5 * normalised.sum((1, 2, 3))
+        ds = 0.5 * (sums.zuu - sums.z[:, :, None, None] * self.mix.precision)
+        return dx.flatten(1, 2), dlog_lambda, sums.zu.flatten(1), ds.flatten(1), dweight, dbias
 
 
-def cluster_transform(x: Tensor, centre: Tensor, rho: Tensor) -> Tensor:
-    """Write straight into y where it has the compute dtype."""
-    y = torch.empty_like(x)
-    for part in _parts(x):
-        if x.dtype == rho.dtype:
-            torch.sub(x[part], centre[part], out=y[part]).mul_(rho[part])
-        else:
-            y[part] = (x[part] - centre[part]).mul_(rho[part])
-    return y
+class _BatchMixture(Function):
+    """Eqs. 6-9 and an affine map: y, and the moments (mass, mean, var), which carry no gradient.
+
+    The arguments after x are those of ``_Work``; s is the variance plus eps. With a process group every rank
+    takes part in an exchange between the moments and the output, and between the sums and the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *mixture, options, process_group = arguments
+        work = _Work(options, *mixture)
+        tau, mass, m, v = work.moments(x)
+        if process_group is not None:
+            mass, m, v = distributed.combine(mass, m, v, process_group)
+        y = work.output(x, tau, m, v)
+        kept = tau if work.passes.KEEP_SINGLE or m.shape[2] > 1 else None
+        ctx.save_for_backward(x, kept, mass, m, v, *mixture)
+        ctx.options, ctx.process_group = options, process_group
+        m, v = m.flatten(1), v.flatten(1)
+        ctx.mark_non_differentiable(mass, m, v)
+        return y, mass, m, v
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
+        x, tau, mass, m, v, *mixture = ctx.saved_tensors
+        work = _Work(ctx.options, *mixture)
+        tau = work.passes.posterior(work.grouped(x), work.mix) if tau is None else tau
+        own = work.gradient_sums(x, g, tau, m)
+        joined = own if ctx.process_group is None else distributed.total(*own, ctx.process_group)
+        wanted = any(ctx.needs_input_grad[1:4])
+        return *work.batch_gradients(x, g, tau, mass, m, v, *own, *joined, wanted), None, None
 
 
-def cluster_gradients(x: Tensor, g: Tensor, centre: Tensor, rho: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor]:
-    """One buffer of a part's size."""
-    dx, sums = torch.empty_like(x) if need_dx else None, rho.new_zeros(2, *x.shape[:2])
-    for part in _parts(x):
-        gp = g[part].to(rho.dtype)
-        torch.sum(gp, 2, out=sums[0, part])
-        torch.sum((x[part] - centre[part]).mul_(gp), 2, out=sums[1, part])
-        if dx is not None:
-            dx[part] = gp * rho[part]
-    return dx, sums
+class _LearnedMixture(Function):
+    """Eq. 15 and an affine map; the arguments after x are those of ``_Work``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *mixture, options = arguments
+        ctx.save_for_backward(x, *mixture)
+        ctx.options = options
+        work = _Work(options, *mixture)
+        rstd = work.scale * work.mix.precision.sqrt()
+        return work.ungrouped(work.passes.transform(work.grouped(x), None, work.mix.mean, rstd, work.bias, work.mix))
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        x, *mixture = ctx.saved_tensors
+        work = _Work(ctx.options, *mixture)
+        rho = work.mix.precision.sqrt()
+        rstd = work.scale * rho
+        wanted = any(ctx.needs_input_grad[1:6])
+        dx, found = work.passes.learned_gradients(work.grouped(x), work.grouped(g), rstd, work.mix, wanted)
+        if found is None:
+            return dx.flatten(1, 2), *[None] * 6
+        sums, sum_g, sum_gu = found
+        # The parameters that give the posteriors normalise too.
+        zu = sums.zu - rstd * sum_g
+        zuu = sums.zuu - rstd * sum_gu * work.mix.precision
+        return *work.gradients(dx, DensitySums(sums.z, zu, zuu), sum_g, sum_gu, rho), None
+
+
+class Eager(Backend):
+    """The closed forms in plain torch, anywhere."""
+
+    def normalise(
+        self, x: Tensor, params: MixtureParams, affine: Affine, options: Options
+    ) -> tuple[Tensor, Moments | None]:
+        """See ``Backend``; with a process group the batch is that of all its ranks together."""
+        log_weight, mean, var = params.plain(options.min_weight) if options.stored else params
+        dtype = reference.compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            maps = [t if t is None else t.to(dtype) for t in affine]
+            inputs = reference.flatten(x), log_weight.to(dtype), mean.to(dtype), var.to(dtype) + options.eps, *maps
+            group, options = options.process_group, options._replace(process_group=None)
+            if options.statistics == "learned":
+                y: Tensor = _LearnedMixture.apply(*inputs, options)  # pyright: ignore[reportAssignmentType]
+                return y.reshape(x.shape), None
+            found: tuple[Tensor, ...] = _BatchMixture.apply(*inputs, options, group)  # pyright: ignore[reportAssignmentType]
+            return found[0].reshape(x.shape), Moments(*found[1:])
+
+    def _normalise_clusters(
+        self, x: Tensor, cluster: Tensor | None, mean: Tensor, var: Tensor, any_unknown: bool, options: ClusterOptions
+    ) -> Tensor:
+        dtype = reference.compute_dtype(x)
+        flat, mean, var = reference.flatten(x), mean.to(dtype), var.to(dtype)
+        if cluster is None:
+            return unknown_cluster(self.normalise, flat, mean, var, options).reshape(x.shape)
+        y: Tensor = _ClusterNorm.apply(flat, cluster, mean, var + options.eps)  # pyright: ignore[reportAssignmentType]
+        if any_unknown:
+            other = unknown_cluster(self.normalise, flat, mean, var, options)
+            y = torch.where((cluster == -1)[:, None, None], other, y)
+        return y.reshape(x.shape)

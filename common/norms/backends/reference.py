@@ -21,8 +21,33 @@ UnknownScale = Literal["match", "paper"]
 UnknownPosterior = Literal["location", "sample"]
 
 
+class MixtureParams(NamedTuple):
+    """A mixture of K components with diagonal covariances, as layers store it.
+
+    Where ``Options.stored`` is False, as in ``functional.mixture_norm``, log weights and variances stand in the places
+    of logits and log-variances: a logarithm and its exponential would round.
+    """
+
+    logits: Tensor
+    """log_softmax of these are the log weights, (K,)."""
+    mean: Tensor
+    """(K, C)."""
+    log_var: Tensor
+    """(K, C)."""
+
+    def log_weights(self, min_weight: float) -> Tensor:
+        """Return the log weights (K,), at least log(min_weight) each."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        log_weights = logits.log_softmax(0)
+        return log_weights.clamp(min=math.log(min_weight)) if min_weight else log_weights
+
+    def plain(self, min_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log weights, means and variances, as the equations take them."""
+        return self.log_weights(min_weight), self.mean, self.log_var.exp()
+
+
 class Moments(NamedTuple):
-    """What one batch says about each component; carries no gradient."""
+    """The mass, mean and variance of each component in a batch; without gradient."""
 
     mass: Tensor
     """Sum of the posteriors over the locations, (K, G)."""
@@ -40,6 +65,14 @@ def flatten(x: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype the layers accumulate in: float64 for float64 input, float32 for all else."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    r"""Scale and shift each channel of y (N, C, \*), in its dtype, if there are a weight and a bias (C,)."""
+    if weight is None or bias is None:
+        return y
+    shape = [-1] + [1] * (y.ndim - 2)
+    return torch.addcmul(bias.view(shape), y, weight.view(shape)).to(y.dtype)
 
 
 def gather_rows(table: Tensor, cluster: Tensor) -> Tensor:
@@ -95,20 +128,7 @@ def cluster_norm(
 ) -> Tensor:
     """Normalise each sample by its cluster (Eq. 10), or by all clusters where it is unknown (Eqs. 12, 13).
 
-    Args:
-        x: activation (N, C, *).
-        cluster: ids int64 (N,), -1 for an unknown one; None if none is known.
-        mean: (K, C).
-        var: (K, C), positive.
-        eps: added to var, in squared units of x.
-        unknown_scale: "paper" keeps Eq. 12's factor sqrt(K), which makes a certain cluster sqrt(K) times
-            larger than under Eq. 10; "match" drops it.
-        unknown_posterior: "location" takes Eq. 13 at each location; "sample" sums the log densities over the
-            sample's locations first, since a cluster is a property of the sample.
-        any_unknown: whether ids of -1 have to be expected.
-
-    Returns:
-        Like x.
+    Arguments as ``functional.cluster_norm``'s; any_unknown says whether ids of -1 have to be expected.
     """
     dtype = compute_dtype(x)
     flat, mean, s = flatten(x).to(dtype), mean.to(dtype), var.to(dtype) + eps
@@ -146,18 +166,7 @@ def mixture_norm(
 ) -> tuple[Tensor, Moments | None]:
     """Normalise under a mixture: Eqs. 4-9 with the batch's own moments, or Eq. 15 with the given ones.
 
-    Args:
-        x: activation (N, C, *).
-        log_lambda: log of the mixture weights, (K,).
-        mean: (K, C).
-        var: (K, C), positive.
-        groups: channels are split into this many groups, each with a posterior of its own; 1 is Eqs. 4-6.
-        eps: added to every variance, in squared units of x.
-        scale: "sqrt_k" divides the output by sqrt(K), the deviation it has under separate components.
-        statistics: "batch" (Eqs. 7-9, training) or "learned" (Eq. 15, inference).
-
-    Returns:
-        The output, like x; and the batch's moments, or None with statistics="learned", which needs none.
+    Arguments and results as ``functional.mixture_norm``'s.
     """
     dtype = compute_dtype(x)
     flat, log_lambda, mean, var = flatten(x).to(dtype), log_lambda.to(dtype), mean.to(dtype), var.to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.norms import mixture_norm
 from common.norms.agreement import budget, error
-from common.norms.backends import eager
+from common.norms.backends import passes
 
 ROUNDINGS = 3
 POSITIONS: tuple[tuple[int, ...], ...] = ((), (1, 1), (5,), (3, 7), (8, 8))
@@ -107,7 +107,7 @@ def of_shape(*shape: int, groups: int, statistics: str) -> dict[str, Any]:
 @given(configurations(torch.float64, torch.float32, torch.bfloat16, torch.float16))
 @example(of_shape(3, 1, 1, groups=1, statistics="batch"))  # as many locations as components
 def test_eager(configuration):
-    with mock.patch.object(eager, "PART_ELEMENTS", 30):  # several parts, the last one ragged
+    with mock.patch.object(passes, "CHUNK_ELEMENTS", 30):  # several parts, the last one ragged
         check("eager", **configuration)
 
 
@@ -133,7 +133,7 @@ def test_loops(configuration):
 
 @pytest.mark.parametrize("by", ["eager", "traced"])
 def test_clusters(monkeypatch, by):
-    monkeypatch.setattr(eager, "PART_ELEMENTS", 30)
+    monkeypatch.setattr(passes, "CHUNK_ELEMENTS", 30)
     for positions, samples, channels in itertools.product(POSITIONS, (3, 9), (1, 6)):
         case = mixture_case((samples, channels, *positions), num=3, dtype=torch.float32)
         cluster = torch.arange(samples) % 2  # cluster 2 is absent

@@ -227,17 +227,6 @@ def test_the_moments_of_an_empty_batch_are_zero():
     assert mixture_norm(x[:0], log_lambda, mean, var, statistics="learned")[1] is None
 
 
-@pytest.mark.parametrize("kind", ["ucb", "mn"])
-def test_one_value_per_channel_is_refused_in_training(kind):
-    layer = make_norm(kind, 4, 3)
-    before = state(layer)
-    for shape in ((1, 4), (1, 4, 1, 1)):
-        with pytest.raises(ValueError, match="x: expected more than one value per channel"):
-            layer.train()(torch.randn(shape))
-        assert_same_state(layer, before)
-        assert layer.eval()(torch.randn(shape)).isfinite().all()
-
-
 def test_supervised_layers_take_single_values():
     x = torch.randn(1, 4)
     for kind in ("scb", "scb_base"):

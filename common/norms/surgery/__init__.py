@@ -1,1 +1,0 @@
-"""Layers of this package in models of others: conversion, activations, cluster ids, state dicts, calibration."""
