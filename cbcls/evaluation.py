@@ -231,7 +231,7 @@ def _categories(images: ImageSet) -> Categories:
     return Categories(images.labels, images.clusters)
 
 
-def choosable() -> dict[str, SelectionMetric]:
+def selection_metrics() -> dict[str, SelectionMetric]:
     """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
     chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
@@ -244,7 +244,7 @@ def choosable() -> dict[str, SelectionMetric]:
     }
 
 
-def closing_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
+def summary_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
     """Return what a finished run says of its last scores and leak audit, a name and a text each."""
     rows = []
     for split, prefix, loss in _SPLITS:
