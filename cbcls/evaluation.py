@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from common.classification.leak_audit import Categories, LeakAudit, leak_audit, told
+from common.classification.leak_audit import Categories, LeakAudit, audit_inputs, leak_audit
 from common.data.image_set import ImageSet, to_input
 from common.metrics.logits import classify, evaluating
 from common.metrics.scores import METRICS, measure_all
@@ -138,7 +138,7 @@ class Evaluator:
             baseline: those of a classifier that is told the same without such a layer.
         """
         train, test = self.images["train"], self.images["test"]
-        ids = told(_categories(train).clusters, _categories(test).clusters, unknown=self.cfg.knows_unknown)
+        ids = audit_inputs(_categories(train).clusters, _categories(test).clusters, unknown=self.cfg.knows_unknown)
         logits = {
             name: known if name == "known" and known is not None else self.logits(network, test, given, go_on)
             for name, given in ids.items()
@@ -231,7 +231,7 @@ def _categories(images: ImageSet) -> Categories:
     return Categories(images.labels, images.clusters)
 
 
-def choosable() -> dict[str, SelectionMetric]:
+def selection_metrics() -> dict[str, SelectionMetric]:
     """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
     chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
@@ -244,7 +244,7 @@ def choosable() -> dict[str, SelectionMetric]:
     }
 
 
-def closing_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
+def summary_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
     """Return what a finished run says of its last scores and leak audit, a name and a text each."""
     rows = []
     for split, prefix, loss in _SPLITS:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, HEADLINE, Evaluator, check_labels, choosable, closing_rows, recalibrate
+from cbcls.evaluation import CHARTS, HEADLINE, Evaluator, check_labels, recalibrate, selection_metrics, summary_rows
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
@@ -45,7 +45,7 @@ class ClassifierTask(Task[ClassifierConfig]):
     @classmethod
     def selection_metrics(cls, cfg: ClassifierConfig) -> dict[str, SelectionMetric]:
         """Return the values of validation images, and those of test images, which only an oracle may choose by."""
-        return choosable()
+        return selection_metrics()
 
     @classmethod
     def load_images(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
@@ -114,7 +114,7 @@ class ClassifierTask(Task[ClassifierConfig]):
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return the last scores, what the leak audit found, and how to measure more."""
-        rows = closing_rows({name: value for line in lines for name, value in line.items()})
+        rows = summary_rows({name: value for line in lines for name, value in line.items()})
         return [
             *rows,
             ("evaluate", f"python -m cbcls.evaluate --run {quote(str(folder))}"),

@@ -61,7 +61,7 @@ def at_once(size: int) -> int:
     return max(16, min(256, 256 * 32**2 // size**2))
 
 
-def choosable() -> dict[str, SelectionMetric]:
+def selection_metrics() -> dict[str, SelectionMetric]:
     """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
     return {
         "metric/validation_accuracy": SelectionMetric("validation", "higher"),
@@ -82,7 +82,7 @@ def better() -> Mapping[str, Better]:
     return {
         **dict.fromkeys([*scores, *by_cluster, *alone, "metric/gain"], "higher"),
         **dict.fromkeys(["loss/source", "loss/source_only"], "lower"),
-        **{tag: tracked.better for tag, tracked in choosable().items()},
+        **{tag: metric.better for tag, metric in selection_metrics().items()},
     }
 
 
@@ -96,7 +96,7 @@ def check_choice(choice: tuple[str, SelectionMetric] | None, images: Mapping[str
         raise UsageError(f"best.by: {choice[0]} needs labels, and the target {images['target'].name} has none")
 
 
-def closing_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_only: bool) -> list[tuple[str, str]]:
+def summary_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_only: bool) -> list[tuple[str, str]]:
     """Return what a finished run tells its user: the last accuracies of both networks, and by the cluster named.
 
     Args:

@@ -13,7 +13,7 @@ from cbda.adaptation.losses import Alignment, ramp, source_cross_entropy
 from cbda.adaptation.objective import collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import HEADLINE, Evaluator, better, check_choice, choosable, closing_rows, recalibrate
+from cbda.evaluation import HEADLINE, Evaluator, better, check_choice, recalibrate, selection_metrics, summary_rows
 from cbda.models import build_networks
 from cbda.networks.classifier import SOURCE
 from common.data import ImageSet, Stream
@@ -51,7 +51,7 @@ class AdaMatchTask(Task[AdaMatchConfig]):
     @classmethod
     def selection_metrics(cls, cfg: AdaMatchConfig) -> dict[str, SelectionMetric]:
         """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
-        return choosable()
+        return selection_metrics()
 
     @classmethod
     def load_images(cls, cfg: AdaMatchConfig) -> dict[str, ImageSet]:
@@ -167,4 +167,4 @@ class AdaMatchTask(Task[AdaMatchConfig]):
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return the last accuracies of both networks, by the cluster that was named."""
-        return closing_rows(lines, folder, source_only=self.cfg.source_only)
+        return summary_rows(lines, folder, source_only=self.cfg.source_only)

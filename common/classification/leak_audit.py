@@ -108,7 +108,7 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> Difference:
     return Difference(float(each.mean()), _Z * error)
 
 
-def told(train: Tensor, test: Tensor, *, unknown: bool) -> dict[str, Tensor]:
+def audit_inputs(train: Tensor, test: Tensor, *, unknown: bool) -> dict[str, Tensor]:
     """Return what a classifier is told of test images in each part of the audit, int64 (N,) by name.
 
     Args:

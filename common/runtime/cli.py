@@ -279,8 +279,9 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
                 inner = ", ".join(f.name for f in dataclasses.fields(hint))
                 raise UsageError(f"{name}: expected a group of settings ({inner}), got {shown(value)}")
             arguments[field.name] = _build(typing.cast(type, hint), value, f"{name}.")
-        elif value is None and types.NoneType not in (hint, *typing.get_args(hint)):
-            raise UsageError(f"{name}: expected {hint.__name__ if isinstance(hint, type) else hint}, got null")
+        elif isinstance(value, Mapping) or (value is None and types.NoneType not in (hint, *typing.get_args(hint))):
+            expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
+            raise UsageError(f"{name}: expected {expected}, got {shown(value)}")
         else:
             arguments[field.name] = _expand(value, name)
     try:

@@ -85,7 +85,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         except SystemExit:  # --help
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # a disk that is full only now is told like any other
+        sys.stdout.flush()  # a disk that is full only now is reported like any other
     except UsageError as error:
         _leave(f"error: {error}", 4 if _full_disk(error) else 2, any_rank=isinstance(error, RankError))
     except NonFiniteError as error:
@@ -131,7 +131,7 @@ def _foreseen(error: RuntimeError) -> str | None:
 
 def _full_disk(error: BaseException | None) -> str | None:
     """Say which file met a full disk or quota if that is what went wrong, whatever it was turned into on its way."""
-    told, seen = None, set()
+    found, seen = None, set()
     while error is not None and error not in seen:
         seen.add(error)
         for code in (errno.ENOSPC, errno.EDQUOT):
@@ -139,9 +139,9 @@ def _full_disk(error: BaseException | None) -> str | None:
             if getattr(error, "errno", None) == code or reason in str(error):  # torch's are RuntimeErrors with a text
                 if isinstance(file := getattr(error, "filename", None), str):
                     return f"{file}: {reason}"
-                told = told or reason
+                found = found or reason
         error = error.__cause__ or error.__context__
-    return told
+    return found
 
 
 def _unless_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:

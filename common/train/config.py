@@ -1,4 +1,4 @@
-"""What every run can be told: where it is kept, how it executes, and how it trains."""
+"""The settings that every run has: where it is kept, how it executes, and how it trains."""
 
 import contextlib
 import json
@@ -245,7 +245,7 @@ class RunConfig:
 
 
 def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
-    """Read the configuration of a run that goes on: its own config.yaml, then the command line.
+    """Read the configuration of a resumed run: its own config.yaml, then the command line.
 
     Args:
         cls: the configuration's class.

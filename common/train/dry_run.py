@@ -75,7 +75,7 @@ class Timed(Step):
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+    """Wait until a device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -307,8 +307,8 @@ class Trainer:
         run, rewinds = self.state.run, list(self.state.run.rewinds)
         if len(rewinds) >= self.cfg.guard.max_rewinds:
             raise NonFiniteError(f"collapsed in step {run.step} after {len(rewinds)} rewinds: {cause}")
-        sound = run.last_evaluated_checkpoint if evaluated else None
-        to = run.last_checkpoint if sound is None else sound
+        to = run.last_evaluated_checkpoint if evaluated else None
+        to = run.last_checkpoint if to is None else to
         rewinds.append({"step": run.step, "to": to, "cause": cause})
         self.log.close()
         self.restore(to)

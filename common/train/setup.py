@@ -30,7 +30,7 @@ from common.train.task import Task
 
 
 def configure(kind: type[Task[Any]], argv: Sequence[str] | None) -> RunConfig:
-    """Read the command line, and where it goes on with a run that run's settings; set threads, memory and determinism.
+    """Read the command line, and the settings of the run that it resumes, if any; set threads, memory and determinism.
 
     Raises:
         UsageError: for anything wrong in files or flags, or a run that is not as they say.
@@ -65,7 +65,7 @@ class OpenRunDir:
     """A run's folder, held by rank 0: at once if the run is resumed, and from `open` on if it is new.
 
     Raises:
-        UsageError: if the run cannot go on here, or another process has it open.
+        UsageError: if the run cannot be resumed here, or another process has it open.
     """
 
     def __init__(self, kind: type[Task[Any]], cfg: RunConfig, device: torch.device, env: Env) -> None:

@@ -24,7 +24,7 @@ class Results:
 
     Args:
         known: the metrics that epochs can be chosen by; every ``metric/`` counts beside them.
-        folder: of a run that goes on, whose log is read once.
+        folder: of a resumed run, whose log is read once.
 
     Attributes:
         last: by tag, the last value with its epoch and split; None where it was not finite.
@@ -96,8 +96,8 @@ def closing_lines(task: Task[Any], folder: Path, run: RunState, warnings: list[s
         oracle = ", chosen by an oracle that looks at test images" if cfg.best.oracle else ""
         rows.append(("best", f"{best['tag']} {best['value']:.4g} (epoch {best['epoch']}{oracle})"))
     if run.epoch < cfg.epochs:
-        waited = f"{run.epochs_without_improvement} evaluations without a better value"
-        rows.append(("stopped", f"after {run.epoch} of {cfg.epochs} epochs: {waited}"))
+        without = f"{run.epochs_without_improvement} evaluations without a better value"
+        rows.append(("stopped", f"after {run.epoch} of {cfg.epochs} epochs: {without}"))
     speeds = [line["time/images_per_second"] for line in lines if "time/images_per_second" in line]
     if speeds:
         rows.append(("speed", f"{median(speeds):,.0f} images/s on {task.device}"))

@@ -17,7 +17,7 @@ import cbcls.evaluate
 import cbcls.evaluation
 import cbcls.train
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, Evaluator, closing_rows
+from cbcls.evaluation import CHARTS, Evaluator, summary_rows
 from cbcls.export import load_model
 from cbcls.models import build_classifier
 from cbcls.task import ClassifierTask
@@ -185,13 +185,13 @@ def test_a_run_ends_with_its_scores_and_what_the_audit_found():
     latest = {"loss/test": 0.5, "metric/accuracy": 0.75, "metric/error": 0.25, "loss/train_seen": 0.25,
               "metric/train_accuracy": 0.875, "metric/train_error": 0.125, "loss/train": 9.0}  # fmt: skip
     plain = [("test", "loss 0.5, accuracy 0.75, error 0.25"), ("train", "loss 0.25, accuracy 0.875, error 0.125")]
-    assert closing_rows(latest) == plain
+    assert summary_rows(latest) == plain
     held = {"loss/validation": 0.4, "metric/validation_accuracy": 0.7}
-    assert closing_rows({**latest, **held})[1] == ("validation", "loss 0.4, accuracy 0.7")
+    assert summary_rows({**latest, **held})[1] == ("validation", "loss 0.4, accuracy 0.7")
     audit = {"audit/accuracy_unknown": 0.4, "audit/accuracy_shuffled": 0.3, "audit/chance_given_cluster": 0.2}
     row = ("clusters", "known 0.75, unknown 0.4, shuffled 0.3, chance given the cluster 0.2")
-    assert closing_rows({**latest, **audit, "audit/flagged": 0.0}) == [*plain, row]
-    *rows, (name, text) = closing_rows({**latest, **audit, "audit/flagged": 1.0})
+    assert summary_rows({**latest, **audit, "audit/flagged": 0.0}) == [*plain, row]
+    *rows, (name, text) = summary_rows({**latest, **audit, "audit/flagged": 1.0})
     assert (rows, name) == ([*plain, row], "LEAK")
     assert "clusters unknown" in text
 

@@ -187,8 +187,8 @@ def test_weights_without_a_gradient_shrink_as_the_optimizer_says():
             torch.nn.init.ones_(parameter)
             parameter.grad = torch.zeros_like(parameter)
         task.optimizers["train"].step()
-        decayed = {round(value, 6) for p in task.networks["network"].parameters() for value in p.unique().tolist()}
-        assert decayed == {pytest.approx(kept, abs=1e-6), 1.0}  # biases and what layers under test learn do not decay
+        found = {round(value, 6) for p in task.networks["network"].parameters() for value in p.unique().tolist()}
+        assert sorted(found) == pytest.approx(sorted({kept, 1.0}), abs=2e-6)  # biases and layers under test stay
 
 
 def test_images_decoded_in_the_workers_train_the_same_network(tiny, tmp_path):

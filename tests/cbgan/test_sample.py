@@ -19,6 +19,7 @@ from cbgan.noise import between, numbered_noise
 from common.data import DataConfig
 from common.data.image_set import to_uint8
 from common.norms.config import NormConfig
+from common.runtime.device import memory_format
 from common.train.checkpoint import Checkpoints
 from common.train.config import RecalibrateConfig, stored_yaml
 
@@ -53,7 +54,7 @@ def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanC
 
 
 def generator(folder: Path, cfg: GanConfig, which: str = "networks") -> Generator:
-    g = Generator(8, 4, cfg.norm, 8)
+    g = Generator(8, 4, cfg.norm, 8).to(memory_format=memory_format(cfg.channels_last))  # pyright: ignore[reportCallIssue]
     g.load_state_dict(torch.load(folder / "checkpoints" / "step-00000030.pt", weights_only=True)[which]["g"])
     recalibrate(cfg, g, [1, 0, 3] if cfg.conditional else [], CPU)
     return g.eval()

@@ -7,11 +7,11 @@ from common.classification.leak_audit import (
     Categories,
     Difference,
     Guess,
+    audit_inputs,
     counted,
     guess,
     leak_audit,
     paired_difference,
-    told,
     weighed,
 )
 
@@ -86,15 +86,15 @@ def test_a_paired_difference_is_that_of_mcnemar():
 
 def test_what_a_classifier_is_told():
     test = torch.tensor([0, 1, 1, 3, 2, 1, 0, 3] * 5)
-    ids = told(torch.tensor([1, 3, 3, 0, 3]), test, unknown=True)
+    ids = audit_inputs(torch.tensor([1, 3, 3, 0, 3]), test, unknown=True)
     assert list(ids) == ["known", "unknown", "shuffled", "constant"]
     assert torch.equal(ids["known"], test)
     assert (ids["unknown"] == -1).all()
     assert torch.equal(ids["shuffled"].bincount(), test.bincount())
     assert not torch.equal(ids["shuffled"], test)
-    assert torch.equal(ids["shuffled"], told(test, test, unknown=True)["shuffled"])
+    assert torch.equal(ids["shuffled"], audit_inputs(test, test, unknown=True)["shuffled"])
     assert (ids["constant"] == 3).all()
-    assert "unknown" not in told(test, test, unknown=False)
+    assert "unknown" not in audit_inputs(test, test, unknown=False)
     assert {each.shape for each in ids.values()} == {(40,)}
     assert {each.dtype for each in ids.values()} == {torch.int64}
 
@@ -102,7 +102,7 @@ def test_what_a_classifier_is_told():
 def audited(train: Categories, test: Categories, **more):
     """Audit a classifier that knows the cluster's classes, and nothing of the image: the paper's Table VII in small."""
     counts = counted(train.clusters, train.classes, CLUSTERS, CLASSES)
-    ids = told(train.clusters, test.clusters, unknown=True)
+    ids = audit_inputs(train.clusters, test.clusters, unknown=True)
     logits = {name: sure(counts.argmax(1)[cluster]) for name, cluster in ids.items() if name != "unknown"}
     prior = train.classes.bincount(minlength=CLASSES).double()
     logits["unknown"] = prior.log().expand(len(test.classes), -1)

@@ -35,6 +35,8 @@ class Outer:
     """Step size."""
     root: Path | None = None
     """Where images are."""
+    weights: list[str] = field(default_factory=list)
+    """Of which files."""
     resume: bool = False
     """Go on."""
     norm: Inner = field(default_factory=Inner)
@@ -150,6 +152,7 @@ BAD_FILES = {
     "resume: !!bool maybe": ["bad.yaml", "tag", "'maybe'"],
     "epochs: &x [*x]": ["epochs"],
     "norm: &x {norm: *x}": ["bad.yaml", "norm.norm"],
+    "weights: {}": ["weights", "list[str]", "{}"],
     "norm: 3": ["norm", "group of settings", "3"],
     "norm: null": ["norm", "group of settings", "null"],
     "norm: {foo: 1}": ["bad.yaml", "norm.foo", "no such setting"],

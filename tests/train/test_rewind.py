@@ -13,13 +13,14 @@ import torch
 from applications import APPLICATIONS
 from forked import Hit, run
 from run_comparison import assert_same_runs, final_state, logged
+from tasks import made
 from toy import ToyTask
 
 from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import derive
-from common.train.loop import Trainer, make_task
+from common.train.loop import Trainer
 from common.train.step import Metrics
-from common.train.task import Detector, TrainContext
+from common.train.task import Detector
 
 TOY = APPLICATIONS["toy"]
 LIMIT = 3.0
@@ -174,7 +175,7 @@ def test_each_application_knows_a_collapse(name, good, bad, cache):
     """A discriminator below 0.001 has won; a classifier of 10 classes above 2 log 10 = 4.605 is worse than a guess."""
     kind = APPLICATIONS[name].kind
     cfg = kind.config(cache=Path(cache))
-    task = make_task(kind, cfg, kind.load_images(cfg), TrainContext(torch.device("cpu"), dry_run=True))
+    task = made(kind, cfg)
     finds = [detector.find for detector in task.detectors if detector.reads == "steps"]
     assert [find(good) for find in finds] == [None]
     assert all(find(bad) for find in finds)
