@@ -3,6 +3,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 OURS = {"common", "cbgan", "cbda", "cbcls", "docs", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
@@ -24,3 +25,12 @@ def own_surroundings(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     paths = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+SEED = torch.initial_seed()
+
+
+@pytest.fixture(autouse=True)
+def draws_as_alone():
+    """Let a test draw the same numbers whatever ran before it."""
+    torch.manual_seed(SEED)
