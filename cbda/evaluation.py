@@ -56,8 +56,8 @@ def clusters_of(kind: str) -> dict[str, int]:
     return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
 
 
-def at_once(size: int) -> int:
-    """Return how many images of a side are classified at once: 256 of 32 pixels, of larger ones as fit in as much."""
+def evaluation_batch_size(size: int) -> int:
+    """Return 256 for images of up to 32 pixels a side; for larger ones as many as have as many pixels, at least 16."""
     return max(16, min(256, 256 * 32**2 // size**2))
 
 
@@ -196,9 +196,8 @@ class Evaluator:
 
         images, classes = self.images[split].images, self.images["train"].num_classes
         with evaluating(network), self.env.buffers_of_first(network):
-            logits = classify(
-                classifier, images, classes, batch_size=at_once(self.cfg.data.size), env=self.env, go_on=go_on
-            )
+            size = evaluation_batch_size(self.cfg.data.size)
+            logits = classify(classifier, images, classes, batch_size=size, env=self.env, go_on=go_on)
         if not logits.isfinite().all():
             raise NonFiniteError(f"logits of the {split} images are not finite; the checkpoint before them stands")
         return logits

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
-from cbda.evaluation import CLASSES, CLUSTERS, at_once, clusters_of, recalibrate
+from cbda.evaluation import CLASSES, CLUSTERS, clusters_of, evaluation_batch_size, recalibrate
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
 from cbda.task import AdaMatchTask
@@ -60,7 +60,8 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
             return self.network(x, torch.full((len(batch),), CLUSTERS[cluster], device=self.device))
 
         with evaluating(self.network):
-            return classify(classifier, images, len(self.classes), batch_size=at_once(self.cfg.data.size))
+            size = evaluation_batch_size(self.cfg.data.size)
+            return classify(classifier, images, len(self.classes), batch_size=size)
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoint: str = "last") -> AdaptedModel:

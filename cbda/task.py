@@ -126,7 +126,7 @@ class AdaMatchTask(Task[AdaMatchConfig]):
         return values
 
     def _due(self, micro: MicroBatch, every: int) -> bool:
-        """Say whether something is measured on a micro-batch, the last one of every so manieth step."""
+        """Return whether a metric is due on this micro-batch: the last one of one step in ``every``."""
         return every > 0 and (micro.number + 1) % (every * self.cfg.accumulate) == 0
 
     def log_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:

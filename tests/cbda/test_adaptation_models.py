@@ -10,7 +10,7 @@ from torch import nn
 import cbda.adamatch
 from cbda import load_model
 from cbda.config import AdaMatchConfig, ImagesConfig, ModelConfig
-from cbda.evaluation import at_once
+from cbda.evaluation import evaluation_batch_size
 from cbda.models import build_classifier
 from cbda.networks.wide_resnet import WideResNet
 from common.networks.pixels import pixels_of
@@ -163,8 +163,9 @@ def test_an_exported_model_is_a_file_of_weights(tiny, tmp_path):
 
 
 def test_large_images_are_classified_in_as_much_memory_as_small_ones():
-    assert at_once(32) == at_once(16) == 256
-    assert [at_once(size) * size**2 for size in (64, 96, 128)] == pytest.approx([256 * 32**2] * 3, rel=0.02)
+    assert evaluation_batch_size(32) == evaluation_batch_size(16) == 256
+    pixels = [evaluation_batch_size(size) * size**2 for size in (64, 96, 128)]
+    assert pixels == pytest.approx([256 * 32**2] * 3, rel=0.02)
 
 
 def test_pixels_come_in_the_range_that_was_asked_for():

@@ -231,8 +231,8 @@ class Cpu(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         """See ``Backend``; a mixture that is stored in parameters has its gradients through torch."""
         if options.stored and params.mean.requires_grad:
-            params, options = MixtureParams(*params.plain(options.min_weight)), options._replace(stored=False)
-            options = options._replace(min_weight=0.0)
+            params = MixtureParams(*params.plain(options.min_weight))
+            options = options._replace(stored=False, min_weight=0.0)
         y, state = _Mixture.apply(reference.flatten(x), *params, *affine, options)  # pyright: ignore[reportGeneralTypeIssues]
         return y.reshape(x.shape), None if options.statistics == "learned" else state
 
