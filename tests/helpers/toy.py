@@ -1,4 +1,4 @@
-"""A fourth application: a linear map learns digits from two streams, another one is learnt on its outputs."""
+"""The toy application: a linear map learns digits from two streams, another one is learnt on its outputs."""
 
 from dataclasses import dataclass, field
 

@@ -27,7 +27,7 @@ TOY = APPLICATIONS["toy"]
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Return a function that trains the fourth application and returns its folder and what it trained."""
+    """Return a function that trains the toy application and returns its folder and what it trained."""
     trained: list[Trainer] = []
     sound = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: trained.append(self) or sound(self))

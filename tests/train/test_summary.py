@@ -50,7 +50,7 @@ class Told:
 
 
 def trained(out: Path, cache: Path, *flags: str) -> Told:
-    """Train the fourth application by the test's clock."""
+    """Train the toy application by the test's clock."""
     now, told, printed = [100.0], Told(out / "toy" / "run"), io.StringIO()
     step, evaluate, epoch = Trainer.train_step, ToyTask.evaluate, Trainer.train_epoch
 
