@@ -170,8 +170,8 @@ def _described(images: ImageSet) -> str:
         return text
     from sklearn.metrics import mutual_info_score  # noqa: PLC0415 - as above
 
-    told = mutual_info_score(images.labels.numpy(), images.clusters.numpy())
-    return f"{text}; the cluster tells {told:.3f} nats of the class"
+    information = mutual_info_score(images.labels.numpy(), images.clusters.numpy())
+    return f"{text}; {information:.3f} nats of mutual information with the class"
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ class ModelConfig:
     vit, oxford_cnn, or timm:NAME, such as timm:resnet18 (docs/classification.md)."""
     position: int | None = None
     """shallow_cnn: after which of its four convolutions the layer under test is; null is the third, the paper's."""
-    cluster_input: bool = False
-    """Hand the cluster of each image to the last linear map, one-hot beside the features: the baseline that is told
-    what scb and scb_base are told, without such a layer."""
+    onehot_cluster: bool = False
+    """Hand the cluster of each image to the last linear map, one-hot beside the features: the baseline that is given
+    what scb and scb_base are given, without such a layer."""
     dropout: float = 0.0
     """densenet: after each convolution but the first; 0.2 in the original where images are not augmented."""
     convert: list[str] = field(default_factory=list)
@@ -129,13 +129,13 @@ class ClassifierConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clusters.by == "none" and (self.takes_clusters or self.model.cluster_input):
-            asks = f"norm.kind: {self.norm.kind}" if self.takes_clusters else "model.cluster_input: true"
+        if self.clusters.by == "none" and (self.takes_clusters or self.model.onehot_cluster):
+            asks = f"norm.kind: {self.norm.kind}" if self.takes_clusters else "model.onehot_cluster: true"
             raise ValueError(f"{asks} needs a cluster for each image; say which by clusters.by {_CLUSTERS}")
-        if self.takes_clusters and self.model.cluster_input:
+        if self.takes_clusters and self.model.onehot_cluster:
             without = ", ".join(kinds(takes_clusters=False))
             raise ValueError(
-                f"model.cluster_input: {self.norm.kind} is told the clusters already; expected norm.kind {without}"
+                f"model.onehot_cluster: {self.norm.kind} is given the clusters already; expected norm.kind {without}"
             )
         if self.decay == "absolute" and self.optimizer != "adamw":
             raise ValueError(f"decay: expected of_lr, since absolute means adamw's, got absolute for {self.optimizer}")
@@ -171,18 +171,18 @@ class ClassifierConfig(RunConfig):
 
     @property
     def takes_clusters(self) -> bool:
-        """Whether the layer under test is told the cluster of each image."""
+        """Whether the layer under test is given the cluster of each image."""
         return self.norm.kind in kinds(takes_clusters=True)
 
     @property
     def knows_unknown(self) -> bool:
         """Whether the network can do without the cluster of an image that it classifies."""
-        return self.norm.kind in ("scb", "scb_base") or self.model.cluster_input
+        return self.norm.kind in ("scb", "scb_base") or self.model.onehot_cluster
 
     @property
     def told_clusters(self) -> bool:
         """Whether the network is, by its layer or beside its features."""
-        return self.takes_clusters or self.model.cluster_input
+        return self.takes_clusters or self.model.onehot_cluster
 
 
 _CLUSTERS = "superclasses, classes or file"

@@ -1,4 +1,4 @@
-"""Measure a trained classifier, and audit what it is told: ``python -m cbcls.evaluate --run runs/cbcls/NAME``."""
+"""Measure a trained classifier, and audit what it is given: ``python -m cbcls.evaluate --run runs/cbcls/NAME``."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class EvaluateConfig:
     """Measure a trained classifier on the test images of its run, and on the validation images if it had any.
 
     Writes evaluation.json (accuracy, top-5, macro and weighted precision, recall and F1, a row for each class,
-    confusion, calibration, what a threshold of 0.5 counts, the leak audit of a classifier that is told clusters), and
+    confusion, calibration, what a threshold of 0.5 counts, the leak audit of a classifier that is given clusters), and
     pictures of confusion and reliability.
     """
 
@@ -46,7 +46,7 @@ class EvaluateConfig:
     checkpoint: str = "last"
     """Which checkpoint of the run: last, best, or the number of an epoch that was kept (checkpoint_keep)."""
     baseline: Path | None = None
-    """A run that is told the same clusters without such a layer (model.cluster_input true, norm.kind bn or none), to
+    """A run that is given the same clusters without such a layer (model.onehot_cluster true, norm.kind bn or none), to
     compare with."""
     out: Path | None = None
     """Where results go; null is the folder evaluation in that of the run."""
@@ -154,7 +154,7 @@ def _check_images(model: TrainedClassifier, images: dict[str, ImageSet]) -> None
         raise UsageError(f"run: {model.cfg.data.name} has other classes now than the model knows")
     now = {f"content_{name}": each.content_hash for name, each in images.items()}
     now |= {f"clusters_{name}": each.clusters_hash for name, each in images.items()}
-    differ = [name for name, value in model.passport.items() if name in now and now[name] != value]
+    differ = [name for name, value in model.protocol.items() if name in now and now[name] != value]
     if differ:
         raise UsageError(f"run: its images are others now ({', '.join(differ)} differ); restore them, or train anew")
 
@@ -163,13 +163,13 @@ def _differences(model: TrainedClassifier, baseline: TrainedClassifier, options:
     """Return the settings in which a baseline differs and may, each with the two values.
 
     Raises:
-        UsageError: if model or baseline is told no clusters, or they differ in model, data or clusters.
+        UsageError: if model or baseline is given no clusters, or they differ in model, data or clusters.
     """
     if not model.clusters:
-        raise UsageError(f"baseline: {options.run} is told no clusters, so nothing is to be compared; leave it out")
-    if not baseline.cfg.model.cluster_input:
+        raise UsageError(f"baseline: {options.run} is given no clusters, so nothing is to be compared; leave it out")
+    if not baseline.cfg.model.onehot_cluster:
         raise UsageError(
-            f"baseline: expected a run with model.cluster_input true, got {options.baseline} with norm.kind "
+            f"baseline: expected a run with model.onehot_cluster true, got {options.baseline} with norm.kind "
             f"{baseline.cfg.norm.kind} and without it"
         )
     differ = list(_unlike(model.cfg, baseline.cfg))
@@ -178,8 +178,8 @@ def _differences(model: TrainedClassifier, baseline: TrainedClassifier, options:
             raise UsageError(f"baseline: expected {name} {shown(ours)} as {options.run} has, got {shown(theirs)}")
     # Runs of other seeds hold other images out of training, so that there only those for testing have to be the same.
     ends = ("_test", "_train") if model.cfg.seed == baseline.cfg.seed else ("_test",)
-    for name, value in model.passport.items():
-        if name.endswith(ends) and name in baseline.passport and baseline.passport[name] != value:
+    for name, value in model.protocol.items():
+        if name.endswith(ends) and name in baseline.protocol and baseline.protocol[name] != value:
             raise UsageError(f"baseline: {options.baseline} has other images or clusters than {options.run} ({name})")
     if model.epoch != baseline.epoch:
         differ.append(("epoch", model.epoch, baseline.epoch))
@@ -188,7 +188,7 @@ def _differences(model: TrainedClassifier, baseline: TrainedClassifier, options:
 
 def _unlike(ours: ClassifierConfig, theirs: ClassifierConfig) -> Iterator[tuple[str, Any, Any]]:
     """Yield the settings in which two configurations differ, apart from the layer and from what changes nothing."""
-    aside = {*NOT_STORED, *changeable(ClassifierConfig), "init_from", "model.cluster_input", "model.position"}
+    aside = {*NOT_STORED, *changeable(ClassifierConfig), "init_from", "model.onehot_cluster", "model.position"}
     other = dict(flatten(to_dict(theirs.resolved())))
     for name, value in flatten(to_dict(ours.resolved())):
         if name not in aside and not name.startswith("norm.") and other.get(name) != value:

@@ -28,17 +28,17 @@ CATEGORIES = "categories.json"
 _SPLITS = (
     ("test", "", "loss/test"),
     ("validation", "validation_", "loss/validation"),
-    ("train", "train_", "loss/train_seen"),
+    ("train", "train_", "loss/train_eval"),
 )
 """Name, prefix of metrics, and loss."""
 _SEEN = 2000
 """Most training images that are measured as test images are."""
 CHARTS = {
-    "loss": [f"loss/{name}" for name in ("train_seen", "validation", "test")],
+    "loss": [f"loss/{name}" for name in ("train_eval", "validation", "test")],
     "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
 }
 """What TensorBoard shows in one picture."""
-HEADLINE = ("loss/test", "metric/accuracy", "metric/validation_accuracy", "loss/train_seen", "metric/train_accuracy")
+HEADLINE = ("loss/test", "metric/accuracy", "metric/validation_accuracy", "loss/train_eval", "metric/train_accuracy")
 """What is printed of a measurement."""
 
 
@@ -67,7 +67,7 @@ class Evaluator:
     def scores(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
         """Return loss and scores in evaluation mode, by tag: loss/test and metric/accuracy, loss/validation and so on.
 
-        Of training images a fixed sample is measured, as test images are; of a network that is told clusters, the
+        Of training images a fixed sample is measured, as test images are; of a network that is given clusters, the
         leak audit on all test images.
 
         Raises:
@@ -81,8 +81,8 @@ class Evaluator:
             if "validation" in self.images:
                 held = self.images["validation"]
                 values |= _scored("loss/validation", "validation_", held, self.logits(network, held, go_on=go_on))
-            seen = _scored("loss/train_seen", "train_", self._seen, self.logits(network, self._seen, go_on=go_on))
-            values |= {tag: seen[tag] for tag in ("loss/train_seen", "metric/train_accuracy", "metric/train_error")}
+            seen = _scored("loss/train_eval", "train_", self._seen, self.logits(network, self._seen, go_on=go_on))
+            values |= {tag: seen[tag] for tag in ("loss/train_eval", "metric/train_accuracy", "metric/train_error")}
             if self.cfg.told_clusters:
                 values |= self.audit(network, go_on, logits).scalars()
         return values
@@ -108,7 +108,7 @@ class Evaluator:
         Args:
             network: the classifier.
             images: what it classifies.
-            clusters: what it is told of them, int64 (N,); by default each image's own.
+            clusters: what it is given of them, int64 (N,); by default each image's own.
             go_on: called between batches.
 
         Raises:
@@ -129,13 +129,13 @@ class Evaluator:
         known: Tensor | None = None,
         baseline: Tensor | None = None,
     ) -> LeakAudit:
-        """Audit a network that is told clusters, on the test images; inside `measuring`.
+        """Audit a network that is given clusters, on the test images; inside `measuring`.
 
         Args:
             network: the classifier.
             go_on: called between batches.
             known: its logits with each image's own cluster, if they are there already.
-            baseline: those of a classifier that is told the same without such a layer.
+            baseline: those of a classifier that is given the same without such a layer.
         """
         train, test = self.images["train"], self.images["test"]
         ids = audit_inputs(_categories(train).clusters, _categories(test).clusters, unknown=self.cfg.knows_unknown)
@@ -175,7 +175,7 @@ def logits_of(
         network: in evaluation mode.
         images: what it classifies.
         num_classes: of the network.
-        clusters: what it is told of them, int64 (N,), -1 for unknown; None tells nothing.
+        clusters: what it is given of them, int64 (N,), -1 for unknown; None tells nothing.
         device: where the network is.
         env: as for `classify`.
         go_on: as for `classify`.
@@ -232,7 +232,7 @@ def _categories(images: ImageSet) -> Categories:
 
 
 def selection_metrics() -> dict[str, SelectionMetric]:
-    """Return the values of validation images that epochs can be chosen by, and those that only an oracle may."""
+    """Return the values of validation images that epochs can be chosen by, and those of test images."""
     chosen: list[tuple[str, Better]] = [
         (name, metric.better) for name, metric in METRICS.items() if metric.better is not None
     ]
@@ -253,13 +253,13 @@ def summary_rows(latest: Mapping[str, float | None]) -> list[tuple[str, str]]:
             rows.append(
                 (split, f"loss {value:.4g}, {listed({name: latest[f'metric/{prefix}{name}'] for name in names})}")
             )
-    told = {tag.removeprefix("audit/accuracy_"): latest[tag] for tag in latest if tag.startswith("audit/accuracy_")}
-    if told:
+    audited = {tag.removeprefix("audit/accuracy_"): latest[tag] for tag in latest if tag.startswith("audit/accuracy_")}
+    if audited:
         chance = {"chance_given_the_cluster": latest["audit/chance_given_cluster"]}
-        rows.append(("clusters", listed({"known": latest["metric/accuracy"], **told, **chance})))
+        rows.append(("clusters", listed({"known": latest["metric/accuracy"], **audited, **chance})))
         if latest["audit/flagged"]:
             rows.append(("LEAK", "test clusters tell of labels: quote the accuracy with clusters unknown, or the gain "
-                         "over a baseline that is told them (docs/leak-audit.md)"))  # fmt: skip
+                         "over a baseline that is given them (docs/leak-audit.md)"))  # fmt: skip
     return rows
 
 

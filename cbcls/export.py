@@ -29,16 +29,16 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
         network: in evaluation mode, with the statistics by which it is measured.
         cfg: the configuration of its run.
         classes: names, in the order of the logits.
-        clusters: names of the clusters that it can be told, in the order of their numbers; empty where it is told none.
+        clusters: names of the clusters that it takes, in the order of their numbers; empty where it takes none.
         epoch: after how many it was taken.
-        passport: what the images and clusters of its run were (see `Task.eval_protocol`).
+        protocol: what the images and clusters of its run were (see `Task.eval_protocol`).
     """
 
     network: Classifier
     classes: tuple[str, ...]
     clusters: tuple[str, ...]
     epoch: int
-    passport: dict[str, Any]
+    protocol: dict[str, Any]
 
     def logits(self, images: Tensor, cluster: str | Tensor = "unknown") -> Tensor:
         """Return logits (N, C), float64, of uint8 images (N, 3, S, S).
@@ -49,7 +49,7 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
                 nobody can say.
 
         Raises:
-            UsageError: if there is no such cluster, or the layer has to be told one.
+            UsageError: if there is no such cluster, or the layer has to be given one.
             ValueError: if the images are not of this type and size.
         """
         check_images(images, self.cfg.data.size)
@@ -58,14 +58,14 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
             return logits_of(self.cfg, self.network, images, len(self.classes), ids, self.device)
 
     def check_cluster(self, cluster: str) -> None:
-        """Raise UsageError if the classifier cannot be told this cluster."""
+        """Raise UsageError if the classifier cannot be given this cluster."""
         if not self.clusters:
             if cluster != "unknown":
-                raise UsageError(f"cluster: this classifier is told none ({self.cfg.norm.kind}); leave {cluster} out")
+                raise UsageError(f"cluster: this classifier is given none ({self.cfg.norm.kind}); leave {cluster} out")
             return
         known = [*(["unknown"] if self.cfg.knows_unknown else []), *self.clusters]
         if cluster not in known:
-            has_to = "" if self.cfg.knows_unknown else f", since {self.cfg.norm.kind} has to be told one"
+            has_to = "" if self.cfg.knows_unknown else f", since {self.cfg.norm.kind} has to be given one"
             shown = ", ".join(known[:20]) + (f" and {len(known) - 20} others" if len(known) > 20 else "")
             raise UsageError(f"cluster: expected one of {shown}{has_to}, got {cluster}")
 
@@ -116,7 +116,7 @@ def load_model(
             "classes": classes,
             "clusters": clusters if cfg.told_clusters else (),
             "epoch": stored.state["run"]["epoch"],
-            "passport": stored.state["passport"],
+            "protocol": stored.state["protocol"],
         }
 
     model = stored.model(

@@ -62,7 +62,7 @@ class FiguresConfig:
     colour: Literal["predicted", "class", "superclass", "cluster"] | None = None
     """What embedding and components colour by; null is predicted and superclass."""
     cluster: Literal["own", "unknown"] = "own"
-    """What layers of known clusters are told of an image."""
+    """What layers of known clusters are given of an image."""
     perplexity: float = 30.0
     """Of t-SNE: about how many neighbours a point has."""
     title: str = ""

@@ -38,7 +38,7 @@ def build_classifier(
             f"norm.num_components: expected {num_clusters}, one for each cluster that images have by clusters.by "
             f"{cfg.clusters.by}, got {cfg.norm.num_components}"
         )
-    network = _network(cfg, num_classes, num_clusters if cfg.model.cluster_input else 0)
+    network = _network(cfg, num_classes, num_clusters if cfg.model.onehot_cluster else 0)
     network.pixels = _pixels(cfg, images)
     return network
 

@@ -25,7 +25,7 @@ class PredictConfig:
     out: Path = Path(".")
     """Where the table and the contact sheet go."""
     cluster: str = "unknown"
-    """Which cluster the images are taken for, by its name, where the model is told one."""
+    """Which cluster the images are taken for, by its name, where the model is given one."""
     export: Path | None = None
     """Write the model to this folder, as safetensors and configuration; without images nothing else is done."""
     force: bool = False

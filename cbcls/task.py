@@ -44,7 +44,7 @@ class ClassifierTask(Task[ClassifierConfig]):
 
     @classmethod
     def selection_metrics(cls, cfg: ClassifierConfig) -> dict[str, SelectionMetric]:
-        """Return the values of validation images, and those of test images, which only an oracle may choose by."""
+        """Return the values of validation images, and those of test images, which need best.allow_test_metric."""
         return selection_metrics()
 
     @classmethod
@@ -57,8 +57,8 @@ class ClassifierTask(Task[ClassifierConfig]):
     @classmethod
     def default_name(cls, cfg: ClassifierConfig) -> str:
         """Return what a run without a name is called."""
-        told = "-told" if cfg.model.cluster_input else ""
-        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{told}-seed{cfg.seed}"
+        onehot = "-onehot" if cfg.model.onehot_cluster else ""
+        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{onehot}-seed{cfg.seed}"
 
     def view(self) -> View:
         """Return what training shows of images."""
@@ -105,10 +105,10 @@ class ClassifierTask(Task[ClassifierConfig]):
     def better(self) -> Mapping[str, Better]:
         """Return it of the losses and of each metric, on training images too."""
         of_training: dict[str, Better] = {f"metric/train_{name}": m.better for name, m in METRICS.items() if m.better}
-        return {**super().better(), **of_training, "loss/train": "lower", "loss/train_seen": "lower"}
+        return {**super().better(), **of_training, "loss/train": "lower", "loss/train_eval": "lower"}
 
     def eval_protocol(self) -> dict[str, object]:
-        """Return what the images are, and what clusters the network is told of them."""
+        """Return what the images are, and what clusters the network is given of them."""
         clusters = {name: images.clusters_hash for name, images in self.images.items() if self.cfg.told_clusters}
         return super().eval_protocol() | {f"clusters_{name}": value for name, value in clusters.items()}
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import NOISE_PARTS
-from cbda.networks.wide_resnet import Form
+from cbda.networks.wide_resnet import Variant
 from common.data.augmentation import ViewOptions
 from common.data.config import DataConfig
 from common.data.names import DATA_SETS
@@ -39,14 +39,16 @@ class DomainConfig:
     """mnist_m: a folder of photographs to blend the digits with, or sklearn for scikit-learn's two."""
     download: bool = field(default=True, metadata=MAY_CHANGE)
     """Download a published data set where it is missing."""
-    labelled: int | None = None
+    labels_per_class: int | None = None
     """Labels that may be used, images a class, repeated where they do not fill a batch; null is all of the source's and
     none of the target's."""
 
     def __post_init__(self) -> None:
         texts_to_paths(self)
-        if self.labelled is not None and self.labelled < 1:
-            raise ValueError(f"{self.domain}.labelled: expected at least 1, or null, got {self.labelled}")
+        if self.labels_per_class is not None and self.labels_per_class < 1:
+            raise ValueError(
+                f"{self.domain}.labels_per_class: expected at least 1, or null, got {self.labels_per_class}"
+            )
         try:
             self.data(32)
         except ValueError as error:
@@ -79,7 +81,7 @@ class SourceConfig(DomainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig(DomainConfig):
-    """The domain without labels; those that it has are used to measure, and by labelled N to learn from."""
+    """The domain without labels; those that it has are used to measure, and by labels_per_class N to learn from."""
 
     domain: ClassVar[str] = "target"
     name: str = field(default="digits_m", metadata=named(DATA_SETS.names))
@@ -109,10 +111,10 @@ class ModelConfig:
 
     name: str = "wrn-10-1"
     """wrn-DEPTH-WIDTH, such as wrn-28-2 of the paper, or timm:NAME, such as timm:resnet18."""
-    form: Form = "official"
+    variant: Variant = "official"
     """wrn: as AdaMatch's authors build it, or as the page of Keras does that the paper follows."""
     momentum: float | None = 0.01
-    """wrn: weight of the new batch in BatchNorm's averages; null is the form's own, for long runs."""
+    """wrn: weight of the new batch in BatchNorm's averages; null is the variant's own, for long runs."""
     convert: list[str] = field(default_factory=list)
     """BatchNorms of the network to replace by the layer under test, by name, or all; without, one layer before the
     network normalises the images."""
@@ -161,9 +163,9 @@ class AdaMatchConfig(RunConfig):
     """Adam with the eps 1e-7 of Keras, or SGD with momentum 0.9."""
     lr: float = 0.03
     """Learning rate."""
-    ema: float = 0.99
+    ema_decay: float = 0.99
     """Decay of an exponential moving average of weights and buffers, which then is what is evaluated; 0 keeps none."""
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="arc", floor=0.25))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="partial_cosine", floor=0.25))
     norm: NormConfig = field(default_factory=lambda: NormConfig(kind="scb", num_components=2))
     variance_every: int = 50
     """Steps between two measurements of how each domain's gradient varies within each weight tensor, which cost three
@@ -203,8 +205,10 @@ class AdaMatchConfig(RunConfig):
             raise ValueError(
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
             )
-        if self.method.align_by == "labelled" and self.target.labelled is None:
-            raise ValueError("method.align_by: labelled needs target.labelled, the labels a class that may be used")
+        if self.method.align_by == "labelled" and self.target.labels_per_class is None:
+            raise ValueError(
+                "method.align_by: labelled needs target.labels_per_class, the labels a class that may be used"
+            )
         if not self.model.convert:
             self.norm.check_features(3)
 

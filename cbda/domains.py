@@ -33,17 +33,18 @@ def load_domains(cfg: AdaMatchConfig) -> dict[str, ImageSet]:
             raise UsageError(
                 f"{domain.domain}.test_root: {test.name} has no labels; test images need one sub-folder a class"
             )
-    images = {"train": train if cfg.source.labelled is None else _some(train, cfg.source, cfg.seed)}
+    images = {"train": train if cfg.source.labels_per_class is None else _some(train, cfg.source, cfg.seed)}
     if source.test is not None:
         images["test"] = _as_counted(source.test, train.classes, cfg.source)
     images["target"] = _as_counted(target.train, train.classes, cfg.target)
     labelled = target.test if target.test is not None else target.train
     if labelled.labels is not None:
         images["target_test"] = _as_counted(labelled, train.classes, cfg.target)
-    if cfg.target.labelled is not None:
+    if cfg.target.labels_per_class is not None:
         if target.train.labels is None:
             raise UsageError(
-                f"target.labelled: {cfg.target.labelled} labels a class asked for, but {target.train.name} has none"
+                f"target.labels_per_class: expected null, since {target.train.name} has no labels, got "
+                f"{cfg.target.labels_per_class}"
             )
         images["target_labelled"] = _some(images["target"], cfg.target, cfg.seed)
     return images
@@ -59,7 +60,7 @@ def domain_streams(cfg: AdaMatchConfig, images: Mapping[str, ImageSet], world: i
         UsageError: if the target has fewer images than a step takes.
     """
     views = cfg.data.view("weak", cfg.data.size), cfg.data.view("strong", cfg.data.size)
-    labelled, target = cfg.batch_size * world * cfg.accumulate, images["target"]
+    labelled, target = cfg.batch_size * world * cfg.grad_accum_steps, images["target"]
     if labelled * cfg.target_ratio > len(target):
         raise UsageError(
             f"batch_size: expected at most the {len(target)} images of the target, got {labelled * cfg.target_ratio} "
@@ -117,15 +118,15 @@ def _some(images: ImageSet, domain: DomainConfig, seed: int) -> ImageSet:
         UsageError: if a class has fewer.
     """
     assert images.labels is not None
-    assert domain.labelled is not None
+    assert domain.labels_per_class is not None
     chosen = []
     for label in images.labels.unique().tolist():
         members = (images.labels == label).nonzero()[:, 0]
-        if len(members) < domain.labelled:
+        if len(members) < domain.labels_per_class:
             raise UsageError(
-                f"{domain.domain}.labelled: expected at most the {len(members)} images of class "
-                f"{images.classes[label]}, got {domain.labelled}"
+                f"{domain.domain}.labels_per_class: expected at most the {len(members)} images of class "
+                f"{images.classes[label]}, got {domain.labels_per_class}"
             )
         order = permutation(len(members), seed, "labelled", domain.domain, label)
-        chosen.append(members[order[: domain.labelled]])
+        chosen.append(members[order[: domain.labels_per_class]])
     return images.select(torch.cat(chosen).sort().values)

@@ -33,7 +33,7 @@ _SPLITS = {"source": "test", "target": "target_test"}
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure an adapted model on the test images of both domains, by every cluster that its layer can be told.
+    """Measure an adapted model on the test images of both domains, by every cluster that its layer can be given.
 
     Writes evaluation.json (accuracy, macro and weighted precision, recall and F1, a row for each class, confusion,
     calibration, and how far the domains are apart in each layer) and, for each domain by its own cluster, pictures of

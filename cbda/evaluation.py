@@ -50,7 +50,7 @@ _TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
 
 
 def clusters_of(kind: str) -> dict[str, int]:
-    """Return the cluster ids that a kind of layer can be told in evaluation; one where it asks for none."""
+    """Return the cluster ids that a kind of layer can be given in evaluation; one where it asks for none."""
     if kind not in kinds(takes_clusters=True):
         return {"source": SOURCE}
     return CLUSTERS if kind in _KNOW_UNKNOWN else {"source": SOURCE, "target": TARGET}
@@ -62,7 +62,7 @@ def evaluation_batch_size(size: int) -> int:
 
 
 def selection_metrics() -> dict[str, SelectionMetric]:
-    """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
+    """Return the values without target labels, and the target's accuracy, which needs best.allow_test_metric."""
     return {
         "metric/validation_accuracy": SelectionMetric("validation", "higher"),
         "loss/validation": SelectionMetric("validation", "lower"),
@@ -114,9 +114,9 @@ def summary_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_onl
     rows = [("source only", both("source_only_"))] if source_only else []
     rows.append(("AdaMatch", both("")))
     by = {name: last.get(f"metric/target_accuracy_as_{name}") for name in CLUSTERS}
-    told = [f"{100 * value:.1f} % as {name}" for name, value in by.items() if value is not None]
-    if told:
-        rows.append(("by cluster", f"target {', '.join(told)}; the paper names the source's for both"))
+    by_cluster = [f"{100 * value:.1f} % as {name}" for name, value in by.items() if value is not None]
+    if by_cluster:
+        rows.append(("by cluster", f"target {', '.join(by_cluster)}; the paper names the source's for both"))
     rows.append(("picture", str(folder / "samples" / "predictions.png")))
     rows.append(("paper's run", "python -m cbda.adamatch --config configs/cbda/paper_scb.yaml --device cuda"))
     return rows
@@ -146,7 +146,7 @@ class Evaluator:
     def values(self, networks: Mapping[str, nn.Module], context: EvalContext) -> dict[str, float]:
         """Measure both networks, log a picture, and return values by tag.
 
-        Accuracy, precision, recall and F1 of the adapted network are by each cluster that its layer can be told, of
+        Accuracy, precision, recall and F1 of the adapted network are by each cluster that its layer can be given, of
         the domain's own without a suffix; the last three are averaged over classes by their images, and the paper's
         Table VI has them by the source's cluster in both domains. Accuracies of the network that saw the source alone
         are by the source's, and the gain is what the other one has more of in the target.

@@ -46,7 +46,7 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
             cluster: source, target or unknown; without meaning where the layer asks for none.
 
         Raises:
-            UsageError: if the layer cannot be told this cluster.
+            UsageError: if the layer cannot be given this cluster.
             ValueError: if the images are not of this type and size.
         """
         check_images(images, self.cfg.data.size)

@@ -59,5 +59,5 @@ def build_classifier(cfg: AdaMatchConfig, num_classes: int, *, kind: str | None 
 
 def _network(model: ModelConfig, num_classes: int) -> nn.Module:
     if (wrn := re.fullmatch(r"wrn-(\d+)-(\d+)", model.name)) is not None:
-        return WideResNet(int(wrn[1]), int(wrn[2]), num_classes, model.form, model.momentum)
+        return WideResNet(int(wrn[1]), int(wrn[2]), num_classes, model.variant, model.momentum)
     return timm_network(model.name, num_classes, pretrained=model.pretrained, weights=model.weights)

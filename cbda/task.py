@@ -50,7 +50,7 @@ class AdaMatchTask(Task[AdaMatchConfig]):
 
     @classmethod
     def selection_metrics(cls, cfg: AdaMatchConfig) -> dict[str, SelectionMetric]:
-        """Return the values that need no label of the target, and the target's accuracy, which an oracle may see."""
+        """Return the values without target labels, and the target's accuracy, which needs best.allow_test_metric."""
         return selection_metrics()
 
     @classmethod
@@ -127,7 +127,7 @@ class AdaMatchTask(Task[AdaMatchConfig]):
 
     def _due(self, micro: MicroBatch, every: int) -> bool:
         """Return whether a metric is due on this micro-batch: the last one of one step in ``every``."""
-        return every > 0 and (micro.number + 1) % (every * self.cfg.accumulate) == 0
+        return every > 0 and (micro.number + 1) % (every * self.cfg.grad_accum_steps) == 0
 
     def log_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Return shares of the pseudo-labels that passed; where none did, none."""

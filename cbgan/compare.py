@@ -22,7 +22,7 @@ from common.tables import Cell, best_of
 from common.train.logging import FINAL
 
 _PROTOCOL = ("fid.reference", "fid.extractor", "data.size")
-"""Settings that FIDs have to share to be compared, besides the number of samples and what the passports hold."""
+"""Settings that FIDs have to share to be compared, besides the number of samples and what the protocols hold."""
 _ROWS = 4
 """Of eight samples of each run."""
 
@@ -107,7 +107,7 @@ def training_hours(run: LoggedRun) -> dict[int, float]:
     """
     settings = run.settings
     world = max((session.get("world") or 1 for session in run.sessions), default=1)
-    images = settings["batch_size"] * settings["accumulate"] * world
+    images = settings["batch_size"] * settings["grad_accum_steps"] * world
     hours, last, found = 0.0, 0, {0: 0.0}
     for line in run.lines:
         speed = line.get("time/images_per_second")
@@ -175,8 +175,8 @@ def _table(groups: dict[str, list[LoggedRun]], tag: str) -> list[str]:
         values = [run.values(tag) for run in group]
         cells = [[each[-1] for each in values], *([[best(each) for each in values]] if best else []),
                  [max(training_hours(run).values()) for run in group]]  # fmt: skip
-        told = [Cell(fmean(each), stdev(each) if len(each) > 1 else None).text() for each in cells]
-        lines.append(f"| {' | '.join([label, ' '.join(str(run.seed) for run in group), *told])} |")
+        means = [Cell(fmean(each), stdev(each) if len(each) > 1 else None).text() for each in cells]
+        lines.append(f"| {' | '.join([label, ' '.join(str(run.seed) for run in group), *means])} |")
     chosen = f"; the {name} was chosen by the value itself" if name else ""
     return [*lines, "", f"Mean ± standard deviation over seeds{chosen}."]
 

@@ -19,8 +19,8 @@ class GanConfig(RunConfig):
     """Train a DCGAN whose generator normalises with the layer under test, and measure its FID.
 
     Without arguments: UCB-Norm on scikit-learn's handwritten digits, a few minutes on two CPU cores. lr, weight_decay
-    and what else is told an optimizer concern Adam, of both networks. A norm.kind that takes clusters (scb, scb_base,
-    dsbn) takes the images' classes, and makes the GAN a conditional one.
+    and the other settings of the optimizer are Adam's, for both networks. A norm.kind that takes clusters (scb,
+    scb_base, dsbn) takes the images' classes, and makes the GAN a conditional one.
     """
 
     least_evaluate_every: ClassVar[int] = 0

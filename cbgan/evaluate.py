@@ -209,7 +209,7 @@ def _write(
     """
     if options.grid is not None:
         pictures["grid"](options.grid)
-    follows = {name: record[name] for name in ("weights", "samples", "passport")} | {"values": sorted(record["values"])}
+    follows = {name: record[name] for name in ("weights", "samples", "protocol")} | {"values": sorted(record["values"])}
     key = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
     folder = options.out or (options.run or Path()) / "evaluations"
     file = folder / f"{what}-{record['samples']}-samples-{key}.json"

@@ -45,7 +45,7 @@ class Evaluator:
         env: this process among those of the run; they share each measurement.
 
     Attributes:
-        warnings: why what is measured should not be trusted, to be told with the first measurement.
+        warnings: why what is measured should not be trusted, printed with the first measurement.
         most: the largest value so far of what was measured, by tag.
 
     Raises:
@@ -74,11 +74,11 @@ class Evaluator:
         found = () if self.fid is None else (self.fid.warning, self.fid.left_out, self.fid.short(count))
         return [line for line in found if line is not None]
 
-    def passport(self) -> Mapping[str, object]:
+    def protocol(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
         if self.fid is None:
             return {}
-        return {**self.fid.passport(), "recalibrated": self.cfg.recalibrate.protocol}
+        return {**self.fid.protocol(), "recalibrated": self.cfg.recalibrate.protocol}
 
     def better(self) -> Mapping[str, Better]:
         """Return whether higher or lower is better of each measured value that has a best, by tag."""
@@ -86,7 +86,7 @@ class Evaluator:
             return {}
         of_samples: dict[str, Better] = {**self.fid.better(), "metric/classes_found": "higher"}
         final: dict[str, Better] = {f"{tag}{FINAL}": way for tag, way in of_samples.items()}
-        return {**of_samples, **final, f"{self.fid.tag}_raw": "lower", "metric/class_asked": "higher"}
+        return {**of_samples, **final, f"{self.fid.tag}_raw": "lower", "metric/class_accuracy": "higher"}
 
     def class_counts(self) -> list[int]:
         """Return how many training images each class has; nothing where no class is asked for."""
@@ -209,9 +209,9 @@ class Evaluator:
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
-        own, passport = self.fid.passport(), self.passport()
-        more = {name: value for name, value in passport.items() if name not in own} | {"noise_seed": SEED}
-        return recorded(self.fid, result, self.named_classes(result), more) | {"passport": passport}
+        own, protocol = self.fid.protocol(), self.protocol()
+        more = {name: value for name, value in protocol.items() if name not in own} | {"noise_seed": SEED}
+        return recorded(self.fid, result, self.named_classes(result), more) | {"protocol": protocol}
 
     def nearest(self, g: Generator, result: FidResult) -> Tensor:
         """Return the sheet of the generated images that are nearest to training images, each beside its own."""
@@ -248,7 +248,7 @@ class Evaluator:
         context.log.image(context.step, "samples/generated", grid)
         values = {"metric/diversity": distance(images) / (distance(real) or math.nan)}  # copies of one do not differ
         if self.cfg.conditional and self.fid is not None and isinstance(self.fid.extractor, Classifier):
-            values["metric/class_asked"] = self._share_as_asked(g, self.fid.extractor)
+            values["metric/class_accuracy"] = self._share_as_asked(g, self.fid.extractor)
         return values
 
     def _share_as_asked(self, g: Generator, classifier: Classifier) -> float:

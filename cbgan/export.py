@@ -139,7 +139,7 @@ def load_generator(
         path: the folder or file.
         device: where it is to run.
         checkpoint: of a run's folder: last, best, or the number of an epoch that was kept.
-        raw: take the weights as they were trained, where the run kept an average of them (``ema``).
+        raw: take the weights as they were trained, where the run kept an average of them (``ema_decay``).
 
     Raises:
         UsageError: if it is neither, has no such checkpoint, its files do not belong together, or the layers' backend

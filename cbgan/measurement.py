@@ -1,4 +1,4 @@
-"""How a measurement is told and shown: its interval, what else was found, and samples beside training images."""
+"""How a measurement is printed and drawn: its interval, what else was found, and samples beside training images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def save_sheet(sheet: Tensor, path: Path) -> None:
 def recorded(
     fid: Fid, result: FidResult, classes: Mapping[str, int] | None, more: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """Return a measurement as plain values: numbers by tag, each with its passport, and classes by name.
+    """Return a measurement as plain values: numbers by tag, each with its protocol, and classes by name.
 
     Args:
         fid: what measured.
@@ -56,8 +56,8 @@ def recorded(
         "samples": result.count,
         "values": fid.values(result),
         "classes": classes,
-        "passport": fid.passport(),
-        "passports": {tag: {**passport, **(more or {})} for tag, passport in fid.passports(result).items()},
+        "protocol": fid.protocol(),
+        "protocols": {tag: {**protocol, **(more or {})} for tag, protocol in fid.protocols(result).items()},
     }
 
 
@@ -79,7 +79,7 @@ def measured_lines(
 
 
 def uncertainty_rows(result: FidResult | None) -> list[tuple[str, str]]:
-    """Return what is told of a measurement besides its distances, a name and a text each."""
+    """Return what is printed of a measurement besides its distances, a name and a text each."""
     rows: list[tuple[str, str]] = []
     if result is None:
         return rows

@@ -72,7 +72,7 @@ class GanTask(Task[GanConfig]):
     def train_step(self, step: Step) -> Metrics:
         """Update the discriminator, then the generator."""
         metrics = step.optimize("d", self.discriminator_loss) | step.optimize("g", self.generator_loss, frozen=["d"])
-        if (step.micro_batches[-1].number + 1) % (self.cfg.log_every * self.cfg.accumulate) == 0:
+        if (step.micro_batches[-1].number + 1) % (self.cfg.log_every * self.cfg.grad_accum_steps) == 0:
             metrics |= Metrics(gradient_variances(self.networks))
         return metrics
 
@@ -156,7 +156,7 @@ class GanTask(Task[GanConfig]):
 
     def eval_protocol(self) -> dict[str, object]:
         """Return what a FID of this run is comparable by."""
-        return {**super().eval_protocol(), **self.evaluator.passport()}
+        return {**super().eval_protocol(), **self.evaluator.protocol()}
 
     def check_protocol(self, before: Mapping[str, object]) -> None:
         """Take a classifier trained anew, on another machine, for the one the run has been measured by."""

@@ -244,8 +244,8 @@ def _choices(runs: Sequence[LoggedRun]) -> list[str]:
     """Say by what epochs were chosen, a line for each way."""
     found: dict[str, list[str]] = {}
     for best in map(_chosen, runs):
-        oracle = ", an oracle" if best["oracle"] else ""
-        found.setdefault(f"{best['tag']} ({best['split']} images{oracle})", []).append(str(best["epoch"]))
+        allowed = ", a test metric" if best["chosen_by_test"] else ""
+        found.setdefault(f"{best['tag']} ({best['split']} images{allowed})", []).append(str(best["epoch"]))
     return [f"Epochs chosen by {how}: {', '.join(epochs)}." for how, epochs in found.items()]
 
 

@@ -15,7 +15,7 @@ class Classifier(nn.Module):
     Args:
         norm: the layer under test.
         num_clusters: if not 0, so many clusters are handed to the last linear map, one-hot beside the features:
-            the baseline that is told what layers of known clusters are told.
+            the baseline that is given what layers of known clusters are given.
 
     Shape: (N, 3, S, S) and int64 (N,) to (N, num_classes).
 
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         Args:
             x: images in [-1, 1].
             cluster: int64 (N,); in evaluation -1, or None for all, is unknown, where the layer knows that. Networks
-                that are not told clusters ignore it.
+                that are not given clusters ignore it.
 
         Raises:
             ValueError: without clusters in training, where they are needed.

@@ -12,7 +12,7 @@ from common.runtime.seeding import derive
 
 
 class TimmClassifier(Classifier):
-    """A network of timm up to its features, and its last linear map, which may be told clusters.
+    """A network of timm up to its features, and its last linear map, which may be given clusters.
 
     Args:
         network: made by timm for the classes.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.norms import BatchNorm
 
-Form = Literal["official", "keras"]
+Variant = Literal["official", "keras"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Details:
     eps: float
 
 
-_DETAILS: dict[Form, _Details] = {
+_DETAILS: dict[Variant, _Details] = {
     "official": _Details(slope=0.1, biases=True, momentum=0.001, eps=1e-6),
     "keras": _Details(slope=0.0, biases=False, momentum=0.01, eps=1e-3),
 }
@@ -40,8 +40,8 @@ class WideResNet(nn.Module):
         depth: weight layers, 6 n + 4 for n blocks a group.
         width: factor of the channels.
         num_classes: length of the output.
-        form: see above.
-        momentum: weight of the new batch in BatchNorm's averages; None is the form's own, 0.001 and 0.01, which is
+        variant: see above.
+        momentum: weight of the new batch in BatchNorm's averages; None is the variant's own, 0.001 and 0.01, which is
             for runs of many thousand steps.
 
     Shape: (N, 3, H, W) to (N, num_classes).
@@ -53,7 +53,7 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, depth: int, width: int, num_classes: int, form: Form = "official", momentum: float | None = None
+        self, depth: int, width: int, num_classes: int, variant: Variant = "official", momentum: float | None = None
     ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
@@ -61,7 +61,7 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth: expected 6 n + 4 with n from 1 on, got {depth}")
         if width < 1:
             raise ValueError(f"width: expected at least 1, got {width}")
-        details = _DETAILS[form]
+        details = _DETAILS[variant]
         momentum = details.momentum if momentum is None else momentum
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=details.biases)
         groups, channels = [], 16
@@ -69,7 +69,7 @@ class WideResNet(nn.Module):
             members = []
             for number in range(blocks):
                 stride = 2 if group and not number else 1
-                shared = channels != out if form == "keras" else group == number == 0
+                shared = channels != out if variant == "keras" else group == number == 0
                 members.append(_Block(channels, out, stride, details, momentum, shared))
                 channels = out
             groups.append(nn.Sequential(*members))
@@ -77,19 +77,19 @@ class WideResNet(nn.Module):
         self.norm = BatchNorm(channels, details.eps, momentum)
         self.activation = nn.LeakyReLU(details.slope, inplace=True)
         self.linear = nn.Linear(channels, num_classes)
-        self._initialise(form)
+        self._initialise(variant)
 
-    def _initialise(self, form: Form) -> None:
+    def _initialise(self, variant: Variant) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                if form == "official":  # N(0, 2 / (k k out))
+                if variant == "official":  # N(0, 2 / (k k out))
                     nn.init.normal_(
                         module.weight, std=math.sqrt(2 / (module.weight[0, 0].numel() * len(module.weight)))
                     )
                 else:
                     nn.init.kaiming_normal_(module.weight)
             if isinstance(module, nn.Linear):
-                (nn.init.xavier_normal_ if form == "official" else nn.init.xavier_uniform_)(module.weight)
+                (nn.init.xavier_normal_ if variant == "official" else nn.init.xavier_uniform_)(module.weight)
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 

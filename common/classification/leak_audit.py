@@ -1,6 +1,6 @@
-"""The leak audit: what it is worth to a classifier to be told the cluster of each image, and whether that tells labels.
+"""The leak audit: how much accuracy comes from knowing each image's cluster, and whether clusters leak the label.
 
-Layers of known clusters are told one at test time. Where test clusters come from labels, part of the accuracy is what
+Layers of known clusters are given one at test time. Where test clusters come from labels, part of the accuracy is what
 they tell, whatever the layer does with them. The functions here are arithmetic on classes, clusters and logits.
 """
 
@@ -33,7 +33,7 @@ class Guess(NamedTuple):
 
     Attributes:
         without: share guessed right by the one answer that is best for all.
-        given: share guessed right where the other category is told.
+        given: share guessed right where the other category is given.
     """
 
     without: float
@@ -41,7 +41,7 @@ class Guess(NamedTuple):
 
     @property
     def reduction(self) -> float:
-        """The share of errors that being told avoids, 1 at most: Goodman and Kruskal's lambda, here held out.
+        """The share of errors that being given avoids, 1 at most: Goodman and Kruskal's lambda, here held out.
 
         0 where there are no errors to avoid; below 0 where what was learnt misleads.
         """
@@ -66,7 +66,7 @@ def guess(counts: Tensor, given: Tensor, wanted: Tensor) -> Guess:
     Args:
         counts: of training images, (G, W), as `counted` returns them. The guess for each row is its most frequent
             column, the first of several; for a row of zeros it is that of all.
-        given: what is told of the test images, int64 (N,) in [0, G).
+        given: what is given of the test images, int64 (N,) in [0, G).
         wanted: what is to be guessed, int64 (N,) in [0, W).
     """
     overall = counts.sum(0).argmax()
@@ -83,7 +83,7 @@ def weighed(logits: Tensor, clusters: Tensor, counts: Tensor) -> Tensor:
     changes nothing.
 
     Args:
-        logits: of a classifier that was not told the clusters, floating (N, C).
+        logits: of a classifier that was not given the clusters, floating (N, C).
         clusters: int64 (N,) in [0, K).
         counts: training images by cluster and class, (K, C).
     """
@@ -109,7 +109,7 @@ def paired_difference(ours: Tensor, theirs: Tensor) -> Difference:
 
 
 def audit_inputs(train: Tensor, test: Tensor, *, unknown: bool) -> dict[str, Tensor]:
-    """Return what a classifier is told of test images in each part of the audit, int64 (N,) by name.
+    """Return what a classifier is given of test images in each part of the audit, int64 (N,) by name.
 
     Args:
         train: clusters of the training images.
@@ -134,13 +134,13 @@ class LeakAudit:
     """What the audit of a classifier found.
 
     Attributes:
-        accuracy: by what the classifier was told (see `told`); ``weighed`` is that of not being told, its logits
-            weighed afterwards (see `weighed`).
+        accuracy: by what the classifier was given (see `audit_inputs`); ``weighed`` is that without clusters, its
+            logits weighed afterwards (see `weighed`).
         lost: how much less each of them is than ``known``.
         classes: how well clusters tell classes; ``classes.given`` is the chance given the cluster.
         clusters: how well classes tell clusters.
         labelled: the setting by which clusters come from labels; None where they do not, or nothing says so.
-        baseline: accuracy of a classifier that is told the same clusters without such a layer, if there is one.
+        baseline: accuracy of a classifier that is given the same clusters without such a layer, if there is one.
         gain: how much more ``known`` is than that.
     """
 
@@ -188,11 +188,11 @@ class LeakAudit:
     def lines(self) -> list[str]:
         """Return it as lines of text: a table, and what follows from it."""
         meanings = {
-            "known": "each image told its own cluster",
-            "unknown": "none told",
-            "weighed": "none told, answers weighed by the cluster afterwards",
-            "shuffled": "told another image's",
-            "constant": "all told the same",
+            "known": "each image given its own cluster",
+            "unknown": "no cluster given",
+            "weighed": "no cluster given, answers weighed by the cluster afterwards",
+            "shuffled": "given another image's",
+            "constant": "all given the same",
         }
         rows = []
         for name, accuracy in self.accuracy.items():
@@ -227,15 +227,15 @@ def leak_audit(
     labelled: str | None = None,
     baseline: Tensor | None = None,
 ) -> LeakAudit:
-    """Audit a classifier that is told clusters.
+    """Audit a classifier that is given clusters.
 
     Args:
         train: of the training images, which guesses are learnt from.
         test: of the test images (N,).
-        logits: of the test images, floating (N, C), by what the classifier was told, as `told` names it.
+        logits: of the test images, floating (N, C), by what the classifier was given, as `audit_inputs` names it.
         num_clusters: clusters K there are.
         labelled: the setting by which clusters come from labels, if they do.
-        baseline: logits (N, C) of a classifier that is told the same clusters without such a layer, if there is one.
+        baseline: logits (N, C) of a classifier that is given the same clusters without such a layer, if there is one.
     """
     num_classes = logits["known"].shape[1]
     counts = counted(train.clusters, train.classes, num_clusters, num_classes)

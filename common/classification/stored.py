@@ -145,7 +145,7 @@ class Stored(Generic[C]):
         """
         facts = {name: self.fact(name, type_) for name, type_ in _facts(kind).items()} if self.exported else of_run()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has told
+            warnings.simplefilter("ignore", UserWarning)  # of how it trains, which its run has printed
             network = build(facts)
         self.load_into(network)
         return kind(network.eval(), self.cfg, **facts)
@@ -174,7 +174,7 @@ def read_stored(
         path: the folder, or a file in the folder ``checkpoints`` of a run.
         network: its name among the networks of a run.
         checkpoint: of a run: last, best, or a kept epoch (``checkpoint_keep``); an exported folder has one alone.
-        average: of a run that keeps an average of weights (``ema``), take that.
+        average: of a run that keeps an average of weights (``ema_decay``), take that.
 
     Raises:
         UsageError: if the folder is neither, its run has no such checkpoint or network, or a file is damaged.

@@ -58,7 +58,7 @@ class ImageSet:
         superclasses: int64 (N,) in [0, len(superclass_names)), what each image belongs to besides its
             class, or None where nothing is known.
         superclass_names: their names; empty where there are no superclasses.
-        clusters: int64 (N,) in [0, len(cluster_names)), what normalization layers are told of each image, or None
+        clusters: int64 (N,) in [0, len(cluster_names)), what normalization layers are given of each image, or None
             (see `common.data.clusters`).
         cluster_names: their names; empty where there are no clusters.
 

@@ -108,7 +108,7 @@ class StepLoader:
         streams: by name; that of ``epoch_of`` has no part in the keys of its draws.
         epoch_of: the stream whose pass is an epoch.
         steps_per_epoch: steps of an epoch, or None for one pass.
-        accumulate: parts of a step, each with a batch of every stream.
+        grad_accum_steps: parts of a step, each with a batch of every stream.
         workers: processes that gather batches; 0 gathers them in a thread of this one.
         rank: this process, of `world` that share each step.
         world: how many there are.
@@ -123,7 +123,7 @@ class StepLoader:
         *,
         epoch_of: str = "train",
         steps_per_epoch: int | None = None,
-        accumulate: int = 1,
+        grad_accum_steps: int = 1,
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -134,18 +134,18 @@ class StepLoader:
             size, count = stream.batch_size, len(stream.images)
             if size < 1:
                 raise ValueError(f"batch_size: expected 1 or more, got {size}")
-            if count < size * world * accumulate:
+            if count < size * world * grad_accum_steps:
                 ranks = f" on each of {world} ranks" if world > 1 else ""
-                times = f" {accumulate} times" if accumulate > 1 else ""
+                times = f" {grad_accum_steps} times" if grad_accum_steps > 1 else ""
                 raise ValueError(f"batch_size: expected at most the {count} images, got {size}{times}{ranks}")
-        self.streams, self.epoch_of, self.accumulate = dict(streams), epoch_of, accumulate
+        self.streams, self.epoch_of, self.grad_accum_steps = dict(streams), epoch_of, grad_accum_steps
         self.workers, self.rank, self.world = workers, rank, world
         self._own_steps = steps_per_epoch
         self.batch_size = sum(stream.batch_size for stream in streams.values())
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return self._own_steps or self._batches(self.epoch_of) // self.accumulate
+        return self._own_steps or self._batches(self.epoch_of) // self.grad_accum_steps
 
     def epoch(self, epoch: int, start: int, seed: int) -> Generator[Step, None, None]:
         """Yield the steps of an epoch from the `start`-th on; closing the iterator ends its workers, or its thread.
@@ -192,7 +192,7 @@ class StepLoader:
         def place(name: str, number: int) -> _Place:
             """Find batch ``number``, counted through the run, or through the epoch where the stream makes it."""
             if name == self.epoch_of and self._own_steps is None:
-                turn, batch = epoch, number - epoch * len(self) * self.accumulate
+                turn, batch = epoch, number - epoch * len(self) * self.grad_accum_steps
             else:
                 turn, batch = divmod(number, self._batches(name))
             if (name, turn) not in orders:
@@ -206,8 +206,8 @@ class StepLoader:
         first, last = epoch * len(self) + start, (epoch + 1) * len(self)
         return [
             [
-                {name: place(name, step * self.accumulate + part) for name in self.streams}
-                for part in range(self.accumulate)
+                {name: place(name, step * self.grad_accum_steps + part) for name in self.streams}
+                for part in range(self.grad_accum_steps)
             ]
             for step in range(first, last)
         ]

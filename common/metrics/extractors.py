@@ -55,7 +55,7 @@ def register_extractor(name: str, build: Callable[..., Any], *, reads_weights: b
         name: what it is called, by its own ``name`` too: lower-case letters, digits and underscores, a letter first.
         build: called as ``build(config, splits, cache, device)`` with the `FidConfig`, the run's images, a folder that
             runs share, and a device; returns an `Extractor`. Where that has a ``warning`` other than None, the user
-            is told it.
+            is given it.
         reads_weights: it reads ``config.weights``, which is refused with the others.
 
     Raises:

@@ -218,7 +218,7 @@ class Fid:
                 )
         return None
 
-    def passport(self) -> dict[str, str | int]:
+    def protocol(self) -> dict[str, str | int]:
         """Return what two distances must share to be compared, the number of generated images aside."""
         return {
             "extractor": self.extractor.name,
@@ -232,15 +232,15 @@ class Fid:
             "torch_fidelity": version("torch-fidelity"),
         }
 
-    def passports(self, result: FidResult) -> dict[str, dict[str, str | int]]:
+    def protocols(self, result: FidResult) -> dict[str, dict[str, str | int]]:
         """Return for each tag of `values` what its number is comparable by."""
-        own = self.passport() | {"n_generated": result.count}
+        own = self.protocol() | {"n_generated": result.count}
         found = dict.fromkeys(self.values(result), own)
         if self._others is not None:
             other = self._others.images
             split = {"split": other.split, "n_real": len(other), "content_hash": other.content_hash}
             found[self.other_tag] = own | split
-            found[self.floor_tag] = self.passport() | {"compared": f"real {other.split} images", "n_generated": 0}
+            found[self.floor_tag] = self.protocol() | {"compared": f"real {other.split} images", "n_generated": 0}
         drawn = "generated and real images" if self.config.reference == "test" else "generated images"
         interval = own | {"seed": SEED, "replicates": REPLICATES, "resampled": drawn}
         near = own | {
@@ -253,7 +253,7 @@ class Fid:
         special |= {f"{self.tag}_infinity": own | {"seed": SEED, "points": POINTS}}
         special |= {self.tag_of(name): near for name in ("copies", "train_gap")}
         special |= {self.tag_of(name): own | parameters for name, parameters in quality.PARAMETERS.items()}
-        return found | {tag: passport for tag, passport in special.items() if tag in found}
+        return found | {tag: protocol for tag, protocol in special.items() if tag in found}
 
     def tag_of(self, name: str) -> str:
         """Return the tag of another value than the distance: metric/kid_classifier."""

@@ -127,5 +127,5 @@ def _build(path: Path, content: bytes) -> "FeatureExtractorInceptionV3":
 def first_line(error: Exception) -> str:
     """Return the first telling line of torch's long explanations."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)
-    return told if len(told) <= 200 else told[:200] + "..."
+    reason = next((line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__)
+    return reason if len(reason) <= 200 else reason[:200] + "..."

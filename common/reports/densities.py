@@ -64,10 +64,10 @@ def channel_moments(values: Tensor) -> Moments:
     Channels of one value alone, such as those behind a dead unit, are left out; nan where there is no other.
     """
     each = [moments_of(column) for column in values.T]
-    told = [m for m in each if math.isfinite(m.distance)]
-    if not told:
+    finite = [m for m in each if math.isfinite(m.distance)]
+    if not finite:
         return Moments(math.nan, math.nan, math.nan)
-    mean = np.mean([(abs(m.skewness), m.kurtosis, m.distance) for m in told], axis=0)
+    mean = np.mean([(abs(m.skewness), m.kurtosis, m.distance) for m in finite], axis=0)
     return Moments(*map(float, mean))
 
 

@@ -167,8 +167,8 @@ PUBLISHED: tuple[Published, ...] = (
         _ACCURACY,
         {("bn", None): (55.63,), ("scb_base", None): (65.87,), ("scb", None): (67.38,)},
         (
-            "SCB-Norm is told the superclass of test images: compare with a baseline that is told it too "
-            "(model.cluster_input), and see the leak audit.",
+            "SCB-Norm is given the superclass of test images: compare with a baseline that is given it too "
+            "(model.onehot_cluster), and see the leak audit.",
             "The paper's precision and recall (8.96 and 90.09, 23.36 and 98.53, 22.93 and 99.00) count raw logits "
             "above 0.5; cbcls.evaluate prints that count.",
         ),
@@ -181,7 +181,7 @@ PUBLISHED: tuple[Published, ...] = (
         {("none", 80): (63.12,), ("none", 113): (66.55,), ("scb_base", 80): (64.90,), ("scb_base", 113): (67.52,),
          ("scb", 80): (67.92,), ("scb", 113): (73.61,)},
         (
-            "SCB-Norm is told whether a test image shows a cat or a dog: compare with a baseline that is told it too.",
+            "SCB-Norm is given the species of each test image: compare with a baseline that is given it too.",
             "The paper's precision, recall and F1 are left out: each F1 is above the mean of precision and recall, "
             "which no average over classes can be.",
         ),

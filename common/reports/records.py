@@ -39,9 +39,9 @@ class LoggedRun:
     unused: frozenset[str]
 
     @property
-    def passport(self) -> dict[str, Any]:
+    def protocol(self) -> dict[str, Any]:
         """What values are comparable by; empty where that is not known."""
-        return self.summary.get("passport", {})
+        return self.summary.get("protocol", {})
 
     @property
     def better(self) -> dict[str, str]:
@@ -112,7 +112,7 @@ def _summary(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))
-    return found | {"passport": dict(found["passport"]), "better": dict(found.get("better", {}))}
+    return found | {"protocol": dict(found["protocol"]), "better": dict(found.get("better", {}))}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:
@@ -145,7 +145,7 @@ _DEFAULT = object()
 
 
 def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequence[str] = ()) -> None:
-    """Refuse runs whose values of these tags do not compare, by their passports and by the floors they logged.
+    """Refuse runs whose values of these tags do not compare, by their protocols and by the floors they logged.
 
     The images that runs were trained on may differ, those they are measured on not. Runs that differ in a named
     setting of data, FID or the statistics measured by stand in rows of their own, and are not compared.
@@ -192,19 +192,19 @@ _OF_FEATURES = tuple(
 
 
 def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
-    """Return what of a run's passport these tags depend on, and the numbers of samples."""
-    passport, names = run.passport, set()
+    """Return what of a run's protocol these tags depend on, and the numbers of samples."""
+    protocol, names = run.protocol, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):
         names.add("content_test")
-    if any(tag.startswith(("metric/", "loss/test", "loss/validation", "loss/train_seen")) for tag in tags):
+    if any(tag.startswith(("metric/", "loss/test", "loss/validation", "loss/train_eval")) for tag in tags):
         names.add("recalibrated")
     of_features = [tag for tag in tags if "fid" in tag or tag.startswith(_OF_FEATURES)]
     if of_features:
-        names |= passport.keys() - {"content_train", "content_validation"}
-        if passport.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
+        names |= protocol.keys() - {"content_train", "content_validation"}
+        if protocol.get("extractor") == "classifier":  # trained anew elsewhere, its weights differ in their last digits
             names.discard("extractor_id")
     counts = {f"fid.{'final_' if tag.endswith(FINAL) else ''}samples" for tag in of_features} & run.settings.keys()
-    found = {name: value for name, value in passport.items() if name in names}
+    found = {name: value for name, value in protocol.items() if name in names}
     return found | {name: run.settings[name] for name in sorted(counts)}
 
 

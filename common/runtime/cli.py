@@ -242,12 +242,12 @@ def shown(value: object) -> str:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """Return the few known names that a wrong one may stand for: another spelling, or the beginning or end of one."""
+    """Return the few known names that a wrong one may stand for: another spelling, or words of one."""
     words = _words(name)
     alike = {other: _likeness(words, _words(other)) for other in known}
     near = [max(alike, key=lambda other: alike[other])]
     if alike[near[0]] < _LIKE:
-        near = [other for other in known if words in (_words(other)[: len(words)], _words(other)[-len(words) :])]
+        near = [other for other in known if f".{'.'.join(words)}." in f".{'.'.join(_words(other))}."]
     return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= _MOST_HINTS else "; see --help"
 
 

@@ -36,17 +36,17 @@ def _check_least(values: dict[str, tuple[float, float]]) -> None:
 class ScheduleConfig:
     """How learning rates change over a run; they follow from the position alone."""
 
-    kind: Literal["constant", "step", "cosine", "arc"] = "constant"
-    """constant; step: times factor at each milestone; cosine: half a cosine from 1 to floor over the whole run; arc:
-    the first part of a cosine, from 1 to floor."""
+    kind: Literal["constant", "step", "cosine", "partial_cosine"] = "constant"
+    """constant; step: times factor at each milestone; cosine: half a cosine from 1 to floor over the whole run;
+    partial_cosine: the first part of a cosine, from 1 to floor."""
     milestones: list[int] = field(default_factory=list)
     """step: epochs, in rising order, after which the rate is multiplied by factor."""
     factor: float = 0.1
     """step: what the rate is multiplied by."""
     floor: float = 0.0
-    """cosine, arc: the share of the rate that is left at the end."""
+    """cosine, partial_cosine: the share of the rate that is left at the end."""
     epoch_steps: int | None = None
-    """Steps an epoch has for cosine, arc and what else follows the share of the run; null is how many it has."""
+    """Steps an epoch has for schedules that follow the share of the run; null is how many it has."""
 
     def __post_init__(self) -> None:
         if bool(self.milestones) != (self.kind == "step"):
@@ -75,8 +75,8 @@ class BestConfig:
     """Stop after so many evaluations without a better value; 0 trains all epochs."""
     by: str | None = None
     """The logged value that says what is better; null is the command's own choice."""
-    oracle: bool = False
-    """Allow a value measured on test images; the run is then marked as chosen by an oracle."""
+    allow_test_metric: bool = False
+    """Allow a value measured on test images; the run is then marked as chosen by test images."""
 
     def __post_init__(self) -> None:
         _check_least({"best.patience": (self.patience, 0)})
@@ -178,15 +178,15 @@ class RunConfig:
     """Steps that make an epoch; null is one pass over the training images."""
     batch_size: int = 64
     """Images a step; the last, smaller batch of a pass is left out."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts of a step, each of batch_size images, whose gradients are averaged: larger steps in the same memory."""
     lr: float = 1e-3
     """Learning rate."""
     weight_decay: float = 0.0
     """Weight decay; biases and what normalization layers learn are left out of it."""
-    clip: float | None = None
+    grad_clip_norm: float | None = None
     """Scale gradients down to at most this 2-norm; null never does."""
-    ema: float = 0.0
+    ema_decay: float = 0.0
     """Decay of an exponential moving average of weights and buffers, which then is what is evaluated; 0 keeps none."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     best: BestConfig = field(default_factory=BestConfig)
@@ -200,7 +200,7 @@ class RunConfig:
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
         if self.resume and self.name is None:
             raise ValueError("resume: which run? Give its --name")
-        names = ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        names = ("epochs", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
         _check_least({name: (getattr(self, name), 1) for name in names})
         _check_least({"evaluate_every": (self.evaluate_every, self.least_evaluate_every)})
         _check_least({name: (getattr(self, name), 0) for name in ("seed", "threads", "weight_decay")})
@@ -210,11 +210,11 @@ class RunConfig:
             _check_least({"steps_per_epoch": (self.steps_per_epoch, 1)})
         if min(self.checkpoint_keep, default=1) < 1:
             raise ValueError(f"checkpoint_keep: expected epochs from 1 on, got {self.checkpoint_keep}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "grad_clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected 0 up to, not including, 1, got {self.ema}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected 0 up to, not including, 1, got {self.ema_decay}")
 
     @property
     def fast_in_nhwc(self) -> bool:
@@ -224,7 +224,7 @@ class RunConfig:
     @property
     def follows_length(self) -> bool:
         """Whether what a step does depends on how many epochs there will be, so that a resumed run keeps them."""
-        return self.schedule.kind in ("cosine", "arc")
+        return self.schedule.kind in ("cosine", "partial_cosine")
 
     def resolved(self: C) -> C:
         """Return the configuration as a run stores it, with what follows from other settings written out."""

@@ -44,7 +44,7 @@ class Steps:
         guard.begin(state.run.step + 1)
         self.task.train_step(step)
         guard.finish()
-        state.update_averages(cfg.ema, guard.good)
+        state.update_averages(cfg.ema_decay, guard.good)
         state.run.step += 1
         guard.check()
         return step

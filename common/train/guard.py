@@ -79,7 +79,7 @@ class StepGuard:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if scaler.is_enabled():
             self._scalers[term] = scaler
-            # GradScaler decides for itself whether to step; a NaN is how it is told of a bad loss.
+            # GradScaler decides for itself whether to step; a NaN tells it of a bad loss.
             gradients[0].add_(torch.where(self._first == _ALL_WELL, 0.0, math.nan))
             scaler.unscale_(optimizer)
         norm = get_total_norm(gradients)

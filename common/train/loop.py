@@ -203,7 +203,7 @@ class Trainer:
         state.statistics = {}
         metrics = self.task.train_step(step)
         self.guard.finish()
-        state.update_averages(cfg.ema, self.guard.good)
+        state.update_averages(cfg.ema_decay, self.guard.good)
         run.step += 1
         run.batch += 1
         state.step_metrics.add(metrics.step)
@@ -222,7 +222,7 @@ class Trainer:
         """Log the means of the steps since the last log line."""
         run, env = self.state.run, self.env
         means = dict(self.task.log_metrics(env.mean(self.state.step_metrics.pop())))
-        images = (run.step - self.clock_step) * self.task.loader.batch_size * self.cfg.accumulate * env.world
+        images = (run.step - self.clock_step) * self.task.loader.batch_size * self.cfg.grad_accum_steps * env.world
         speed = images / self.count_seconds("training")
         costs = {"time/images_per_second": speed, "time/peak_memory_mib": peak_memory(self.device)}
         self.record(means | {"schedule/lr": self.learning_rate} | costs)
@@ -326,7 +326,7 @@ class Trainer:
         run = self.state.run
         if scheduled:
             run.last_checkpoint = run.step
-        extra = {"log_position": self.log.sync(), "passport": self.task.eval_protocol()}
+        extra = {"log_position": self.log.sync(), "protocol": self.task.eval_protocol()}
         state = self.state.state_dict() | extra
         epoch = run.epoch if scheduled and run.epoch in self.cfg.checkpoint_keep else None
         if self.env.first:
@@ -340,7 +340,7 @@ class Trainer:
             self.warn(report)
         self.layer_warnings, position = [], 0
         if state is not None:
-            self.task.check_protocol(state["passport"])
+            self.task.check_protocol(state["protocol"])
             self.state.load_state_dict(state)
             position = state["log_position"]
         known = self.task.selection_metrics(self.cfg)

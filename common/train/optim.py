@@ -62,7 +62,7 @@ def schedule_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, e
     """Return what learning rates are multiplied by in a step, counted from 0 through the run.
 
     "step" changes after whole epochs. With the `progress` p, "cosine" goes from 1 at step 0 towards ``floor`` at the
-    run's end, ``floor + (1 - floor) (1 + cos(pi p)) / 2``, and "arc" along the first part of a cosine,
+    run's end, ``floor + (1 - floor) (1 + cos(pi p)) / 2``, and "partial_cosine" along the first part of a cosine,
     ``cos(arccos(floor) p)``.
     """
     if schedule.kind == "step":
@@ -70,7 +70,7 @@ def schedule_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, e
     if schedule.kind == "cosine":
         share = progress(schedule, step, steps_per_epoch, epochs)
         return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * share)) / 2
-    if schedule.kind == "arc":
+    if schedule.kind == "partial_cosine":
         return math.cos(math.acos(schedule.floor) * progress(schedule, step, steps_per_epoch, epochs))
     return 1.0
 

@@ -118,7 +118,7 @@ class Step:
             for network in frozen:
                 stack.enter_context(_frozen(state.networks[network]))
             mean, norm = self._guard.update(
-                f"loss/{name}", losses(), len(self.micro_batches), optimizer, scaler, self._cfg.clip
+                f"loss/{name}", losses(), len(self.micro_batches), optimizer, scaler, self._cfg.grad_clip_norm
             )
         of_step, of_epoch = ({tag: torch.stack(values).mean(0) for tag, values in lists.items()} for lists in found)
         return Metrics({f"loss/{name}": mean, f"gradient/{name}": norm, **of_step}, of_epoch)

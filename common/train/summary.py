@@ -59,14 +59,14 @@ def write_summary(
 
     It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
     ``last`` measured values and the ``best`` one with their epochs and splits; whether higher or lower is ``better``
-    by tag; the ``passport`` that says which runs' values compare, content hash and size of each of the ``images`` sets;
+    by tag; the ``protocol`` that says which runs' values compare, content hash and size of each of the ``images`` sets;
     ``seconds`` of training and evaluation; ``peak_memory_mib``; the first time and cause a run was found ``collapsed``
     that goes on all the same; and the ``rewinds`` there were.
     """
     run, cfg = state.run, task.cfg
     best, selection = run.best, task.selection(cfg)
     if best is not None and selection is not None:
-        best = {**best, "tag": selection[0], "split": selection[1].split, "oracle": selection[1].chosen_by_test,
+        best = {**best, "tag": selection[0], "split": selection[1].split, "chosen_by_test": selection[1].chosen_by_test,
                 "with": results.of_epoch.get(best["epoch"], {})}  # fmt: skip
     content = {
         "state": status,
@@ -76,7 +76,7 @@ def write_summary(
         "last": results.last,
         "best": best,
         "better": task.better(),
-        "passport": task.eval_protocol(),
+        "protocol": task.eval_protocol(),
         "images": {
             name: {"content_hash": images.content_hash, "count": len(images)} for name, images in task.images.items()
         },
@@ -93,8 +93,8 @@ def closing_lines(task: Task[Any], folder: Path, run: RunState, warnings: list[s
     lines, cfg, best = read_metrics(folder), task.cfg, run.best
     rows = [("run", str(folder)), *task.summary_rows(lines, folder)]
     if best is not None and best["epoch"] is not None and cfg.best.used:
-        oracle = ", chosen by an oracle that looks at test images" if cfg.best.oracle else ""
-        rows.append(("best", f"{best['tag']} {best['value']:.4g} (epoch {best['epoch']}{oracle})"))
+        by_test = ", chosen by a value of test images" if cfg.best.allow_test_metric else ""
+        rows.append(("best", f"{best['tag']} {best['value']:.4g} (epoch {best['epoch']}{by_test})"))
     if run.epoch < cfg.epochs:
         without = f"{run.epochs_without_improvement} evaluations without a better value"
         rows.append(("stopped", f"after {run.epoch} of {cfg.epochs} epochs: {without}"))

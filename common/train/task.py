@@ -118,7 +118,7 @@ class Task(ABC, Generic[C]):
         images: as `load_images` returns them.
         context: where it is trained.
         networks: makes the networks by name; what torch's global generator gives follows from the run's seed.
-        evaluated: names of the networks that are evaluated, and that ``cfg.ema`` keeps an average of for it.
+        evaluated: names of the networks that are evaluated, and that ``cfg.ema_decay`` keeps an average of for it.
 
     Attributes:
         application: the folder of its runs, and the package of its command.
@@ -155,7 +155,7 @@ class Task(ABC, Generic[C]):
         self.loader = self._loader(0 if context.dry_run else cfg.data.workers)  # pyright: ignore[reportAttributeAccessIssue]
         self.networks = self._built(networks)
         self.evaluated = tuple(evaluated)
-        copied = self.evaluated if cfg.ema else ()
+        copied = self.evaluated if cfg.ema_decay else ()
         self.averages = {name: copy.deepcopy(self.networks[name]).requires_grad_(False) for name in copied}
         if cfg.init_from is not None and not cfg.resume:
             load_weights(cfg.init_from, self.networks, self.averages)
@@ -188,7 +188,7 @@ class Task(ABC, Generic[C]):
             return StepLoader(
                 self.streams(),
                 steps_per_epoch=self.cfg.steps_per_epoch,
-                accumulate=self.cfg.accumulate,
+                grad_accum_steps=self.cfg.grad_accum_steps,
                 workers=workers,
                 rank=self.env.rank,
                 world=self.env.world,
@@ -208,7 +208,7 @@ class Task(ABC, Generic[C]):
         """Return the metric that epochs are chosen by, if any are.
 
         Raises:
-            UsageError: if there is no such metric, or it is measured on test images and not marked as an oracle.
+            UsageError: if there is no such metric, or it is measured on test images without best.allow_test_metric.
         """
         if not cfg.best.used:
             return None
@@ -216,10 +216,10 @@ class Task(ABC, Generic[C]):
         default, tag = next(iter(known)), cfg.best.by or next(iter(known))
         if tag not in known:
             raise UsageError(f"best.by: expected {' or '.join(known)}, got {tag}")
-        if known[tag].chosen_by_test and not cfg.best.oracle:
+        if known[tag].chosen_by_test and not cfg.best.allow_test_metric:
             raise UsageError(
                 f"best.by: {tag} is measured on {known[tag].split} images, which choices must not see; take {default}, "
-                "or mark the run with --best.oracle"
+                "or mark the run with --best.allow_test_metric"
             )
         return tag, known[tag]
 

@@ -43,7 +43,7 @@ def runs(tmp_path_factory, pictures) -> Path:
     for name, flags in {
         "plain": ["--norm.kind", "bn", "--checkpoint_keep", "1", "--best.keep"],
         "scb": [*classes, "--norm.kind", "scb", "--norm.num_components", "6"],
-        "told": [*classes, "--norm.kind", "bn", "--model.cluster_input"],
+        "told": [*classes, "--norm.kind", "bn", "--model.onehot_cluster"],
         "mn": ["--norm.kind", "mn", "--recalibrate.images", "30", "--recalibrate.batch_size", "15"],
     }.items():
         cbcls.train.main([*flags_of(pictures, out), "--epochs", "2", "--lr", "0.01", "--name", name, *flags])

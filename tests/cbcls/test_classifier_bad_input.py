@@ -10,8 +10,8 @@ import cbcls.train
 FLAGS = {
     "--norm.kind foo": ["norm.kind", "foo", "ucb"],
     "--norm.kind scb": ["norm.kind", "scb", "cluster for each image", "clusters.by superclasses"],
-    "--model.cluster_input --norm.kind bn": ["model.cluster_input", "cluster for each image", "clusters.by"],
-    "--model.cluster_input --norm.kind scb --clusters.by classes": ["model.cluster_input", "scb", "bn"],
+    "--model.onehot_cluster --norm.kind bn": ["model.onehot_cluster", "cluster for each image", "clusters.by"],
+    "--model.onehot_cluster --norm.kind scb --clusters.by classes": ["model.onehot_cluster", "scb", "bn"],
     "--norm.kind scb --clusters.by classes": ["norm.num_components", "expected 6", "clusters.by classes", "3"],
     "--norm.kind scb --clusters.by superclasses": ["clusters.by", "no superclasses", "data.superclasses"],
     "--norm.kind scb --clusters.by file": ["clusters.file", "a file", "null"],

@@ -27,7 +27,7 @@ def built(kind: str, *, told: bool = False, **model) -> Classifier:
     torch.manual_seed(0)
     cfg = ClassifierConfig(
         norm=NormConfig(kind=kind),
-        model=ModelConfig(cluster_input=told, **model),
+        model=ModelConfig(onehot_cluster=told, **model),
         clusters=ClustersConfig(by="classes"),
     )
     return build_classifier(cfg, 3, 3)
@@ -83,9 +83,9 @@ def test_a_network_that_is_told_the_labels_learns_them(tiny, tmp_path):
 
 def test_a_baseline_is_told_clusters_in_training(tiny, tmp_path):
     cbcls.train.main(
-        [*tiny, "--norm.kind", "none", "--model.cluster_input", "--clusters.by", "classes", "--epochs", "1"]
+        [*tiny, "--norm.kind", "none", "--model.onehot_cluster", "--clusters.by", "classes", "--epochs", "1"]
     )
-    folder = tmp_path / "cbcls" / "imagefolder-none-told-seed0" / "checkpoints"
+    folder = tmp_path / "cbcls" / "imagefolder-none-onehot-seed0" / "checkpoints"
     first, last = (load(folder / f"step-0000000{step}.pt")["networks"]["network"]["linear.weight"] for step in (0, 4))
     assert last.shape == (6, 256 + 6)
     assert not torch.equal(first[:, 256:], last[:, 256:])
@@ -97,17 +97,17 @@ def test_a_run_goes_on_with_its_clusters_alone(tiny, tmp_path):
     superclasses.write_text(json.dumps({name: name for name in names}))
     flags = [*tiny, "--data.superclasses", str(superclasses), "--norm.kind", "scb", "--norm.num_components", "6"]
     cbcls.train.main([*flags, "--clusters.by", "superclasses", "--epochs", "1", "--name", "run"])
-    passport = load(tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt")["passport"]
-    assert {"clusters_train", "clusters_test", "content_train", "content_test"} <= set(passport)
+    protocol = load(tmp_path / "cbcls" / "run" / "checkpoints" / "step-00000004.pt")["protocol"]
+    assert {"clusters_train", "clusters_test", "content_train", "content_test"} <= set(protocol)
     superclasses.write_text(json.dumps({name: names[5 - i] for i, name in enumerate(names)}))
     with pytest.raises(UsageError, match=r"clusters_train, clusters_test.* differ"):
         cbcls.train.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
 
 
-def test_clusters_that_a_network_is_not_told_are_no_part_of_its_passport(tiny):
+def test_clusters_that_a_network_is_not_told_are_no_part_of_its_protocol(tiny):
     for flags, told in (
         (["--norm.kind", "bn"], False),
-        (["--norm.kind", "bn", "--model.cluster_input"], True),
+        (["--norm.kind", "bn", "--model.onehot_cluster"], True),
         (["--norm.kind", "scb", "--norm.num_components", "6"], True),
     ):
         cfg = parse(ClassifierConfig, [*tiny, "--clusters.by", "classes", *flags])

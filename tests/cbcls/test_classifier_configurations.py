@@ -19,8 +19,8 @@ ROWS = [
     ("shallow", "tiny_imagenet", "ucb", 3, 200),
     *(("densenet40", "cifar100", norm, 5, 100) for norm in ("none", "bn", "mn", "ucb")),
     ("densenet100", "cifar100", "ucb", 5, 100),
-    *(("vit", "cifar100_superclasses", norm, 20, 100) for norm in ("bn", "scb_base", "scb", "told")),
-    *(("oxford_cnn", "oxford_pet", norm, 2, 37) for norm in ("none", "scb", "told")),
+    *(("vit", "cifar100_superclasses", norm, 20, 100) for norm in ("bn", "scb_base", "scb", "onehot_baseline")),
+    *(("oxford_cnn", "oxford_pet", norm, 2, 37) for norm in ("none", "scb", "onehot_baseline")),
 ]
 """Models, data, layers, clusters and classes: each layer with some model, each model with every one of its data."""
 
@@ -29,16 +29,16 @@ def test_a_row_of_the_papers_tables_can_be_built():
     for model, data, norm, clusters, classes in ROWS:
         asks = norm in ("scb", "scb_base") and model == "shallow"
         cfg = composed(model, data, norm, flags=FILE if asks else ())
-        kind = {"told": "none", "paper_ucb": "ucb"}.get(norm, norm)
+        kind = {"onehot_baseline": "none", "paper_ucb": "ucb"}.get(norm, norm)
         assert (cfg.norm.kind, cfg.norm.num_components) == (kind, clusters)
-        assert cfg.model.cluster_input == (norm == "told")
+        assert cfg.model.onehot_cluster == (norm == "onehot_baseline")
         assert cfg.data.name == data.removesuffix("_superclasses")
         assert composed(norm, data, model, flags=FILE if asks else ()).norm.kind == kind  # in any order
         with torch.device("meta"):
             network = build_classifier(cfg, classes, clusters)
         assert network.linear.out_features == classes
-        assert network.linear.in_features == {"shallow": 256, "densenet40": 448, "densenet100": 1168, "vit": 1024,
-                                              "oxford_cnn": 256}[model] + clusters * (norm == "told")  # fmt: skip
+        features = {"shallow": 256, "densenet40": 448, "densenet100": 1168, "vit": 1024, "oxford_cnn": 256}[model]
+        assert network.linear.in_features == features + clusters * (norm == "onehot_baseline")
 
 
 def test_the_recipes_are_the_papers():

@@ -117,7 +117,7 @@ def test_training_images_are_measured_as_test_images_are(runs):
     chosen = permutation(len(train), 0, "seen")[:18]
     logits, labels = model.logits(train.images[chosen]), train.labels[chosen]
     line = logged(run)[1]
-    assert line["loss/train_seen"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert line["loss/train_eval"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     assert line["metric/train_accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert line["metric/train_error"] == pytest.approx(1 - line["metric/train_accuracy"])
     assert "metric/train_macro_f1" not in line
@@ -182,7 +182,7 @@ def test_a_model_that_is_told_clusters_is_audited(runs, tmp_path, name, capsys):
 
 
 def test_a_run_ends_with_its_scores_and_what_the_audit_found():
-    latest = {"loss/test": 0.5, "metric/accuracy": 0.75, "metric/error": 0.25, "loss/train_seen": 0.25,
+    latest = {"loss/test": 0.5, "metric/accuracy": 0.75, "metric/error": 0.25, "loss/train_eval": 0.25,
               "metric/train_accuracy": 0.875, "metric/train_error": 0.125, "loss/train": 9.0}  # fmt: skip
     plain = [("test", "loss 0.5, accuracy 0.75, error 0.25"), ("train", "loss 0.25, accuracy 0.875, error 0.125")]
     assert summary_rows(latest) == plain
@@ -200,7 +200,7 @@ def test_tensorboard_shows_the_splits_in_one_chart(runs):
     events = EventAccumulator(str(runs / "plain")).Reload()
     (text,) = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val
     drawn = {tag for tags in CHARTS.values() for tag in tags}
-    assert drawn == {f"loss/{split}" for split in ("train_seen", "validation", "test")} | {
+    assert drawn == {f"loss/{split}" for split in ("train_eval", "validation", "test")} | {
         f"metric/{prefix}error" for prefix in ("train_", "validation_", "")
     }
     assert drawn <= set(logged(runs / "plain")[-1])
@@ -275,19 +275,19 @@ def test_baselines_that_are_not_alike_are_refused_by_what_differs(runs, tmp_path
                        str(tmp_path / "out"))  # fmt: skip
 
     scb, told = runs / "scb", runs / "told"
-    assert "expected a run with model.cluster_input true" in refuses(scb, runs / "plain")
-    assert "is told no clusters" in refuses(runs / "plain", told)
+    assert "expected a run with model.onehot_cluster true" in refuses(scb, runs / "plain")
+    assert "is given no clusters" in refuses(runs / "plain", told)
     flip = altered(told, tmp_path / "flip", ("  flip: false", "  flip: true"))
     assert "baseline: expected data.flip false" in refuses(scb, flip)
     by = altered(told, tmp_path / "by", ("  by: classes", "  by: superclasses"))
     assert "baseline: expected clusters.by classes" in refuses(scb, by)
     other = altered(told, tmp_path / "other")
     state = load(last(other))
-    state["passport"]["clusters_test"] = "0" * 64
+    state["protocol"]["clusters_test"] = "0" * 64
     torch.save(state, last(other))
     assert "has other images or clusters" in refuses(scb, other)
     assert "clusters_test" in refuses(scb, other)
-    state["passport"] = {**load(last(told))["passport"], "content_train": "0" * 64}
+    state["protocol"] = {**load(last(told))["protocol"], "content_train": "0" * 64}
     torch.save(state, last(other))
     assert "has other images or clusters" in refuses(scb, other)
     assert not (tmp_path / "out").exists()
@@ -296,7 +296,7 @@ def test_baselines_that_are_not_alike_are_refused_by_what_differs(runs, tmp_path
 def test_a_baseline_of_another_seed_may_have_held_other_images_out(runs, tmp_path):
     other = altered(runs / "told", tmp_path / "other", ("seed: 0", "seed: 1"))
     state = load(last(other))
-    state["passport"]["content_train"] = "0" * 64
+    state["protocol"]["content_train"] = "0" * 64
     torch.save(state, last(other))
     found = results(runs / "scb", tmp_path / "out", "--baseline", str(other))["leak_audit"]["baseline"]
     assert found["differs"] == ["seed 1, the model 0"]
@@ -360,7 +360,7 @@ def test_moving_averages_are_measured_where_they_are_asked_for(tiny, tmp_path):
     cbcls.train.main([*tiny, "--norm.kind", "bn", "--epochs", "1", "--name", "run", "--recalibrate.layers", "mn"])
     run = tmp_path / "cbcls" / "run"
     state = load(last(run))
-    assert state["passport"]["recalibrated"] == "mn, 2048 images by 256"
+    assert state["protocol"]["recalibrated"] == "mn, 2048 images by 256"
     for name, value in load_model(run).network.state_dict().items():
         assert torch.equal(value, state["networks"]["network"][name])
 

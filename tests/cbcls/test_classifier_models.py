@@ -281,7 +281,7 @@ def test_timms_networks_are_told_clusters_where_they_end_and_keep_their_last_map
     import timm  # noqa: PLC0415
 
     torch.testing.assert_close(plain.eval()(x), timm.create_model("test_resnet", num_classes=5).eval()(x))
-    told = built(*flags, "--model.cluster_input", "--clusters.by", "classes", num_clusters=4)
+    told = built(*flags, "--model.onehot_cluster", "--clusters.by", "classes", num_clusters=4)
     assert told.linear.in_features == plain.linear.in_features + 4
     assert told(x, torch.tensor([3, 0])).shape == (2, 5)
 

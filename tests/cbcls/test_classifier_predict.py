@@ -78,7 +78,7 @@ def test_an_exported_model_says_the_same_without_its_run_or_data(runs, tmp_path,
         assert torch.equal(exported.logits(images), trained.logits(images))
         assert exported.classes == trained.classes == tuple(f"class{k}" for k in range(6))
         assert (exported.clusters, exported.epoch) == (trained.clusters, 2)
-        assert exported.passport == trained.passport
+        assert exported.protocol == trained.protocol
         assert not exported.network.training
 
 
@@ -133,7 +133,7 @@ def test_a_layer_that_has_to_be_told_says_so(tiny, tmp_path, capsys, pictures):
     run = str(tmp_path / "cbcls" / "run")
     line = refused(capsys, cbcls.predict.main, "--run", run, "--images", str(pictures / "test"), "--out", str(tmp_path))
     assert "cluster: expected one of class0, class1" in line
-    assert "since dsbn has to be told one, got unknown" in line
+    assert "since dsbn has to be given one, got unknown" in line
 
 
 def test_bad_input(runs, pictures, tmp_path, capsys, domains_run):
@@ -151,7 +151,7 @@ def test_bad_input(runs, pictures, tmp_path, capsys, domains_run):
     (tmp_path / "empty").mkdir()
     assert "images: no images in" in refuses("--run", plain, "--images", str(tmp_path / "empty"))
     assert "cluster: expected one of unknown, class0" in refuses("--run", scb, "--images", images, "--cluster", "cat")
-    assert "told none (bn); leave class0 out" in refuses("--run", plain, "--images", images, "--cluster", "class0")
+    assert "given none (bn); leave class0 out" in refuses("--run", plain, "--images", images, "--cluster", "class0")
     assert "holds the networks adamatch, alignment" in refuses("--run", str(domains_run), "--images", images)
     assert not (tmp_path / "out").exists()
     (tmp_path / "model").mkdir()
@@ -179,5 +179,5 @@ def test_a_cluster_that_there_is_not_is_refused_in_code_too(runs):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(UsageError, match=r"^cluster: expected one of unknown, class0, .*, got class9$"):
         load_model(runs / "scb").logits(images, "class9")
-    with pytest.raises(UsageError, match=r"^cluster: this classifier is told none \(bn\); leave class0 out$"):
+    with pytest.raises(UsageError, match=r"^cluster: this classifier is given none \(bn\); leave class0 out$"):
         load_model(runs / "plain").logits(images, "class0")

@@ -46,7 +46,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-00000004.pt", "step-00000008.pt"}
     for part in (str(folder), "accuracy", "images/s on cpu", "information", "tensorboard --logdir"):
         assert part in summary
-    tags = ("loss/test", "metric/accuracy", "loss/train_seen", "metric/train_accuracy")
+    tags = ("loss/test", "metric/accuracy", "loss/train_eval", "metric/train_accuracy")
     last = next(line for line in reversed(lines) if tags[0] in line)
     shown = "  ".join(f"{tag} {last[tag]:.4g}" for tag in tags)
     assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
@@ -117,7 +117,7 @@ def final(folder: Path) -> dict:
 
 def assert_same(ours: Path, theirs: Path) -> None:
     states = [final(folder) for folder in (ours, theirs)]
-    assert states[0]["passport"] == states[1]["passport"]
+    assert states[0]["protocol"] == states[1]["protocol"]
     torch.testing.assert_close(*(state["networks"] for state in states), rtol=0, atol=0)
     logs = [
         [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]

@@ -85,7 +85,7 @@ def test_what_clusters_tell_of_classes_is_counted():
     labels = torch.tensor([0, 0, 1, 1])
     images = ImageSet(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), labels, ("a", "b"), "x", "train", None, (), labels,
                       ("0", "1"))  # fmt: skip
-    told = f"images by cluster 2 2; the cluster tells {math.log(2):.3f} nats of the class"
+    told = f"images by cluster 2 2; {math.log(2):.3f} nats of mutual information with the class"
     assert cbcls.clusters._described(images) == told
     bare = dataclasses.replace(images, labels=None, classes=())
     assert cbcls.clusters._described(bare) == "images by cluster 2 2"
@@ -126,7 +126,7 @@ def test_a_file_is_found_again_and_never_written_over(flags, tmp_path, capsys):
     counts = [content["clusters"]["train"].count(k) for k in (0, 1)]
     assert sum(counts) == 60
     assert counts[0] >= counts[1]
-    assert f"images by cluster {counts[0]} {counts[1]}; the cluster tells" in out
+    assert f"images by cluster {counts[0]} {counts[1]}; " in out
     assert content["configuration"] == {"method": "gaussian mixture", "num_clusters": 2, "components": 4, "restarts": 2,
                                         "side": 32, "seed": 0}  # fmt: skip
     cbcls.clusters.main([*flags, "--num_clusters", "2"])

@@ -49,7 +49,7 @@ def test_the_papers_rows_differ_in_the_layer_alone():
     for kind in ("none", "scb", "scb_base", "ucb"):
         cfg = config(f"paper_{kind}.yaml")
         assert (cfg.norm.kind, cfg.epochs, cfg.batch_size, cfg.target_ratio) == (kind, 100, 64, 3)
-        assert (cfg.optimizer, cfg.lr, cfg.ema, cfg.weight_decay) == ("adam", 0.03, 0, 0)
+        assert (cfg.optimizer, cfg.lr, cfg.ema_decay, cfg.weight_decay) == ("adam", 0.03, 0, 0)
         assert (cfg.schedule.kind, cfg.schedule.floor, cfg.steps_per_epoch) == ("cosine", 0.25, 73_257 // 192)
         method = cfg.method.resolved()
         assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
@@ -71,8 +71,8 @@ def test_ucb_norm_gives_the_papers_network_the_same_in_training_and_in_tests():
 def test_the_official_configuration_is_the_authors():
     cfg = config("official.yaml")
     assert cfg.epochs * (cfg.steps_per_epoch or 0) * cfg.batch_size == 8 << 20
-    assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.ema) == ("sgd", 0.03, 1e-3, 0.999)
-    assert (cfg.schedule.kind, cfg.schedule.floor, cfg.batch_size, cfg.target_ratio) == ("arc", 0.25, 64, 3)
+    assert (cfg.optimizer, cfg.lr, cfg.weight_decay, cfg.ema_decay) == ("sgd", 0.03, 1e-3, 0.999)
+    assert (cfg.schedule.kind, cfg.schedule.floor, cfg.batch_size, cfg.target_ratio) == ("partial_cosine", 0.25, 64, 3)
     assert cfg.data.flip
     method = cfg.method.resolved()
     assert (method.source_pass, method.source_loss, method.alignment, method.scaling, method.labels) == (
@@ -197,7 +197,7 @@ def test_without_interpolation_there_is_no_second_pass(tiny):
 
 
 def test_labelled_target_images_are_learnt_from_as_members_of_the_target(tiny):
-    method, part, network = prepared(tiny, "--target.labelled", "2")
+    method, part, network = prepared(tiny, "--target.labels_per_class", "2")
     assert len(part["target_labelled"].labels) == 9  # of six images
     loss, values = loss_of(method, part, 0.0)
     assert network.asked[0].tolist() == [SOURCE] * 18 + [TARGET] * 18 + [TARGET] * 18
@@ -220,7 +220,7 @@ def mixed_by_hand(part: MicroBatch, stream: str, key: tuple[str, ...], network: 
 
 
 def test_few_labels_are_repeated_to_a_full_batch_each_time_in_another_view(tiny):
-    cfg = parse(AdaMatchConfig, [*tiny, "--source.labelled", "1", "--target.labelled", "2"])
+    cfg = parse(AdaMatchConfig, [*tiny, "--source.labels_per_class", "1", "--target.labels_per_class", "2"])
     batches = next(made(AdaMatchTask, cfg).loader.epoch(0, 0, 5))[0]
     for name, few in (("train", 3), ("target_labelled", 6)):
         batch = batches[name]
@@ -232,7 +232,7 @@ def test_few_labels_are_repeated_to_a_full_batch_each_time_in_another_view(tiny)
 
 
 def test_alignment_by_the_labelled_target(tiny):
-    flags = ["--target.labelled", "2", "--method.alignment", "batch"]
+    flags = ["--target.labels_per_class", "2", "--method.alignment", "batch"]
     by_source, part, _ = prepared(tiny, *flags)
     by_labelled, same, network = prepared(tiny, *flags, "--method.align_by", "labelled")
     ratios = [
@@ -247,13 +247,13 @@ def test_alignment_by_the_labelled_target(tiny):
 
 def test_few_labels_of_one_set_are_semi_supervised_learning(tiny, domains):
     same = ["--target.root", str(domains / "source" / "train"), "--target.test_root", str(domains / "source" / "test")]
-    cfg = parse(AdaMatchConfig, [*tiny, *same, "--source.labelled", "3"])
+    cfg = parse(AdaMatchConfig, [*tiny, *same, "--source.labels_per_class", "3"])
     images = AdaMatchTask.load_images(cfg)
     assert (len(images["train"]), len(images["target"])) == (9, 36)
     labels = images["train"].labels
     assert labels is not None
     assert labels.bincount().tolist() == [3, 3, 3]
-    cbda.adamatch.main([*tiny, *same, "--source.labelled", "3", "--epochs", "1"])
+    cbda.adamatch.main([*tiny, *same, "--source.labels_per_class", "3", "--epochs", "1"])
 
 
 class Saying(nn.Module):
@@ -426,7 +426,7 @@ def test_two_ranks_equal_one_on_the_joined_batch_where_no_layer_looks_at_a_batch
 
     monkeypatch.setattr(cbda.models, "build_classifier", build)
     flags = [*tiny, "--epochs", "1", "--norm.kind", "scb", "--optimizer", "sgd", "--lr", "0.1", "--method.tau", "0.95",
-             "--method.warmup", "0.1", "--variance_every", "2", "--target.labelled", "3"]  # fmt: skip
+             "--method.warmup", "0.1", "--variance_every", "2", "--target.labels_per_class", "3"]  # fmt: skip
     assert run(cbda.adamatch.main, *flags, "--batch_size", "16", "--name", "one").statuses == [0]
     pair = run(cbda.adamatch.main, *flags, "--batch_size", "8", "--name", "two", ranks=2)
     assert pair.statuses == [0, 0], pair.err
@@ -582,7 +582,7 @@ def test_the_authors_variance_is_of_the_sum_of_all_logits_in_training_mode_on_a_
 
 
 def test_bf16_and_accumulation_run(tiny, tmp_path):
-    cbda.adamatch.main([*tiny, "--precision", "bf16", "--name", "run", "--batch_size", "4", "--accumulate", "2",
+    cbda.adamatch.main([*tiny, "--precision", "bf16", "--name", "run", "--batch_size", "4", "--grad_accum_steps", "2",
                         "--epochs", "1"])  # fmt: skip
     assert all(
         math.isfinite(line["loss/adamatch"])

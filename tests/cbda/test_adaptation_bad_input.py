@@ -24,19 +24,19 @@ FLAGS = {
     "--method.warmup 2": ["method.warmup", "0 to 1", "2"],
     "--method.decay 1": ["method.decay", "1"],
     "--method.history 0": ["method.history", "at least 1", "0"],
-    "--method.align_by labelled": ["method.align_by", "target.labelled"],
+    "--method.align_by labelled": ["method.align_by", "target.labels_per_class"],
     "--noise_every -1": ["noise_every", "0 or more", "-1"],
     "--noise_every 5 --batch_size 7": ["noise_every", "batch_size of at least 8", "5 for 7"],
     "--target_ratio 0": ["target_ratio", "at least 1", "0"],
     "--batch_size 50": ["batch_size", "36", "target", "50"],
     "--target_ratio 5": ["batch_size", "36", "target", "45"],
-    "--source.labelled 0": ["source.labelled", "at least 1", "0"],
-    "--source.labelled 50": ["source.labelled", "12", "class cat", "50"],
-    "--target.labelled 50": ["target.labelled", "12", "class cat", "50"],
+    "--source.labels_per_class 0": ["source.labels_per_class", "at least 1", "0"],
+    "--source.labels_per_class 50": ["source.labels_per_class", "12", "class cat", "50"],
+    "--target.labels_per_class 50": ["target.labels_per_class", "12", "class cat", "50"],
     "--source.name foo": ["source.name", "foo", "digits"],
     "--target.name digits": ["target.root", "digits"],
     "--target.test_root nowhere": ["target.test_root", "nowhere"],
-    "--best.keep --best.by metric/target_accuracy": ["best.by", "target_test", "--best.oracle"],
+    "--best.keep --best.by metric/target_accuracy": ["best.by", "target_test", "--best.allow_test_metric"],
     "--name x --init_from nowhere.pt": ["init_from", "nowhere.pt"],
 }
 """Of this application; what all runs refuse is tested in tests/train, tests/data and tests/norms."""
@@ -64,11 +64,11 @@ def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
     for domain in ("source", "target"):
         line = refuses(f"--{domain}.test_root", bare)
         assert line.startswith(f"error: {domain}.test_root: bare has no labels; test images need one sub-folder")
-    assert "target.labelled: 1 labels a class asked for, but bare has none" in refuses(
-        *no_labels, "--target.labelled", "1"
+    assert "target.labels_per_class: expected null, since bare has no labels, got 1" in refuses(
+        *no_labels, "--target.labels_per_class", "1"
     )
-    oracle = ("--best.keep", "--best.by", "metric/target_accuracy", "--best.oracle")
-    assert "best.by: metric/target_accuracy needs labels" in refuses(*no_labels, *oracle)
+    by_accuracy = ("--best.keep", "--best.by", "metric/target_accuracy", "--best.allow_test_metric")
+    assert "best.by: metric/target_accuracy needs labels" in refuses(*no_labels, *by_accuracy)
     (tmp_path / "empty").mkdir()
     assert "target.root: no images in" in refuses("--target.root", str(tmp_path / "empty"))
     one = write_domain(tmp_path / "one", 50, classes=("cat",))

@@ -28,7 +28,7 @@ def config(**model) -> AdaMatchConfig:
 
 
 def test_wide_resnets_are_made_as_named():
-    network = build_classifier(config(name="wrn-16-2", form="keras"), 7).network
+    network = build_classifier(config(name="wrn-16-2", variant="keras"), 7).network
     assert isinstance(network, WideResNet)
     assert (network.linear.in_features, network.linear.out_features, len(network.groups)) == (128, 7, 3)
     assert network.stem.bias is None

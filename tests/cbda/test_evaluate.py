@@ -108,7 +108,7 @@ def test_bad_input(tmp_path, capsys):
 
 def test_statistics_are_those_of_each_domains_training_images(tiny, domains, tmp_path):
     """By their own cluster, in one float64 pass; the target's images need no labels."""
-    flags = ["--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--ema", "0",
+    flags = ["--target.root", str(domains / "target" / "bare"), "--target.test_root", "null", "--ema_decay", "0",
              "--epochs", "1", "--norm.kind", "dsbn"]  # fmt: skip
     cbda.adamatch.main([*tiny, *flags, "--name", "all"])
     cbda.adamatch.main([*tiny, *flags, "--name", "none", "--recalibrate.layers", "none"])

@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cbda.networks.wide_resnet import Form, WideResNet
+from cbda.networks.wide_resnet import Variant, WideResNet
 from common.norms import BatchNorm
 
-FORMS: tuple[Form, ...] = ("official", "keras")
+VARIANTS: tuple[Variant, ...] = ("official", "keras")
 
 
 def count(network: nn.Module) -> int:
@@ -14,12 +14,12 @@ def count(network: nn.Module) -> int:
 
 
 def test_published_parameter_counts():
-    for form, parameters in zip(FORMS, (1_469_642, 1_467_610), strict=True):
-        network = WideResNet(28, 2, 10, form)
+    for variant, parameters in zip(VARIANTS, (1_469_642, 1_467_610), strict=True):
+        network = WideResNet(28, 2, 10, variant)
         assert count(network) == parameters
         # The page of Keras prints 1,471,226 with the moving averages.
         averages = sum(2 * m.num_features for m in network.modules() if isinstance(m, BatchNorm))
-        assert form == "official" or parameters + averages == 1_471_226
+        assert variant == "official" or parameters + averages == 1_471_226
 
 
 def test_parameters_of_the_small_network_counted_by_hand():
@@ -30,14 +30,14 @@ def test_parameters_of_the_small_network_counted_by_hand():
     assert count(WideResNet(10, 1, 10, "official")) == convolutions + shortcuts + norms + linear + biases
 
 
-def by_hand(network: WideResNet, x: Tensor, form: Form) -> Tensor:
+def by_hand(network: WideResNet, x: Tensor, variant: Variant) -> Tensor:
     """Compute a network of one block a group from its weights, in evaluation mode."""
     state = network.state_dict()
 
     def active(name: str, x: Tensor) -> Tensor:
         mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
-        y = F.batch_norm(x, mean, var, weight, bias, eps={"official": 1e-6, "keras": 1e-3}[form])
-        return y.clamp(min=0) + (0.1 if form == "official" else 0.0) * y.clamp(max=0)
+        y = F.batch_norm(x, mean, var, weight, bias, eps={"official": 1e-6, "keras": 1e-3}[variant])
+        return y.clamp(min=0) + (0.1 if variant == "official" else 0.0) * y.clamp(max=0)
 
     def convolve(name: str, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), stride, padding)
@@ -49,24 +49,26 @@ def by_hand(network: WideResNet, x: Tensor, form: Form) -> Tensor:
         residual = convolve(f"{place}.conv1", wide, stride)
         residual = convolve(f"{place}.conv2", active(f"{place}.norm2", residual))
         # Official: what is activated feeds the first group's shortcut alone. Keras: each that changes the channels.
-        given = wide if (group == 0) == (form == "official") else h
+        given = wide if (group == 0) == (variant == "official") else h
         h = (given if group == 0 else convolve(f"{place}.shortcut", given, stride, 0)) + residual
     return active("norm", h).mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_forward_pass_is_the_published_one(form):
-    network = WideResNet(10, 1, 7, form).eval().double()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_forward_pass_is_the_published_one(variant):
+    network = WideResNet(10, 1, 7, variant).eval().double()
     for name, value in network.state_dict().items():
         if value.is_floating_point():
             value.copy_(torch.rand_like(value) + 0.5 if "var" in name else torch.randn_like(value) * 0.5)
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(network(x), by_hand(network, x, form))
+    torch.testing.assert_close(network(x), by_hand(network, x, variant))
 
 
 def test_convolutions_start_as_published():
     torch.manual_seed(0)
-    official, keras = (WideResNet(28, 2, 10, form).get_parameter("groups.2.0.conv1.weight").detach() for form in FORMS)
+    official, keras = (
+        WideResNet(28, 2, 10, variant).get_parameter("groups.2.0.conv1.weight").detach() for variant in VARIANTS
+    )
     assert float(official.std()) == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
     assert float(keras.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
 

@@ -25,7 +25,8 @@ def make_run(
     path = folder / name
     (path / "samples").mkdir(parents=True)
     (path / "config.yaml").write_text(
-        f"seed: {seed}\nbatch_size: 10\naccumulate: 1\nnorm: {{kind: {kind}}}\ndata: {{name: digits, size: {size}}}\n"
+        f"seed: {seed}\nbatch_size: 10\ngrad_accum_steps: 1\nnorm: {{kind: {kind}}}\n"
+        f"data: {{name: digits, size: {size}}}\n"
         f"fid: {{samples: {count}, final_samples: {final}, reference: train, extractor: classifier}}\n"
     )
     lines = [{"step": 0, "epoch": 0, FID: fids[0], f"{FID}_floor": 2.0}]
@@ -35,8 +36,8 @@ def make_run(
     lines[-1] |= {f"{FID}_final": fids[-1] - 1, "metric/train_gap_classifier": 0.5}
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "environment.json").write_text(json.dumps({"sessions": [{"world": world}]}))
-    passport, better = {"extractor": "classifier", "content_hash": content}, {FID: "lower", f"{FID}_final": "lower"}
-    (path / "summary.json").write_text(json.dumps({"passport": passport, "better": better}))
+    protocol, better = {"extractor": "classifier", "content_hash": content}, {FID: "lower", f"{FID}_final": "lower"}
+    (path / "summary.json").write_text(json.dumps({"protocol": protocol, "better": better}))
     for at, picture in enumerate(("real.png", "epoch-0001.png", "epoch-0002.png")):
         pixels = np.full((8 * (SIDE + 1) + 1, 8 * (SIDE + 1) + 1, 3), 10 * at + colour, dtype=np.uint8)
         pixels[4 * (SIDE + 1) + 1 :] = 255  # the lower rows
@@ -59,7 +60,7 @@ def test_hours_are_of_the_images_done_at_the_speed_they_were_done_at(tmp_path):
     many = training_hours(read_run(Path(make_run(tmp_path, "ranks", world=4))))
     assert many[10] == pytest.approx(4 * hours[10])
     with (tmp_path / "run" / "config.yaml").open("a") as file:
-        file.write("accumulate: 3\n")
+        file.write("grad_accum_steps: 3\n")
     assert training_hours(read_run(tmp_path / "run"))[10] == pytest.approx(3 * hours[10])
 
 

@@ -49,6 +49,6 @@ def test_a_conditional_pair_asks_for_the_same_classes_as_one_process(tiny, tmp_p
     assert len(set(pair.weights)) == 1
     folder = tmp_path / "cbgan" / "pair"
     line = [line for line in logged(folder) if "metric/fid_classifier" in line][-1]
-    assert 0 <= line["metric/class_asked"] <= 1
+    assert 0 <= line["metric/class_accuracy"] <= 1
     cbgan.evaluate.main(["--run", str(folder)])
     assert f"FID (classifier) {line['metric/fid_classifier']:.4g} from 60 samples" in capsys.readouterr().out

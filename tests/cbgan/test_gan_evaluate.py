@@ -25,7 +25,7 @@ def out(tmp_path_factory) -> Path:
 def run(out) -> Path:
     """Train an epoch of eight steps with an average, measured before and after, on 256 samples."""
     cbgan.train.main(["--width", "8", "--batch_size", "125", "--lr", "0.1", "--latent_dim", "16", "--data.size", "8",
-                      "--fid.samples", "256", "--ema", "0.5", "--epochs", "1", "--checkpoint_keep", "1",
+                      "--fid.samples", "256", "--ema_decay", "0.5", "--epochs", "1", "--checkpoint_keep", "1",
                       "--name", "run", "--out", str(out), "--cache", str(out / "cache")])  # fmt: skip
     return out / "cbgan" / "run"
 
@@ -78,8 +78,8 @@ def test_a_run_is_measured_against_other_data_by_other_metrics(run, tmp_path, ca
     pictures(other.parent / "b", torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
     flags = ("--data.name", "imagefolder", "--data.root", str(other.parent))
     record = measured(tmp_path / "out", "--run", str(run), *flags, "--samples", "50", "--fid.metrics", "kid")
-    assert record["passport"]["data"] == "noise"
-    assert (record["passport"]["n_real"], record["samples"]) == (40, 50)
+    assert record["protocol"]["data"] == "noise"
+    assert (record["protocol"]["n_real"], record["samples"]) == (40, 50)
     assert set(record["classes"]) == {"a", "b"}
     assert "metric/kid_classifier" in record["values"]
     assert "metric/recall_classifier" not in record["values"]

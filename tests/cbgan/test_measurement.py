@@ -48,11 +48,11 @@ def fresh(cfg: GanConfig) -> Generator:
 
 def test_the_protocol_of_a_generator_tells_its_statistics():
     evaluation = Evaluator.__new__(Evaluator)
-    evaluation.fid = cast(Any, SimpleNamespace(passport=lambda: {"split": "train"}))
+    evaluation.fid = cast(Any, SimpleNamespace(protocol=lambda: {"split": "train"}))
     evaluation.cfg = GanConfig(recalibrate=RecalibrateConfig(images=100, batch_size=10))
-    assert evaluation.passport() == {"split": "train", "recalibrated": "all, 100 images by 10"}
+    assert evaluation.protocol() == {"split": "train", "recalibrated": "all, 100 images by 10"}
     evaluation.cfg = GanConfig(recalibrate=RecalibrateConfig(layers="none"))
-    assert evaluation.passport() == {"split": "train", "recalibrated": "none"}
+    assert evaluation.protocol() == {"split": "train", "recalibrated": "none"}
 
 
 @pytest.mark.parametrize("kind", ["bn", "ucb", "mn"])
@@ -65,7 +65,7 @@ def test_a_run_measures_statistics_that_were_estimated_anew(tiny, tmp_path, monk
         return {}
 
     monkeypatch.setattr(Evaluator, "run", run)
-    flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--evaluate_every", "0", "--ema", "0.5",
+    flags = ["--norm.kind", kind, "--epochs", "1", "--batch_size", "500", "--evaluate_every", "0", "--ema_decay", "0.5",
              "--recalibrate.images", "100", "--recalibrate.batch_size", "50"]  # fmt: skip
     cbgan.train.main([*tiny, *flags, "--name", "all"])
     cbgan.train.main([*tiny, *flags, "--name", "none", "--recalibrate.layers", "none"])
@@ -94,7 +94,7 @@ def conditional(tmp_path_factory, cache) -> Path:
     """Train a conditional run with an average of its weights."""
     out = tmp_path_factory.mktemp("conditional")
     cbgan.train.main(["--norm.kind", "scb", "--norm.num_components", "10", "--width", "8", "--latent_dim", "8",
-                      "--data.size", "8", "--batch_size", "100", "--epochs", "1", "--ema", "0.5", "--lr", "0.1",
+                      "--data.size", "8", "--batch_size", "100", "--epochs", "1", "--ema_decay", "0.5", "--lr", "0.1",
                       "--evaluate_every", "1", "--fid.samples", "50", "--schedule.kind", "constant",
                       "--spectral", "false", "--name", "run", "--out", str(out), "--cache", str(cache)])  # fmt: skip
     return out / "cbgan" / "run"
@@ -121,7 +121,7 @@ def test_a_conditional_run_leaves_its_classes_and_is_asked_for_them(conditional)
         "classes": list(train.classes),
         "counts": torch.bincount(train.labels).tolist(),
     }
-    assert 0 <= [line for line in read_metrics(conditional) if FID in line][-1]["metric/class_asked"] <= 1
+    assert 0 <= [line for line in read_metrics(conditional) if FID in line][-1]["metric/class_accuracy"] <= 1
 
 
 def test_the_share_as_asked_is_of_classes_asked_and_seen(monkeypatch):

@@ -30,7 +30,7 @@ NAMES = ("cat", "dog", "eel")
 def make_run(folder: Path, kind: str, average: bool = False) -> tuple[Path, GanConfig]:
     """Write a run of images of 8 pixels as training would leave it, after 3 epochs, its weights random."""
     cfg = GanConfig(
-        width=8, latent_dim=4, batch_size=4, data=DataConfig(size=8), ema=0.9 * average,
+        width=8, latent_dim=4, batch_size=4, data=DataConfig(size=8), ema_decay=0.9 * average,
         norm=NormConfig(kind=kind, num_components=3), recalibrate=RecalibrateConfig(images=8, batch_size=4),
     ).resolved()  # fmt: skip
     networks = []

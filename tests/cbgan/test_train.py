@@ -50,7 +50,7 @@ def test_the_papers_configurations_are_the_papers():
         fid = (cfg.evaluate_every, cfg.fid.extractor, cfg.fid.samples, cfg.fid.final_samples)
         assert fid == (10, "inception", 10000, 50000)
         plain = ("constant", "logistic", False, [], 0)
-        assert (cfg.schedule.kind, cfg.loss, cfg.spectral, cfg.augment, cfg.ema) == plain
+        assert (cfg.schedule.kind, cfg.loss, cfg.spectral, cfg.augment, cfg.ema_decay) == plain
         assert (cfg.norm.kind, cfg.norm.num_components) == (kind, 3)
     ucb = config("paper_ucb.yaml").norm
     assert (ucb.groups, ucb.update, ucb.affine) == (1, "weight", False)
@@ -106,7 +106,7 @@ def test_evaluating_the_last_checkpoint_gives_the_logged_fid(measured, tmp_path,
 
 def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(measured, tmp_path, capsys):
     folder = shutil.copytree(measured[0], tmp_path / "run")
-    passport = json.loads((folder / "summary.json").read_text())["passport"]
+    protocol = json.loads((folder / "summary.json").read_text())["protocol"]
     (line,) = [line for line in read_metrics(folder) if "metric/fid_classifier" in line and line["epoch"] == 2]
     cbgan.evaluate.main(["--run", str(folder)])
     (file,) = (folder / "evaluations").glob("*.json")
@@ -117,12 +117,12 @@ def test_an_evaluation_is_written_beside_the_run_under_a_name_of_its_own(measure
     record = json.loads(file.read_text())
     counted = ("step", "epoch", "metric/classes_found", "metric/diversity")
     assert record["values"] == {name: value for name, value in line.items() if name not in counted}
-    assert record["passports"].keys() == record["values"].keys()
-    for each in record["passports"].values():
+    assert record["protocols"].keys() == record["values"].keys()
+    for each in record["protocols"].values():
         assert each["noise_seed"] == 314159
-        assert each["extractor_id"] == record["passport"]["extractor_id"]
+        assert each["extractor_id"] == record["protocol"]["extractor_id"]
     assert (record["epoch"], record["step"], record["samples"]) == (2, 16, 60)
-    assert record["passport"].items() <= passport.items()
+    assert record["protocol"].items() <= protocol.items()
     assert list(record["classes"]) == list(digits(8).train.classes)
     assert sum(record["classes"].values()) == 60
     assert sum(n > 0 for n in record["classes"].values()) == line["metric/classes_found"]

@@ -17,7 +17,7 @@ from common.train.config import RunConfig, stored_yaml
 class Toy(StoredModel[RunConfig]):
     classes: tuple[str, ...]
     threshold: float
-    passport: dict[str, str]
+    protocol: dict[str, str]
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_what_is_exported_comes_back_with_its_facts(tmp_path):
     torch.testing.assert_close(dict(found.network.state_dict()), dict(model.network.state_dict()), rtol=0, atol=0)
     assert not found.network.training
     assert (found.cfg.epochs, found.device.type) == (7, "cpu")
-    assert (found.classes, found.threshold, found.passport) == (("a", "b"), 0.5, {"content": "abc"})
+    assert (found.classes, found.threshold, found.protocol) == (("a", "b"), 0.5, {"content": "abc"})
     with pytest.raises(UsageError, match=r"checkpoint: .* holds an exported model, which has no best"):
         read_stored(RunConfig, folder, "network", "best")
     with pytest.raises(UsageError, match=r"out: .* holds a model already"):
@@ -108,7 +108,7 @@ def test_what_is_exported_comes_back_with_its_facts(tmp_path):
 
 def test_a_runs_facts_are_asked_for(run):
     found = read_stored(RunConfig, run, "network").model(
-        Toy, lambda: {"classes": ("x",), "threshold": 1.0, "passport": {}}, lambda facts: nn.Linear(3, 2)
+        Toy, lambda: {"classes": ("x",), "threshold": 1.0, "protocol": {}}, lambda facts: nn.Linear(3, 2)
     )
     torch.testing.assert_close(dict(found.network.state_dict()), weights(4))
     assert (found.classes, found.threshold) == (("x",), 1.0)
@@ -131,7 +131,7 @@ DAMAGES = {
     "facts": ("model.json", "{"),
     "list": ("model.json", json.dumps(7)),
     "missing": ("model.json", json.dumps({"classes": ["a"]})),
-    "type": ("model.json", json.dumps({"classes": ["a"], "threshold": "high", "passport": {}})),
+    "type": ("model.json", json.dumps({"classes": ["a"], "threshold": "high", "protocol": {}})),
 }
 
 

@@ -182,10 +182,10 @@ def test_refuses_batches_that_cannot_be_filled():
             batches(**arguments)
 
 
-def two(steps_per_epoch=None, workers=0, rank=0, world=1, accumulate=1):
+def two(steps_per_epoch=None, workers=0, rank=0, world=1, grad_accum_steps=1):
     """Make a stream of 23 images in batches of 4, and one of 7 in batches of 3, shown plainly and mirrored."""
     streams = {"train": Stream(image_set(), 4 // world), "other": Stream(image_set(7), 3, (mirrored, plain, mirrored))}
-    options: Any = {"workers": workers, "rank": rank, "world": world, "accumulate": accumulate}
+    options: Any = {"workers": workers, "rank": rank, "world": world, "grad_accum_steps": grad_accum_steps}
     return StepLoader(streams, steps_per_epoch=steps_per_epoch, **options)
 
 
@@ -217,7 +217,7 @@ def test_with_steps_per_epoch_passes_run_over_epochs():
 
 
 def test_parts_of_a_step_are_the_batches_of_smaller_steps():
-    small, large = two(), two(accumulate=2)
+    small, large = two(), two(grad_accum_steps=2)
     assert len(large) == 2  # five batches make two steps of two
     assert indices(large, "train", 1) == indices(small, "train", 1)[:4]
     steps = list(large.epoch(1, 0, 0))

@@ -123,9 +123,9 @@ def test_a_distance_by_it_has_its_own_tag_and_names_the_weights(state, file, tmp
         assert torch.equal(torch.get_rng_state(), before)
         assert fid.tag == f"metric/fid_{name}"
         assert narrow[-1][0] == model == f"vit_{name.removeprefix('dinov2')[1:] or 'large'}_patch14_dinov2"
-        assert str(fid.passport()["extractor_id"]).startswith(f"{model}-224-cls-")
-        assert fid.passport()["resize"] == "bicubic with antialiasing to 224x224, clamped"
-        ids.add(fid.passport()["extractor_id"])
+        assert str(fid.protocol()["extractor_id"]).startswith(f"{model}-224-cls-")
+        assert fid.protocol()["resize"] == "bicubic with antialiasing to 224x224, clamped"
+        ids.add(fid.protocol()["extractor_id"])
     other = DinoV2("dinov2", file({**state, "norm.bias": state["norm.bias"] + 1}), None, tmp_path, "cpu")
     assert len(ids | {other.id}) == 4
 

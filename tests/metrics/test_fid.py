@@ -115,13 +115,13 @@ def test_a_damaged_cache_file_is_computed_anew(pixels, tmp_path):
     assert pixels.calls == 4
 
 
-def test_the_passport_names_what_was_compared(pixels, tmp_path):
+def test_the_protocol_names_what_was_compared(pixels, tmp_path):
     real = gaussian(50, 0)
     fid = build(Splits(real, None), tmp_path)
-    passport = fid.passport()
-    assert passport["content_hash"] == real.content_hash
-    assert (passport["n_real"], passport["split"], passport["extractor_id"]) == (50, "train", "pixels-1")
-    assert {type(value) for value in passport.values()} == {str, int}
+    protocol = fid.protocol()
+    assert protocol["content_hash"] == real.content_hash
+    assert (protocol["n_real"], protocol["split"], protocol["extractor_id"]) == (50, "train", "pixels-1")
+    assert {type(value) for value in protocol.values()} == {str, int}
     assert (fid.tag, fid.floor_tag) == ("metric/fid_pixels", "metric/fid_pixels_floor")
 
 

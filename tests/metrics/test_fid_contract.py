@@ -1,4 +1,4 @@
-"""What is promised of FID's settings, names and passport, in docs/results.md and in published numbers."""
+"""What is promised of FID's settings, names and protocol, in docs/results.md and in published numbers."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -70,11 +70,11 @@ def test_beyond_them_a_line_names_field_range_and_value():
 
 
 @pytest.mark.parametrize(("reference", "count", "split"), [("train", 30, "train"), ("test", 20, "test")])
-def test_the_passport_holds_what_the_page_lists(pixels, tmp_path, reference, count, split):
+def test_the_protocol_holds_what_the_page_lists(pixels, tmp_path, reference, count, split):
     splits = Splits(images(30, "train", 0), images(20, "test", 1))
     fid = Fid(FidConfig(reference=reference), splits, tmp_path, "cpu")
     real = getattr(splits, reference)
-    assert fid.passport() == {
+    assert fid.protocol() == {
         "extractor": "pixels", "extractor_id": "pixels-1", "resize": "as they are",
         "quantisation": "uint8, rounded to nearest, clamped", "data": "mine", "split": split, "n_real": count,
         "content_hash": real.content_hash, "torch_fidelity": version("torch-fidelity"),

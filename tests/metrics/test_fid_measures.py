@@ -98,15 +98,15 @@ def test_a_plain_measurement_has_what_was_asked_for_alone(pixels, tmp_path):
     assert list(measured(built(tmp_path)).quality) == ["precision", "recall"]
 
 
-def test_each_number_has_its_passport(pixels, tmp_path):
+def test_each_number_has_its_protocol(pixels, tmp_path):
     fid = built(tmp_path, metrics=["kid", "inception_score", "precision_recall"])
     result = measured(fid, thorough=True)
-    found = fid.passports(result)
+    found = fid.protocols(result)
     assert found.keys() == fid.values(result).keys()
     common = {"extractor": "pixels", "extractor_id": "pixels-1", "resize": "as they are", "data": "mine",
               "quantisation": "uint8, rounded to nearest, clamped"}  # fmt: skip
-    for passport in found.values():
-        assert common.items() <= passport.items()
+    for protocol in found.values():
+        assert common.items() <= protocol.items()
     own = {"split": "train", "n_real": 60, "content_hash": TRAIN.content_hash, "n_generated": 50}
     for tag in found.keys() - {"metric/fid_pixels_test", "metric/fid_pixels_floor"}:
         assert own.items() <= found[tag].items()
@@ -115,9 +115,9 @@ def test_each_number_has_its_passport(pixels, tmp_path):
     floor = found["metric/fid_pixels_floor"]
     assert (floor["compared"], floor["n_generated"], floor["n_real"]) == ("real test images", 0, 60)
     for end in ("centre", "low", "high"):
-        passport = found[f"metric/fid_pixels_{end}"]
-        assert (passport["seed"], passport["replicates"]) == (module.SEED, 20)
-        assert passport["resampled"] == "generated images"
+        protocol = found[f"metric/fid_pixels_{end}"]
+        assert (protocol["seed"], protocol["replicates"]) == (module.SEED, 20)
+        assert protocol["resampled"] == "generated images"
     assert (found["metric/fid_pixels_infinity"]["seed"], found["metric/fid_pixels_infinity"]["points"]) == (20, 15)
     assert found["metric/kid_pixels"]["subsets"] == 100
     assert (found["metric/recall_pixels"]["neighbours"], found["metric/precision_pixels"]["neighbours"]) == (3, 3)
@@ -126,7 +126,7 @@ def test_each_number_has_its_passport(pixels, tmp_path):
     json.dumps(found)
     turned = built(tmp_path, reference="test")
     result = measured(turned, thorough=True)
-    found = turned.passports(result)
+    found = turned.protocols(result)
     assert found["metric/fid_pixels_low"]["resampled"] == "generated and real images"
     assert found["metric/copies_pixels"]["content_hash"] == TRAIN.content_hash
     assert found["metric/fid_pixels_train"]["content_hash"] == TRAIN.content_hash
@@ -137,7 +137,7 @@ def test_without_test_images_training_images_are_held_against_each_other(pixels,
     result = measured(fid, thorough=True)
     unseen = nearest(features(TRAIN), features(TRAIN), apart=True).distance
     assert result.copying == copying(nearest(features(FAKE), features(TRAIN)).distance, unseen)
-    assert fid.passports(result)["metric/copies_pixels"]["unseen"] == "each training image"
+    assert fid.protocols(result)["metric/copies_pixels"]["unseen"] == "each training image"
     assert "metric/fid_pixels_test" not in fid.values(result)
 
 
@@ -160,7 +160,7 @@ def test_an_interval_takes_twice_as_many_samples_as_features_and_the_limit_four_
             assert (result.interval is not None, result.limit is not None) == (interval, limit)
             assert (f"{fid.tag}_low" in fid.values(result), f"{fid.tag}_infinity" in fid.values(result)) == (
                 interval, limit)  # fmt: skip
-            assert fid.passports(result).keys() == fid.values(result).keys()
+            assert fid.protocols(result).keys() == fid.values(result).keys()
             assert result.copying is not None
 
 

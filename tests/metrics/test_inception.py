@@ -97,7 +97,7 @@ def test_agrees_with_torch_fidelitys_command_line(weights, tmp_path, monkeypatch
     assert parts.shape == (COUNT, 1008)
     assert got.quality["inception_score"] - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=0.01)
     assert theirs["inception_score_mean"] > 1.000001
-    assert digest in str(fid.passport()["extractor_id"])
+    assert digest in str(fid.protocol()["extractor_id"])
 
 
 def refused(path, digest, tmp_path):

@@ -63,7 +63,7 @@ def test_a_classifiers_run_logs_a_metric_of_ones_own_and_chooses_an_epoch_by_it(
         for split in ("", "validation_", "train_"):
             assert summary["better"][f"metric/{split}{name}"] == way
     assert {tag for tag, way in summary["better"].items() if way == "lower" and tag.startswith("loss/")} == {
-        "loss/train", "loss/train_seen", "loss/validation", "loss/test"}  # fmt: skip
+        "loss/train", "loss/train_eval", "loss/validation", "loss/test"}  # fmt: skip
     assert "metric/plain" not in summary["better"]
     with pytest.raises(UsageError, match=r"metric/confidence is measured on test images"):
         cbcls.train.main([*flags[:-1], "other", "--best.keep", "--best.by", "metric/confidence"])

@@ -311,7 +311,7 @@ def test_unlike_runs_are_refused_as_tables_do(tmp_path, capsys):
     assert f"{TAG}_floor is 3 in {runs[0]} and 4 in {runs[1]}" in refused(capsys, common.figures.main, *argv)
     runs[1] = make_run(tmp_path, "c", seed=0, kind="bn", floor=3.02)
     for run, count in zip(runs, (1000, 500), strict=True):
-        Path(run, "summary.json").write_text(json.dumps({"passport": {"n_real": count}}))
+        Path(run, "summary.json").write_text(json.dumps({"protocol": {"n_real": count}}))
     argv[1:3] = runs
     assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(
         capsys, common.figures.main, *argv

@@ -20,7 +20,7 @@ def make_run(folder: Path, name: str, settings: dict, lines: list[dict], content
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(settings))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "summary.json").write_text(json.dumps({"passport": {"content_test": content}}))
+    (path / "summary.json").write_text(json.dumps({"protocol": {"content_test": content}}))
     return str(path)
 
 

@@ -138,7 +138,7 @@ def test_the_best_is_as_the_run_says_and_there_is_none_without_a_direction(tmp_p
 
 def test_the_value_of_the_chosen_epoch_stands_beside_the_last(tmp_path, capsys):
     def run(name: str, seed: int, epoch: int, accuracy: float | None, **more: object) -> str:
-        best = {"value": 0.1, "epoch": epoch, "tag": "loss/validation", "split": "validation", "oracle": False,
+        best = {"value": 0.1, "epoch": epoch, "tag": "loss/validation", "split": "validation", "chosen_by_test": False,
                 "with": {"metric/accuracy": accuracy}, **more}  # fmt: skip
         made = long_run(tmp_path, name, seed=seed, accuracies=[0.3, 0.9, 0.5])
         return note(made, state="finished", best=best)  # of nine epochs: it stopped early
@@ -152,11 +152,11 @@ def test_the_value_of_the_chosen_epoch_stands_beside_the_last(tmp_path, capsys):
     assert "Epochs chosen by loss/validation (validation images): 2, 1." in out
     common.tables.main(["--runs", runs[0], "--tags", "metric/accuracy", "--chosen", "--at", "1"])
     assert list(columns(capsys.readouterr().out).values()) == ["bn", "0", "0.3", "0.9"]
-    oracle = run("c", 2, 2, None, tag="metric/accuracy", split="test", oracle=True)
-    common.tables.main(["--runs", oracle, "--tags", "metric/accuracy", "--chosen"])
+    by_test = run("c", 2, 2, None, tag="metric/accuracy", split="test", chosen_by_test=True)
+    common.tables.main(["--runs", by_test, "--tags", "metric/accuracy", "--chosen"])
     out = capsys.readouterr().out
     assert columns(out)["metric/accuracy at the chosen epoch"] == "nan"
-    assert "Epochs chosen by metric/accuracy (test images, an oracle): 2." in out
+    assert "Epochs chosen by metric/accuracy (test images, a test metric): 2." in out
     line = refused(capsys, "--runs", *runs, "--tags", "loss/train", "--chosen")
     assert f"tags: {runs[0]} measured no loss/train in epoch 2, which it chose" in line
     none = note(long_run(tmp_path, "d", seed=0, accuracies=[0.3]), state="finished", best=None)
@@ -232,12 +232,12 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
 
 
 def note(run: str, **summary: object) -> str:
-    Path(run, "summary.json").write_text(json.dumps({"passport": {}, **summary}))
+    Path(run, "summary.json").write_text(json.dumps({"protocol": {}, **summary}))
     return run
 
 
-def note_passport(run: str, **passport: object) -> str:
-    return note(run, passport=passport)
+def note_protocol(run: str, **protocol: object) -> str:
+    return note(run, protocol=protocol)
 
 
 def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
@@ -246,11 +246,11 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     changes = {"n_real": 500, "content_test": "y", "content_train": "y", "extractor_id": "b", "resize": "none"}
     changes |= {"recalibrated": "mn, 2048 images by 256"}
     logged = {"metric_fid": 1, "loss_train": 2}
-    first = note_passport(make_run(tmp_path, "first", seed=0, norm="{kind: bn}", accuracy=0.5, **logged), **sound)
+    first = note_protocol(make_run(tmp_path, "first", seed=0, norm="{kind: bn}", accuracy=0.5, **logged), **sound)
     others = {}
     for name, value in changes.items():
         run = make_run(tmp_path, name, seed=0, norm="{kind: ucb}", accuracy=0.5, **logged)
-        others[name] = note_passport(run, **(sound | {name: value}))
+        others[name] = note_protocol(run, **(sound | {name: value}))
     fid, accuracy = ["--tags", "metric/fid"], ["--tags", "metric/accuracy"]
     statistics = [("recalibrated", fid), ("recalibrated", accuracy)]
     for name, tags in (("n_real", fid), ("content_test", fid), ("content_test", accuracy), *statistics):

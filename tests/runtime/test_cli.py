@@ -117,12 +117,15 @@ class Training(Outer):
     """Keep it."""
     batch_size: int = 2
     """Images a step."""
+    grad_clip_norm: float = 1.0
+    """Of all gradients."""
     schedule: Inner = field(default_factory=Inner)
 
 
 HINTS = {  # what was typed, and all that may be suggested: only what is near
     "--epoch 3": "did you mean --epochs?",
     "--batch 4": "did you mean --batch_size?",
+    "--clip 1": "did you mean --grad_clip_norm?",
     "--batch-size=4": "did you mean --batch_size?",
     "--sede 1": "did you mean --seed?",
     "--nmae x": "did you mean --name?",

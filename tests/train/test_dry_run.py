@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 
 
 def made() -> Steps:
-    cfg = ToyConfig(epochs=2, ema=0.5, batch_size=250).resolved()
+    cfg = ToyConfig(epochs=2, ema_decay=0.5, batch_size=250).resolved()
     return Steps(ToyTask(cfg, ToyTask.load_images(cfg), TrainContext(CPU)))
 
 
 def test_they_leave_what_training_leaves(tmp_path):
-    flags = ["--epochs", "2", "--ema", "0.5", "--batch_size", "250", "--out", str(tmp_path), "--name", "run"]
+    flags = ["--epochs", "2", "--ema_decay", "0.5", "--batch_size", "250", "--out", str(tmp_path), "--name", "run"]
     APPLICATIONS["toy"].main(flags)
     trained, steps = final_state(tmp_path / "toy" / "run"), made()
     assert trained["run"]["step"] == 2 * 4  # the second epoch's batches are others

@@ -105,7 +105,7 @@ def test_charts_sort_as_they_are_read():
 
 
 def test_pages_of_settings_charts_and_pictures(tmp_path):
-    settings = {"lr": 0.5, "norm.kind": "ucb", "flip": True, "clip": None, "keep": [1, 2]}
+    settings = {"lr": 0.5, "norm.kind": "ucb", "flip": True, "grad_clip_norm": None, "keep": [1, 2]}
     log = Log(tmp_path, settings=settings, results=["metric/accuracy"])
     band = ("metric/fid_x", "metric/fid_x_low", "metric/fid_x_high")
     log.charts({"FID": ["metric/fid_x", "metric/fid_x_floor"]}, {"Interval": band})
@@ -132,8 +132,8 @@ def test_pages_of_settings_charts_and_pictures(tmp_path):
     read = {name: parse(content) for name, content in plugin.items()}
     started = read["session_start_info"].session_start_info.hparams
     assert started["lr"].number_value == 0.5
-    assert {name: started[name].string_value for name in ("norm.kind", "clip", "keep")} == {
-        "norm.kind": "ucb", "clip": "None", "keep": "[1, 2]"}  # fmt: skip
+    assert {name: started[name].string_value for name in ("norm.kind", "grad_clip_norm", "keep")} == {
+        "norm.kind": "ucb", "grad_clip_norm": "None", "keep": "[1, 2]"}  # fmt: skip
     metrics = read["experiment"].experiment.metric_infos
     assert [info.name.tag for info in metrics] == ["0_headline/accuracy"]
     (image,) = events.Images("3_samples/generated")

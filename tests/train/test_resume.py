@@ -17,13 +17,13 @@ from common.train.logging import read_metrics
 from common.train.run_dir import RunFolder
 
 TOY = APPLICATIONS["toy"]
-AVERAGED, FLOAT16 = ["--ema", "0.9", "--accumulate", "2"], ["--precision", "fp16"]
+AVERAGED, FLOAT16 = ["--ema_decay", "0.9", "--grad_accum_steps", "2"], ["--precision", "fp16"]
 INTERRUPTED = [
     # application, workers, ranks, options
     *(("toy", workers, ranks, options) for workers in (0, 2) for ranks in (1, 2) for options in ([], AVERAGED)),
     ("toy", 0, 1, FLOAT16),
-    ("cbgan", 2, 2, ["--norm.kind", "mn", "--ema", "0.9"]),
-    ("cbcls", 2, 2, ["--norm.kind", "mn", "--accumulate", "2"]),
+    ("cbgan", 2, 2, ["--norm.kind", "mn", "--ema_decay", "0.9"]),
+    ("cbcls", 2, 2, ["--norm.kind", "mn", "--grad_accum_steps", "2"]),
     ("cbda", 2, 2, AVERAGED),
 ]
 

@@ -10,18 +10,18 @@ from common.train.config import BestConfig, GuardConfig, RunConfig, ScheduleConf
 TINY = math.ulp(0.0)
 BELOW_1 = math.nextafter(1.0, 0.0)
 
-COUNTS = ("epochs", "accumulate", "log_every", "checkpoint_every", "evaluate_every", "steps_per_epoch")
-MORE_THAN_0 = ("lr", "clip")
+COUNTS = ("epochs", "grad_accum_steps", "log_every", "checkpoint_every", "evaluate_every", "steps_per_epoch")
+MORE_THAN_0 = ("lr", "grad_clip_norm")
 FROM_0 = ("seed", "threads", "weight_decay")
 TAKEN = [
     *((RunConfig, {name: 1}) for name in COUNTS),
     *((RunConfig, {name: TINY}) for name in MORE_THAN_0),
     *((RunConfig, {name: 0}) for name in FROM_0),
     (GanConfig, {"evaluate_every": 0}),
-    (RunConfig, {"steps_per_epoch": None, "clip": None, "name": None}),
+    (RunConfig, {"steps_per_epoch": None, "grad_clip_norm": None, "name": None}),
     (RunConfig, {"batch_size": 2}),
-    (RunConfig, {"ema": 0.0}),
-    (RunConfig, {"ema": BELOW_1}),
+    (RunConfig, {"ema_decay": 0.0}),
+    (RunConfig, {"ema_decay": BELOW_1}),
     (RunConfig, {"checkpoint_keep": []}),
     (RunConfig, {"checkpoint_keep": [1, 7, 3]}),
     (RunConfig, {"name": "a", "resume": True}),
@@ -42,8 +42,8 @@ REFUSED = [
     *((RunConfig, {name: math.nan}, f"{name}: expected more than 0, got nan") for name in MORE_THAN_0),
     (GanConfig, {"evaluate_every": -1}, "evaluate_every: expected 0 or more, got -1"),
     (RunConfig, {"batch_size": 1}, "batch_size: expected at least 2 for batch statistics, got 1"),
-    (RunConfig, {"ema": 1.0}, "ema: expected 0 up to, not including, 1, got 1.0"),
-    (RunConfig, {"ema": -TINY}, f"ema: expected 0 up to, not including, 1, got {-TINY}"),
+    (RunConfig, {"ema_decay": 1.0}, "ema_decay: expected 0 up to, not including, 1, got 1.0"),
+    (RunConfig, {"ema_decay": -TINY}, f"ema_decay: expected 0 up to, not including, 1, got {-TINY}"),
     (RunConfig, {"checkpoint_keep": [3, 0]}, "checkpoint_keep: expected epochs from 1 on, got [3, 0]"),
     *((RunConfig, {"name": name}, f"name: expected a plain folder name, got {name!r}") for name in ("", ".x", "a/b")),
     *((RunConfig, {"resume": resume}, "resume: which run? Give its --name") for resume in (True, "auto")),
@@ -76,4 +76,4 @@ def test_epochs_are_chosen_where_the_choice_is_used():
     assert not BestConfig().used
     assert BestConfig(keep=True).used
     assert BestConfig(patience=1).used
-    assert not BestConfig(by="loss/test", oracle=True).used
+    assert not BestConfig(by="loss/test", allow_test_metric=True).used

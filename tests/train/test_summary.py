@@ -107,7 +107,7 @@ def test_speed_is_images_by_the_seconds_of_training_alone(told):
 
 
 def test_parts_of_a_step_count_as_images(tmp_path):
-    told = trained(tmp_path, tmp_path, "--accumulate", "2", "--log_every", "1")
+    told = trained(tmp_path, tmp_path, "--grad_accum_steps", "2", "--log_every", "1")
     assert {line.get("time/images_per_second", 2 * SPEED) for line in read_metrics(told.folder)} == {2 * SPEED}
 
 
@@ -174,13 +174,13 @@ def trained_plainly(tmp_path: Path, *flags: str) -> Path:
     return tmp_path / "toy" / "run"
 
 
-def test_an_oracle_and_an_early_end_are_told(tmp_path, monkeypatch, capsys):
+def test_the_last_lines_name_a_test_metric_and_an_early_end(tmp_path, monkeypatch, capsys):
     values = iter((1.0, 2.0, 3.0))
     monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/test": next(values)})
-    flags = ["--best.by", "loss/test", "--best.oracle", "--best.patience", "2", "--epochs", "9"]
+    flags = ["--best.by", "loss/test", "--best.allow_test_metric", "--best.patience", "2", "--epochs", "9"]
     trained_plainly(tmp_path, *flags)
     lines = capsys.readouterr().out.splitlines()
-    assert "best     loss/test 1 (epoch 1, chosen by an oracle that looks at test images)" in lines
+    assert "best     loss/test 1 (epoch 1, chosen by a value of test images)" in lines
     assert "stopped  after 3 of 9 epochs: 2 evaluations without a better value" in lines
 
 
