@@ -2,7 +2,7 @@
 
 import re
 
-from common.data.names import DATA_SETS
+from common.data.config import DATA_SETS
 from common.norms.registry import kinds
 from common.reports.published import PUBLISHED, Published
 

@@ -12,7 +12,7 @@ import cbcls.train
 import cbgan.evaluate
 import cbgan.train
 import common.data.__main__
-from common.data.names import DATA_SETS
+from common.data.config import DATA_SETS
 from common.metrics.scores import METRICS
 from common.norms import registry
 from common.runtime.errors import UsageError
