@@ -20,11 +20,12 @@ T = TypeVar("T")
 
 
 class View(Protocol):
-    """What is shown of images: it draws for each image from (seed, position, its index) and nothing else."""
+    """Augments uint8 images (B, 3, H, W) at positions ``index`` (B,) of their set.
 
-    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
-        """Map uint8 images (B, 3, H, W), which stand at ``index`` (B,) in their set, to what a step sees of them."""
-        ...
+    It draws for each image from (seed, position, its index) and nothing else.
+    """
+
+    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor: ...  # noqa: D102
 
 
 def plain(images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
@@ -45,20 +46,14 @@ class PerImage:
     function: Callable[[Tensor, int], Tensor]
 
     def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
-        """Stack what the function makes of each image."""
+        """Return the views, stacked."""
         seeds = (seeding.derive(seed, "image", *position, i) for i in index.tolist())
         return torch.stack([self.function(image, own) for image, own in zip(images, seeds, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Images that training draws from, and how a step sees them.
-
-    Args:
-        images: the set, N images.
-        batch_size: images B of a batch of one rank.
-        views: what is shown of each image, one tensor a view.
-    """
+    """Images that training draws from, ``batch_size`` at once on each rank, and the views of them that a step takes."""
 
     images: ImageSet
     batch_size: int
@@ -91,7 +86,7 @@ class Batch:
 
 
 Step = list[dict[str, Batch]]
-"""What a training step takes: for each of its parts (gradient accumulation has several) a batch of every stream."""
+"""For each micro-batch of a training step a batch of every stream, by name."""
 _Place = tuple[int, Tensor]  # a pass over a stream, and positions in its set
 
 
@@ -105,13 +100,13 @@ class StepLoader:
     images each train on what one with 64 does. Nothing depends on workers, ranks, or where an epoch was entered.
 
     Args:
-        streams: by name; that of ``epoch_of`` has no part in the keys of its draws.
+        streams: by name; the draws of ``epoch_of`` are keyed without its name.
         epoch_of: the stream whose pass is an epoch.
         steps_per_epoch: steps of an epoch, or None for one pass.
-        grad_accum_steps: parts of a step, each with a batch of every stream.
+        grad_accum_steps: micro-batches of a step, each with a batch of every stream.
         workers: processes that gather batches; 0 gathers them in a thread of this one.
-        rank: this process, of `world` that share each step.
-        world: how many there are.
+        rank: this process, of ``world`` that share each step.
+        world: number of processes.
 
     Raises:
         ValueError: if a stream's images do not fill one step, or a number is out of range.
@@ -163,9 +158,9 @@ class StepLoader:
             batch_size=None,
             sampler=places,
             num_workers=min(self.workers, max(1, len(places))),
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             generator=seeding.generator(seed, "workers", epoch),  # else the global one is advanced
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_ignore_signals,
         )
         steps: Any = iter(loader)
         try:
@@ -182,7 +177,6 @@ class StepLoader:
             steps._shutdown_workers()
 
     def _batches(self, name: str) -> int:
-        """Batches in a pass over a stream."""
         stream = self.streams[name]
         return len(stream.images) // (stream.batch_size * self.world)
 
@@ -228,11 +222,11 @@ def _prefix(name: str, epoch_of: str) -> tuple[str, ...]:
     return () if name == epoch_of else (name,)
 
 
-def _as_it_is(step: Step | UsageError) -> Step | UsageError:
+def _unchanged(step: Step | UsageError) -> Step | UsageError:
     return step
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
+def _ignore_signals(_worker: int) -> None:
     """Ignore what a terminal or a scheduler sends to the whole group: the trainer finishes its step and saves.
 
     A worker whose parent is gone ends by itself.
