@@ -154,7 +154,7 @@ class StepLoader:
             yield from _one_ahead(gather, places)
             return
         loader = DataLoader(
-            _InWorker(gather),
+            gather,
             batch_size=None,
             sampler=places,
             num_workers=min(self.workers, max(1, len(places))),
@@ -235,8 +235,8 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-class _Gather:
-    """From the places of a step to its batches."""
+class _Gather(Dataset):
+    """Gathers the batches of a step from its places; as a `Dataset`, in another process."""
 
     def __init__(self, streams: Mapping[str, Stream], epoch_of: str, seed: int) -> None:
         self.streams, self.epoch_of, self.seed = streams, epoch_of, seed
@@ -247,31 +247,17 @@ class _Gather:
         except UsageError as error:
             raise RankError(str(error)) from error
 
-    def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
-        stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
-        images, labels = stream.images.images[index], stream.images.labels
-        views = tuple(
-            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), turn)
-            for number, view in enumerate(stream.views)
-        )
-        return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)
-
-
-class _InWorker(Dataset):
-    """Gathers steps in another process, in memory that both share.
-
-    A UsageError is handed over as the step: the loader would raise it with the worker's traceback as its message. The
-    queue would share the memory in a thread of its own, whose errors nobody hears of while the step is waited for.
-    """
-
-    def __init__(self, gather: _Gather) -> None:
-        self.gather = gather
-
     def __getitem__(self, places: list[dict[str, _Place]]) -> Step | UsageError:
+        """Return the step, in memory that both processes share.
+
+        A UsageError is handed over as the step: the loader would raise it with the worker's traceback as its message.
+        The queue would share the memory in a thread of its own, whose errors nobody hears of while the step is waited
+        for.
+        """
         try:
-            step = self.gather(places)
+            step = self(places)
         except UsageError as error:
-            return RankError(str(error))
+            return error
         try:
             for batch in (batch for part in step for batch in part.values()):
                 for tensor in (*batch.views, batch.labels, batch.index):
@@ -282,3 +268,12 @@ class _InWorker(Dataset):
                 "batch_size, or give /dev/shm more (docker run --shm-size)"
             )
         return step
+
+    def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
+        stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
+        images, labels = stream.images.images[index], stream.images.labels
+        views = tuple(
+            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), turn)
+            for number, view in enumerate(stream.views)
+        )
+        return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)

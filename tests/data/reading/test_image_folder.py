@@ -29,7 +29,6 @@ def write(path, array, **options):
 def classes(tmp_path):
     for i, name in enumerate(["b/2.png", "b/10.JPG", "b/deep/1.jpeg", "a/x.PNG"]):
         write(tmp_path / name, pixels(20 + i, 33 - 5 * i, seed=i))
-    (tmp_path / "notes.txt").write_text("not an image")
     write(tmp_path / "beside.png", pixels(8, 8))
     return tmp_path
 
@@ -46,29 +45,24 @@ def test_classes_images_and_order_agree_with_torchvision(classes):
 
 
 def test_resize_and_crop_agree_with_torchvision(tmp_path):
-    for number, shape in enumerate(((16, 16), (16, 40), (41, 16), (9, 5), (100, 37), (17, 16))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write(folder / "i.png", pixels(*shape))
-        steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
+    steps = Compose([Resize(16, InterpolationMode.BICUBIC, antialias=True), CenterCrop(16), PILToTensor()])
+    for shape in ((16, 16), (16, 40), (41, 16), (9, 5), (100, 37), (17, 16)):
+        write(tmp_path / "i.png", pixels(*shape))
         want: Any = steps(Image.fromarray(pixels(*shape)))
-        assert torch.equal(read_folder(folder, Decoding(16)).images[0], want)
+        assert torch.equal(read_folder(tmp_path, Decoding(16)).images[0], want)
 
 
 def test_padding_keeps_the_whole_image_between_black_bars(tmp_path):
-    for number, shape in enumerate(((16, 16), (16, 40), (41, 16), (9, 5), (100, 37))):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write(folder / "i.png", np.maximum(pixels(*shape), 1))
-        got = read_folder(folder, Decoding(16, "pad")).images[0]
+    for shape in ((16, 16), (16, 40), (41, 16), (9, 5), (100, 37)):
+        image = np.maximum(pixels(*shape), 1)
+        write(tmp_path / "i.png", image)
+        got = read_folder(tmp_path, Decoding(16, "pad")).images[0].permute(1, 2, 0).numpy()
         height, width = (max(1, round(16 * side / max(shape))) for side in shape)
         top, left = (16 - height) // 2, (16 - width) // 2
-        inner = Image.fromarray(np.maximum(pixels(*shape), 1)).resize((width, height), Image.Resampling.BICUBIC)
-        assert np.array_equal(
-            got[:, top : top + height, left : left + width].permute(1, 2, 0).numpy(), np.asarray(inner)
-        )
-        got[:, top : top + height, left : left + width] = 0
-        assert not got.any()
+        want = np.zeros_like(got)
+        inner = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        want[top : top + height, left : left + width] = inner
+        assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("fit", ["cut", "pad"])
@@ -90,15 +84,6 @@ def test_images_decoded_when_they_are_asked_for_are_the_same(classes, fit):
     (classes / "b" / "2.png").write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"2.png: cannot be read as an image"):
         later.images[:]
-
-
-def test_a_flat_folder_has_no_labels_and_keeps_pixels(tmp_path):
-    for i, name in enumerate(["b.png", "c.png", "a.png"]):
-        write(tmp_path / name, pixels(16, 16, seed=i))
-    got = read_folder(tmp_path, Decoding(16))
-    assert got.labels is None
-    want = np.stack([pixels(16, 16, seed=i) for i in (2, 0, 1)])
-    assert np.array_equal(got.images.permute(0, 2, 3, 1).numpy(), want)
 
 
 def modes():
@@ -131,13 +116,6 @@ def test_every_mode_becomes_rgb(tmp_path):
         assert np.array_equal(found, want), mode
 
 
-def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
-    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
-    Image.fromarray(deep).save(tmp_path / "i.png")
-    got = read_folder(tmp_path, Decoding(16)).images[0]
-    assert np.array_equal(got.numpy(), np.broadcast_to((deep // 256).astype(np.uint8), (3, 16, 16)))
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_sixteen_bits_that_come_out_nearly_black_are_warned_of_once(tmp_path, capsys, in_memory):
     values = np.arange(256, dtype=np.uint16).reshape(16, 16)
@@ -155,9 +133,7 @@ def test_sixteen_bits_that_come_out_nearly_black_are_warned_of_once(tmp_path, ca
 def test_numbers_of_more_than_sixteen_bits_are_refused(tmp_path):
     for kind in (np.float32, np.int32):
         Image.fromarray(np.full((8, 8), 70_000, kind)).save(tmp_path / "i.tif")
-        with pytest.raises(
-            UsageError, match=r"i\.tif: cannot be read as an image \(it holds .*, expected 8 or 16 bits\)"
-        ):
+        with pytest.raises(UsageError, match=r"i\.tif: cannot be read .* \(it holds .*, expected 8 or 16 bits\)"):
             read_folder(tmp_path, Decoding(8))
 
 
@@ -169,12 +145,6 @@ def test_other_formats_are_read_too_and_the_first_of_several_frames(tmp_path, ex
     first.save(tmp_path / f"i.{extension}", **more)
     got = read_folder(tmp_path, Decoding(16)).images[0]
     assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(first))
-
-
-def test_a_reader_that_was_not_asked_for_is_never_tried(tmp_path):
-    Image.fromarray(pixels(8, 8)).save(tmp_path / "i.png", "PPM")
-    with pytest.raises(UsageError, match=r"i\.png: cannot be read as an image"):
-        read_folder(tmp_path, Decoding(8))
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
@@ -223,11 +193,8 @@ def test_a_folder_that_is_reached_twice_is_named(tmp_path, link, to):
     write(tmp_path / "cats" / "deep" / "1.png", pixels(8, 8))
     (tmp_path / link).symlink_to(to)
     again = tmp_path if link.endswith("up") else tmp_path / "cats"
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=rf"^data\.root: {tmp_path / link} is the folder {again} again, by a link; "):
         read_folder(tmp_path, Decoding(8))
-    assert (
-        str(caught.value) == f"data.root: {tmp_path / link} is the folder {again} again, by a link; remove one of them"
-    )
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -240,73 +207,56 @@ def test_a_truncated_file_is_named(tmp_path):
             with pytest.raises(UsageError, match=rf"whole\.{extension}: cannot be read as an image \(.+\)") as caught:
                 read_folder(path.parent, Decoding(16))
             assert "\n" not in str(caught.value)
+    Image.fromarray(pixels(8, 8)).save(path, "PPM")  # a reader that was not asked for is never tried
+    with pytest.raises(UsageError, match=r"whole\.jpg: cannot be read as an image"):
+        read_folder(path.parent, Decoding(8))
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UsageError, match=r"text\.png: cannot be read as an image"):
-        read_folder(tmp_path, Decoding(16))
+def bad_folder(root, files):
+    for name in files:
+        if name.endswith(".png"):
+            write(root / name, pixels(8, 8))
+        elif name.endswith(".mat"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+        else:
+            (root / name).mkdir(parents=True)
 
 
-def bad_folder(tmp_path, kind):
-    root = tmp_path / "images"
-    if kind == "file":
-        root.write_text("")
-    elif kind != "missing":
-        root.mkdir()
-    if kind == "class without images":
-        write(root / "a" / "1.png", pixels(8, 8))
-        write(root / "b" / ".1.png", pixels(8, 8))
-    if kind == "splits":
-        write(root / "train" / "a" / "1.png", pixels(8, 8))
-        write(root / "val" / "a" / "1.png", pixels(8, 8))
-    if kind == "splits beside something":
-        for name in ("labels", "test", "train"):
-            write(root / name / "a" / "1.png", pixels(8, 8))
-    if kind == "sets":
-        for name in ("amazon/test", "amazon/train", "webcam/test", "webcam/train"):
-            write(root / name / "a" / "1.png", pixels(8, 8))
-    if kind == "published sets":
-        (root / "MNIST" / "raw" / "train").mkdir(parents=True)
-        (root / "street").mkdir()
-        (root / "street" / "train_32x32.mat").touch()
-    return root
+SPLITS = (
+    ("train/a/1.png", "val/a/1.png"),
+    r"(\S+) holds splits \(train, val\), not classes; pass --data\.root \1/train --data\.test_root \1/val$",
+)
+SETS = (
+    ("amazon/test/1.png", "amazon/train/1.png", "webcam/test/1.png", "webcam/train/1.png"),
+    r"(\S+) holds data sets \(amazon, webcam\), each with train/ and test/; pass one .*, --data\.root \1/amazon$",
+)
+PUBLISHED = (
+    ("MNIST/raw/train", "street/train_32x32.mat"),
+    r"(\S+) holds mnist, svhn, not one folder a class; pass --data\.name mnist --data\.root \1$",
+)
 
 
 def test_a_folder_that_cannot_serve_is_refused_in_one_line(tmp_path):
-    for number, (kind, message) in enumerate(
-        (
-            ("missing", r"data\.root: no folder .*images"),
-            ("file", r"data\.root: .*images is a file"),
-            ("empty", r"data\.root: no images in \S*images, expected \.png, .*\.gif$"),
-            ("class without images", r"data\.root: class folder \S*b has no images, .*\.gif \(left out: 1 hidden\)$"),
-            (
-                "splits",
-                r"data\.root: (\S+images) holds splits \(train, val\), not classes; "
-                r"pass --data\.root \1/train --data\.test_root \1/val$",
-            ),
-            (
-                "splits beside something",
-                r"data\.root: (\S+images) holds splits \(test, train\), not classes; "
-                r"pass --data\.root \1/train --data\.test_root \1/test$",
-            ),
-            (
-                "sets",
-                r"data\.root: (\S+images) holds data sets \(amazon, webcam\), each with train/ and test/; "
-                r"pass one of them, --data\.root \1/amazon$",
-            ),
-            (
-                "published sets",
-                r"data\.root: (\S+images) holds mnist, svhn, not one folder a class; "
-                r"pass --data\.name mnist --data\.root \1$",
-            ),
-        )
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        with pytest.raises(UsageError, match=message) as caught:
-            load(DataConfig(name="imagefolder", root=bad_folder(folder, kind)))
+    (tmp_path / "file").write_text("")
+    for number, (files, message) in enumerate((
+        ((), r"no folder \S+$"),
+        ((".",), r"no images in \S+, expected \.png, .*\.gif$"),
+        (("a/1.png", "b/.1.png"), r"class folder \S*b has no images, .*\.gif \(left out: 1 hidden\)$"),
+        SPLITS,
+        (("labels/1.png", "test/1.png", "train/1.png"), r"(\S+) holds splits \(test, train\), not classes; "
+         r"pass --data\.root \1/train --data\.test_root \1/test$"),
+        SETS,
+        PUBLISHED,
+    )):  # fmt: skip
+        bad_folder(tmp_path / str(number), files)
+        with pytest.raises(UsageError, match=rf"^data\.root: {message}") as caught:
+            load(DataConfig(name="imagefolder", root=tmp_path / str(number)))
         assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"^data\.root: \S+file is a file"):
+        load(DataConfig(name="imagefolder", root=tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"^data\.root: expected the folder"):
+        load(DataConfig(name="imagefolder"))
 
 
 def test_test_images_take_the_labels_of_the_training_classes(tmp_path):
@@ -337,14 +287,14 @@ def test_test_folders_that_cannot_serve_are_refused(tmp_path):
             load(config)
 
 
-@pytest.mark.parametrize("kind", ["splits", "sets", "published sets"])
-def test_what_to_pass_is_quoted_for_a_shell(tmp_path, kind):
-    (tmp_path / "my data").mkdir()
-    root = bad_folder(tmp_path / "my data", kind)
+@pytest.mark.parametrize(("files", "_"), [SPLITS, SETS, PUBLISHED])
+def test_what_to_pass_is_quoted_for_a_shell(tmp_path, files, _):
+    root = tmp_path / "my data"
+    bad_folder(root, files)
     with pytest.raises(UsageError) as caught:
         load(DataConfig(name="imagefolder", root=root))
     flags = shlex.split(str(caught.value).partition("--")[2])
-    assert {Path(flag) for flag in flags if "images" in flag} <= {root, root / "train", root / "val", root / "amazon"}
+    assert {Path(flag) for flag in flags if "my data" in flag} <= {root, root / "train", root / "val", root / "amazon"}
     assert str(root) in " ".join(flags)
 
 

@@ -57,16 +57,8 @@ def test_digits_m_is_a_digit_against_a_patch_of_a_photograph():
         assert 0.02 < (patch != image).any(-1).mean() < 0.98
 
 
-def test_digits_m_patches_differ_between_images():
+def test_digits_m_patches_differ_between_images_and_fit_the_photographs():
     corners = load(DataConfig(name="digits_m")).train.images[:, :, 0, 0]
     assert len(corners.unique(dim=0)) > 200
-
-
-def test_digits_m_refuses_sizes_above_the_photographs():
     with pytest.raises(UsageError, match=r"data\.size: digits_m .* at most 427, got 512"):
         load(DataConfig(name="digits_m", size=512))
-
-
-def test_imagefolder_without_a_folder_is_refused():
-    with pytest.raises(UsageError, match=r"data\.root: expected the folder"):
-        load(DataConfig(name="imagefolder"))
