@@ -70,17 +70,15 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
     _check_classes("labels", labels, num_classes)
     from sklearn import metrics  # noqa: PLC0415 - takes a second, which --help need not
 
-    logits = None
+    predictions, top5 = outputs, None
     if outputs.is_floating_point():
         logits = _check_scores("outputs", outputs, len(labels), num_classes)
-        predictions = outputs.argmax(dim=1)
+        predictions, top5 = outputs.argmax(dim=1), _top5(labels.cpu(), torch.from_numpy(logits))
     else:
-        predictions = outputs
-        _check_classes("outputs", predictions, num_classes)
-        if len(predictions) != len(labels):
-            raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(predictions)}")
+        _check_classes("outputs", outputs, num_classes)
+        if len(outputs) != len(labels):
+            raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(outputs)}")
     true, found = labels.cpu().numpy(), predictions.cpu().numpy()
-    top5 = None if logits is None else _top5(labels.cpu(), torch.from_numpy(logits))
     return Scores(
         count=len(true),
         accuracy=float(metrics.accuracy_score(true, found)),
@@ -107,7 +105,7 @@ def register_metric(
     *,
     better: Literal["higher", "lower"] | None = None,
 ) -> None:
-    """Add a metric of classifiers; a classifier's run logs it as metric/NAME and, held out, metric/validation_NAME.
+    """Add a metric of classifiers; runs log it as metric/NAME and, of held-out images, metric/validation_NAME.
 
     Args:
         name: lower-case letters, digits and underscores, a letter first.

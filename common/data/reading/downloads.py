@@ -120,12 +120,7 @@ def reading(place: Path) -> Iterator[None]:
 
 
 def present(files: list[Path], count: int) -> list[Path]:
-    """Return files that a list names, all of which must exist.
-
-    Raises:
-        ValueError: if they are not as many as were published, because the list was cut off.
-        FileNotFoundError: naming the first that does not exist.
-    """
+    """Return files that a list names; all must exist, as many as were published, or the list was cut off."""
     if len(files) != count:
         raise ValueError(f"it lists {len(files):,} images of {count:,}")
     for path in files:

@@ -142,18 +142,14 @@ def read_folder(
     """
     check_folder(root, field)
     found = [folder.name for folder in subfolders(root)]
-    if found:
-        refuse_splits(field, root, found)
+    refuse_splits(field, root, found)
     known = classes or tuple(found)
     for name in found:
         if name not in known:
             raise UsageError(f"{field}: class folder {root / name} is not among the training classes")
-    files, left_out = _search(root, field)
     if not found:
-        if not files:
-            raise _no_images(f"{field}: no images in {root}", left_out)
-        _report(root, left_out)
-        return ImageSet(how.read(files), None, (), root.name, split)
+        return ImageSet(how.read(images_below(root, field)), None, (), root.name, split)
+    files, left_out = _search(root, field)
     members: dict[str, list[Path]] = {name: [] for name in found}
     for file in files:
         inner = file.parts[len(root.parts) :]

