@@ -32,7 +32,7 @@ class Augmentation:
     degrees, as the page of Keras on transformers does. Affine: rotated by up to 30 degrees, moved and scaled by up to
     a tenth, sheared by up to 0.1 degrees, as the paper's authors do with pets (what Keras makes of 0.1).
 
-    ``flip``, ``invert`` and ``scale`` are those of `ViewOptions`; zoom and affine take ``flip`` alone.
+    ``flip``, ``invert``, ``scale`` and ``blur`` are those of `ViewOptions`; zoom and affine take ``flip`` alone.
     """
 
     strength: Strength
@@ -40,6 +40,7 @@ class Augmentation:
     flip: bool = False
     invert: bool = False
     scale: tuple[float, float] | None = None
+    blur: float = 0.0
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return the view, uint8 (3, S, S)."""
@@ -62,14 +63,19 @@ class ViewOptions:
     scale: tuple[float, float] | None = None
     """Scale weak and strong views by factors between these two, height and width apart, where objects are of another
     size in the other domain; null does not."""
+    blur: float = 0.0
+    """Blur half of the weak and strong views by a Gaussian whose deviation in pixels is drawn from 0.1 to this, where
+    one domain is sharper (Chen et al., SimCLR, 2020); 0 does not."""
 
     def __post_init__(self) -> None:
+        if self.blur and not 0.1 <= self.blur <= 10:
+            raise ValueError(f"data.blur: expected 0, or 0.1 to 10 pixels, got {self.blur}")
         if self.scale is not None and not 0.25 <= self.scale[0] <= self.scale[1] <= 4:
             raise ValueError(f"data.scale: expected two factors in order, from 0.25 to 4, or null, got {self.scale}")
 
     def view(self, strength: Literal["weak", "strong"], size: int) -> PerImage:
         """Return the weak or strong view of images of a side (see `Augmentation`)."""
-        return PerImage(Augmentation(strength, size, self.flip, self.invert, self.scale))
+        return PerImage(Augmentation(strength, size, self.flip, self.invert, self.scale, self.blur))
 
 
 @functools.cache
@@ -98,6 +104,8 @@ def _pipeline(of: Augmentation) -> Any:
         steps.insert(0, A.Affine({"x": of.scale, "y": of.scale}, border_mode=border, p=1))
     if of.invert:
         steps.append(A.InvertImg(p=0.5))
+    if of.blur:
+        steps.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, of.blur), p=0.5))
     if of.strength == "strong":
         angle = math.degrees(math.atan(0.15))
         same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
