@@ -1,10 +1,10 @@
 """Streams of batches whose order and views follow from the seed and the position, so a run resumes exactly."""
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from common.data.image_set import ImageSet
 from common.runtime import seeding
 from common.runtime.command import STOPPING
 from common.runtime.errors import RankError, UsageError
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 class View(Protocol):
@@ -207,13 +204,13 @@ class StepLoader:
         ]
 
 
-def _one_ahead(function: Callable[[S], T], arguments: Sequence[S]) -> Iterator[T]:
-    """Map a function over arguments in a thread of its own, which does the next while the last is used."""
+def _one_ahead(gather: "_Gather", places: list[list[dict[str, _Place]]]) -> Iterator[Step]:
+    """Gather steps in a thread, which does the next one while the last is used."""
     with ThreadPoolExecutor(1, "batches") as thread:
-        ahead = [thread.submit(function, argument) for argument in arguments[:1]]
-        for argument in arguments[1:]:
+        ahead = [thread.submit(gather, place) for place in places[:1]]
+        for place in places[1:]:
             done = ahead.pop().result()
-            ahead.append(thread.submit(function, argument))
+            ahead.append(thread.submit(gather, place))
             yield done
         yield from (last.result() for last in ahead)
 

@@ -77,7 +77,7 @@ def _download(path: Path) -> Path:
 
 
 def verified(path: Path, sha256: str | None, what: str) -> tuple[bytes, str]:
-    """Return a weights file's content and its SHA-256, which must be ``sha256`` unless that is None."""
+    """Return a weights file's content and its SHA-256, which must be ``sha256`` if given; else UsageError."""
     try:
         content = path.read_bytes()
     except OSError as error:

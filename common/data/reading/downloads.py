@@ -62,7 +62,7 @@ def obtain(*files: Published, download: bool) -> None:
 
 
 def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> None:
-    """Unpack the archives of folders that are missing or empty; any other is taken as it is (see `reading`)."""
+    """Unpack the archives of folders that are missing or empty; others stay as they are. Errors as for `obtain`."""
     wanted = {folder: archive for folder, archive in archives.items() if not is_there(folder)}
     obtain(*wanted.values(), download=download)
     for folder, archive in wanted.items():
@@ -70,7 +70,7 @@ def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> Non
 
 
 def obtain_unzipped(files: Mapping[Path, Published], *, download: bool) -> None:
-    """Unpack files that are published compressed by gzip, unless they exist."""
+    """Unpack files that are published compressed by gzip, unless they exist. Errors as for `obtain`."""
     wanted = {path: compressed for path, compressed in files.items() if not path.exists()}
     obtain(*wanted.values(), download=download)
     for path, compressed in wanted.items():
