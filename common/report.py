@@ -96,9 +96,9 @@ def page(argv: Sequence[str]) -> None:
     strange = [row.name for row in rows if row.experiment not in study.experiments]
     if strange:
         raise UsageError(f"study: {study.results} holds {strange[0]}, which {cfg.study} does not have")
-    made = findings(_claims(study), rows, study.experiments)
+    made = findings(_claims(study), rows, [*study.experiments, *study.untested])
     try:
-        written = write_page(cfg.out, made, rows, list(study.experiments.values()), cfg.title)
+        written = write_page(cfg.out, made, rows, study, cfg.title)
     except OSError as error:
         raise UsageError(f"out: cannot write to {cfg.out} ({error.strerror})") from None
     for finding in made:

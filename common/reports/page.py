@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from common.reports.claims import Finding
 from common.reports.rows import Row, by_seed
-from common.reports.study import Experiment
+from common.reports.study import Experiment, Study
 from common.reports.verdicts import FEWEST_SEEDS, Difference, mean_interval
 from common.runtime.atomic import write_text_atomic
 
@@ -34,16 +34,14 @@ class _Section:
     notes: Sequence[str]
 
 
-def write_page(
-    folder: Path, findings: Sequence[Finding], rows: Sequence[Row], experiments: Sequence[Experiment], title: str
-) -> list[Path]:
+def write_page(folder: Path, findings: Sequence[Finding], rows: Sequence[Row], study: Study, title: str) -> list[Path]:
     """Write index.html and page.md into a folder, and return them.
 
     Args:
         folder: is made where it is missing.
         findings: the claims with their verdicts, in the order of the page.
         rows: of results.
-        experiments: a section each.
+        study: its experiments get a section each.
         title: of the page.
     """
     environment = Environment(
@@ -54,7 +52,8 @@ def write_page(
         "summary": _summary(findings, rows),
         "method": _METHOD,
         "claims": [_claim(finding) for finding in findings],
-        "sections": [_section(each, rows, findings) for each in experiments],
+        "sections": [_section(each, rows, findings) for each in study.experiments.values()],
+        "untested": study.untested,
     }
     written = []
     for name, template in (("index.html", "page.html.j2"), ("page.md", "page.md.j2")):

@@ -57,12 +57,14 @@ class Study:
         results: the file of rows.
         claims: the file of claims that they are judged by, if any.
         experiments: by name.
+        untested: why experiments that claims name are not in the study, by name.
     """
 
     runs: Path
     results: Path
     claims: Path | None
     experiments: Mapping[str, Experiment]
+    untested: Mapping[str, str]
 
     def planned(self) -> Iterator[tuple[Experiment, str, int]]:
         """Yield experiment, arm and seed of every run, the first seeds of all arms first."""
@@ -104,14 +106,17 @@ def read_study(path: Path) -> Study:
         raise UsageError(f"study: cannot read {path} ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict) or not isinstance(found.get("experiments"), dict) or not found["experiments"]:
         raise UsageError(f"study: expected runs, results and experiments in {path}")
-    for name in found.keys() - {"runs", "results", "claims", "experiments"}:
-        raise UsageError(f"study: {name} in {path}: no such entry; expected runs, results, claims, experiments")
+    for name in found.keys() - {each.name for each in fields(Study)}:
+        known = ", ".join(each.name for each in fields(Study))
+        raise UsageError(f"study: {name} in {path}: no such entry; expected {known}")
+    if not isinstance(untested := found.get("untested", {}), dict):
+        raise UsageError(f"study: untested in {path}: expected reasons by experiment, got {untested}")
     for name in ("runs", "results", "claims"):
         if not isinstance(found.get(name, "" if name == "claims" else None), str):
             raise UsageError(f"study: {name} in {path}: expected a path, got {found.get(name)}")
     experiments = {str(name): _experiment(str(name), values) for name, values in found["experiments"].items()}
     claims = Path(found["claims"]) if found.get("claims") else None
-    return Study(Path(found["runs"]), Path(found["results"]), claims, experiments)
+    return Study(Path(found["runs"]), Path(found["results"]), claims, experiments, untested)
 
 
 def _experiment(name: str, values: Any) -> Experiment:

@@ -102,11 +102,19 @@ def test_a_difference_of_differences_a_quarter_of_the_epochs_and_a_curve(study):
 def test_what_is_missing_or_not_finite_is_said(study, tmp_path, capsys):
     results = [*rows({"ucb": 0.02}), row("in", 0, None)]
     results[5] = replace(results[5], collapsed={"step": 7, "cause": "dead"})
-    file = study(results, {"V": CLAIM | {"controls": ["in"]}, "VI": CLAIM | {"treated": "lost"}})
+    claims = {
+        "V": CLAIM | {"controls": ["in"]},
+        "VI": CLAIM | {"treated": "lost"},
+        "VII": CLAIM | {"experiment": "vit"},
+    }
+    file = study(results, claims)
+    file.write_text(f"{file.read_text()}untested: {{vit: needs a GPU}}\n")
     common.report.main(["page", "--study", str(file), "--out", str(tmp_path / "page")])
-    assert capsys.readouterr().out.splitlines()[:2] == ["V            holds", "VI           not tested"]
+    printed = capsys.readouterr().out.splitlines()[:3]
+    assert printed == ["V            holds", "VI           not tested", "VII          not tested"]
     text = (tmp_path / "page" / "page.md").read_text()
     assert "lost has no runs" in text
+    assert "- vit: needs a GPU" in text
     assert "Missing runs: in-seed1, in-seed2, in-seed3, in-seed4." in text
     assert "Found collapsed: ucb-seed0 in step 7." in text
     assert "| in | 1 of 5 | -, 1 not finite | - |" in text
