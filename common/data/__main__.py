@@ -20,7 +20,7 @@ from common.runtime.errors import UsageError
 
 _TILES, _COLUMNS = 64, 8
 _TILE = (64, 128)  # smaller images are enlarged to the first or nearly so, larger ones reduced to the second
-_SHOWN = 5  # names of classes
+_NAMES = 5  # of classes, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ def contact_sheet(images: ImageSet) -> Tensor:
 def _names(names: tuple[str, ...]) -> str:
     if not names:
         return "none"
-    shown = ", ".join(names[:_SHOWN])
-    return f"{len(names)}: {shown}{', ...' if len(names) > _SHOWN else ''}"
+    more = ", ..." if len(names) > _NAMES else ""
+    return f"{len(names)}: {', '.join(names[:_NAMES])}{more}"
 
 
 def _numbers(values: Tensor) -> str:

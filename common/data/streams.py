@@ -183,22 +183,22 @@ class StepLoader:
         def place(name: str, number: int) -> _Place:
             """Find batch ``number``, counted through the run, or through the epoch where the stream makes it."""
             if name == self.epoch_of and self._own_steps is None:
-                turn, batch = epoch, number - epoch * len(self) * self.grad_accum_steps
+                pass_index, batch = epoch, number - epoch * len(self) * self.grad_accum_steps
             else:
-                turn, batch = divmod(number, self._batches(name))
-            if (name, turn) not in orders:
+                pass_index, batch = divmod(number, self._batches(name))
+            if (name, pass_index) not in orders:
                 stream = self.streams[name]
-                position = (*_prefix(name, self.epoch_of), "shuffle", turn)
+                position = (*_prefix(name, self.epoch_of), "shuffle", pass_index)
                 order = seeding.permutation(len(stream.images), seed, *position)
                 used = self._batches(name) * stream.batch_size * self.world
-                orders[name, turn] = order[:used].view(-1, self.world, stream.batch_size)
-            return turn, orders[name, turn][batch, self.rank]
+                orders[name, pass_index] = order[:used].view(-1, self.world, stream.batch_size)
+            return pass_index, orders[name, pass_index][batch, self.rank]
 
         first, last = epoch * len(self) + start, (epoch + 1) * len(self)
         return [
             [
-                {name: place(name, step * self.grad_accum_steps + part) for name in self.streams}
-                for part in range(self.grad_accum_steps)
+                {name: place(name, step * self.grad_accum_steps + micro) for name in self.streams}
+                for micro in range(self.grad_accum_steps)
             ]
             for step in range(first, last)
         ]
@@ -240,7 +240,7 @@ class _Gather(Dataset):
 
     def __call__(self, places: list[dict[str, _Place]]) -> Step:
         try:
-            return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
+            return [{name: self._batch(name, *place) for name, place in micro.items()} for micro in places]
         except UsageError as error:
             raise RankError(str(error)) from error
 
@@ -256,7 +256,7 @@ class _Gather(Dataset):
         except UsageError as error:
             return error
         try:
-            for batch in (batch for part in step for batch in part.values()):
+            for batch in (batch for micro in step for batch in micro.values()):
                 for tensor in (*batch.views, batch.labels, batch.index):
                     tensor.share_memory_()
         except RuntimeError as error:
@@ -266,11 +266,11 @@ class _Gather(Dataset):
             )
         return step
 
-    def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
+    def _batch(self, name: str, pass_index: int, index: Tensor) -> Batch:
         stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
         images, labels = stream.images.images[index], stream.images.labels
         views = tuple(
-            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), turn)
+            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), pass_index)
             for number, view in enumerate(stream.views)
         )
         return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)

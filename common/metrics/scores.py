@@ -201,12 +201,12 @@ def calibration(labels: Tensor, logits: Tensor, bins: int = 15) -> Calibration:
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     _check_pair("logits", labels, logits)
-    confidence, said = logits.detach().double().cpu().softmax(1).max(1)
+    confidence, predicted = logits.detach().double().cpu().softmax(1).max(1)
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = place.bincount(minlength=bins)
     sure = counts.clamp(min=1)
     means = place.bincount(confidence, minlength=bins) / sure
-    right = place.bincount((said == labels.cpu()).double(), minlength=bins) / sure
+    right = place.bincount((predicted == labels.cpu()).double(), minlength=bins) / sure
     error = float((counts * (right - means).abs()).sum() / len(labels))
     return Calibration(counts, means, right, error)
 
