@@ -50,7 +50,7 @@ def train(kind: type[Task[Any]], argv: Sequence[str] | None = None) -> None:
 def make_task(
     kind: type[Task[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], context: TrainContext
 ) -> Task[Any]:
-    """Construct a task; subclasses take a configuration, images and a context alone."""
+    """Construct a task."""
     return kind(cfg, images, context)  # pyright: ignore[reportCallIssue]
 
 
@@ -343,16 +343,9 @@ class Trainer:
             self.task.check_protocol(state["protocol"])
             self.state.load_state_dict(state)
             position = state["log_position"]
-        known = self.task.selection_metrics(self.cfg)
-        settings = dict(flatten(to_dict(self.cfg)))
-        self.log = Log(
-            self.folder,
-            self.state.run.step,
-            position,
-            settings=settings,
-            results=list(known),
-            active=self.env.first,
-        )
+        known, settings = self.task.selection_metrics(self.cfg), dict(flatten(to_dict(self.cfg)))
+        step, first = self.state.run.step, self.env.first
+        self.log = Log(self.folder, step, position, settings=settings, results=list(known), active=first)
         self.results = Results(known, self.folder if self.env.first else None)
 
     def record(self, values: Mapping[str, float]) -> None:
@@ -381,7 +374,7 @@ class Trainer:
 
     def stop_requested(self) -> bool:
         """Say whether any rank was asked to stop; every rank has to call it."""
-        return self.env.any(bool(self.stop))
+        return self.env.largest(self.stop.signum or 0) > 0
 
     def leave(self) -> NoReturn:
         """End the run, which has been saved, because it was asked to stop."""

@@ -50,7 +50,7 @@ def configure(kind: type[Task[Any]], argv: Sequence[str] | None) -> RunConfig:
     else:
         cfg = replace(parse(kind.config, argv, prog=prog), resume=False)
         if cfg.name is not None and not cfg.dry_run:
-            refuse_existing(parent, cfg.name)
+            refuse_existing(parent, cfg.name)  # before images are read
     for field, value in flatten(to_dict(cfg)):
         if str(value) != str(value).encode(errors="replace").decode():
             raise UsageError(f"{field}: expected UTF-8, which config.yaml and TensorBoard can hold, got {value!a}")
@@ -70,7 +70,7 @@ class OpenRunDir:
 
     def __init__(self, kind: type[Task[Any]], cfg: RunConfig, device: torch.device, env: Env) -> None:
         self.kind, self.cfg, self.env = kind, cfg, env
-        self.session = environment(device, backend=cfg.norm.backend_on(device, DTYPES[cfg.precision]))
+        self.session = environment(device) | {"backend": cfg.norm.backend_on(device, DTYPES[cfg.precision])}
         self._folder: RunFolder | None = None
         if cfg.resume:
             env.on_rank0(self._reopen)

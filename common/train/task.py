@@ -49,9 +49,9 @@ class SelectionMetric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Say whether a value is better than the best so far; NaN never is."""
-        if math.isnan(value):
-            return False
-        return best is None or (value > best if self.better == "higher" else value < best)
+        if best is None:
+            return not math.isnan(value)
+        return value > best if self.better == "higher" else value < best
 
 
 @dataclass(frozen=True)
@@ -249,12 +249,13 @@ class Task(ABC, Generic[C]):
                 )
             return images
         selection, share = cls.selection(cfg), cfg.data.validation
-        needed = selection is not None and selection[1].split == "validation"
-        if needed and share == 0:
-            raise UsageError(f"data.validation: expected more than 0, since best.by {selection[0]} reads it, got 0")  # pyright: ignore[reportOptionalSubscript]
-        if share or (needed and share is None):
+        if selection is not None and selection[1].split == "validation":
+            if share == 0:
+                raise UsageError(f"data.validation: expected more than 0, since best.by {selection[0]} reads it, got 0")
+            share = share or HELD_OUT
+        if share:
             images = dict(images)
-            images["train"], images["validation"] = hold_out(images["train"], share or HELD_OUT, cfg.seed)
+            images["train"], images["validation"] = hold_out(images["train"], share, cfg.seed)
         return images
 
     @classmethod
