@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from common.runtime import device
-from common.runtime.device import autocast, cpu_quota, memory_format, resolve_device, set_determinism, set_threads
+from common.runtime.device import (
+    DTYPES,
+    autocast,
+    cpu_quota,
+    memory_format,
+    resolve_device,
+    set_determinism,
+    set_threads,
+)
 from common.runtime.errors import UsageError
 
 
@@ -95,11 +103,11 @@ def test_determinism_is_asked_for_and_leaves_a_workspace_that_the_user_chose(mon
         torch.backends.cudnn.benchmark = before[1]
 
 
-def test_a_precision_is_the_type_of_a_product():
+@pytest.mark.parametrize(("precision", "dtype"), DTYPES.items())
+def test_a_precision_is_the_type_of_a_product(precision, dtype):
     a = torch.ones(2, 2)
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        with autocast(torch.device("cpu"), precision):
-            assert (a @ a).dtype == dtype
+    with autocast(torch.device("cpu"), precision):
+        assert (a @ a).dtype == dtype
 
 
 def test_channels_last_is_a_layout():

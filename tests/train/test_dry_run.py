@@ -1,4 +1,4 @@
-"""Steps of a run that is none are those that the run would make."""
+"""The steps of a dry run are those that the run would make."""
 
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ def test_they_leave_what_training_leaves(tmp_path):
     steps.make()  # and on, beyond the last epoch
 
 
-def test_a_loss_that_is_not_finite_is_told():
+def test_a_loss_that_is_not_finite_is_an_error():
     steps = made()
     with torch.no_grad():
         steps.state.networks["top"].get_parameter("bias").fill_(torch.nan)
@@ -43,7 +43,7 @@ def test_a_loss_that_is_not_finite_is_told():
         steps.make()
 
 
-def test_time_is_told_apart_by_loss(monkeypatch):
+def test_time_is_taken_by_loss(monkeypatch):
     """A clock that a loss's update moves by 1 and 2 seconds, and nothing else."""
     clock = [5.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
