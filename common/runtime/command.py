@@ -64,9 +64,6 @@ class StopRequest:
                 line = f"\n{signal.Signals(signum).name}: finishing this step and saving{again}"
                 print(line, file=sys.stderr, flush=True)
 
-    def __bool__(self) -> bool:
-        return self.signum is not None
-
 
 def run_command(main: Callable[[], object]) -> NoReturn:
     """Run a command's main function and exit.

@@ -51,15 +51,6 @@ def test_files_and_folders_are_as_open_as_the_umask_lets_them_be(tmp_path):
         os.umask(before)
 
 
-def test_a_link_is_replaced_and_what_it_showed_stays(tmp_path):
-    (tmp_path / "old").write_text("old")
-    (tmp_path / "file").symlink_to(tmp_path / "old")
-    write_text_atomic(tmp_path / "file", "é\n")
-    assert (tmp_path / "file").read_bytes() == "é\n".encode()
-    assert not (tmp_path / "file").is_symlink()
-    assert (tmp_path / "old").read_text() == "old"
-
-
 @pytest.mark.parametrize(
     ("call", "code"),
     [("write", errno.ENOSPC), ("fsync", errno.EDQUOT), ("chmod", errno.ENOSPC), ("replace", errno.ENOSPC)],

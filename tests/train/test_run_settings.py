@@ -32,12 +32,12 @@ TAKEN = [
 ]
 NONE = "schedule.milestones: expected epochs for schedule.kind step and none otherwise, got"
 REFUSED = [
-    *((RunConfig, {name: 0}, f"{name}: expected at least 1, got 0") for name in (*COUNTS, "batch_size")),
+    *((RunConfig, {name: 0}, f"{name}: expected at least 1, got 0") for name in COUNTS),
     *((RunConfig, {name: -1}, f"{name}: expected 0 or more, got -1") for name in FROM_0),
     *((RunConfig, {name: 0.0}, f"{name}: expected more than 0, got 0.0") for name in MORE_THAN_0),
     *((RunConfig, {name: math.nan}, f"{name}: expected more than 0, got nan") for name in MORE_THAN_0),
     (GanConfig, {"evaluate_every": -1}, "evaluate_every: expected 0 or more, got -1"),
-    (RunConfig, {"batch_size": 1}, "batch_size: expected at least 2 for batch statistics, got 1"),
+    (RunConfig, {"batch_size": 1}, "batch_size: expected at least 2, got 1"),
     (RunConfig, {"ema_decay": 1.0}, "ema_decay: expected 0 up to, not including, 1, got 1.0"),
     (RunConfig, {"ema_decay": -TINY}, f"ema_decay: expected 0 up to, not including, 1, got {-TINY}"),
     (RunConfig, {"checkpoint_keep": [3, 0]}, "checkpoint_keep: expected epochs from 1 on, got [3, 0]"),

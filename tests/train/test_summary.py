@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -205,44 +205,16 @@ def test_what_is_wrong_with_layers_and_what_was_rewound_is_said_once_more(tmp_pa
     assert rewinds == [{"step": 3, "to": 0, "cause": "has won"}]
 
 
-class Bar:
-    """What stands in for the bar of a terminal."""
-
-    made: ClassVar[list["Bar"]] = []
-    write = staticmethod(lambda *arguments, **options: None)
-
-    def __init__(self, **options: Any) -> None:
-        self.options, self.updates, self.postfixes, self.closed = options, 0, [], False
-        Bar.made.append(self)
-
-    def update(self) -> None:
-        self.updates += 1
-
-    def set_postfix(self, values: dict[str, Any]) -> None:
-        self.postfixes.append(values)
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "tqdm", Bar)
-    monkeypatch.setattr(Bar, "made", [])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    folder = trained_plainly(tmp_path)
-    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    TOY.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "2"])
-    found = [{name: bar.options[name] for name in ("total", "initial", "disable", "unit")} for bar in Bar.made]
-    assert found == [
-        {"total": 8, "initial": 0, "disable": False, "unit": "step"},
-        {"total": 16, "initial": 8, "disable": True, "unit": "step"},
-    ]
-    assert [(bar.updates, bar.closed) for bar in Bar.made] == [(8, True), (8, True)]
-    for postfix, line in zip(Bar.made[0].postfixes, read_metrics(folder), strict=False):
-        assert postfix["epoch"] == 1
-        assert postfix["loss/net"] == f"{line['loss/net']:.4g}"
-        assert postfix["images/s"] == f"{line['time/images_per_second']:.4g}"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        trained_plainly(tmp_path, "--epochs", "2")
+    printed = capsys.readouterr()
+    assert "16/16" in printed.err
+    assert "epoch=2, loss/net=" in printed.err
+    assert not [line for line in printed.out.splitlines() if line.startswith("epoch")]
+    TOY.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "3"])
+    assert "/24" not in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_in_closed_form(tmp_path, monkeypatch, capsys):
