@@ -34,7 +34,7 @@ def recalibrate_network(
     try:
         estimate(network, batches, len(batches), forward=forward)
     except ValueError as error:
-        raise NonFiniteError(f"statistics cannot be re-estimated ({error})") from None
+        raise NonFiniteError(f"statistics cannot be estimated anew ({error})") from None
 
 
 def drawn(count: int, images: int, batch_size: int, seed: int, *words: str) -> list[Tensor]:

@@ -55,7 +55,7 @@ def test_interrupted_and_resumed_equals_left_alone(application, tiny, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("moment", "signum"), [("step:8", signal.SIGINT), ("step:13", signal.SIGUSR1), ("evaluation:2", signal.SIGTERM)]
+    ("moment", "signum"), [("step:8", signal.SIGINT), ("step:13", signal.SIGUSR1), ("evaluation:1", signal.SIGTERM)]
 )
 def test_stopped_by_a_signal_and_resumed_equals_left_alone(application, tiny, tmp_path, cache, moment, signum):
     # Step 8 ends an epoch, 13 falls between two log lines.
