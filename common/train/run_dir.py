@@ -159,7 +159,7 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_REMEDIES = {
+_REMEDIES: dict[tuple[Any, Any], str] = {
     ("compiled", "eager"): "install the C++ compiler that the run had, or set CXX to it",
     ("eager", "compiled"): "start it with CXX=none, which hides the C++ compiler that the run did not have",
     ("triton", "eager"): "install triton, as the run had it",
