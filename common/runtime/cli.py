@@ -230,10 +230,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     if not near:
         word = re.compile(rf"\b{re.escape(name.lstrip('-'))}\b")
         near = [other for other in known if word.search(other.replace("_", "-"))]
-    return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= _MOST_HINTS else "; see --help"
-
-
-_MOST_HINTS = 3
+    return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= 3 else "; see --help"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
