@@ -89,15 +89,6 @@ def test_each_layer_is_fitted_to_what_evaluation_feeds_it():
         assert not torch.equal(layer.state_dict()["mean"], network().get_submodule(name).state_dict()["mean"])
 
 
-def test_the_first_layer_is_fitted_to_all_batches_together():
-    model, alone, batches = network(), network(), [images(step) for step in range(5)]
-    calibrate(model, batches)
-    layer, first = model.get_submodule("parts.3"), alone.get_submodule("parts.3")
-    assert isinstance(first, MixtureNorm)
-    first.calibrate(fed(alone, first, batches))
-    assert_state(layer, state(first))
-
-
 def test_nothing_else_changes():
     model = network()
     before, modes, rng = state(model), [module.training for module in model.modules()], torch.get_rng_state()

@@ -103,7 +103,7 @@ def test_a_mixture_starts_with_batch_norms_slope_on_gaussian_activations(options
     nn.init.zeros_(norm.bias)
     x = torch.randn(40_000, 4, 1, 1, generator=torch.Generator().manual_seed(0))
     mean, deviation = (t[:, None, None] for t in (norm.running_mean, norm.running_var.sqrt()))
-    layer = convert_norms(model, "ucb", **options)[0]
+    layer = convert_norms(model, "ucb", backend="eager", **options)[0]
     for width in (1.35, 1.0):
         given = mean + width * deviation * x
         want, found = norm(given), layer(given)

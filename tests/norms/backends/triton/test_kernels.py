@@ -264,14 +264,18 @@ def test_every_launch_is_one_that_triton_takes():
 
 
 def test_sums_of_unknown_samples_take_no_more_memory_than_x():
-    for shape, want in (
-        ((64, 256, 64), (64, 2)), ((64, 255, 49), (64, 2)), ((8, 64, 12544), (8, 16)), ((64, 512, 1), (8, 1)),
-        ((1000, 16, 4), (125, 1)), ((1, 3, 2), (1, 1)),
-    ):  # fmt: skip
-        layout = tile_configs.layout_of((torch.empty(shape, device="meta"),), merge=False)
+    for n, channels, positions in (
+        (64, 256, 64),
+        (64, 255, 49),
+        (8, 64, 12544),
+        (64, 512, 1),
+        (1000, 16, 4),
+        (1, 3, 2),
+    ):
+        layout = tile_configs.layout_of((torch.empty(n, channels, positions, device="meta"),), merge=False)
         programs, shares = tile_configs.unknown_programs(layout, 3)
-        assert (programs, shares) == want
-        assert programs * shares <= max(1, shape[0] * shape[2] // 8)
+        most = n * positions // 8
+        assert min(0.9 * 132, most) <= programs * shares <= max(1, most)
 
 
 @pytest.mark.parametrize(("shape", "adjacent"), SHAPES, ids=str)
@@ -299,17 +303,6 @@ def test_tiles_of_clusters_cover_the_activation(shape, adjacent):
             assert tiling.by_sample or tiling.block_s > num
         if not sums:
             assert tiling.by_sample
-
-
-def test_sums_of_clusters_are_small_where_maps_are():
-    """At 64x256x8x8 in bfloat16 a row a sample would be an eighth of x."""
-    x = torch.empty(64, 256, 64, device="meta")
-    for given in (x, x.mT.contiguous().mT):
-        tiling = tile_configs.cluster_tiling(
-            tile_configs.SCB_BACKWARD, tile_configs.layout_of((given,), merge=False), 3, 2, sums=True
-        )
-        assert (tiling.block_s, tiling.by_sample) == (8, False)
-        assert torch.Size(tiling.grid).numel() >= 0.9 * 132
 
 
 def test_a_tile_of_what_is_unknown_holds_all_channels():
