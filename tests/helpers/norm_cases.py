@@ -95,6 +95,7 @@ def mixture_run(case: Any, dtype: torch.dtype, by: str, affine: bool = False, **
     assert (y.dtype, y.shape) == (dtype, g.shape)
     assert [t.dtype for t in gradients] == [t.dtype for t in given]
     found = {"y": y.detach(), **dict(zip(GRADIENTS, gradients, strict=False))}
+    assert moments is None or not any(t.requires_grad for t in moments)
     return found if moments is None else found | moments._asdict()
 
 

@@ -353,7 +353,7 @@ def test_a_fit_takes_em_steps_from_the_seeding_and_then_from_the_fit_before():
 
 def test_a_value_that_no_fit_drew_keeps_a_batch_from_being_fitted():
     x = batch(0, (9000, 2))
-    layer = MixtureNorm(2, 2)
+    layer = MixtureNorm(2, 2, backend="eager")
     layer(x)
     before = layer.fit_mean.clone()
     drawn = mixture.sample_points(torch.arange(9000.0)[:, None], points_key(0, "fit"), 2).long()
@@ -425,6 +425,7 @@ def test_calibration_names_what_is_wrong():
     assert_state(layer, before)
 
 
+@pytest.mark.full
 def test_a_known_mixture_is_found_in_nine_of_ten_seeds():
     """With k-means++, because the truth lies outside the reach of U(-1, 1) means, and the default momentum of 0.1.
 
