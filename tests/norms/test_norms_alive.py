@@ -8,7 +8,7 @@ import torch
 from norm_cases import batch, mixture_case
 from torch import Tensor
 
-from common.norms import MixtureNorm, UCBNorm, health, mixture, seeding
+from common.norms import MixtureNorm, UCBNorm, mixture, seeding
 from common.norms.mixture import Components
 
 CENTRES = torch.tensor([[0.0, 0.0], [8.0, 8.0], [-8.0, 8.0]])
@@ -30,25 +30,6 @@ def train(layer: UCBNorm, draw, steps: int = 120) -> None:
     with torch.no_grad():
         for step in range(steps):
             layer(draw(step))
-
-
-@pytest.mark.parametrize(("average", "seed"), [("em", 0), ("paper", 2)])
-def test_a_dead_component_comes_back_if_told_to(average, seed):
-    def start(reseed: float) -> UCBNorm:
-        layer = UCBNorm(2, 3, groups=1, average=average, reseed=reseed, seed=seed)
-        layer.mean.copy_(torch.cat([CENTRES[:2], torch.full((1, 2), 1e3)]))
-        return layer
-
-    alive, dead = start(0.01), start(0.0)
-    for layer in (alive, dead):
-        train(layer, clouds)
-    assert min(health(dead, clouds(999)).usage) < 0.01
-    found = health(alive, clouds(999))
-    assert found.usage == pytest.approx([1 / 3] * 3, abs=0.01)
-    # A moving average of batches of 200 a cloud: noise of sqrt(0.1 / 1.9 / 200) = 0.016 in means, six of them.
-    order = [int((alive.mean - centre).square().sum(1).argmin()) for centre in CENTRES]
-    torch.testing.assert_close(alive.mean[order], CENTRES, atol=0.1, rtol=0)
-    assert alive.logits.softmax(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.01)
 
 
 def test_a_component_dead_in_one_channel_comes_back_there_alone():

@@ -10,6 +10,7 @@ from convert_cases import EXACT, IDS, close, images, lived, routed
 from norm_cases import assert_state, state
 from timm.layers import (
     BatchNormAct2d,  # pyright: ignore[reportPrivateImportUsage]
+    LayerNorm,  # pyright: ignore[reportPrivateImportUsage]
     LayerNorm2d,  # pyright: ignore[reportPrivateImportUsage]
     LayerNormAct,  # pyright: ignore[reportPrivateImportUsage]
     LayerNormAct2d,  # pyright: ignore[reportPrivateImportUsage]
@@ -18,6 +19,7 @@ from timm.layers import (
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torchvision.models import convnext
 
 from common.norms import MixtureNorm, NormAct, UCBNorm, clusters, convert_norms, converted, revert_norms
 
@@ -160,7 +162,9 @@ WARNED = r"keeps no statistics for 'ucb' to start from, .*: call recalibrate\(mo
     ("norm", "shape", "dim"),
     [
         (nn.LayerNorm(4), (6, 2, 3, 4), -1),
+        (LayerNorm(4), (6, 5, 4), -1),
         (LayerNorm2d(4), (6, 4, 2, 3), 1),
+        (convnext.LayerNorm2d(4), (6, 4, 2, 3), 1),
         (LayerNorm2d(2), (6, 2, 2, 3), 1),  # as many channels as the probe has rows
     ],
     ids=str,

@@ -137,11 +137,8 @@ FITTED = {
     ("name", "memory"),
     [
         ("in groups, plain averages, a floor", "channels_last"),
-        *in_full(
-            ("joint", "contiguous"),
-            ("a single step", "contiguous"),
-            ("each channel, every other batch", "channels_last"),
-        ),
+        ("joint", "contiguous"),
+        *in_full(("a single step", "contiguous"), ("each channel, every other batch", "channels_last")),
     ],
 )
 def test_a_mixture_is_fitted_to_drawn_locations_as_in_float64(monkeypatch, name, memory):
