@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from launches import LAYERS, LAYOUTS, Launch, compiled, record, resources
-from norm_cases import in_full
 
 from common.norms.backends.triton import tile_configs
 
@@ -66,7 +65,7 @@ def faults(arch: int, launched: Iterable[tuple[Launch, Case]]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("arch", [90, *in_full(80, 100)])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_each_kernel_compiles_as_it_should(arch):
     from common.norms.backends.triton import cluster_kernels, em_kernels, mixture_kernels, parameter_kernels  # noqa: PLC0415
 
