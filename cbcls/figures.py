@@ -17,7 +17,7 @@ from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.task import ClassifierTask
 from common.data import ImageSet
 from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
-from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
+from common.reports.embedding import Panel, collect_features, draw_panels, pairs, project
 from common.reports.figures import labelled, stems
 from common.reports.records import LoggedRun, group_by_seed, read_run
 from common.runtime.cli import parse
@@ -189,7 +189,7 @@ def _embedding(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
             (features,) = batch.outputs.values()
             points = project(features.flatten(1), seed=cfg.seed, perplexity=cfg.perplexity)
             title = f"{label}, epoch {batch.model.epoch}"
-            panels.append(Panel(points, _labelling(batch, cfg.colour or "predicted"), title))
+            panels.append(Panel(points, *_labels(batch, cfg.colour or "predicted"), title))
     return draw_panels(out, panels, columns=len(cfg.checkpoints), title=cfg.title)
 
 
@@ -197,8 +197,7 @@ def _components(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
     batch = _run(cfg, cfg.runs[0], cfg.checkpoints[0])
     (outputs,) = batch.outputs.values()
     points = project(outputs.flatten(1), method="pca", components=_COMPONENTS)
-    names = [f"component {i + 1}" for i in range(_COMPONENTS)]
-    return pairs(out, points, _labelling(batch, cfg.colour or "superclass"), names=names, title=cfg.title)
+    return pairs(out, points, *_labels(batch, cfg.colour or "superclass"), title=cfg.title)
 
 
 def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> Batch:
@@ -253,8 +252,8 @@ def _keep(parts: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _labelling(batch: Batch, colour: str) -> Labelling:
-    """Return what points are coloured by.
+def _labels(batch: Batch, colour: str) -> tuple[Tensor, Sequence[str]]:
+    """Return what points are coloured by: numbers (B,), and their names.
 
     Raises:
         UsageError: if the images have none of it.

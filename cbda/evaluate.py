@@ -18,7 +18,7 @@ from common.classification.stored import run_folder
 from common.data import ImageSet
 from common.metrics.scores import information, neighbourhood_density
 from common.reports import diagrams
-from common.reports.embedding import collect_features, embedding
+from common.reports.embedding import Panel, collect_features, draw_panels, project
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse
 from common.runtime.command import run_command
@@ -113,10 +113,11 @@ def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count
     diagrams.by_layer(out / "divergence", apart, "symmetric KL divergence", "source and target by layer")
     if count:
         domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
-        by = {"by class": (torch.cat(labels), model.classes), "by domain": (domains, ("source", "target"))}
         perplexity = min(30.0, max(1.0, (len(domains) - 2) / 3))
         try:
-            embedding(out / "tsne", torch.cat(features), by, seed=model.cfg.seed, perplexity=perplexity, most=2 * count)
+            points = project(torch.cat(features), seed=model.cfg.seed, perplexity=perplexity)
+            by_class = Panel(points, torch.cat(labels), model.classes, "by class")
+            draw_panels(out / "tsne", [by_class, Panel(points, domains, ("source", "target"), "by domain")])
         except ValueError as error:  # too few of them, or all the same: of a network that says so, no failure
             print(f"no t-SNE: {error}")
     return apart

@@ -1,19 +1,16 @@
 """Write what runs reached beside the paper's numbers: ``python -m common.report``."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 
 from common.reports.published import PUBLISHED, Published
 from common.reports.records import LoggedRun, differing, group_by_seed, measured_by, read_run, refuse_unlike
-from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse, shown
 from common.runtime.command import run_command
 from common.runtime.errors import UsageError
 from common.runtime.paths import refuse_overwriting
-from common.tables import Cell, origin
+from common.tables import best_finite, markdown_row, origin, over_seeds, write_and_print
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,69 +45,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(ReportConfig, argv, prog="python -m common.report")
     if cfg.out is not None:
         refuse_overwriting(cfg.out, force=cfg.force)
-    text = page([read_run(path) for path in cfg.runs])
-    if cfg.out is not None:
-        try:
-            write_text_atomic(cfg.out, text)
-        except OSError as error:
-            raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
-    print(text, end="")
-    if cfg.out is not None:
-        print(f"written: {cfg.out}")
+    text = "\n".join(_page([read_run(path) for path in cfg.runs])) + "\n"
+    write_and_print(text, cfg.out, text)
 
 
-def page(runs: Sequence[LoggedRun]) -> str:
-    """Return the page of some runs, as Markdown.
-
-    Raises:
-        UsageError: as `main` says.
-    """
-    lines = ["# Runs beside the paper's numbers", ""]
-    lines.append(
-        "Of each value the last, mean ± standard deviation over seeds. The paper does not say of how many runs its are."
-    )
-    placed: set[Path] = set()
+def _page(runs: Sequence[LoggedRun]) -> Iterator[str]:
+    yield "# Runs beside the paper's numbers"
+    yield ""
+    yield ("Of each value the last, mean ± standard deviation over seeds. The paper does not say of how many runs its "
+           "are.")  # fmt: skip
+    others = list(runs)
     for published in PUBLISHED:
-        here = [run for run in runs if belongs(run, published)]
-        if here:
-            lines += ["", *section(published, here)]
-            placed |= {run.path for run in here}
-    others = [run for run in runs if run.path not in placed]
+        if here := [run for run in runs if _belongs(run, published)]:
+            yield ""
+            yield from _section(published, here)
+            others = [run for run in others if run not in here]
     if others:
-        lines += ["", "## Other runs", "", "Of no experiment with numbers in the paper:", ""]
-        lines += [f"- {run.path}" for run in others]
-    return "\n".join(lines) + "\n"
+        yield from ("", "## Other runs", "", "Of no experiment with numbers in the paper:", "")
+        yield from (f"- {run.path}" for run in others)
 
 
-def belongs(run: LoggedRun, published: Published) -> bool:
+def _belongs(run: LoggedRun, published: Published) -> bool:
     """Say whether a run is one of an experiment, with a layer that the paper has a number for."""
     wanted = published.settings.items()
     fits = all(name in run.settings and (value is ... or run.settings[name] == value) for name, value in wanted)
     return fits and run.settings.get("norm.kind") in {kind for kind, _ in published.values}
 
 
-def section(published: Published, runs: Sequence[LoggedRun]) -> Iterator[str]:
-    """Yield the lines of one experiment: a table of its runs, then what has to be known.
-
-    Raises:
-        UsageError: if its runs were measured on different images.
-    """
+def _section(published: Published, runs: Sequence[LoggedRun]) -> Iterator[str]:
+    """Yield the lines of one experiment: a table of its runs, then what has to be known."""
     groups = group_by_seed(runs)
     tags = [tag for tags in published.tags.values() for tag in tags]
     refuse_unlike(runs, tags)
     columns = [name for column in published.tags for name in (f"{column}, paper", column, f"{column}, best so far")]
     yield f"## {published.place}"
     yield ""
-    yield _row(["layer", "seeds", "epoch", *columns])
-    yield _row(["---"] * (3 + len(columns)))
+    yield markdown_row(["layer", "seeds", "epoch", *columns])
+    yield markdown_row(["---"] * (3 + len(columns)))
     for group in groups:
         kind = group[0].settings["norm.kind"]
         for (of, epoch), values in published.values.items():
             if of == kind:
                 seeds = " ".join(str(run.seed) for run in group)
                 cells = [cell for column, value in zip(published.tags, values, strict=True)
-                         for cell in (f"{value:g}", *_ours(published, column, group, epoch))]  # fmt: skip
-                yield _row([_name(group, groups), seeds, _epoch(group, epoch), *cells])
+                         for cell in (f"{value:g}", *_cells(published, column, group, epoch))]  # fmt: skip
+                ended = dict.fromkeys(str(run.epochs if epoch is None else epoch) for run in group)
+                yield markdown_row([_name(group, groups), seeds, " ".join(ended), *cells])
     yield ""
     for group in groups:
         first = group[0]
@@ -135,42 +115,24 @@ def _name(group: Sequence[LoggedRun], groups: Sequence[Sequence[LoggedRun]]) -> 
     return ", ".join([kind, *(f"{name} {shown(first.settings.get(name))}" for name in differing(alike))])
 
 
-def _epoch(group: Sequence[LoggedRun], epoch: int | None) -> str:
-    """Return the epoch, or the one that training ended with, of all the group's runs."""
-    if epoch is not None:
-        return str(epoch)
-    return " ".join(dict.fromkeys(str(run.epochs) for run in group))
-
-
-def _ours(published: Published, column: str, group: Sequence[LoggedRun], epoch: int | None) -> tuple[str, str]:
+def _cells(published: Published, column: str, group: Sequence[LoggedRun], epoch: int | None) -> tuple[str, str]:
     """Return the last value by an epoch and the best so far, "-" where not all runs have come so far or log it."""
     series = [_values(run, published.tags[column], epoch) for run in group]
-    if any(values is None for values in series):
+    if not all(series):
         return "-", "-"
-    known = [[value * published.scale for value in values] for values in series if values is not None]
+    known = [[value * published.scale for value in values] for values in series]
     best = min if published.lower else max
-    finite = [[value for value in values if not math.isnan(value)] or [math.nan] for values in known]
-    return _cell([values[-1] for values in known]), _cell([best(values) for values in finite])
+    last, so_far = [values[-1] for values in known], [best_finite(best, values) for values in known]
+    return over_seeds(last).text(), over_seeds(so_far).text()
 
 
-def _values(run: LoggedRun, tags: Sequence[str], epoch: int | None) -> list[float] | None:
-    logged = {name for line in run.lines for name in line}
-    tag = next((tag for tag in tags if tag in logged), None)
-    if tag is None or (epoch is not None and run.epochs < epoch):
-        return None
+def _values(run: LoggedRun, tags: Sequence[str], epoch: int | None) -> list[float]:
+    """Return the values of the first of some tags that a run logged, by the end of an epoch."""
+    tag = next((tag for tag in tags if any(tag in line for line in run.lines)), None)
     try:
-        return run.values(tag, epoch)
-    except UsageError:  # first logged after that epoch
-        return None
-
-
-def _cell(values: Sequence[float]) -> str:
-    mean = fmean(values)
-    return Cell(mean, None if len(values) == 1 or math.isnan(mean) else stdev(values)).text()
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        return [] if tag is None else run.values(tag, epoch)
+    except UsageError:  # it did not come to that epoch, or logged the first value after it
+        return []
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ class LoggedRun:
         settings: values by dotted name ("norm.kind"), without the seed and what the run's layer has no use for.
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
-        sessions: of environment.json, a dict for each start and resumption; empty without that file.
-        summary: of summary.json; empty without that file.
+        sessions: of environment.json, a dict for each start and resumption.
+        state: running, finished, stopped or failed.
+        best: the epoch that was chosen, with what was measured then; None where none was.
+        protocol: what values are comparable by.
+        better: whether "higher" or "lower" is better, by tag.
         unused: names of settings that mean nothing to the run's layer.
     """
 
@@ -35,18 +38,11 @@ class LoggedRun:
     seed: object
     lines: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
-    summary: dict[str, Any]
+    state: str | None
+    best: dict[str, Any] | None
+    protocol: dict[str, Any]
+    better: dict[str, str]
     unused: frozenset[str]
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What values are comparable by; empty where that is not known."""
-        return self.summary.get("protocol", {})
-
-    @property
-    def better(self) -> dict[str, str]:
-        """Whether "higher" or "lower" is better of each value that has a best, by tag."""
-        return self.summary.get("better", {})
 
     @property
     def epochs(self) -> int:
@@ -84,35 +80,27 @@ def read_run(path: Path) -> LoggedRun:
     Raises:
         UsageError: if it is none, or cannot be read.
     """
+
+    def content(name: str, read: Callable[[str], Any]) -> dict[str, Any]:
+        return dict(read((path / name).read_text(encoding="utf-8")))
+
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        settings = dict(flatten(content("config.yaml", yaml.safe_load)))
         lines = read_metrics(path)
-        environment = path / "environment.json"
-        sessions = json.loads(environment.read_text(encoding="utf-8"))["sessions"] if environment.exists() else []
-        summary = _summary(path / "summary.json")
+        sessions = [dict(session) for session in content("environment.json", json.loads)["sessions"]]
+        summary = content("summary.json", json.loads)
+        protocol, better = dict(summary["protocol"]), dict(summary["better"])
+        if not all(isinstance(value, int | float | None) for line in lines for value in line.values()):
+            raise ValueError("metrics.jsonl holds something else than numbers")
     except FileNotFoundError as error:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
-    numbers = all(
-        isinstance(line, dict) and all(isinstance(value, int | float | None) for value in line.values())
-        for line in lines
+    seed, unused = settings.pop("seed", None), _unused(settings)
+    meant = {name: value for name, value in settings.items() if name not in unused}
+    return LoggedRun(
+        path, meant, seed, lines, sessions, summary.get("state"), summary.get("best"), protocol, better, unused
     )
-    if not isinstance(settings, dict) or not numbers or not all(isinstance(session, dict) for session in sessions):
-        raise UsageError(
-            f"runs: {path} is not a run's folder (config.yaml, metrics.jsonl or environment.json holds something else)"
-        )
-    named = dict(flatten(settings))
-    seed, unused = named.pop("seed", None), _unused(named)
-    meant = {name: value for name, value in named.items() if name not in unused}
-    return LoggedRun(path, meant, seed, lines, sessions, summary, unused)
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found | {"protocol": dict(found["protocol"]), "better": dict(found.get("better", {}))}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:

@@ -23,8 +23,6 @@ def test_a_confusion_matrix_is_shaded_where_classes_are_taken_for_each_other(tmp
         assert name in svg.read_text()
     corner = (0.75, 0.7, 0.88, 0.82)  # the last class taken for itself
     assert dark(png, corner) > 0.5 > dark(wrong, corner)
-    again, _ = confusion(tmp_path / "again", counts, names, "title")
-    assert again.read_bytes() == png.read_bytes()
 
 
 def test_letters_that_the_font_lacks_are_escaped_and_others_drawn(tmp_path):
@@ -33,11 +31,6 @@ def test_letters_that_the_font_lacks_are_escaped_and_others_drawn(tmp_path):
     spelt, _ = confusion(tmp_path / "spelt", counts, [r"\u732b ж", r"caf\udce9", r"a\nb"], r"\u72ac é")
     other, _ = confusion(tmp_path / "other", counts, [r"\u732b д", r"caf\udce9", r"a\nb"], r"\u72ac é")
     assert png.read_bytes() == spelt.read_bytes() != other.read_bytes()
-
-
-def test_many_classes_and_one_without_samples_are_drawn(tmp_path):
-    png, _ = confusion(tmp_path / "many", torch.zeros(60, 60, dtype=torch.int64), [f"c{i}" for i in range(60)], "")
-    assert png.exists()
 
 
 def test_reliability_has_a_bar_for_each_bin_that_is_not_empty(tmp_path):
@@ -49,9 +42,8 @@ def test_reliability_has_a_bar_for_each_bin_that_is_not_empty(tmp_path):
 
 
 def test_a_number_of_each_layer_is_drawn_in_its_order_on_a_logarithmic_axis(tmp_path):
-    png, svg = by_layer(tmp_path / "layers", {"stem": 0.5, "norm": 20.0, "linear": 2.0}, "divergence", "by layer")
+    _, svg = by_layer(tmp_path / "layers", {"stem": 0.5, "norm": 20.0, "linear": 2.0}, "divergence", "by layer")
     text = svg.read_text()
-    assert png.exists()
     places = [text.index(name) for name in ("stem", "norm", "linear")]
     assert places == sorted(places)
     for word in ("divergence", "by layer"):
