@@ -33,8 +33,8 @@ def test_a_run_logs_scores_and_health_of_each_epoch(finished):
         assert part in summary
     tags = ("loss/test", "metric/accuracy", "loss/train_eval", "metric/train_accuracy")
     last = next(line for line in reversed(lines) if tags[0] in line)
-    shown = "  ".join(f"{tag} {last[tag]:.4g}" for tag in tags)
-    assert re.search(rf"^epoch 2/2  {re.escape(shown)}  [0-9.]+ s$", summary, re.MULTILINE)
+    scores = "  ".join(f"{tag} {last[tag]:.4g}" for tag in tags)
+    assert re.search(rf"^epoch 2/2  {re.escape(scores)}  [0-9.]+ s$", summary, re.MULTILINE)
 
 
 def test_it_learns(tmp_path):
@@ -44,10 +44,16 @@ def test_it_learns(tmp_path):
     assert accuracy[-1] > 0.8  # chance is 0.1
 
 
-def final(folder: Path) -> dict:
-    state, _ = Checkpoints(folder / "checkpoints").load_latest()
-    assert state is not None
-    return {name: state[name] for name in ("networks", "statistics", "protocol")}
+def assert_same(ours: Path, theirs: Path) -> None:
+    (a, _), (b, _) = (Checkpoints(folder / "checkpoints").load_latest() for folder in (ours, theirs))
+    assert a is not None
+    assert b is not None
+    assert a["protocol"] == b["protocol"]
+    for group in ("networks", "statistics"):
+        torch.testing.assert_close(a[group], b[group], rtol=0, atol=0)
+    logs = [[{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_metrics(folder)]
+            for folder in (ours, theirs)]  # fmt: skip
+    assert logs[0] == logs[1]
 
 
 def test_logits_that_are_not_finite_stop_the_run_and_name_the_images():
@@ -68,8 +74,7 @@ def test_dropout_of_a_resumed_run_is_that_of_an_uninterrupted_one(tiny, tmp_path
     cbcls.train.main([*flags, "--epochs", "1", "--name", "parts"])
     torch.rand(7)  # whatever a process draws in between
     cbcls.train.main([*flags, "--epochs", "2", "--name", "parts", "--resume"])
-    ours, theirs = (final(tmp_path / "cbcls" / name) for name in ("whole", "parts"))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_same(tmp_path / "cbcls" / "whole", tmp_path / "cbcls" / "parts")
 
 
 def test_weights_without_a_gradient_shrink_as_the_optimizer_says():
@@ -94,11 +99,7 @@ def test_images_decoded_in_the_workers_train_the_same_network(tiny, tmp_path):
     flags += ["--norm.kind", "none", "--data.validation", "0.1", "--batch_size", "20"]
     cbcls.train.main([*flags, "--name", "memory"])
     cbcls.train.main([*flags, "--name", "disk", "--data.in_memory", "false", "--data.workers", "1"])
-    memory, disk = (final(tmp_path / "cbcls" / name) for name in ("memory", "disk"))
-    torch.testing.assert_close(memory, disk, rtol=0, atol=0)
-    losses = [[line["loss/test"] for line in read_metrics(tmp_path / "cbcls" / name) if "loss/test" in line]
-              for name in ("memory", "disk")]  # fmt: skip
-    assert losses[0] == losses[1]
+    assert_same(tmp_path / "cbcls" / "memory", tmp_path / "cbcls" / "disk")
 
 
 def test_augmented_images_are_drawn_anew_each_time_and_follow_from_the_seed(tiny):

@@ -131,8 +131,8 @@ def test_what_cannot_be_drawn_is_named_and_nothing_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             curves(tmp_path / "f", [Curves({"MN": runs}, "y", floor=floor)], xlabel="x", log_y=True)
-    sound = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    for images in (sound.float(), sound[:, :1], sound[:0]):
+    valid = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    for images in (valid.float(), valid[:, :1], valid[:0]):
         with pytest.raises(ValueError, match="images: expected uint8"):
             grid(tmp_path / "g", images)
     assert not list(tmp_path.iterdir())

@@ -149,12 +149,12 @@ def test_the_value_of_the_chosen_epoch_stands_beside_the_last(tmp_path, capsys):
 
 
 def test_the_folders_of_the_data_are_named_and_both_domains(tmp_path, capsys):
-    for number, (data, told) in enumerate({
+    for number, (data, text) in enumerate({
         "data: {name: imagefolder, root: x/train, test_root: x/test}": "imagefolder in x/train and x/test",
         "source: {name: digits}\ntarget: {name: imagefolder, root: photos}": "digits to imagefolder in photos",
     }.items()):  # fmt: skip
         main(["--runs", make_run(tmp_path, str(number), [0.5], more=data), *ACCURACY])
-        assert f"data: {told}; " in capsys.readouterr().out
+        assert f"data: {text}; " in capsys.readouterr().out
 
 
 def test_a_csv_holds_unrounded_means_and_deviations(tmp_path, runs, capsys):
@@ -208,12 +208,12 @@ def test_a_file_is_replaced_only_by_force_and_its_ending_is_known(tmp_path, runs
 
 
 def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
-    sound = {"extractor": "classifier", "extractor_id": "a", "n_real": 1000, "content_test": "x", "content_train": "x"}
-    sound |= {"recalibrated": "all, 2048 images by 256"}
+    base = {"extractor": "classifier", "extractor_id": "a", "n_real": 1000, "content_test": "x", "content_train": "x"}
+    base |= {"recalibrated": "all, 2048 images by 256"}
     changes = {"n_real": 500, "content_test": "y", "content_train": "y", "extractor_id": "b", "resize": "none"}
     changes |= {"recalibrated": "mn, 2048 images by 256"}
-    first = make_run(tmp_path, "first", [0.5], norm="{kind: bn}", logged={"metric/fid": 1}, protocol=sound)
-    others = {name: make_run(tmp_path, name, [0.5], logged={"metric/fid": 1}, protocol=sound | {name: value})
+    first = make_run(tmp_path, "first", [0.5], norm="{kind: bn}", logged={"metric/fid": 1}, protocol=base)
+    others = {name: make_run(tmp_path, name, [0.5], logged={"metric/fid": 1}, protocol=base | {name: value})
               for name, value in changes.items()}  # fmt: skip
     fid, loss = ["--tags", "metric/fid"], ["--tags", "loss/train"]
     refusals = [("n_real", fid), ("content_test", fid), ("content_test", ACCURACY)]
@@ -225,7 +225,7 @@ def test_runs_that_were_measured_otherwise_are_refused(tmp_path, capsys):
     alike = [("n_real", ACCURACY), ("content_train", ACCURACY), ("extractor_id", fid), ("resize", fid)]
     for name, tags in (*alike, ("content_test", loss), ("recalibrated", loss)):
         main(["--runs", first, others[name], *tags])
-    svhn = make_run(tmp_path, "svhn", [0.5], more="data: {name: svhn}", protocol=sound | {"content_test": "y"})
+    svhn = make_run(tmp_path, "svhn", [0.5], more="data: {name: svhn}", protocol=base | {"content_test": "y"})
     capsys.readouterr()
     main(["--runs", first, svhn, *ACCURACY, "--settings", "data.name"])  # rows of two data sets
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["| digits", "| svhn"]
