@@ -202,14 +202,15 @@ def test_oxford_cnn_computes_what_its_page_says():
 def test_models_take_every_kind_of_layer():
     """The smallest model all of them; the others one that takes clusters and one that does not."""
     others = ("shallow_cnn", "oxford_cnn", "vit", SMALL)
+    seen: list[tuple[int, ...]] = []
     for name, kind in [("densenet-10-4", kind) for kind in LAYERS] + [(n, k) for n in others for k in ("scb", "ucb")]:
         size = 128 if name == "oxford_cnn" else 32
         flags = ["--model.name", name, "--data.size", str(size), "--norm.kind", kind, "--clusters.by", "classes"]
         network = built(*flags, classes=5, num_clusters=3)
         place = network.get_submodule("norm3" if name == "shallow_cnn" else "norm")
         assert isinstance(place, LAYERS[kind])
-        seen: list[tuple[int, ...]] = []
-        place.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(tuple(args[0].shape[1:])))
+        seen.clear()
+        place.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[1:])))
         x, cluster = pixels(6, size), torch.tensor([0, 0, 1, 1, 2, 2])
         logits = network(x, cluster)
         assert logits.shape == (6, 5)
