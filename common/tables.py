@@ -156,23 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.out is not None:
         refuse_overwriting(cfg.out, force=cfg.force)
     made = _table([read_run(path) for path in cfg.runs], cfg)
-    write_and_print(made.markdown(), cfg.out, _FORMATS[cfg.out.suffix](made) if cfg.out else "")
-
-
-def write_and_print(page: str, out: Path | None, content: str) -> None:
-    """Write content to a file, if one is named, and print a page.
-
-    Raises:
-        UsageError: if the file cannot be written.
-    """
-    if out is not None:
+    if cfg.out is not None:
         try:
-            write_text_atomic(out, content)
+            write_text_atomic(cfg.out, _FORMATS[cfg.out.suffix](made))
         except OSError as error:
-            raise UsageError(f"out: cannot write {out} ({error.strerror})") from None
-    print(page, end="")
-    if out is not None:
-        print(f"written: {out}")
+            raise UsageError(f"out: cannot write {cfg.out} ({error.strerror})") from None
+    print(made.markdown(), end="")
+    if cfg.out is not None:
+        print(f"written: {cfg.out}")
 
 
 def _table(runs: Sequence[LoggedRun], cfg: TablesConfig) -> Table:
@@ -183,8 +174,7 @@ def _table(runs: Sequence[LoggedRun], cfg: TablesConfig) -> Table:
     """
     settings, at = cfg.settings, cfg.at
     behind = [run for run in runs if not _came_so_far(run, at)]
-    progress = "; ".join(f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs, {run.state}"
-                         for run in behind)  # fmt: skip
+    progress = "; ".join(map(_progress, behind))
     if len(behind) == len(runs):
         if at:
             raise UsageError(f"at: no run is past epoch {max(at)}: {progress}")
@@ -215,7 +205,7 @@ def _table(runs: Sequence[LoggedRun], cfg: TablesConfig) -> Table:
     taken = "its last value" if cfg.last == 1 else f"the mean of its {cfg.last} last values"
     until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
     notes = [f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds."]
-    notes += [origin(runs), *(_choices(runs) if cfg.chosen else [])]
+    notes += [_origin(runs), *(_choices(runs) if cfg.chosen else [])]
     if unnamed := [name for name in differing(runs) if name not in settings]:
         notes.append(f"The rows differ in {', '.join(unnamed)} too.")
     if behind:
@@ -225,7 +215,12 @@ def _table(runs: Sequence[LoggedRun], cfg: TablesConfig) -> Table:
 
 def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
     """Say whether a run came to the last of these epochs, or without any to its end, and measured it."""
-    return (bool(at) and run.epochs > max(at)) or (run.state == "finished" and run.epochs >= max(at, default=0))
+    finished = run.summary.get("state") == "finished"
+    return run.epochs > max(at) or (finished and run.epochs == max(at)) if at else finished
+
+
+def _progress(run: LoggedRun) -> str:
+    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs, {run.summary.get('state')}"
 
 
 _Take = Callable[[LoggedRun], float]
@@ -240,7 +235,7 @@ def _columns(runs: Sequence[LoggedRun], tag: str, cfg: TablesConfig) -> list[tup
     for epoch in cfg.at:
         columns.append((f"{tag} at {epoch}", tag, lambda run, e=epoch: fmean(run.values(tag, e)[-cfg.last :])))
         if best is not None:
-            columns.append((f"{tag} best to {epoch}", tag, lambda run, e=epoch: best_finite(best, run.values(tag, e))))
+            columns.append((f"{tag} best to {epoch}", tag, lambda run, e=epoch: _best_finite(best, run.values(tag, e))))
     if cfg.chosen:
         columns.append((f"{tag} at the chosen epoch", tag, lambda run: _at_the_chosen_epoch(run, tag)))
     return columns
@@ -252,8 +247,7 @@ def best_of(runs: Sequence[LoggedRun], tag: str) -> Callable[[Iterable[float]], 
     return min if ways == {"lower"} else max if ways == {"higher"} else None
 
 
-def best_finite(best: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:
-    """Return the best of the values that are not nan; nan if all are."""
+def _best_finite(best: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:
     finite = [value for value in values if not math.isnan(value)]
     return best(finite) if finite else math.nan
 
@@ -268,9 +262,9 @@ def _at_the_chosen_epoch(run: LoggedRun, tag: str) -> float:
 
 
 def _chosen(run: LoggedRun) -> dict[str, Any]:
-    if not run.best:
+    if not (best := run.summary.get("best")):
         raise UsageError(f"chosen: {run.path} chose no epoch (summary.json); train with --best.keep, or leave it out")
-    return run.best
+    return best
 
 
 def _choices(runs: Sequence[LoggedRun]) -> list[str]:
@@ -290,8 +284,8 @@ def _cell(group: Sequence[LoggedRun], tag: str, take: _Take) -> Cell | None:
     return over_seeds([take(run) for run in group]) if any(_has(run, tag) for run in group) else None
 
 
-def origin(runs: Sequence[LoggedRun]) -> str:
-    """Say from which training, data, code and machine the numbers of runs come."""
+def _origin(runs: Sequence[LoggedRun]) -> str:
+    """Say from which training, data, code and machine the numbers come."""
     sessions = [session for run in runs for session in run.sessions]
     hardware = [session.get("hardware") or {} for session in sessions]
     facts = {

@@ -39,6 +39,8 @@ class Augmentation:
         invert: weak and strong views also show the negative, with probability 1/2.
         scale: weak and strong views are first scaled about their centre, height and width apart, by factors drawn
             uniformly between these two.
+        blur: weak and strong views are blurred, with probability 1/2, by a Gaussian whose deviation in pixels is drawn
+            uniformly from 0.1 to this; 0 does not.
     """
 
     strength: Strength
@@ -46,6 +48,7 @@ class Augmentation:
     flip: bool = False
     invert: bool = False
     scale: tuple[float, float] | None = None
+    blur: float = 0.0
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Return the view, uint8 (3, S, S)."""
@@ -68,14 +71,19 @@ class ViewOptions:
     scale: tuple[float, float] | None = None
     """Scale weak and strong views by factors between these two, height and width apart, where objects are of another
     size in the other domain; null does not."""
+    blur: float = 0.0
+    """Blur half of the weak and strong views by a Gaussian whose deviation in pixels is drawn from 0.1 to this, where
+    one domain is sharper (Chen et al., SimCLR, 2020); 0 does not."""
 
     def __post_init__(self) -> None:
+        if self.blur and not 0.1 <= self.blur <= 10:
+            raise ValueError(f"data.blur: expected 0, or 0.1 to 10 pixels, got {self.blur}")
         if self.scale is not None and not 0.25 <= self.scale[0] <= self.scale[1] <= 4:
             raise ValueError(f"data.scale: expected two factors in order, from 0.25 to 4, or null, got {self.scale}")
 
     def view(self, strength: Literal["weak", "strong"], size: int) -> PerImage:
         """Return the weak or strong view of images of a side (see `Augmentation`)."""
-        return PerImage(Augmentation(strength, size, self.flip, self.invert, self.scale))
+        return PerImage(Augmentation(strength, size, self.flip, self.invert, self.scale, self.blur))
 
 
 @functools.cache
@@ -104,6 +112,8 @@ def _pipeline(of: Augmentation) -> Any:
         steps.insert(0, A.Affine({"x": of.scale, "y": of.scale}, border_mode=border, p=1))
     if of.invert:
         steps.append(A.InvertImg(p=0.5))
+    if of.blur:
+        steps.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, of.blur), p=0.5))
     if of.strength == "strong":
         angle = math.degrees(math.atan(0.15))
         same = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}

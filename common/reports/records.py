@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -26,10 +26,7 @@ class LoggedRun:
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
         sessions: of environment.json, a dict for each start and resumption.
-        state: running, finished, stopped or failed.
-        best: the epoch that was chosen, with what was measured then; None where none was.
-        protocol: what values are comparable by.
-        better: whether "higher" or "lower" is better, by tag.
+        summary: of summary.json.
         unused: names of settings that mean nothing to the run's layer.
     """
 
@@ -38,11 +35,18 @@ class LoggedRun:
     seed: object
     lines: list[dict[str, Any]]
     sessions: list[dict[str, Any]]
-    state: str | None
-    best: dict[str, Any] | None
-    protocol: dict[str, Any]
-    better: dict[str, str]
+    summary: dict[str, Any]
     unused: frozenset[str]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What values are comparable by."""
+        return self.summary["protocol"]
+
+    @property
+    def better(self) -> dict[str, str]:
+        """Whether "higher" or "lower" is better of each value that has a best, by tag."""
+        return self.summary["better"]
 
     @property
     def epochs(self) -> int:
@@ -89,7 +93,7 @@ def read_run(path: Path) -> LoggedRun:
         lines = read_metrics(path)
         sessions = [dict(session) for session in content("environment.json", json.loads)["sessions"]]
         summary = content("summary.json", json.loads)
-        protocol, better = dict(summary["protocol"]), dict(summary["better"])
+        summary |= {"protocol": dict(summary["protocol"]), "better": dict(summary.get("better", {}))}
         if not all(isinstance(value, int | float | None) for line in lines for value in line.values()):
             raise ValueError("metrics.jsonl holds something else than numbers")
     except FileNotFoundError as error:
@@ -98,9 +102,7 @@ def read_run(path: Path) -> LoggedRun:
         raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
     seed, unused = settings.pop("seed", None), _unused(settings)
     meant = {name: value for name, value in settings.items() if name not in unused}
-    return LoggedRun(
-        path, meant, seed, lines, sessions, summary.get("state"), summary.get("best"), protocol, better, unused
-    )
+    return LoggedRun(path, meant, seed, lines, sessions, summary, unused)
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:
@@ -172,6 +174,16 @@ def floor(run: LoggedRun, tag: str) -> float | None:
     return next((line[tag] for line in run.lines if line.get(tag) is not None), None)
 
 
+class Measured(Protocol):
+    """What says how values were measured: a run's folder, or its row of results."""
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def settings(self) -> dict[str, Any]: ...  # noqa: D102
+
+
 _OF_FEATURES = tuple(
     f"metric/{name}_"
     for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap", "class", "classes")
@@ -179,7 +191,7 @@ _OF_FEATURES = tuple(
 """Beginnings of the tags of what else is computed of a FID's features."""
 
 
-def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
+def measured_by(run: Measured, tags: Sequence[str]) -> dict[str, Any]:
     """Return what of a run's protocol these tags depend on, and the numbers of samples."""
     protocol, names = run.protocol, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):

@@ -65,6 +65,21 @@ def test_views_are_scaled_by_factors_of_the_range_height_and_width_apart():
     assert abs(torch.corrcoef(factors.T)[0, 1]) < 0.25  # drawn apart
 
 
+def test_half_of_the_views_are_blurred_by_up_to_the_deviation_asked_for():
+    size = 65
+    point = torch.zeros(3, size, size, dtype=torch.uint8)
+    point[:, 32, 32] = 255
+    blurred, found = ViewOptions(blur=2.0).view("weak", size).function, []
+    for seed in range(200):
+        mass = blurred(point, seed)[0].double()
+        rows = torch.arange(size, dtype=torch.float64)
+        mean = (mass.sum(1) * rows).sum() / mass.sum()
+        found.append(float((mass.sum(1) * (rows - mean).square()).sum() / mass.sum()) ** 0.5)
+    sharp = sum(deviation < 0.05 for deviation in found)
+    assert 85 < sharp < 145  # a half, and those of a deviation too small for 8 bits
+    assert 1.6 < max(found) < 2.05  # 8 bits lose the tails
+
+
 def test_equal_images_of_one_batch_are_seen_differently():
     images, index = coordinates()[None].repeat(40, 1, 1, 1), torch.arange(40)
     for view, at_least in zip(VIEWS, (15, 39, 39, 39), strict=True):
