@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cbnorm.registry
 import numpy as np
 import pytest
 import torch
@@ -173,7 +174,8 @@ def folder(tmp_path, monkeypatch) -> None:
             pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))  # a page shows how to add to these
+    for norms in (registry, cbnorm.registry):  # a page shows how to add to these
+        monkeypatch.setattr(norms, "_KINDS", dict(norms._KINDS))
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
     monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
 
