@@ -50,6 +50,16 @@ def verdict_gap(lines: Iterable[Mapping[str, Any]], start: int = 0) -> dict[str,
     return {"discriminator/gap": sum(recent) / len(recent)}
 
 
+def past_values(lines: list[dict[str, Any]], start: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the largest value of each ``metric/`` tag in the lines of a log, and the `verdict_gap` since a step."""
+    largest: dict[str, float] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag.startswith("metric/") and value is not None:
+                largest[tag] = max(value, largest.get(tag, value))
+    return largest, verdict_gap(lines, start)
+
+
 def has_won(means: Mapping[str, float]) -> str | None:
     """Say so when the discriminator has won, whose loss is then 0 but for a penalty."""
     loss = means["loss/d"] - means.get("loss/r1", 0.0)

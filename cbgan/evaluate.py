@@ -5,21 +5,30 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluator, fid_series, recalibrate, save_grid
+from cbgan.evaluation import (
+    GRID,
+    Evaluator,
+    fid_series,
+    nearest_sheet,
+    recalibrate,
+    recorded,
+    save_grid,
+    save_png,
+    uncertainty_rows,
+)
 from cbgan.export import checkpoint_of
-from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.models import build_generator
 from cbgan.task import GanTask
 from common.classification.stored import Stored, read_stored
 from common.data import DataConfig, Decoding, load, read_folder
 from common.metrics.extractors import weights_hash
-from common.metrics.fid import Fid, FidConfig
+from common.metrics.fid import Fid, FidConfig, FidResult, other_split
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse, read, to_dict, to_yaml
 from common.runtime.command import run_command
@@ -154,11 +163,11 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
         if found
     ]
     classes = evaluation.named_classes(result)
-    print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
+    print("\n".join(_measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
     record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(evaluation.grid(g), path),
-        "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
+        "nearest": lambda path: save_png(evaluation.nearest(g, result), path),
     }
     _write(options, f"epoch-{at['epoch']:04d}", record | {"device": str(device)}, pictures)
     if options.check:
@@ -186,13 +195,29 @@ def _measure_folder(options: EvaluateConfig) -> None:
     _warn([line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None])
     result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
     classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
-    print("\n".join(measured_lines(str(options.images), fid, result, classes)))
+    print("\n".join(_measured_lines(str(options.images), fid, result, classes)))
     record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(found[: min(GRID, count)], path),
-        "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
+        "nearest": lambda path: save_png(nearest_sheet(result, lambda index: found[index], splits.train), path),
     }
     _write(options, options.images.resolve().name, record | {"device": str(device)}, pictures)
+
+
+def _measured_lines(
+    what: str, fid: Fid, result: FidResult, classes: Mapping[str, int] | None, logged: Sequence[str] = ()
+) -> list[str]:
+    lines = [f"{what}: FID ({fid.extractor.name}) {result.fid:.4g} from {result.count:,} samples"]
+    if fid.floor is not None:
+        lines.append(f"real test images: {fid.floor:.4g}")
+    lines += logged
+    if classes is not None:
+        found = sum(n > 0 for n in classes.values())
+        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
+        lines.append(f"classes: {found} of {len(classes)} found; samples of {counts}")
+    if result.other is not None:
+        lines.append(f"against the {other_split(fid.config.reference)} images: {result.other:.4g}")
+    return [*lines, *(f"{name}: {text}" for name, text in uncertainty_rows(result))]
 
 
 def _warn(lines: Sequence[str]) -> None:

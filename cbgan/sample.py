@@ -8,9 +8,8 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from cbgan.evaluation import save_grid
+from cbgan.evaluation import save_grid, save_png
 from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
 from common.runtime.atomic import write_atomic
@@ -123,8 +122,7 @@ def _write_images(generator: TrainedGenerator, cfg: SampleConfig, count: int, ou
         labels = generator.labels(number, cfg.classes, first)
         for i, image in enumerate(images):
             folder = out if labels is None else out / generator.classes[int(labels[i])]
-            picture = _picture(image)
-            write_atomic(folder / f"{first + i:0{digits}}.png", lambda file, p=picture: p.save(file, "PNG"))
+            save_png(image, folder / f"{first + i:0{digits}}.png")
     return count
 
 
@@ -147,17 +145,14 @@ def _write_walk(generator: TrainedGenerator, cfg: SampleConfig, count: int, out:
     images = generator.images(z.flatten(0, 1), asked)
     save_grid(images, out, columns=_FRAMES)
     scale = max(1, -(-_LEAST_SIDE // images.shape[-1]))
-    first, *others = [_picture(image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for image in images]
+    large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
+    first, *others = [Image.fromarray(frame.numpy()) for frame in large]
     write_atomic(
         out.with_suffix(".gif"),
         lambda file: first.save(
             file, "GIF", save_all=True, append_images=others, duration=_MILLISECONDS, loop=0, optimize=False
         ),
     )
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 if __name__ == "__main__":
