@@ -15,6 +15,7 @@ from cbgan.evaluation import (
     GRID,
     Evaluator,
     fid_series,
+    fid_warnings,
     nearest_sheet,
     recalibrate,
     recorded,
@@ -155,16 +156,15 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     if not stored.recalibrated:
         recalibrate(cfg, g, evaluation.class_counts(), device)
     at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["run"]
-    _warn(evaluation.fid_warnings(count))
+    _warn(fid, count)
     result = evaluation.measure(g, count, thorough=True)
     logged = [
         f"logged, of {number:,} samples: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in found)
         for number, found in ((was.fid.samples, series), (was.fid.final_samples, fid_series(lines, fid.tag + FINAL)))
         if found
     ]
-    classes = evaluation.named_classes(result)
-    print("\n".join(_measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
     record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}
+    print("\n".join(_measured_lines(f"epoch {at['epoch']}", fid, result, record["classes"], logged)))
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(evaluation.grid(g), path),
         "nearest": lambda path: save_png(evaluation.nearest(g, result), path),
@@ -186,17 +186,16 @@ def _measure_folder(options: EvaluateConfig) -> None:
     how = Decoding(options.data.size, options.data.fit)
     given = read_folder(options.images, how, field="images", split="generated")
     if len(given) < (options.samples or 2):
-        name = "images" if options.samples is None else "samples"
         line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
-        raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
+        raise UsageError(f"images: {line}" if options.samples is None else f"samples: {line}, or fewer samples")
     found, count = given.images, options.samples or len(given)
     splits = load(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
-    _warn([line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None])
+    _warn(fid, count)
     result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
-    classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
-    print("\n".join(_measured_lines(str(options.images), fid, result, classes)))
-    record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
+    measured = recorded(fid, result, splits.train.classes)
+    record = {"images": str(options.images), "weights": given.content_hash, **measured}
+    print("\n".join(_measured_lines(str(options.images), fid, result, record["classes"])))
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(found[: min(GRID, count)], path),
         "nearest": lambda path: save_png(nearest_sheet(result, lambda index: found[index], splits.train), path),
@@ -220,8 +219,8 @@ def _measured_lines(
     return [*lines, *(f"{name}: {text}" for name, text in uncertainty_rows(result))]
 
 
-def _warn(lines: Sequence[str]) -> None:
-    for line in lines:
+def _warn(fid: Fid, count: int) -> None:
+    for line in fid_warnings(fid, count):
         print(f"warning: {line}", file=sys.stderr)
 
 

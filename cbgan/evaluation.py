@@ -18,6 +18,7 @@ from common.data.image_set import ImageSet, Splits, to_uint8
 from common.metrics.classifier import Classifier
 from common.metrics.features.neighbours import EXPECTED
 from common.metrics.fid import Fid, FidResult
+from common.metrics.logits import evaluating
 from common.reports.sheet import captioned_sheet
 from common.runtime.atomic import write_atomic, write_text_atomic
 from common.runtime.device import autocast
@@ -67,14 +68,10 @@ class Evaluator:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.evaluate_every else None
-        self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
+        fewest = min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples)
+        self.warnings = [] if self.fid is None else fid_warnings(self.fid, fewest)
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
-
-    def fid_warnings(self, count: int) -> list[str]:
-        """Return why a distance of so many images should not be trusted, and what is not measured."""
-        found = () if self.fid is None else (self.fid.warning, self.fid.left_out, self.fid.short(count))
-        return [line for line in found if line is not None]
 
     def protocol(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
@@ -110,30 +107,28 @@ class Evaluator:
             Interrupted: if ``should_stop`` says so on the way.
         """
         assert self.fid is not None
-        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        inputs = self.inputs(g, count)
 
         def sample(start: int, n: int) -> Tensor:
-            return self.sample(g, z[start : start + n], None if labels is None else labels[start : start + n])
+            return self.sample(g, *(each[start : start + n] for each in inputs))
 
-        training = g.training
-        try:
-            with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(sample, count, should_stop, thorough=thorough)
-        finally:
-            g.train(training)
+        with self.env.buffers_of_first(g):  # running averages differ between ranks
+            return self.fid.measure(sample, count, should_stop, thorough=thorough)
 
-    @torch.no_grad()
+    def inputs(self, g: Generator, count: int) -> tuple[Tensor, ...]:
+        """Return the noise (count, latent_dim), and of a conditional generator the classes, that it is measured on."""
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        return (z,) if labels is None else (z, labels)
+
     def sample(self, g: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim), of classes (N,)."""
-        g.eval()
-        with autocast(self.device, self.cfg.precision):
-            images = g(z, labels)
-        return to_uint8(images)
+        with evaluating(g), autocast(self.device, self.cfg.precision):
+            return to_uint8(g(z, labels))
 
     def grid(self, g: Generator) -> Tensor:
         """Generate the images of a grid, from the same noise every time, of classes in rising order."""
-        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
-        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+        labels = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
+        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), labels)
 
     def run(self, g: Generator, context: EvalContext, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
@@ -168,10 +163,10 @@ class Evaluator:
                 if result.copying.alarm:
                     context.report(copying_line(result))
                 if self.env.first:
-                    self._draw_nearest(g, result, context)
-        training = g.training
+                    sheet = self.nearest(g, result)
+                    save_png(sheet, context.folder / "samples" / "nearest.png")
+                    context.log.image(context.step, "samples/nearest", sheet)
         values |= self.env.on_rank0(lambda: self._draw(g, context))
-        g.train(training)
         # The log is cut back where a run is resumed or rewound.
         self.most, gap = self.env.on_rank0(lambda: past_values(read_metrics(context.folder), context.rewound_to))
         return values | gap
@@ -181,35 +176,21 @@ class Evaluator:
         found = {} if result.classes is None else {"metric/classes_found": float(sum(n > 0 for n in result.classes))}
         return self.fid.values(result) | found
 
-    def named_classes(self, result: FidResult) -> dict[str, int] | None:
-        """Return how many samples the classifier puts in each class, by name; None with another extractor."""
-        if result.classes is None:
-            return None
-        return dict(zip(self.images["train"].classes, result.classes, strict=True))
-
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
         own, protocol = self.fid.protocol(), self.protocol()
         more = {name: value for name, value in protocol.items() if name not in own} | {"noise_seed": SEED}
-        return recorded(self.fid, result, self.named_classes(result), more) | {"protocol": protocol}
+        return recorded(self.fid, result, self.images["train"].classes, more) | {"protocol": protocol}
 
     def nearest(self, g: Generator, result: FidResult) -> Tensor:
         """Return the sheet of the generated images that are nearest to training images, each beside its own."""
-        z, labels = fixed_noise(result.count, g.latent_dim, self.device), self.labels(result.count)
+        inputs = self.inputs(g, result.count)
 
         def generate(index: Tensor) -> Tensor:
-            at = index.to(self.device)
-            return self.sample(g, z[at], None if labels is None else labels[at])
+            return self.sample(g, *(each[index.to(self.device)] for each in inputs))
 
         return nearest_sheet(result, generate, self.images["train"])
-
-    def _draw_nearest(self, g: Generator, result: FidResult, context: EvalContext) -> None:
-        training = g.training
-        sheet = self.nearest(g, result)
-        g.train(training)
-        save_png(sheet, context.folder / "samples" / "nearest.png")
-        context.log.image(context.step, "samples/nearest", sheet)
 
     def _draw(self, g: Generator, context: EvalContext) -> dict[str, float]:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
@@ -235,10 +216,8 @@ class Evaluator:
     def _share_as_asked(self, g: Generator, classifier: Classifier) -> float:
         """Return the share of images that a classifier sees as of the class that was asked for."""
         count, size = self.cfg.fid.samples, self.cfg.fid.batch_size
-        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
-        assert labels is not None
-        parts = zip(z.split(size), labels.split(size), strict=True)
-        return sum(int((classifier.predict(self.sample(g, *part)) == part[1]).sum()) for part in parts) / count
+        batches = zip(*(each.split(size) for each in self.inputs(g, count)), strict=True)
+        return sum(int((classifier.predict(self.sample(g, z, asked)) == asked).sum()) for z, asked in batches) / count
 
 
 def recalibrate(
@@ -292,21 +271,26 @@ def save_png(image: Tensor, path: Path) -> None:
     write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
+def fid_warnings(fid: Fid, count: int) -> list[str]:
+    """Return why a distance of so many images should not be trusted, and what is not measured."""
+    return [line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None]
+
+
 def recorded(
-    fid: Fid, result: FidResult, classes: Mapping[str, int] | None, more: Mapping[str, object] | None = None
+    fid: Fid, result: FidResult, classes: Sequence[str], more: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
     """Return a measurement as plain values: numbers by tag, each with its protocol, and classes by name.
 
     Args:
         fid: what measured.
         result: what it found.
-        classes: samples that the classifier puts in each class.
+        classes: names of the classes, each of which gets the number of samples that the classifier puts in it.
         more: what every number depends on besides.
     """
     return {
         "samples": result.count,
         "values": fid.values(result),
-        "classes": classes,
+        "classes": None if result.classes is None else dict(zip(classes, result.classes, strict=True)),
         "protocol": fid.protocol(),
         "protocols": {tag: {**protocol, **(more or {})} for tag, protocol in fid.protocols(result).items()},
     }

@@ -193,12 +193,14 @@ def test_copied_training_images_are_reported_after_the_last_epoch(monkeypatch, t
     evaluation.fid = cast(Any, SimpleNamespace(thorough=lambda last: last, values=lambda _: {}, tag=FID))
     monkeypatch.setattr(evaluation, "measure", lambda *_, **__: found)
     drawn, told = [], []
-    monkeypatch.setattr(evaluation, "_draw_nearest", lambda *_: drawn.append(moment.epoch))
+    log = SimpleNamespace(image=lambda step, name, sheet: drawn.append((step, name)))
+    monkeypatch.setattr(evaluation, "nearest", lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8))
     monkeypatch.setattr(evaluation, "_draw", lambda *_: {})
     for epoch in (2, 3):
-        moment: Any = SimpleNamespace(epoch=epoch, folder=tmp_path, should_stop=None, report=told.append, rewound_to=0)
+        moment: Any = SimpleNamespace(epoch=epoch, step=epoch, folder=tmp_path, log=log, should_stop=None,
+                                      report=told.append, rewound_to=0)  # fmt: skip
         (tmp_path / "metrics.jsonl").touch()
         evaluation.run(fresh(cfg), moment)
-    assert drawn == [3]
+    assert drawn == [(3, "samples/nearest")]
     assert len(told) == alarm
     assert all("gives back its training images" in line for line in told)
