@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,8 +14,7 @@ from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
 from common.norms.registry import kinds
-from common.reports.sheet import Verdict, captioned_sheet
-from common.runtime.atomic import write_atomic
+from common.reports.sheet import Verdict, captioned_sheet, save_png
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.errors import NonFiniteError
@@ -27,7 +25,8 @@ from common.train.task import EvalContext
 CLUSTERS = {"source": SOURCE, "target": TARGET, "unknown": UNKNOWN}
 TESTED = {"source": "test", "target": "target_test"}
 """Test images by domain."""
-_SHOWN = 24
+_DRAWN = 24
+"""Images of each domain in the picture."""
 _KNOW_UNKNOWN = ("scb", "scb_base")
 _TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
 """Domain, training images and cluster."""
@@ -165,7 +164,7 @@ class Evaluator:
             predictions["target"] = blind
         for split, logits in predictions.items():
             images, names = self.images[split], self.images["train"].classes
-            index = permutation(len(images), self.cfg.seed, "shown")[:_SHOWN]
+            index = permutation(len(images), self.cfg.seed, "shown")[:_DRAWN]
             predicted = logits[index].argmax(1)
             tiles.append(images.images[index])
             captions += [names[label] for label in predicted.tolist()]
@@ -173,9 +172,7 @@ class Evaluator:
             verdicts += ["open"] * len(index) if right is None else ["right" if hit else "wrong" for hit in right]
         sheet = captioned_sheet(torch.cat(tiles), captions, verdicts)
         context.log.image(context.step, "samples/predictions", sheet)
-        path = context.folder / "samples" / "predictions.png"
-        picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-        write_atomic(path, lambda file: picture.save(file, "PNG"))
+        save_png(sheet, context.folder / "samples" / "predictions.png")
 
 
 def recalibrate(

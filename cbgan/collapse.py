@@ -14,7 +14,7 @@ _FALL = 4
 _ENOUGH = 0.2
 """Whether they did differ once: as much as this."""
 _WINDOW = 300
-"""Steps that the discriminator's verdicts are averaged over. A new one says the same of all images, and a sound game
+"""Steps that the discriminator's verdicts are averaged over. A new one says the same of all images, and a healthy game
 passes through such a stretch: the digits' default, seed 0, has a loss of 2.00 in steps 75 to 150."""
 _SAME = 3e-3
 """Verdicts that differ less are the same: with the hinge loss one within about 0.012 of 2. Over 300 steps they differed

@@ -20,7 +20,6 @@ from cbgan.evaluation import (
     recalibrate,
     recorded,
     save_grid,
-    save_png,
     uncertainty_rows,
 )
 from cbgan.export import checkpoint_of
@@ -30,6 +29,7 @@ from common.classification.stored import Stored, read_stored
 from common.data import DataConfig, Decoding, load, read_folder
 from common.metrics.extractors import weights_hash
 from common.metrics.fid import Fid, FidConfig, FidResult, other_split
+from common.reports.sheet import save_png
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse, read, to_dict, to_yaml
 from common.runtime.command import run_command
@@ -99,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 1 if ``check`` fails.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    asked = read(EvaluateConfig, given, prog=_PROG)
-    path, which = checkpoint_of(None if asked["run"] is None else Path(asked["run"]), asked["checkpoint"])
-    if path is None or asked["images"] is not None:
+    flags = read(EvaluateConfig, given, prog=_PROG)
+    path, which = checkpoint_of(None if flags["run"] is None else Path(flags["run"]), flags["checkpoint"])
+    if path is None or flags["images"] is not None:
         if path is not None:
             given += ["--run", str(path)]
         options = parse(EvaluateConfig, given, prog=_PROG)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_grid(options)
         _measure_folder(options)
         return
-    stored = read_stored(GanConfig, expanded(path, "run"), "g", which, average=not asked["raw"])
+    stored = read_stored(GanConfig, expanded(path, "run"), "g", which, average=not flags["raw"])
     options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
     _refuse_grid(options)
     _measure_run(options, stored)

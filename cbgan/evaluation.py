@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cbgan.collapse import past_values
@@ -19,8 +18,8 @@ from common.metrics.classifier import Classifier
 from common.metrics.features.neighbours import EXPECTED
 from common.metrics.fid import Fid, FidResult
 from common.metrics.logits import evaluating
-from common.reports.sheet import captioned_sheet
-from common.runtime.atomic import write_atomic, write_text_atomic
+from common.reports.sheet import captioned_sheet, save_png
+from common.runtime.atomic import write_text_atomic
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.seeding import permutation
@@ -263,12 +262,6 @@ def nearest_sheet(result: FidResult, generate: Callable[[Tensor], Tensor], train
     pairs = torch.stack([generated, real], dim=1).flatten(0, 1)
     captions = [text for distance in found.distance[order].tolist() for text in ("generated", f"real  {distance:.3g}")]
     return captioned_sheet(pairs, captions, columns=16)
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """Write an image, uint8 (3, H, W), as PNG, whole or not at all."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 def fid_warnings(fid: Fid, count: int) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from cbgan.evaluation import save_grid, save_png
+from cbgan.evaluation import save_grid
 from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
+from common.reports.sheet import save_png
 from common.runtime.atomic import write_atomic
 from common.runtime.cli import parse
 from common.runtime.command import run_command
@@ -140,9 +141,8 @@ def _write_classes(generator: TrainedGenerator, cfg: SampleConfig, count: int, o
 def _write_walk(generator: TrainedGenerator, cfg: SampleConfig, count: int, out: Path) -> None:
     """Draw a row from each image to the next, and all of them as a GIF that goes round."""
     z = between(numbered_noise(0, count, generator.cfg.latent_dim, cfg.seed, cfg.truncation), _FRAMES)
-    labels = generator.labels(count, cfg.classes)
-    asked = None if labels is None else labels[:1].expand(count * _FRAMES)  # one class: only the noise changes
-    images = generator.images(z.flatten(0, 1), asked)
+    labels = generator.labels(1, cfg.classes)  # one class: only the noise changes
+    images = generator.images(z.flatten(0, 1), None if labels is None else labels.expand(count * _FRAMES))
     save_grid(images, out, columns=_FRAMES)
     scale = max(1, -(-_LEAST_SIDE // images.shape[-1]))
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)

@@ -46,9 +46,7 @@ class GanTask(Task[GanConfig]):
             )
             for name, network in self.networks.items()
         }
-        measured = (
-            replace(cfg, evaluate_every=0) if context.dry_run else cfg
-        )  # real images are not measured for nothing
+        measured = replace(cfg, evaluate_every=0) if context.dry_run else cfg  # which would measure the real images
         self.evaluator = Evaluator(measured, images, self.device, context.should_stop, self.env)
         self.detectors = collapse_detectors(lambda: self.evaluator.most)
 
@@ -89,17 +87,15 @@ class GanTask(Task[GanConfig]):
         with torch.no_grad():
             fake = self.networks["g"](self._noise(micro)[0], *labels)
         d = self.ddp_networks["d"]
-        ours, theirs = (
-            d(self._augmented(real, micro, "real"), *labels),
-            d(self._augmented(fake, micro, "fake"), *labels),
-        )
+        of_real = d(self._augmented(real, micro, "real"), *labels)
+        of_fake = d(self._augmented(fake, micro, "fake"), *labels)
         metrics = {
-            "discriminator/real": ours.float().sigmoid().mean(),
-            "discriminator/fake": theirs.float().sigmoid().mean(),
+            "discriminator/real": of_real.float().sigmoid().mean(),
+            "discriminator/fake": of_fake.float().sigmoid().mean(),
         }
-        loss = discriminator_loss(ours, theirs, cfg.loss)
+        loss = discriminator_loss(of_real, of_fake, cfg.loss)
         if cfg.r1:
-            metrics["loss/r1"] = cfg.r1 / 2 * gradient_penalty(ours, real)
+            metrics["loss/r1"] = cfg.r1 / 2 * gradient_penalty(of_real, real)
             loss = loss + metrics["loss/r1"]
         return loss, Metrics(metrics)
 
@@ -121,11 +117,10 @@ class GanTask(Task[GanConfig]):
         return noise(self.cfg, micro.number, rows, self.device, self.env.rank, micro.seed).chunk(2)
 
     def _augmented(self, images: Tensor, micro: MicroBatch, whose: str) -> Tensor:
-        kinds = self.cfg.augmentations
-        if not kinds:
+        if self.cfg.augment in ([], ["none"]):
             return images
         place = ("augment", whose, self.env.rank, micro.number)
-        return augment(images, kinds, generator(micro.seed, *place, device=self.device))
+        return augment(images, self.cfg.augment, generator(micro.seed, *place, device=self.device))
 
     def should_evaluate(self, epoch: int) -> bool:
         """Say so every ``evaluate_every`` epochs, before the first and at the end; without FID, only draw."""

@@ -67,12 +67,11 @@ def test_every_tag_is_one_of_the_page_and_each_is_logged_when_it_is_due(folder, 
         "health": [(1, 2), (2, 4)],
     }
     ways = json.loads((folder / "summary.json").read_text())["better"]
-    lower, higher = {FID, f"{FID}_test"}, {"metric/classes_found"}
-    lower |= {"metric/copies_classifier"}
-    higher |= {"metric/precision_classifier", "metric/recall_classifier"}
-    lower, higher = ({*tags, *(f"{tag}_final" for tag in tags)} for tags in (lower, higher))
+    wanted = dict.fromkeys((FID, f"{FID}_test", "metric/copies_classifier"), "lower")
+    higher = ("metric/classes_found", "metric/precision_classifier", "metric/recall_classifier")
+    wanted |= dict.fromkeys(higher, "higher")
     logged = {tag: ways[tag] for line in lines for tag in line if tag in ways}
-    assert logged == dict.fromkeys(lower, "lower") | dict.fromkeys(higher, "higher")  # not diversity, floor, losses
+    assert logged == {f"{tag}{end}": way for tag, way in wanted.items() for end in ("", "_final")}
     named = ("_floor", "_test")
     alike = {tag for tag in step if "/g" in tag or tag == "discriminator/fake" or tag.endswith("_max")}
     also = {"metric/inception_score_classifier", "metric/kid_classifier"}
