@@ -168,8 +168,8 @@ class Evaluator:
             predicted = logits[index].argmax(1)
             tiles.append(images.images[index])
             captions += [names[label] for label in predicted.tolist()]
-            right = None if images.labels is None else predicted == images.labels[index]
-            verdicts += ["open"] * len(index) if right is None else ["right" if hit else "wrong" for hit in right]
+            hits = [None] * len(index) if images.labels is None else (predicted == images.labels[index]).tolist()
+            verdicts.extend("open" if hit is None else "right" if hit else "wrong" for hit in hits)
         sheet = captioned_sheet(torch.cat(tiles), captions, verdicts)
         context.log.image(context.step, "samples/predictions", sheet)
         save_png(sheet, context.folder / "samples" / "predictions.png")
