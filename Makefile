@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= runs
+SCALE ?= small
+CORES ?= $(shell nproc)
 # A process for each core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full mutants constraints tensorboard bench clean
+.PHONY: help train test test-full paper mutants constraints tensorboard bench clean
 
 help:
 	@echo "make train        set up .venv when needed, train a GAN on real digits and measure its FID"
 	@echo "make test         set up .venv when needed, run ruff, basedpyright and pytest"
 	@echo "make test-full    run all of pytest: every shape and type of the kernels, every way to interrupt a run"
+	@echo "make paper        run the paper's experiments, SCALE=smoke, small or full, and write a page of verdicts"
 	@echo "make mutants      put 300 faults into a copy of the code and count those that the tests notice"
 	@echo "make constraints  write down anew which versions train and test install"
 	@echo "make tensorboard  show the runs on http://127.0.0.1:6006"
@@ -39,6 +42,10 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(PYTEST) -m "" --durations 10 $(ARGS)
+
+paper: $(STAMP)
+	$(BIN)/snakemake -s workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --quiet rules \
+		--config study=workflow/$(SCALE).yaml $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants $(ARGS)

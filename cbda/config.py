@@ -14,7 +14,7 @@ from common.data.names import DATA_SETS
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.registry import kinds
-from common.runtime.fields import MAY_CHANGE, named
+from common.runtime.fields import MAY_CHANGE
 from common.runtime.paths import texts_to_paths
 from common.train.config import RunConfig, ScheduleConfig
 
@@ -26,7 +26,7 @@ class DomainConfig:
     """One of the two domains' images."""
 
     domain: ClassVar[str]
-    name: str = field(default="digits", metadata=named(DATA_SETS.names))
+    name: str = field(default="digits", metadata={"names": DATA_SETS.names})
     """A data set: digits, digits_m, imagefolder (your own images, one sub-folder a class), mnist, mnist_m,
     svhn, cifar10, cifar100, tiny_imagenet, oxford_pet (docs/data.md)."""
     root: Path | None = field(default=None, metadata=MAY_CHANGE)
@@ -84,7 +84,7 @@ class TargetConfig(DomainConfig):
     """The domain without labels; those that it has are used to measure, and by labels_per_class N to learn from."""
 
     domain: ClassVar[str] = "target"
-    name: str = field(default="digits_m", metadata=named(DATA_SETS.names))
+    name: str = field(default="digits_m", metadata={"names": DATA_SETS.names})
     """As source.name; imagefolder also takes a folder of images without sub-folders, which needs no labels anywhere."""
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from common.data.names import DATA_SETS, OPTIONAL
 from common.runtime.errors import UsageError
-from common.runtime.fields import MAY_CHANGE, named
+from common.runtime.fields import MAY_CHANGE
 from common.runtime.paths import texts_to_paths
 
 
@@ -21,7 +21,7 @@ class DataConfig:
         ValueError: if a value is out of range, or a setting is given to a data set that has no use for it.
     """
 
-    name: str = field(default="digits", metadata=named(DATA_SETS.names))
+    name: str = field(default="digits", metadata={"names": DATA_SETS.names})
     """digits: 1,200 real handwritten digits, nothing to download; digits_m: 597 others blended with
     photographs; imagefolder: your own images, in one folder or one sub-folder a class; mnist_m: MNIST
     blended with photographs; the others as published (docs/data.md), or a set of your own (register_data_set)."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -184,6 +184,16 @@ def floor(run: LoggedRun, tag: str) -> float | None:
     return next((line[tag] for line in run.lines if line.get(tag) is not None), None)
 
 
+class Measured(Protocol):
+    """What says how values were measured: a run's folder, or its row of results."""
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def settings(self) -> dict[str, Any]: ...  # noqa: D102
+
+
 _OF_FEATURES = tuple(
     f"metric/{name}_"
     for name in ("kid", "inception_score", "precision", "recall", "copies", "train_gap", "class", "classes")
@@ -191,7 +201,7 @@ _OF_FEATURES = tuple(
 """Beginnings of the tags of what else is computed of a FID's features."""
 
 
-def measured_by(run: LoggedRun, tags: Sequence[str]) -> dict[str, Any]:
+def measured_by(run: Measured, tags: Sequence[str]) -> dict[str, Any]:
     """Return what of a run's protocol these tags depend on, and the numbers of samples."""
     protocol, names = run.protocol, set()
     if any(tag.startswith(("metric/", "loss/test")) for tag in tags):

@@ -66,16 +66,29 @@ def paired_difference(
     if not all(map(math.isfinite, differences)):
         bad = next(seed for seed, value in zip(seeds, differences, strict=True) if not math.isfinite(value))
         raise ValueError(f"seed {bad}: expected finite values, got {treated[bad]} and {control[bad]}")
+    mean, low, high = mean_interval(differences)
     count = len(seeds)
-    mean = math.fsum(differences) / count if count else math.nan
     if count < 2:
-        return Difference(mean, math.nan, math.nan, 1.0, seeds)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in differences) / (count - 1) / count)
+        return Difference(mean, low, high, 1.0, seeds)
+    error = (high - mean) / _reach(count)
     if not error:  # all pairs differ by the same
-        return Difference(mean, mean, mean, float(mean == 0), seeds)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
-    return Difference(mean, mean - reach, mean + reach, p, seeds)
+        return Difference(mean, low, high, float(mean == 0), seeds)
+    return Difference(mean, low, high, 2 * float(stats.t.sf(abs(mean) / error, count - 1)), seeds)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean and the ends of its 95 % interval by Student's t; nan without values, no ends of a single one."""
+    count = len(values)
+    mean = math.fsum(values) / count if count else math.nan
+    if count < 2:
+        return mean, math.nan, math.nan
+    reach = _reach(count) * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return mean, mean - reach, mean + reach
+
+
+def _reach(count: int) -> float:
+    """Return how many standard errors the interval of a mean of ``count`` values reaches to either side."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

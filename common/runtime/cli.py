@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from common.runtime.errors import UsageError
 from common.runtime.fields import names_of
 from common.runtime.paths import expanded
-from common.runtime.plugins import MissingPlugin, load_plugins
+from common.runtime.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -58,15 +58,10 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None =
         UsageError: one line, for anything wrong in a file or flag.
         SystemExit: with status 0, after ``--help`` or ``--print_config``.
     """
-    try:
-        values = read(cls, argv, prog=prog)
-        if isinstance(plugins := values.get("plugins"), list):
-            load_plugins(plugins)
-        return _build(cls, values)
-    except MissingPlugin as error:
-        raise MissingPlugin(_printable(str(error))) from error
-    except UsageError as error:
-        raise UsageError(_printable(str(error))) from None
+    values = read(cls, argv, prog=prog)
+    if isinstance(plugins := values.get("plugins"), list):
+        load_plugins(plugins)
+    return _build(cls, values)
 
 
 def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = None) -> dict[str, Any]:
@@ -85,8 +80,6 @@ def read(cls: type, argv: Sequence[str] | None = None, *, prog: str | None = Non
         raise UsageError("config: a YAML file refers to itself; expected plain values") from None
     except (AttributeError, IndexError):  # of flags, jsonargparse reads some without the loader above
         raise UsageError(_MISFIT) from None
-    except UsageError as error:  # it quotes what was given, which may hold anything
-        raise UsageError(_printable(str(error))) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -122,11 +115,7 @@ def configurations(application: str) -> dict[str, Path]:
 
 
 def _with_own_files(argv: Sequence[str], application: str) -> list[str]:
-    """Put the file in the place of each ``--config NAME`` that is no file here, but an application's own by name.
-
-    Raises:
-        UsageError: where there is neither, naming those that exist.
-    """
+    """Replace each ``--config NAME`` that is no file by the application's own configuration of that name."""
     found, own = list(argv), configurations(application)
     for i, argument in enumerate(argv):
         if argument.startswith("--config="):
@@ -157,7 +146,7 @@ def _parser(cls: type, prog: str | None) -> "_Parser":
         help="a YAML file, or one of the command's own by its name; may be given again, the later wins",
     )
     parser.add_class_arguments(cls)
-    names = dict(names_of(cls))
+    names = names_of(cls)
     for action in parser._actions:
         if action.dest in names:
             action.metavar = f"{{{','.join(names[action.dest])}}}"
@@ -188,7 +177,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = _MISFIT if type(ex) is KeyError else " ".join(message.split())
         if match := re.match(r"unrecognized arguments: ([^ =]+)", line):
-            line = f"{match[1]}: no such option{_hint(match[1], self._names('--'))}"
+            line = f"{match[1]}: no such option{_hint(match[1], self._names())}"
         line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)  # int
         line = re.sub(r'Parser key "([^"]+)"', r"\1", line)
         raise UsageError(f"config: {self._file}: {line}" if self._file else line) from None
@@ -213,25 +202,19 @@ class _Parser(ArgumentParser):
         known = self._names()
         for key, value in values.items():
             name = f"{prefix}{key}"
-            if name not in known:
-                self.error(f"{name}: no such setting{_hint(name, known)}")
+            if f"--{name}" not in known:
+                self.error(f"{name}: no such setting{_hint(f'--{name}', known)}")
             if isinstance(value, Mapping):
                 self._refuse_unknown(value, f"{name}.")
 
-    def _names(self, dashes: str = "") -> list[str]:
-        options = [option for action in self._actions for option in action.option_strings]
-        return [dashes + option[2:] for option in options if option.startswith("--")]
+    def _names(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
 def _expand(value: Any, name: str) -> Any:
     if isinstance(value, list):
         return [_expand(each, name) for each in value]
     return expanded(value, name) if isinstance(value, Path) else value
-
-
-def _printable(text: str) -> str:
-    """Escape what would break the line or move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
@@ -242,30 +225,12 @@ def shown(value: object) -> str:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """Return the few known names that a wrong one may stand for: another spelling, or words of one."""
-    words = _words(name)
-    alike = {other: _likeness(words, _words(other)) for other in known}
-    near = [max(alike, key=lambda other: alike[other])]
-    if alike[near[0]] < _LIKE:
-        near = [other for other in known if f".{'.'.join(words)}." in f".{'.'.join(_words(other))}."]
-    return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= _MOST_HINTS else "; see --help"
-
-
-_LIKE = 0.75
-"""Share of letters that two spellings of one word have in common, in order; two letters swapped in four are this."""
-_MOST_HINTS = 3
-
-
-def _words(name: str) -> list[str]:
-    """Return ["fid", "batch", "size"] of --fid.batch-size."""
-    return re.split(r"[-_.]", name.lstrip("-"))
-
-
-def _likeness(words: list[str], others: list[str]) -> float:
-    """Return how alike two names are, 0 to 1: as much as the words in which they are least so."""
-    if len(words) != len(others):
-        return 0.0
-    return min(difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(words, others, strict=True))
+    """Suggest the known name that is spelt alike, or the few that a wrong one is a word of."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if not near:
+        word = re.compile(rf"\b{re.escape(name.lstrip('-'))}\b")
+        near = [other for other in known if word.search(other.replace("_", "-"))]
+    return f"; did you mean {' or '.join(near)}?" if 0 < len(near) <= 3 else "; see --help"
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -288,7 +253,3 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         return cls(**arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except RuntimeError as error:  # a configuration may build a layer to see whether it can be
-        if "allocate" not in str(error):
-            raise
-        raise UsageError(f"{prefix.rstrip('.') or 'config'}: these sizes need more memory than there is") from None

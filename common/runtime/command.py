@@ -58,16 +58,11 @@ class StopRequest:
         if self.signum is not None:
             return
         self.signum = signum
-        if os.environ.get("RANK", "0") != "0":
-            return
         again = "; again to stop at once" if signum in _AGAIN else ""
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(
-                f"\n{signal.Signals(signum).name}: finishing this step and saving{again}", file=sys.stderr, flush=True
-            )
-
-    def __bool__(self) -> bool:
-        return self.signum is not None
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                line = f"\n{signal.Signals(signum).name}: finishing this step and saving{again}"
+                print(line, file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
@@ -87,23 +82,22 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             raise
         sys.stdout.flush()  # a disk that is full only now is reported like any other
     except UsageError as error:
-        _leave(f"error: {error}", 4 if _full_disk(error) else 2, any_rank=isinstance(error, RankError))
+        _fail(str(error), 4 if _full_disk(error) else 2, any_rank=isinstance(error, RankError))
     except NonFiniteError as error:
-        _leave(f"error: {error}", 3)
+        _fail(str(error), 3)
     except Stopped as stop:
         _leave(str(stop), 128 + stop.signum)
     except BrokenPipeError:
         _leave("", 128 + signal.SIGPIPE)
     except (OSError, RuntimeError) as error:
         if (full := _full_disk(error)) is not None:
-            _leave(f"error: {full}; make room, then start again (a run goes on with --resume)", 4)
+            _fail(f"{full}; make room, then start again (a run goes on with --resume)", 4)
         if isinstance(error, OSError):
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-                _leave(f"error: {error.filename}: {error.strerror}; expected a place open to this user", 2)
-            raise
-        if (line := _foreseen(error)) is None:
-            raise
-        _leave(f"error: {line}", 1, any_rank=True)
+                _fail(f"{error.filename}: {error.strerror}; expected a place open to this user", 2)
+        elif (line := _foreseen(error)) is not None:
+            _fail(line, 1, any_rank=True)
+        raise
     except KeyboardInterrupt:
         _leave("stopped at once; the last checkpoint stands", 130)
     sys.exit(0)
@@ -148,6 +142,12 @@ def _unless_the_disk_is_full(thread: threading.ExceptHookArgs) -> None:
     """Report what ended a thread, but for a full disk: TensorBoard's writer raises that again where it is used."""
     if _full_disk(thread.exc_value) is None:
         threading.__excepthook__(thread)
+
+
+def _fail(line: str, status: int, *, any_rank: bool = False) -> NoReturn:
+    """Print one line, in which whatever would break it or move a terminal's cursor is escaped."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    _leave(f"error: {plain}", status, any_rank=any_rank)
 
 
 def _leave(line: str, status: int, *, any_rank: bool = False) -> NoReturn:

@@ -35,10 +35,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's number of CPU threads; 0 takes torch's own choice, or a container's share of the processors if less.
+    """Set torch's number of CPU threads; 0 takes torch's own choice, or a container's CPU quota if that is less.
 
-    Torch counts the processors it may run on. A quota takes time away instead: more threads than it allows then wait
-    for each other while they are stopped.
+    Torch counts processors and knows no quotas; more threads than a quota feeds wait for each other.
     """
     quota = None if threads else cpu_quota()
     if quota is not None:
@@ -48,11 +47,11 @@ def set_threads(threads: int) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Keep what a step frees for the next one, which wants as much again, and say whether the C library can.
+    """Keep what a step frees for the next one, which needs as much again; return whether the C library can.
 
-    glibc gives freed memory back at the end of every step and gets it anew, page by page and each zeroed, in the next:
-    a tenth of a small network's step on a CPU. Blocks above 256 MiB, such as data sets, still go back. Where the
-    environment says how glibc is to allocate, that holds.
+    glibc returns freed memory at the end of every step and gets it again, each page zeroed, in the next: a tenth of a
+    small network's step on a CPU. Blocks above 256 MiB, such as data sets, are still returned. Settings of glibc in the
+    environment have precedence.
     """
     if os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}:
         return False
@@ -64,13 +63,10 @@ def keep_freed_memory() -> bool:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return how many processors' time this process's control groups allow it; None where they set no limit.
+    """Return how many CPUs this process's control groups allow it; None without a limit.
 
-    Read are the process's group of version 2 with the groups above it, whose limits hold too, and the top group of
-    version 1, which in a container is the container's own.
-
-    Args:
-        root: what holds ``proc`` and ``sys``.
+    Reads the process's group of version 2 and those above it, and the top group of version 1, which in a container is
+    its own. ``root`` holds ``proc`` and ``sys``.
     """
     top, version_1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/cpu"
     group = top / _text(root / "proc/self/cgroup").rpartition("0::/")[2].removesuffix("\n")

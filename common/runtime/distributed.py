@@ -43,10 +43,6 @@ class Env:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Say whether the flag is true on any rank (waits for all)."""
-        return self.largest(int(flag)) > 0
-
     def largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers (waits for all)."""
         if self.world == 1:
@@ -213,13 +209,13 @@ def _stop_with_torchrun() -> None:
 
 def smallest_over_ranks(numbers: Tensor) -> None:
     """Replace each number by its smallest over ranks, in place; the device does not wait. Nothing happens alone."""
-    if torch_dist.is_available() and torch_dist.is_initialized():
+    if torch_dist.is_initialized():
         torch_dist.all_reduce(numbers, torch_dist.ReduceOp.MIN)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Return the mean over ranks of a tensor without gradient; the device does not wait. Alone, the tensor itself."""
-    if not (torch_dist.is_available() and torch_dist.is_initialized()):
+    if not torch_dist.is_initialized():
         return values
     total = values.clone()
     torch_dist.all_reduce(total)

@@ -9,12 +9,8 @@ from common.runtime.errors import UsageError
 def expanded(path: Path | str, field: str) -> Path:
     """Return a path with its ``~`` or ``~user`` replaced by a home folder.
 
-    Args:
-        path: what was given.
-        field: the setting or flag that it was given for.
-
     Raises:
-        UsageError: if there is no such user, or it has no home.
+        UsageError: naming ``field``, the setting it was given for, if there is no such user or home.
     """
     try:
         return Path(path).expanduser()
@@ -24,20 +20,14 @@ def expanded(path: Path | str, field: str) -> Path:
 
 
 def texts_to_paths(config: object) -> None:
-    """Replace texts that a frozen dataclass was given for paths, as ``DataConfig(root="photos")``; in __post_init__."""
+    """Turn texts that a frozen dataclass was given for paths into paths, as ``DataConfig(root="photos")``."""
     for name, hint in typing.get_type_hints(type(config)).items():
         if Path in (hint, *typing.get_args(hint)) and isinstance(value := getattr(config, name), str):
             object.__setattr__(config, name, Path(value))
 
 
 def refuse_overwriting(*paths: Path, force: bool, field: str = "out") -> None:
-    """Raise UsageError if one of the files to be written exists, unless ``--force`` allows to replace it.
-
-    Args:
-        paths: the files.
-        force: the command's setting.
-        field: the setting that says where they go.
-    """
+    """Raise UsageError, naming ``field``, the setting of their place, if files exist and ``--force`` is not given."""
     for path in paths:
         if path.exists() and not force:
             raise UsageError(f"{field}: {path} exists; add --force to replace it, or take another --{field}")

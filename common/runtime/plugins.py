@@ -38,7 +38,8 @@ def installed_plugins() -> dict[str, str]:
 
 
 def _owner(entry: EntryPoint) -> tuple[str, str]:
-    return ("an unknown package", "") if entry.dist is None else (entry.dist.name, entry.dist.version)
+    assert entry.dist is not None  # as of every entry point that was found
+    return entry.dist.name, entry.dist.version
 
 
 def _load(module: str, remedy: str) -> None:

@@ -29,8 +29,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, tensors placed on ``device``.
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors on the CPU.
 
     Every record's CRC-32 is compared first, which finds truncation and single flipped bits; only tensors and
     plain values are unpickled.
@@ -43,7 +43,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (record := archive.testzip()) is not None:
                 raise DamagedCheckpoint(f"{path}: checksum of {record} is wrong")
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
         raise DamagedCheckpoint(f"{path}: {reason}") from None
@@ -80,18 +80,17 @@ def load_weights(path: Path, networks: Mapping[str, nn.Module], averages: Mappin
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ``keep`` and the best.
+    """The checkpoints of one run: the newest two and the best.
 
     Files are ``step-00000900.pt``, ``best.pt`` and, for epochs that are kept, ``epoch-0025.pt`` in ``folder``.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep = keep
 
     @property
     def best(self) -> Path:
-        """Path of the best checkpoint (it may not exist yet)."""
+        """The file of the best checkpoint (it may not exist yet)."""
         return self.folder / "best.pt"
 
     def paths(self) -> list[Path]:
@@ -107,21 +106,21 @@ class Checkpoints:
         keep: Iterable[int | None] = (),
         epoch: int | None = None,
     ) -> Path:
-        """Write the checkpoint of a step, and remove what is no longer kept.
+        """Write the checkpoint of a step, and remove those that are no longer kept.
 
         Args:
-            step: the step.
-            state: what it holds.
-            best: keep it as the best one too.
+            step: steps done.
+            state: as `TrainState.state_dict` returns it.
+            best: write it as best.pt too.
             keep: steps whose checkpoints stay, however old.
-            epoch: keep it for good as that of this epoch too.
+            epoch: write it as this epoch's too, which stays for good.
         """
         path = self.path(step)
         save(path, state)
         for copy in ([self.best] if best else []) + ([] if epoch is None else [self.of_epoch(epoch)]):
             with path.open("rb") as source:
                 write_atomic(copy, lambda file, source=source: shutil.copyfileobj(source, file))
-        kept = {*self.paths()[-self.keep :], *(self.path(step) for step in keep if step is not None)}
+        kept = {*self.paths()[-2:], *(self.path(step) for step in keep if step is not None)}
         for old in self.paths():
             if old not in kept:
                 old.unlink()
@@ -134,11 +133,11 @@ class Checkpoints:
                 path.unlink()
 
     def path(self, step: int) -> Path:
-        """Return where the checkpoint of a step is."""
+        """Return the file of a step's checkpoint."""
         return self.folder / f"step-{step:08d}.pt"
 
     def of_epoch(self, epoch: int) -> Path:
-        """Return where the checkpoint of an epoch that is kept is."""
+        """Return the file of a kept epoch's checkpoint."""
         return self.folder / f"epoch-{epoch:04d}.pt"
 
     def epochs(self) -> list[int]:
@@ -150,9 +149,7 @@ class Checkpoints:
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
 
-    def load_latest(
-        self, step: int | None = None, device: torch.device | str = "cpu"
-    ) -> tuple[dict[str, Any] | None, list[str]]:
+    def load_latest(self, step: int | None = None) -> tuple[dict[str, Any] | None, list[str]]:
         """Read the newest checkpoint that is whole, of those up to a step if one is given.
 
         Returns:
@@ -166,7 +163,7 @@ class Checkpoints:
             if step is not None and path > self.path(step):
                 continue
             try:
-                return load(path, device), reports
+                return load(path), reports
             except DamagedCheckpoint as error:
                 reports.append(f"damaged checkpoint passed over: {error}")
         if reports:

@@ -25,11 +25,11 @@ NOT_STORED = ("name", "out", "resume", "dry_run")
 """Settings that say how to call a run, not what it computes; config.yaml leaves them out."""
 
 
-def _check_least(values: dict[str, tuple[float, float]]) -> None:
-    """Raise ValueError for the first value, given with its least, that is below it."""
-    for name, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{name}: expected {'0 or more' if not least else f'at least {least}'}, got {value}")
+def _check_least(least: int, values: Mapping[str, float | None]) -> None:
+    """Raise ValueError for the first value, by its setting's name, below ``least``."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected {f'at least {least}' if least else '0 or more'}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,7 @@ class ScheduleConfig:
             raise ValueError(f"schedule.milestones: expected rising epochs from 1 on, got {self.milestones}")
         if self.factor <= 0:
             raise ValueError(f"schedule.factor: expected more than 0, got {self.factor}")
-        if self.epoch_steps is not None:
-            _check_least({"schedule.epoch_steps": (self.epoch_steps, 1)})
+        _check_least(1, {"schedule.epoch_steps": self.epoch_steps})
         if not 0 <= self.floor <= 1:
             raise ValueError(f"schedule.floor: expected 0 to 1, got {self.floor}")
 
@@ -79,7 +78,7 @@ class BestConfig:
     """Allow a value measured on test images; the run is then marked as chosen by test images."""
 
     def __post_init__(self) -> None:
-        _check_least({"best.patience": (self.patience, 0)})
+        _check_least(0, {"best.patience": self.patience})
 
     @property
     def used(self) -> bool:
@@ -102,7 +101,7 @@ class GuardConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"guard.lr_factor: expected more than 0 and at most 1, got {self.lr_factor}")
-        _check_least({"guard.max_rewinds": (self.max_rewinds, 0)})
+        _check_least(0, {"guard.max_rewinds": self.max_rewinds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ class RecalibrateConfig:
     """Images of these at once: the more, the nearer to what layers are fed in evaluation."""
 
     def __post_init__(self) -> None:
-        _check_least({f"recalibrate.{name}": (getattr(self, name), 2) for name in ("images", "batch_size")})
+        _check_least(2, {"recalibrate.images": self.images, "recalibrate.batch_size": self.batch_size})
 
     @property
     def protocol(self) -> str:
@@ -200,14 +199,11 @@ class RunConfig:
             raise ValueError(f"name: expected a plain folder name, got {self.name!r}")
         if self.resume and self.name is None:
             raise ValueError("resume: which run? Give its --name")
-        names = ("epochs", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every")
-        _check_least({name: (getattr(self, name), 1) for name in names})
-        _check_least({"evaluate_every": (self.evaluate_every, self.least_evaluate_every)})
-        _check_least({name: (getattr(self, name), 0) for name in ("seed", "threads", "weight_decay")})
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size: expected at least 2 for batch statistics, got {self.batch_size}")
-        if self.steps_per_epoch is not None:
-            _check_least({"steps_per_epoch": (self.steps_per_epoch, 1)})
+        counts = ("epochs", "grad_accum_steps", "log_every", "checkpoint_every", "steps_per_epoch")
+        _check_least(1, {name: getattr(self, name) for name in counts})
+        _check_least(2, {"batch_size": self.batch_size})  # batch statistics
+        _check_least(self.least_evaluate_every, {"evaluate_every": self.evaluate_every})
+        _check_least(0, {name: getattr(self, name) for name in ("seed", "threads", "weight_decay")})
         if min(self.checkpoint_keep, default=1) < 1:
             raise ValueError(f"checkpoint_keep: expected epochs from 1 on, got {self.checkpoint_keep}")
         for name in ("lr", "grad_clip_norm"):
@@ -264,8 +260,10 @@ def resume_config(cls: type[C], argv: Sequence[str] | None, path: Path) -> C:
         config = parse(cls, given)
     except MissingPlugin:
         raise
-    except UsageError:  # what a changed setting makes of the others would hide that it may not change
-        _refuse_changes(cls, before, _asked(cls, given), free)
+    except UsageError:  # that a setting may not change comes before what its change makes of other settings
+        asked = {name: value for name, value in flatten(read(cls, given)) if value is not None and name != "config"}
+        paths = {name: str(expanded(value, name)) for name, value in asked.items() if isinstance(value, Path)}
+        _refuse_changes(cls, before, asked | paths, free)
         raise
     _refuse_changes(cls, before, dict(flatten(to_dict(config.resolved()))), free)
     with contextlib.suppress(OSError, ValueError, KeyError):  # of a run that has no summary yet
@@ -293,12 +291,6 @@ def stored_config(cls: type[C], path: Path) -> C:
             ) from error
         place = "" if str(file) in str(error) else f"config: {file}: "
         raise UsageError(f"{place}{error}; restore the file as the run wrote it") from None
-
-
-def _asked(cls: type[RunConfig], given: Sequence[str]) -> dict[str, Any]:
-    """Return what files and flags say, by dotted name, whether or not it makes a configuration; no nulls."""
-    values = {name: value for name, value in flatten(read(cls, given)) if value is not None and name != "config"}
-    return {name: str(expanded(value, name)) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _refuse_changes(cls: type[RunConfig], before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:

@@ -79,7 +79,7 @@ class StepGuard:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if scaler.is_enabled():
             self._scalers[term] = scaler
-            # GradScaler decides for itself whether to step; a NaN tells it of a bad loss.
+            # GradScaler decides for itself whether to step: a NaN makes a bad loss skip it.
             gradients[0].add_(torch.where(self._first == _ALL_WELL, 0.0, math.nan))
             scaler.unscale_(optimizer)
         norm = get_total_norm(gradients)
@@ -107,7 +107,7 @@ class StepGuard:
         return self._first == _ALL_WELL
 
     def reset(self) -> None:
-        """Forget what was not finite: the state before it has been restored."""
+        """Clear the flag, after an earlier state has been restored."""
         self._first.fill_(_ALL_WELL)
 
     def check(self) -> None:

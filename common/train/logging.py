@@ -30,16 +30,15 @@ GROUPS = {
     "time": "7_time",
     "health": "9_health",
 }
-"""TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the names as they are. A part of a
-group, or one tag, may have a place of its own."""
+"""TensorBoard sorts its groups by name and opens the first two; metrics.jsonl keeps the plain names."""
 _ASIDE = {
-    # what a run is about: the first card
+    # the result that matters most: the first card
     "0_headline": re.compile(
         r"metric/(accuracy|gain|target_accuracy|fid_(?!\w*_(test|train|floor|centre|low|high|infinity|raw|final)$)\w+)"
     ),
-    # what the same images are taken for in another way
+    # the same images with another cluster named
     "8_by_cluster": re.compile(r"metric/\w+_as_\w+"),
-    # what says nearly the same as an accuracy
+    # nearly the same as an accuracy
     "4_averages": re.compile(r"metric/\w+_weighted_\w+"),
     # a distance and its floor come first, what explains them below
     "4_quality": re.compile(
@@ -47,7 +46,7 @@ _ASIDE = {
         rf"|fid_\w+_(centre|low|high|infinity|raw)({FINAL})?)"
     ),
 }
-"""Results by the group they have in place of their own."""
+"""Results that have another group than 1_result."""
 
 
 def chart_name(tag: str) -> str:
@@ -66,12 +65,12 @@ class Log:
 
     Args:
         folder: the run's folder.
-        step: the step the run goes on from; TensorBoard drops what older event files say about later steps.
-        position: length of metrics.jsonl, in bytes, when the checkpoint of that step was written; what follows
-            is cut away, since those steps will be run and logged again.
+        step: the step to resume from; TensorBoard drops later steps of older event files.
+        position: the length of metrics.jsonl, in bytes, at the checkpoint of that step; the rest is cut off, since
+            those steps will be run and logged again.
         settings: the run's settings by dotted name, for TensorBoard's pages of text and hyperparameters.
-        results: tags that those hyperparameters are shown with.
-        active: False for a rank that writes nothing; its log takes everything and keeps none of it.
+        results: tags to list with those hyperparameters.
+        active: False for ranks that write nothing.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Log:
                 self._show(settings, results)
 
     def _show(self, settings: Mapping[str, Any], results: Sequence[str]) -> None:
-        """Put settings on the pages of text and hyperparameters; add_hparams would make a run of its own for them."""
+        """Write settings as text and hyperparameters; add_hparams would make a run of its own for them."""
         from torch.utils.tensorboard.summary import hparams  # noqa: PLC0415 - as above
 
         self._events.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
@@ -127,11 +126,11 @@ class Log:
     def charts(
         self, charts: Mapping[str, Sequence[str]], bands: Mapping[str, tuple[str, str, str]] | None = None
     ) -> None:
-        """Show several scalars in one chart a title (TensorBoard's custom scalars page); the last call holds.
+        """Lay out TensorBoard's custom scalars page; the last call holds.
 
         Args:
-            charts: tags by title, a line each.
-            bands: a value's tag, and those of its lower and upper end, by title: a line in a band.
+            charts: tags by title, each a line in that chart.
+            bands: by title, the tags of a line and of the lower and upper end of a band around it.
         """
         if self._active:
             # TensorBoard takes a line's tag for the beginning of a regular expression's match.
@@ -147,11 +146,7 @@ class Log:
                 self._events.add_image(chart_name(tag), image, step)
 
     def sync(self) -> int:
-        """Put everything logged so far on the disk, so that no checkpoint outlives its log.
-
-        Returns:
-            The length of metrics.jsonl in bytes, which belongs into that checkpoint.
-        """
+        """Flush everything to disk before a checkpoint, and return the length of metrics.jsonl in bytes."""
         if not self._active:
             return 0
         with naming(self._path):
@@ -173,7 +168,7 @@ class Log:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read a run's metrics.jsonl, a dict a line; a last line cut short by a crash is left out."""
+    """Read a run's metrics.jsonl, a dict a line, up to a line that a crash cut short."""
     lines: list[dict[str, Any]] = []
     for text in (folder / METRICS).read_text(encoding="utf-8").splitlines():
         try:
@@ -190,24 +185,21 @@ def listed(values: dict[str, float | None]) -> str:
 
 
 class Means:
-    """Running means of named scalars, added up on the device and read when they are logged.
-
-    Its state belongs into a checkpoint, so that a run stopped between two log lines writes the same next one.
-    """
+    """Running means of named scalars, added up on the device and read when they are logged."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's values, detached scalars on any device; no waiting. A name that is missing is not counted."""
+        """Add one step's scalars; the device does not wait. Names may differ from step to step."""
         for name, value in values.items():
             now = value.detach().float()
             self._sums[name] = self._sums[name].to(now.device) + now if name in self._sums else now
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float]:
-        """Return the means since the last call and start anew (waits for the device)."""
+        """Return each name's mean over the steps that had it since the last call (waits for the device)."""
         if not self._counts:
             return {}
         sums = torch.stack(list(self._sums.values())).tolist()  # one transfer for all
@@ -220,6 +212,6 @@ class Means:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over sums and counts; sums read from a file join the device of the next value."""
+        """Load sums and counts."""
         self._sums = dict(state["sums"])
         self._counts = dict(state["counts"])

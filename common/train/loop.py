@@ -50,17 +50,12 @@ def train(kind: type[Task[Any]], argv: Sequence[str] | None = None) -> None:
 def make_task(
     kind: type[Task[Any]], cfg: RunConfig, images: Mapping[str, ImageSet], context: TrainContext
 ) -> Task[Any]:
-    """Construct a task; subclasses take a configuration, images and a context alone."""
+    """Construct a task."""
     return kind(cfg, images, context)  # pyright: ignore[reportCallIssue]
 
 
 class _Collapsed(Exception):
-    """The run is to go back to its last checkpoint; the message is why.
-
-    Args:
-        cause: what is wrong.
-        evaluated: the last checkpoint may hold it already; go back to the last one that was evaluated.
-    """
+    """The run is to go back to its last checkpoint, or if that may have collapsed too, to the last evaluated one."""
 
     def __init__(self, cause: str, *, evaluated: bool = False) -> None:
         super().__init__(cause)
@@ -147,18 +142,18 @@ class Trainer:
             print(closing_lines(self.task, self.folder, self.state.run, self.layer_warnings))
 
     def finished(self) -> bool:
-        """Say whether nothing is left to do: all epochs are done, or enough of them brought nothing better."""
+        """Return whether all epochs are done, or patience is over."""
         run, patience = self.state.run, self.cfg.best.patience
         enough = bool(patience) and run.epochs_without_improvement >= patience
         return not self.evaluation_due() and (run.epoch >= self.cfg.epochs or enough)
 
     def evaluation_due(self) -> bool:
-        """Say whether the networks are to be evaluated as they are now."""
+        """Return whether the networks are to be evaluated now."""
         run = self.state.run
         return run.last_evaluated < run.epoch and self.task.should_evaluate(run.epoch)
 
     def checkpoint_due(self) -> bool:
-        """Say whether a checkpoint is scheduled after this epoch."""
+        """Return whether a checkpoint is scheduled after this epoch."""
         epoch, cfg = self.state.run.epoch, self.cfg
         return epoch >= cfg.epochs or epoch % cfg.checkpoint_every == 0 or epoch in cfg.checkpoint_keep
 
@@ -194,7 +189,7 @@ class Trainer:
             self.warn(line, once_for=line.split(":")[0])
 
     def train_step(self, batches: list[dict[str, Batch]]) -> None:
-        """Do one step; nothing that is not finite changes anything, and the guard remembers it."""
+        """Do one step."""
         state, run, cfg, steps = self.state, self.state.run, self.cfg, len(self.task.loader)
         factor = schedule_factor(cfg.schedule, run.step, steps, cfg.epochs)
         self.learning_rate = state.set_learning_rates(factor * cfg.guard.lr_factor ** len(run.rewinds))
@@ -258,7 +253,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def recalibrated(self, context: EvalContext) -> Iterator[None]:
-        """Estimate anew what the evaluated networks store, on all ranks alike, and undo that after the block."""
+        """Re-estimate the evaluated networks' statistics inside the block, the same on all ranks."""
         with contextlib.ExitStack() as stack:
             for name in self.task.evaluated:
                 network = self.task.evaluated_networks[name]
@@ -269,7 +264,7 @@ class Trainer:
             yield
 
     def is_best(self, values: Mapping[str, float]) -> bool:
-        """Note the value that epochs are chosen by, and say whether it is the best so far."""
+        """Note the value that epochs are chosen by, and return whether it is the best so far."""
         if self.selection is None or self.selection[0] not in values:
             return False
         run, (tag, metric) = self.state.run, self.selection
@@ -280,7 +275,7 @@ class Trainer:
         return False
 
     def handle_collapse(self, values: Mapping[str, float], reads: Literal["steps", "evaluation"]) -> None:
-        """Do with a collapsed run what its guard says, if a detector finds that these values show one."""
+        """Warn, stop or rewind, as ``guard.action`` says, if a detector finds a collapse in these values."""
 
         def detect() -> tuple[str, str] | None:
             for detector in self.task.detectors:
@@ -303,7 +298,7 @@ class Trainer:
         self.warn(f"{line}; try {remedy}", once_for="collapse")
 
     def rewind(self, cause: str, *, evaluated: bool) -> None:
-        """Go back to the last checkpoint; what is drawn from there on has another seed, else all would repeat."""
+        """Go back to an earlier checkpoint, with another seed for later draws, else all would repeat."""
         run, rewinds = self.state.run, list(self.state.run.rewinds)
         if len(rewinds) >= self.cfg.guard.max_rewinds:
             raise NonFiniteError(f"collapsed in step {run.step} after {len(rewinds)} rewinds: {cause}")
@@ -322,7 +317,7 @@ class Trainer:
         self.warn(f"rewound to step {self.state.run.step}: {cause}; learning rates are now {lr:g} of the first")
 
     def save(self, *, scheduled: bool = False, best: bool = False) -> None:
-        """Save; scheduled checkpoints lie where those of an undisturbed run do, so that rewinds go back to the same."""
+        """Save a checkpoint; rewinds go back to scheduled ones, which do not depend on interruptions."""
         run = self.state.run
         if scheduled:
             run.last_checkpoint = run.step
@@ -334,7 +329,7 @@ class Trainer:
             self.checkpoints.save(run.step, state, best=best, keep=keep, epoch=epoch)
 
     def restore(self, step: int | None = None) -> None:
-        """Go on from a step's checkpoint, or the newest whole one if there is any, and cut the log back to it."""
+        """Load a step's checkpoint, or the newest whole one if there is any, and cut the log back to it."""
         state, reports = self.env.on_rank0(lambda: self.checkpoints.load_latest(step))
         for report in reports:
             self.warn(report)
@@ -343,16 +338,9 @@ class Trainer:
             self.task.check_protocol(state["protocol"])
             self.state.load_state_dict(state)
             position = state["log_position"]
-        known = self.task.selection_metrics(self.cfg)
-        settings = dict(flatten(to_dict(self.cfg)))
-        self.log = Log(
-            self.folder,
-            self.state.run.step,
-            position,
-            settings=settings,
-            results=list(known),
-            active=self.env.first,
-        )
+        known, settings = self.task.selection_metrics(self.cfg), dict(flatten(to_dict(self.cfg)))
+        step, first = self.state.run.step, self.env.first
+        self.log = Log(self.folder, step, position, settings=settings, results=list(known), active=first)
         self.results = Results(known, self.folder if self.env.first else None)
 
     def record(self, values: Mapping[str, float]) -> None:
@@ -380,11 +368,11 @@ class Trainer:
         return seconds
 
     def stop_requested(self) -> bool:
-        """Say whether any rank was asked to stop; every rank has to call it."""
-        return self.env.any(bool(self.stop))
+        """Return whether any rank was asked to stop; every rank has to call it."""
+        return self.env.largest(self.stop.signum or 0) > 0
 
     def leave(self) -> NoReturn:
-        """End the run, which has been saved, because it was asked to stop."""
+        """Raise Stopped, after the run has been saved."""
         signum, command = self.env.largest(self.stop.signum or 0), resume_command(type(self.task), self.cfg)
         raise Stopped(signum, f"stopped after step {self.state.run.step}; go on with:\n  {command}")
 
@@ -395,7 +383,7 @@ class Trainer:
                 print("  ".join([title, *parts]), flush=True)
 
     def warn(self, line: str, once_for: str | None = None) -> None:
-        """Print a warning, once a run for each subject that has one."""
+        """Print a warning, only the first of each ``once_for``."""
         if once_for not in self.warned and self.env.first:
             with _ignore_closed_terminal():
                 tqdm.write(f"warning: {line}", file=sys.stderr)
@@ -405,7 +393,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _ignore_closed_terminal() -> Iterator[None]:
-    """Go on where the terminal was closed, or the program that reads what is printed has ended."""
+    """Ignore errors of printing to a closed terminal or pipe."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Estimating anew what a network's layers store before it is measured, as a run's protocol says."""
+"""Re-estimate the statistics that a network's layers store before it is evaluated, as ``cfg.recalibrate`` says."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def recalibrates(cfg: RunConfig, network: nn.Module) -> bool:
-    """Say whether a network has statistics that are estimated anew before it is measured."""
+    """Return whether a network has statistics that are re-estimated before it is evaluated."""
     layers = statistics_layers(network).values()
     only = MixtureNorm if cfg.recalibrate.layers == "mn" else nn.Module
     return cfg.recalibrate.layers != "none" and any(isinstance(layer, only) for layer in layers)
@@ -23,16 +23,10 @@ def recalibrates(cfg: RunConfig, network: nn.Module) -> bool:
 def recalibrate_network(
     cfg: RunConfig, network: nn.Module, batches: Sequence[T], forward: Callable[[T], object]
 ) -> None:
-    """Estimate anew the statistics of a network; nothing happens to one that has none.
-
-    Args:
-        cfg: the run's configuration.
-        network: as it is to be measured.
-        batches: what it is run on.
-        forward: runs it on one of them.
+    """Re-estimate a network's statistics, if it has any, from ``forward`` passes over batches.
 
     Raises:
-        NonFiniteError: if a layer is fed what is not finite.
+        NonFiniteError: if a layer's input is not finite.
     """
     if not recalibrates(cfg, network):
         return

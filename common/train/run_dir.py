@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from common.runtime.atomic import umask, write_text_atomic
 from common.runtime.cli import flatten
 from common.runtime.errors import UsageError
 from common.runtime.plugins import installed_plugins
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -51,8 +49,6 @@ class RunFolder:
         Raises:
             UsageError: if the name is taken, or the folder cannot be written.
         """
-        if name is not None:
-            refuse_existing(parent, name)
         try:
             parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
@@ -63,21 +59,22 @@ class RunFolder:
             lock = _lock(temporary)
             for file, text in files.items():
                 write_text_atomic(temporary / file, text)
-            for number in range(1, sys.maxsize):
+            number = 1
+            while True:
                 path = parent / (name or (default if number == 1 else f"{default}-{number}"))
                 try:
-                    if not path.exists():  # renaming onto an empty folder would succeed
+                    if not os.path.lexists(path):  # renaming onto an empty folder would succeed
                         temporary.rename(path)
                         return cls(path, lock)
                 except OSError:
-                    if not path.exists():
+                    if not os.path.lexists(path):
                         raise
                 if name is not None:
                     refuse_existing(parent, name)
+                number += 1
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        raise AssertionError("unreachable: there is always a free number")
 
     @classmethod
     def reopen(cls, path: Path) -> "RunFolder":
@@ -95,7 +92,7 @@ class RunFolder:
 
 def refuse_existing(parent: Path, name: str) -> None:
     """Raise UsageError if a run of this name exists."""
-    if (parent / name).exists() or (parent / name).is_symlink():
+    if os.path.lexists(parent / name):
         raise UsageError(f"name: {parent / name} exists; add --resume to go on with it, or take another --name")
 
 
@@ -109,13 +106,8 @@ def find_run(parent: Path, name: str) -> Path:
     return path
 
 
-def environment(device: torch.device, **more: Any) -> dict[str, Any]:
-    """Describe where a run executes: versions, plugins by entry points, commit, hardware, threads, time and command.
-
-    Args:
-        device: the run's device.
-        more: further plain values, such as the backend of the layers.
-    """
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe where a run executes: versions, plugins by entry points, commit, hardware, threads, time and command."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
@@ -132,21 +124,18 @@ def environment(device: torch.device, **more: Any) -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
-        **more,
     }
 
 
 def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
-    """Append a session, as `environment` describes it, to a run's environment.json.
+    """Append a session, an `environment` with the layers' ``backend``, to a run's environment.json.
 
     Returns:
-        A line for each thing that is not as in the session before, and that results may depend on in their last
-        bits: device, processor, threads, backend, versions.
+        A line for each difference to the session before that may change the last bits of results.
 
     Raises:
         UsageError: if the number of processes is not the run's (they share its images and noise), if on the same kind
-            of device the layers would be computed by another backend, if the file is not as `environment_json` writes
-            it, or if it cannot be written.
+            of device the layers would be computed by another backend, or if the file cannot be read or written.
     """
     sessions = _sessions(path)
     before, now = dict(flatten(sessions[-1])), dict(flatten(session))
@@ -155,10 +144,12 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
             f"world: the run used {before.get('world')}, this process has {now.get('world')}; start it with "
             f"torchrun --nproc-per-node {before.get('world')}"
         )
-    _refuse_backend(before, now)
-    text = environment_json([*sessions, dict(session)])
+    had, has = before.get("backend"), now.get("backend")
+    if before.get("device") == now.get("device") and had != has:
+        remedy = _REMEDIES.get((had, has), "go on where the run's is to be had, or start a new run by another --name")
+        raise UsageError(f"backend: the run's layers were computed by {had}, here they would be by {has}; {remedy}")
     with _writable(path):
-        write_text_atomic(path / "environment.json", text)
+        write_text_atomic(path / "environment.json", environment_json([*sessions, dict(session)]))
     names = dict.fromkeys(name for name in (*before, *now) if name.startswith(_TOUCHES_LAST_BITS))
     return [
         f"{name}: the run used {before.get(name)}, this process has {now.get(name)}; results may differ in their last "
@@ -168,18 +159,7 @@ def note_session(path: Path, session: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _refuse_backend(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UsageError if a run would go on with another backend of its layers, but on another kind of device."""
-    had, has = before.get("backend"), now.get("backend")
-    if before.get("device") != now.get("device") or had == has:
-        return
-    remedy = _REMEDIES.get(
-        (str(had), str(has)), "go on where the run's is to be had, or start a new run by another --name"
-    )
-    raise UsageError(f"backend: the run's layers were computed by {had}, here they would be by {has}; {remedy}")
-
-
-_REMEDIES = {
+_REMEDIES: dict[tuple[Any, Any], str] = {
     ("compiled", "eager"): "install the C++ compiler that the run had, or set CXX to it",
     ("eager", "compiled"): "start it with CXX=none, which hides the C++ compiler that the run did not have",
     ("triton", "eager"): "install triton, as the run had it",
@@ -187,11 +167,7 @@ _REMEDIES = {
 
 
 def recorded_threads(path: Path) -> int:
-    """Return the number of CPU threads of a run's last session, which a resumed run keeps.
-
-    Raises:
-        UsageError: if environment.json is not as `environment_json` writes it.
-    """
+    """Return the number of CPU threads of a run's last session, which a resumed run keeps."""
     return _sessions(path)[-1]["threads"]
 
 
@@ -203,13 +179,10 @@ def environment_json(sessions: list[dict[str, Any]]) -> str:
 def missing_plugins(path: Path) -> list[str]:
     """Return what a run's last session had of plugins by entry points, with versions, and this process has not."""
     try:
-        noted = _sessions(path)[-1].get("plugins")
+        noted = _sessions(path)[-1].get("plugins", {})
     except UsageError:
         return []
-    known = installed_plugins()
-    return (
-        [f"{name} {version}" for name, version in noted.items() if name not in known] if isinstance(noted, dict) else []
-    )
+    return [f"{name} {version}" for name, version in noted.items() if name not in installed_plugins()]
 
 
 _TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "backend", "python", "versions.", "plugins.")
@@ -218,30 +191,18 @@ _TOUCHES_LAST_BITS = ("device", "hardware.cpu", "hardware.gpu", "threads", "back
 def _sessions(path: Path) -> list[dict[str, Any]]:
     file = path / "environment.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"name: {file} cannot be read ({error.strerror}); {_SESSIONS_EXPECTED}") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UsageError(f"name: {file} is not JSON ({error}); {_SESSIONS_EXPECTED}") from None
-    sessions = content.get("sessions") if isinstance(content, dict) else None
-    if not (isinstance(sessions, list) and sessions and all(_is_session(each) for each in sessions)):
-        raise UsageError(f"name: {file} lists no sessions; {_SESSIONS_EXPECTED}")
+        sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+        if not sessions or min(session[name] for session in sessions for name in ("world", "threads")) < 1:
+            raise ValueError("no sessions")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        expected = 'expected {"sessions": [{"world": 1, "threads": 2, ...}]}, as the run wrote it; restore it'
+        raise UsageError(f"name: {file} cannot be read ({error}); {expected}") from None
     return sessions
-
-
-_SESSIONS_EXPECTED = 'expected {"sessions": [{"world": 1, "threads": 2, ...}]}, as the run wrote it; restore it'
-
-
-def _is_session(value: object) -> bool:
-    """Say whether a value has the form of a session; a bool, which Python counts among the integers, is no number."""
-    return isinstance(value, dict) and all(
-        type(value.get(name)) is int and value[name] >= 1 for name in ("world", "threads")
-    )
 
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Turn the refusal of a run folder that may only be read into one line."""
+    """Raise UsageError where a run folder is read-only."""
     try:
         yield
     except OSError as error:
@@ -252,15 +213,7 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from None
 
 
-_PACKAGES = (
-    "cluster-based-norm",
-    "torch",
-    "torchvision",
-    "torch-fidelity",
-    "numpy",
-    "scikit-learn",
-    "triton",
-)
+_PACKAGES = ("cluster-based-norm", "torch", "torchvision", "torch-fidelity", "numpy", "scikit-learn", "triton")
 
 
 def _lock(folder: Path) -> int:

@@ -50,7 +50,7 @@ def configure(kind: type[Task[Any]], argv: Sequence[str] | None) -> RunConfig:
     else:
         cfg = replace(parse(kind.config, argv, prog=prog), resume=False)
         if cfg.name is not None and not cfg.dry_run:
-            refuse_existing(parent, cfg.name)
+            refuse_existing(parent, cfg.name)  # before images are read
     for field, value in flatten(to_dict(cfg)):
         if str(value) != str(value).encode(errors="replace").decode():
             raise UsageError(f"{field}: expected UTF-8, which config.yaml and TensorBoard can hold, got {value!a}")
@@ -62,7 +62,7 @@ def configure(kind: type[Task[Any]], argv: Sequence[str] | None) -> RunConfig:
 
 
 class OpenRunDir:
-    """A run's folder, held by rank 0: at once if the run is resumed, and from `open` on if it is new.
+    """A run's folder, locked by rank 0: at once if the run is resumed, and from `open` on if it is new.
 
     Raises:
         UsageError: if the run cannot be resumed here, or another process has it open.
@@ -70,7 +70,7 @@ class OpenRunDir:
 
     def __init__(self, kind: type[Task[Any]], cfg: RunConfig, device: torch.device, env: Env) -> None:
         self.kind, self.cfg, self.env = kind, cfg, env
-        self.session = environment(device, backend=cfg.norm.backend_on(device, DTYPES[cfg.precision]))
+        self.session = environment(device) | {"backend": cfg.norm.backend_on(device, DTYPES[cfg.precision])}
         self._folder: RunFolder | None = None
         if cfg.resume:
             env.on_rank0(self._reopen)
@@ -78,24 +78,22 @@ class OpenRunDir:
     def open(self) -> tuple[Path, RunConfig]:
         """Return the folder, made if the run is new, and the configuration with the run's name."""
         if not self.cfg.resume:
-            self.env.on_rank0(self._create)
-        path = self.env.on_rank0(lambda: self._folder.path if self._folder else Path())
-        self.cfg = replace(self.cfg, name=path.name)
-        return path, self.cfg
+            self.cfg = replace(self.cfg, name=self.env.on_rank0(self._create))
+        return self.cfg.out / self.kind.application / str(self.cfg.name), self.cfg
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the lock."""
         if self._folder is not None:
             self._folder.close()
 
-    def _create(self) -> None:
+    def _create(self) -> str:
         files = {"config.yaml": stored_yaml(self.cfg), "environment.json": environment_json([self.session])}
         parent, default = self.cfg.out / self.kind.application, self.kind.default_name(self.cfg)
         self._folder = RunFolder.create(parent, self.cfg.name, default, files)
+        return self._folder.path.name
 
     def _reopen(self) -> None:
-        assert self.cfg.name is not None
-        self._folder = RunFolder.reopen(self.cfg.out / self.kind.application / self.cfg.name)
+        self._folder = RunFolder.reopen(self.cfg.out / self.kind.application / str(self.cfg.name))
         for line in note_session(self._folder.path, self.session):
             print(f"warning: {line}", file=sys.stderr)
         write_text_atomic(self._folder.path / "config.yaml", stored_yaml(self.cfg))

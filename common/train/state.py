@@ -45,21 +45,15 @@ class RunState:
 
 
 class TrainState:
-    """What training changes.
+    """What training changes; networks, averages and optimizers are those of a `common.train.task.Task`.
 
     With several processes the networks' buffers (running averages) and the log's means differ between ranks; a
     checkpoint holds those of each.
 
-    Args:
-        cfg: the run's configuration.
-        device: this process's.
-        env: this process among those of the run.
-        networks, averages, ddp_networks, optimizers: a task's, see `common.train.task.Task`.
-
     Attributes:
         scalers: of gradients in float16, by optimizer.
-        statistics: the buffers, by network, by which these weights were evaluated; none before they are.
-        step_metrics: means of what steps return, since the last log line.
+        statistics: the buffers, by network, with which these weights were evaluated; empty before.
+        step_metrics: means of the steps' metrics since the last log line.
         epoch_metrics: means over those steps of the epoch that return them.
         run: the position.
         seconds: spent in ``training`` and ``evaluation``.
@@ -87,12 +81,12 @@ class TrainState:
 
     @property
     def seed(self) -> int:
-        """What draws of training follow from: the run's seed, and another one after each rewind."""
+        """The seed of training's draws: the run's, and another one after each rewind."""
         attempt = len(self.run.rewinds)
         return derive(self._seed, "attempt", attempt) if attempt else self._seed
 
     def note_statistics(self, name: str) -> None:
-        """Keep the buffers that an evaluated network has now, for those who use it as it is evaluated."""
+        """Keep the buffers with which a network is evaluated, for those who load it from a checkpoint."""
         network = self.averages.get(name, self.networks[name])
         stored = network.state_dict().keys() & dict(network.named_buffers()).keys()
         self.statistics[name] = {key: buffer.clone() for key, buffer in network.named_buffers() if key in stored}
@@ -140,7 +134,7 @@ class TrainState:
         return state | means
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a checkpoint's state, and of what differs between ranks this one's share."""
+        """Load a checkpoint's state, and of what differs between ranks this one's."""
         self.run, self.seconds = RunState(**copy.deepcopy(state["run"])), dict(state["seconds"])
         self.statistics = state["statistics"]
         for group, parts in self._stateful().items():

@@ -18,12 +18,12 @@ from common.train.state import TrainState
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A share of a step's batch: as much as is computed at once.
+    """A share of a step's batch, as much as is computed at once.
 
     Attributes:
         batches: a batch of every stream, on the device.
-        number: of this share, counted through the run: what draws for it are keyed by.
-        seed: what draws for it follow from, with ``number`` and the rank.
+        number: counted through the run; draws follow from it, the seed and the rank.
+        seed: of its draws.
     """
 
     batches: Mapping[str, Batch]
@@ -55,17 +55,14 @@ Loss = Callable[[MicroBatch], Tensor | tuple[Tensor, Metrics]]
 
 
 class Step:
-    """What a task's step works with.
+    """One step of a task: wraps ranks, precision, gradient accumulation, clipping and the guard.
 
     Args:
-        state: networks, optimizers and their like.
+        state: networks and optimizers.
         guard: keeps what is not finite away from them.
-        batches: of every micro-batch.
+        batches: of every micro-batch, in the order in which gradients are accumulated.
         cfg: says precision and clipping.
         progress: share of the run, as its schedule counts it, that was done before this step.
-
-    Attributes:
-        micro_batches: in the order in which gradients are accumulated.
     """
 
     def __init__(

@@ -20,11 +20,11 @@ SUMMARY = "summary.json"
 
 
 class Results:
-    """The values a run has measured so far.
+    """The values a run has measured so far: ``metric/`` tags, and those that epochs can be chosen by.
 
     Args:
-        known: the metrics that epochs can be chosen by; every ``metric/`` counts beside them.
-        folder: of a resumed run, whose log is read once.
+        known: the metrics that epochs can be chosen by.
+        folder: of a run, whose log is read once.
 
     Attributes:
         last: by tag, the last value with its epoch and split; None where it was not finite.
@@ -39,7 +39,7 @@ class Results:
             self.note(line["epoch"], line)
 
     def note(self, epoch: int, values: Mapping[str, float | None]) -> None:
-        """Take over what is logged at an epoch, other values left aside."""
+        """Note the results among the values logged at an epoch."""
         for tag, value in values.items():
             if tag in self._known or tag.startswith("metric/"):
                 split = self._known[tag].split if tag in self._known else None
@@ -55,14 +55,7 @@ def write_summary(
     state: TrainState,
     results: Results,
 ) -> None:
-    """Write summary.json, whole or not at all.
-
-    It holds ``state`` (running, finished, stopped, failed) and ``why``; ``epochs`` done and wanted, ``step``; the
-    ``last`` measured values and the ``best`` one with their epochs and splits; whether higher or lower is ``better``
-    by tag; the ``protocol`` that says which runs' values compare, content hash and size of each of the ``images`` sets;
-    ``seconds`` of training and evaluation; ``peak_memory_mib``; the first time and cause a run was found ``collapsed``
-    that goes on all the same; and the ``rewinds`` there were.
-    """
+    """Write summary.json atomically; docs/results.md says what it holds."""
     run, cfg = state.run, task.cfg
     best, selection = run.best, task.selection(cfg)
     if best is not None and selection is not None:
@@ -89,7 +82,7 @@ def write_summary(
 
 
 def closing_lines(task: Task[Any], folder: Path, run: RunState, warnings: list[str]) -> str:
-    """Return the closing lines: results, layer health, where things are, and what to do next."""
+    """Return what is printed at the end: results, layers' health, where things are, and what to do next."""
     lines, cfg, best = read_metrics(folder), task.cfg, run.best
     rows = [("run", str(folder)), *task.summary_rows(lines, folder)]
     if best is not None and best["epoch"] is not None and cfg.best.used:

@@ -49,9 +49,9 @@ class SelectionMetric:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Say whether a value is better than the best so far; NaN never is."""
-        if math.isnan(value):
-            return False
-        return best is None or (value > best if self.better == "higher" else value < best)
+        if best is None:
+            return not math.isnan(value)
+        return value > best if self.better == "higher" else value < best
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Detector:
     """Recognises a run that has collapsed.
 
     Attributes:
-        find: from values by tag to what is wrong, or None.
-        reads: the values: "steps", means since the last log line; or "evaluation", what an evaluation measured, and
-            apart from that the layers' health.
+        find: from values by tag to the cause, or None.
+        reads: which values: "steps", means since the last log line; "evaluation", those of an evaluation and, in a call
+            of its own, the layers' health.
         remedy: what the user may try.
     """
 
@@ -75,10 +75,8 @@ class TrainContext:
     """Where a task is trained.
 
     Attributes:
-        device: of this process.
-        env: this process among those of the run.
         dry_run: nothing will be evaluated.
-        should_stop: asked while a task prepares its evaluation; it answers alike on all ranks, all of which ask.
+        should_stop: asked while a task prepares its evaluation; all ranks have to ask, and get the same answer.
     """
 
     device: torch.device
@@ -96,11 +94,11 @@ class EvalContext:
     folder: Path
     log: Log
     should_stop: Callable[[], bool]
-    """Asked between batches; it answers alike on all ranks, all of which have to ask."""
+    """Asked between batches; all ranks have to ask, and get the same answer."""
     report: Callable[[str], None]
-    """Tells the user a line."""
+    """Prints a warning."""
     rewound_to: int = 0
-    """The step from which on the run has its present learning rates: that of the last rewind, if there was any."""
+    """The step to which the last rewind went back, since when the run has its present learning rates."""
 
     def go_on(self) -> None:
         """Raise Interrupted if the run was asked to stop."""
@@ -117,20 +115,18 @@ class Task(ABC, Generic[C]):
         cfg: the run's configuration.
         images: as `load_images` returns them.
         context: where it is trained.
-        networks: makes the networks by name; what torch's global generator gives follows from the run's seed.
-        evaluated: names of the networks that are evaluated, and that ``cfg.ema_decay`` keeps an average of for it.
+        networks: makes the networks by name; torch's global generator is seeded from the run's seed.
+        evaluated: names of the networks that are evaluated: as their averages, where ``cfg.ema_decay`` keeps these.
 
     Attributes:
         application: the folder of its runs, and the package of its command.
         command: the module that starts it: ``python -m APPLICATION.COMMAND``.
         config: its configuration's class.
-        headline: tags of what is printed of an evaluation, as far as it has them; by default all.
-        loader: the batches of its steps.
-        networks: on the device.
-        averages: copies of networks that hold exponential moving averages of their weights and buffers.
-        ddp_networks: the networks as gradients are to flow through them, averaged over ranks.
+        headline: tags to print of an evaluation; by default all.
+        averages: exponential moving averages of networks, buffers included.
+        ddp_networks: the networks wrapped so that gradients are averaged over ranks.
         optimizers: by the name of the loss that each minimises, made with ``fused=True``; "d" is logged as loss/d.
-        detectors: what recognises a collapse; the first that finds one counts.
+        detectors: of a collapse; the first that finds one counts.
 
     Raises:
         UsageError: if the images do not fill a step, or initial weights do not fit.
@@ -168,7 +164,7 @@ class Task(ABC, Generic[C]):
         }
 
     def _built(self, networks: Callable[[], dict[str, nn.Module]]) -> dict[str, nn.Module]:
-        """Make the networks, and print what they warn of without its place in the code."""
+        """Make the networks, and print their warnings, each once and without its place in the code."""
         with (
             warnings.catch_warnings(record=True) as caught,
             torch.random.fork_rng(devices=[]),  # weights are drawn on the CPU, the same for every device
@@ -228,18 +224,18 @@ class Task(ABC, Generic[C]):
         """Return the run's images by split: train, and where there are any, validation and test.
 
         Raises:
-            UsageError: if they cannot be had, or do not serve this task.
+            UsageError: if they cannot be read, or do not suit this task.
         """
         return cls.with_validation(cfg, dict(load(cfg.data).items()))
 
     @classmethod
     def with_validation(cls, cfg: Any, images: dict[str, ImageSet]) -> dict[str, ImageSet]:
-        """Return images of which a share of "train" is held out as "validation", if one was asked for or is needed.
+        """Return images with a share of "train" held out as "validation", if ``best`` or ``data`` asks for it.
 
-        Where the data set has validation images of its own, they are taken.
+        A data set's own validation images are taken in place of such a share.
 
         Raises:
-            UsageError: if that was refused, or a class has too few images.
+            UsageError: if the settings contradict each other, or a class has too few images.
         """
         if "validation" in images:
             if cfg.data.validation is not None:
@@ -249,41 +245,42 @@ class Task(ABC, Generic[C]):
                 )
             return images
         selection, share = cls.selection(cfg), cfg.data.validation
-        needed = selection is not None and selection[1].split == "validation"
-        if needed and share == 0:
-            raise UsageError(f"data.validation: expected more than 0, since best.by {selection[0]} reads it, got 0")  # pyright: ignore[reportOptionalSubscript]
-        if share or (needed and share is None):
+        if selection is not None and selection[1].split == "validation":
+            if share == 0:
+                raise UsageError(f"data.validation: expected more than 0, since best.by {selection[0]} reads it, got 0")
+            share = share or HELD_OUT
+        if share:
             images = dict(images)
-            images["train"], images["validation"] = hold_out(images["train"], share or HELD_OUT, cfg.seed)
+            images["train"], images["validation"] = hold_out(images["train"], share, cfg.seed)
         return images
 
     @classmethod
     def default_name(cls, cfg: Any) -> str:
-        """Return what a run without a name is called."""
+        """Return the name of a run that is given none."""
         return f"{cfg.data.name}-{cfg.norm.kind}-seed{cfg.seed}"
 
     # Training.
 
     def view(self) -> View:
-        """Return what training shows of the images of "train"."""
+        """Return how training sees the images of "train"."""
         return mirrored if self.cfg.data.flip else plain  # pyright: ignore[reportAttributeAccessIssue]
 
     def streams(self) -> dict[str, Stream]:
-        """Return what training draws from, by settings, images and ranks alone; a pass of "train" is an epoch."""
+        """Return the streams of a step's batches; a pass over "train" is an epoch."""
         return {"train": Stream(self.images["train"], self.cfg.batch_size, (self.view(),))}
 
     def new_state(self) -> TrainState:
-        """Return what changes while the task is trained, as it is before the first step."""
+        """Return the state before the first step."""
         return TrainState(
             self.cfg, self.device, self.env, self.networks, self.averages, self.ddp_networks, self.optimizers
         )
 
     @abstractmethod
     def train_step(self, step: Step) -> Metrics:
-        """Do one step, a ``step.optimize`` for each optimizer, and return what it logs."""
+        """Do one step, a ``step.optimize`` for each optimizer, and return its metrics."""
 
     def log_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """Return what a log line shows, from the means of the steps' metrics since the last one."""
+        """Return a log line's values, from the means of the steps' metrics since the last line."""
         return means
 
     # Evaluation.
@@ -294,27 +291,26 @@ class Task(ABC, Generic[C]):
         return self.networks | self.averages
 
     def should_evaluate(self, epoch: int) -> bool:
-        """Say whether the networks are evaluated after this many epochs."""
+        """Return whether the networks are evaluated after this many epochs."""
         return epoch > 0 and (epoch % self.cfg.evaluate_every == 0 or epoch >= self.cfg.epochs)
 
     def recalibrate(self, name: str, network: nn.Module, go_on: Callable[[], None]) -> None:
-        """Estimate anew, as ``cfg.recalibrate`` says, the statistics of one of the networks that are ``evaluated``.
+        """Re-estimate the statistics of an evaluated network, as ``cfg.recalibrate`` says.
 
         Args:
-            name: which one.
-            network: as it is to be evaluated.
-            go_on: called between batches, on all ranks alike.
+            name: the network's.
+            network: itself, or its average.
+            go_on: called between batches, on all ranks; may raise `Interrupted`.
 
         Raises:
-            Interrupted: if ``go_on`` raises it.
-            NonFiniteError: if a layer is fed what is not finite.
+            NonFiniteError: if a layer's input is not finite.
         """
 
     @abstractmethod
     def evaluate(self, networks: Mapping[str, nn.Module], context: EvalContext) -> dict[str, float]:
-        """Evaluate the networks and return the values to log; every rank returns the same.
+        """Evaluate the networks and return the values to log, the same on every rank.
 
-        Those that are ``evaluated`` have rank 0's statistics, estimated anew by ``recalibrate``.
+        Those that are ``evaluated`` have rank 0's statistics, re-estimated by ``recalibrate``.
 
         Raises:
             Interrupted: if ``context.should_stop`` said so; nothing is logged then.
@@ -324,7 +320,7 @@ class Task(ABC, Generic[C]):
         """Run the networks once on a training batch, whose choice follows from the step, for the layers' health."""
 
     def health(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Return the health of the networks' mixture layers by tag, and what is wrong with them."""
+        """Return the health of the networks' mixture layers by tag, and a warning for each thing that is wrong."""
         values: dict[str, float] = {}
         warnings: list[str] = []
         with contextlib.ExitStack() as stack:
@@ -342,20 +338,16 @@ class Task(ABC, Generic[C]):
         return values, warnings
 
     def better(self) -> Mapping[str, Better]:
-        """Return whether higher or lower is better of each logged value that has a best, by tag."""
+        """Return, by tag, whether higher or lower is better of each logged value that has a best."""
         return {tag: metric.better for tag, metric in self.selection_metrics(self.cfg).items()}
 
     def eval_protocol(self) -> dict[str, object]:
-        """Return what the evaluated values are comparable by."""
+        """Return what has to be equal for evaluated values to compare."""
         content = {f"content_{name}": images.content_hash for name, images in self.images.items()}
         return {**content, "recalibrated": self.cfg.recalibrate.protocol}
 
     def check_protocol(self, before: Mapping[str, object]) -> None:
-        """Compare the protocol that a checkpoint was evaluated by with this process's.
-
-        Raises:
-            UsageError: naming what differs.
-        """
+        """Raise UsageError if a checkpoint's protocol differs from this process's."""
         differ = [name for name, value in self.eval_protocol().items() if name in before and before[name] != value]
         if differ:
             raise UsageError(f"resume: the run was measured otherwise ({', '.join(differ)} differ); start a new run")
@@ -368,7 +360,7 @@ class Task(ABC, Generic[C]):
         return [f"{name} {value:.4g}" for name, value in shown.items()]
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return what a finished run tells its user, from the lines of its log: a name and a text each."""
+        """Return the rows, label and text, that are printed of a finished run, from the lines of its log."""
         known = self.selection_metrics(self.cfg)
         last = {name: value for line in lines for name, value in line.items() if name in known}
         return [("last", listed(last))]

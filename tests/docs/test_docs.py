@@ -31,7 +31,9 @@ from common.runtime.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_HERE = re.compile(r"cuda|inception|dinov2|cifar|oxford|cbgan/ucb\.yaml|norms\.(?:bench|doctor)|NAME|FILE|\*")
+NOT_HERE = re.compile(
+    r"cuda|inception|dinov2|cifar|oxford|cbgan/ucb\.yaml|norms\.(?:bench|doctor)|study\.yaml|NAME|FILE|\*"
+)
 """A GPU, downloads, what takes long, a reader's own files and runs."""
 TRAINED_BY = {"cbgan": "cbgan.train", "cbcls": "cbcls.train", "cbda": "cbda.adamatch"}
 LESS = {

@@ -23,7 +23,7 @@ from processes import drive, warm
 from selection import SITE, Selection, compile_tests, digest, judge, record, test_files
 
 ROOT = Path(__file__).parents[2]
-ARGUED = Path("docs/testing.md")
+ARGUED = Path("tests/mutants/argued.md")
 GOAL = 0.9
 RETRY_PATIENCE = 3
 """Times as long as the first time: few are left, and what did not fit then may have noticed."""

@@ -61,19 +61,11 @@ def test_it_holds_every_module_and_configuration_and_nothing_else(wheel):
     assert wheel.name.startswith(f"cluster_based_norm-{common.__version__}-")
 
 
-def test_it_is_found_and_the_checkout_is_not(installed, tmp_path):
-    done = run(installed, tmp_path, "-c", "import common, cbgan; print(common.__file__, cbgan.__version__)")
-    place, version = done.stdout.split()
+def test_commands_and_configurations_by_name_from_any_folder(installed, tmp_path):
+    found = run(installed, tmp_path, "-c", "import common, cbgan; print(common.__file__, cbgan.__version__)")
+    place, version = found.stdout.split()
     assert ROOT not in Path(place).parents
     assert version == common.__version__
-
-
-def test_commands_and_configurations_by_name_from_any_folder(installed, tmp_path):
-    listed = run(installed, tmp_path, "-m", "cbgan")
-    assert listed.returncode == 0, listed.stderr
-    assert "python -m cbgan.train" in listed.stdout
-    dry = run(installed, tmp_path, "-m", "cbgan.train", "--config", "smoke", "--dry_run")
-    assert dry.returncode == 0, dry.stderr
-    assert "Generator: " in dry.stdout
+    assert "python -m cbgan.train" in run(installed, tmp_path, "-m", "cbgan").stdout
     assert "epochs: 2\n" in run(installed, tmp_path, "-m", "cbgan.train", "--config", "smoke", "--print_config").stdout
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,10 @@
 """Whatever stands in a file or on the command line: a configuration, or one line that says what is wrong."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import os
 import string
-import typing
 from pathlib import Path
 
 import pytest
@@ -17,10 +15,9 @@ from hypothesis import strategies as st
 from cbgan.config import GanConfig
 from common.runtime import cli
 from common.runtime.cli import flatten, parse, to_dict
-from common.runtime.errors import UsageError
+from common.runtime.command import run_command
 
 FIELDS = [name for name, _ in flatten(to_dict(GanConfig()))]
-GROUPS = ["norm", "data", "fid"]
 
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
@@ -31,49 +28,19 @@ fuzz = settings(
 )
 
 
-def outcome(argv: list[str]) -> GanConfig | str | None:
-    """Return the configuration, the line that refuses it, or None after help; anything else escapes and fails."""
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
-            found = parse(GanConfig, argv)
-    except UsageError as error:
-        line = str(error)
-        assert line.splitlines() == [line], repr(line)
-        assert line.strip()
-        assert not told.getvalue()
-        return line
-    except SystemExit as left:
-        if left.code:
-            raise
-        return None
-    assert isinstance(found, GanConfig)
-    check_types(found)
-    return found
-
-
-def check_types(group: object) -> None:
-    """Assert that every value has the type its field declares (a whole number may stand for a float)."""
-    hints = typing.get_type_hints(type(group))
-    for field in dataclasses.fields(group):  # pyright: ignore[reportArgumentType]
-        value, hint = getattr(group, field.name), hints[field.name]
-        if dataclasses.is_dataclass(value):
-            check_types(value)
-            continue
-        options = typing.get_args(hint) or (hint,)
-        literal = typing.get_origin(hint) is typing.Literal
-        names = [a for option in options for a in typing.get_args(option)]  # of Literal[...] | None
-        kinds = tuple(option for option in options if isinstance(option, type))
-        if typing.get_origin(hint) is list:
-            assert isinstance(value, list), (field.name, value)
-            choices = [a for option in options for a in typing.get_args(option)]  # of list[Literal[...]]
-            assert all(item in choices if choices else type(item) in options for item in value), (field.name, value)
-        elif literal or names:
-            allowed = options if literal else [*names, *(kind() for kind in kinds if kind is type(None))]
-            assert value in allowed or (bool in kinds and isinstance(value, bool)), (field.name, value)
-        else:
-            assert isinstance(value, kinds), (field.name, value)
-            assert bool in kinds or not isinstance(value, bool), (field.name, value)
+def check(*argv: str) -> None:
+    """Parse a command line, and assert that it is taken without a word or refused in one line with status 2."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left:
+        run_command(lambda: parse(GanConfig, argv))
+    lines = said.getvalue().splitlines()
+    if left.value.code:
+        assert left.value.code == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert lines[0].isprintable()
+    else:
+        assert not lines
 
 
 @pytest.fixture
@@ -92,98 +59,68 @@ scalars = st.one_of(
     st.integers(min_value=10**14),  # more than any memory holds; sizes between are refused or allocated by luck
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(
-        ["ucb", "bn", "digits", "inception", "auto", "1e3", "null", "true", "~", "", " ", "\n", "{", "a: 1"]
-    ),
+    st.sampled_from(["ucb", "bn", "digits", "auto", "1e3", "null", "true", "~", "", " ", "\n", "{", "a: 1"]),
     st.dates(),
     st.binary(max_size=4),
 )
-names = st.sampled_from([*FIELDS, *GROUPS, "config", "help", "print_config", "__path__", "norm.kind.x"]) | st.text(
-    max_size=5
-)
+names = st.sampled_from([*FIELDS, "norm", "data", "config", "help", "__path__", "norm.kind.x"]) | st.text(max_size=5)
 leaves = st.sampled_from(sorted({name.split(".")[-1] for name in FIELDS})) | names | st.integers() | st.none()
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(leaves, inner, max_size=4), max_leaves=8
 )
 documents = st.dictionaries(names | leaves, values, max_size=5)
-
-
-@fuzz
-@given(content=st.binary(max_size=60))
-@example(content=b"\xef\xbb\xbfepochs: 3\n")
-@example(content=b"epochs: 3\r\n")
-@example(content=b"\x00")
-def test_arbitrary_bytes_in_a_file(file, content):
-    file.write_bytes(content)
-    outcome(["--config", str(file)])
-
-
-yaml_text = st.text(alphabet=st.sampled_from(string.printable + "é\u2028\ufeff\x85"), max_size=40)
+text = st.text(alphabet=st.sampled_from(string.printable + "é\u2028\ufeff\x85"), max_size=40)
 syntax = st.lists(
     st.sampled_from(
         ["epochs", "norm", "kind", ": ", ":", "\n", "\n  ", "- ", "{", "}", "[", "]", ",", "&a ", "*a", "<<", "!!",
-         "!!python/name:os.system", "!!binary ", "!!set ", "!!timestamp ", "!!int ", "!!bool ",
-         "!!float ", "|", ">", "'", '"', "#", "---\n", "...\n",
-         "%YAML 1.1", "?", "null", "1", "0x1f", "1_0", "1:30", ".inf", ".nan", "yes", "=", "\t", "@", "`"]
+         "!!python/name:os.system", "!!binary ", "!!set ", "!!timestamp ", "!!int ", "!!bool ", "!!float ", "|", ">",
+         "'", '"', "#", "---\n", "...\n", "%YAML 1.1", "?", "null", "1", "0x1f", "1:30", ".nan", "yes", "=", "\t", "@"]
     ), max_size=12,
 ).map("".join)  # fmt: skip
 
 
 @fuzz
-@given(text=yaml_text | syntax)
-@example(text="!!timestamp ")
-@example(text="epochs: !!int ''")
-@example(text="resume: !!bool x")
-def test_arbitrary_text_in_a_file(file, text):
-    file.write_text(text, encoding="utf-8")
-    outcome(["--config", str(file)])
+@given(content=st.binary(max_size=60) | (text | syntax).map(str.encode))
+@example(content=b"\xef\xbb\xbfepochs: 3\n")
+@example(content=b"\x00")
+@example(content=b"!!timestamp ")
+@example(content=b"epochs: !!int ''")
+@example(content=b"resume: !!bool x")
+def test_arbitrary_bytes_and_text_in_a_file(file, content):
+    file.write_bytes(content)
+    check("--config", str(file))
 
 
 @fuzz
-@given(document=documents)
-@example(document={"config": "c.yaml"})
-@example(document={"epochs": {}})
-@example(document={"norm": {"kind": {"a": 1}}})
-def test_real_names_with_values_of_any_type(file, document):
-    file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    outcome(["--config", str(file)])
-
-
-@fuzz
-@given(values=st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, scalars)))
-def test_every_field_with_a_value_of_any_type(file, values):
-    document: dict[str, typing.Any] = {}
-    for name, value in values.items():
+@given(document=documents, fields=st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, scalars)))
+@example(document={"config": "c.yaml"}, fields={})
+@example(document={"epochs": {}}, fields={})
+@example(document={"norm": {"kind": {"a": 1}}}, fields={})
+def test_real_names_with_values_of_any_type(file, document, fields):
+    for name, value in fields.items():
         group, _, leaf = name.rpartition(".")
-        (document.setdefault(group, {}) if group else document)[leaf] = value
+        place = document.setdefault(group, {}) if group else document
+        if isinstance(place, dict):
+            place[leaf] = value
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    outcome(["--config", str(file)])
+    check("--config", str(file))
 
 
 words = scalars.map(str) | st.text(max_size=10) | syntax
 options = names.map(lambda name: f"--{name}") | st.sampled_from(["-h", "--", "-", "--norm.kind+", "--no_resume", "-1"])
-flags = st.lists(options | words | st.tuples(options, words).map("=".join), max_size=5)
 
 
 @fuzz
-@given(argv=flags)
+@given(argv=st.lists(options | words | st.tuples(options, words).map("=".join), max_size=5))
 @example(argv=["--print_config=x"])
 @example(argv=["--config", "{a: 1}"])
 @example(argv=["--config", ""])
 @example(argv=["--help"])
+@example(argv=["--resume=0\x1e0"])
+@example(argv=["--norm.groups=100000000000000"])
+@example(argv=["--epochs=!!timestamp "])
+@example(argv=["--epochs=!!int ''"])
+@example(argv=["--norm.groups=!!bool x"])
+@example(argv=["--lr=&a [*a]"])
 def test_arbitrary_flags(file, argv):
-    outcome(argv)
-
-
-@fuzz
-@given(name=st.sampled_from(FIELDS), value=words)
-@example(name="resume", value="0\x1e0")
-@example(name="norm.groups", value="100000000000000")
-@example(name="epochs", value="!!timestamp ")
-@example(name="epochs", value="!!int ''")
-@example(name="norm.groups", value="!!bool x")
-@example(name="lr", value="&a [*a]")
-def test_a_flag_with_any_value(file, name, value):
-    found = outcome([f"--{name}={value}"])
-    if isinstance(found, str) and "!!" not in value:
-        assert name.split(".")[0] in found  # the line names the field, or at least its group
+    check(*argv)

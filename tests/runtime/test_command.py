@@ -56,44 +56,30 @@ def test_a_fault_of_the_program_keeps_its_traceback():
             run_command(lambda error=error: exec("raise error", {"error": error}))
 
 
-def chained(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
-    try:
-        try:
-            raise cause
-        except Exception:
-            raise error from None if hidden else cause
-    except Exception as raised:
-        return raised
-
-
 def full(code: int = errno.ENOSPC, *names: str) -> OSError:
     return OSError(code, os.strerror(code), *names)
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 FULL = {
-    "with its file": (full(errno.ENOSPC, "/runs/a.pt"), "error: /runs/a.pt: No space left on device; make room"),
-    "a quota": (full(errno.EDQUOT, "/runs/a.pt"), "error: /runs/a.pt: Disk quota exceeded; make room"),
-    "without a file": (full(), "error: No space left on device; make room"),
-    "named on the way": (
-        chained(full(), full(errno.ENOSPC, "/runs/a.pt"), hidden=False),
-        "error: /runs/a.pt: No space left on device; make room",
-    ),
-    "torch's": (
-        RuntimeError("unable to write to file </torch_1>: No space left on device (28)"),
-        "error: No space left on device; make room",
-    ),
-    "a worker's": (OSError("Caught OSError in worker 0.\nTraceback\n  [Errno 28] No space left on device"),
-                   "error: No space left on device; make room"),
-    "told as a mistake": (chained(UsageError("out: cannot write"), full(), hidden=True), "error: out: cannot write"),
-    "told in words": (UsageError("data.root: a could not be downloaded (No space left on device)"), "error: data.root"),
-}  # fmt: skip
+    "/runs/a.pt: No space left on device; make room": full(errno.ENOSPC, "/runs/a.pt"),
+    "/runs/a.pt: Disk quota exceeded; make room": full(errno.EDQUOT, "/runs/a.pt"),
+    "/runs/b.pt: No space left on device; make room": caused(full(), full(errno.ENOSPC, "/runs/b.pt")),
+    "No space left on device; make room": RuntimeError("unable to write </torch_1>: No space left on device (28)"),
+    "out: cannot write": caused(UsageError("out: cannot write"), full()),
+    "data.root: a could not be": UsageError("data.root: a could not be downloaded (No space left on device)"),
+}
 
 
 def test_a_full_disk_is_one_line_and_status_4(capsys):
-    for case, (error, start) in FULL.items():
+    for start, error in FULL.items():
         status, (line,) = ended(capsys, error)
-        assert status == 4, case
-        assert line.startswith(start), case
+        assert status == 4, start
+        assert line.startswith(f"error: {start}")
 
 
 def test_errors_that_caused_each_other_in_a_circle_come_to_an_end(capsys):
@@ -130,12 +116,6 @@ def test_of_several_processes_the_first_tells(capsys, monkeypatch):
     assert ended(capsys, UsageError("lr: no")) == (2, [])
 
 
-COMMAND = """
-from common.runtime.command import run_command
-run_command(lambda: print("x" * {count}))
-"""
-
-
 PRINTING = """
 import sys
 from dataclasses import dataclass
@@ -154,7 +134,6 @@ run_command(lambda: {})
     ("stdout", "print('x')"),
     ("stdout", "[print('x' * 99) for _ in range(999)]"),
     ("stdout", "parse(Config, ['--help'])"),
-    ("stdout", "parse(Config, ['--print_config'])"),
     ("stderr", "print('x', file=sys.stderr)"),
 ])  # fmt: skip
 def test_a_command_whose_reader_has_ended_ends_as_a_shell_expects(monkeypatch, stream, prints):
@@ -167,17 +146,15 @@ def test_a_command_whose_reader_has_ended_ends_as_a_shell_expects(monkeypatch, s
     assert (done.returncode, done.stdout or b"", done.stderr or b"") == (128 + signal.SIGPIPE, b"", b"")
 
 
-@pytest.mark.parametrize(("count", "errors"), [(1, "kept"), (100_000, "kept"), (1, "full")])
-def test_a_full_disk_under_what_is_printed(count, errors):
+@pytest.mark.parametrize("prints", ["print('x')", "print('x' * 100_000)"])
+def test_a_full_disk_under_what_is_printed(prints):
     with open("/dev/full", "w") as nowhere:
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND.format(count=count)],
-            stdout=nowhere, stderr=subprocess.PIPE if errors == "kept" else nowhere, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 4
-    if errors == "kept":
-        assert done.stderr.count("\n") == 1
-        assert done.stderr.startswith("error: No space left on device")
+        command = [sys.executable, "-c", PRINTING.format(prints)]
+        done = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True, check=False)
+        silent = subprocess.run(command, stdout=nowhere, stderr=nowhere, check=False)
+    assert (done.returncode, silent.returncode) == (4, 4)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: No space left on device")
 
 
 def send(signum: int) -> None:
@@ -196,16 +173,12 @@ def test_the_first_signal_is_noted_and_the_second_acts_as_before(capsys, signum)
     before = signal.signal(signum, act)
     try:
         with StopRequest() as stop:
-            assert not stop
+            assert stop.signum is None
             send(signum)
-            assert stop
             assert stop.signum == signum
             with pytest.raises(Acted):
                 send(signum)
-        with StopRequest() as stop:
-            pass
         assert signal.getsignal(signum) is act
-        assert not stop
     finally:
         signal.signal(signum, before)
     assert capsys.readouterr().err.count(signal.Signals(signum).name) == 1
@@ -218,7 +191,7 @@ names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 print(json.dumps([os.environ.get(name) for name in names]), flush=True)
 os._exit(7)
 """
-ARGUMENTS = ["--a b", "", "'\"$HOME`*", "-W", "é\n", "--", "-m"]
+ARGUMENTS = ["--a b", "", "-W", "é\n", "--", "-m"]
 COMMANDS = sorted(
     f"{package}.{name}" for package in ("common", "cbgan", "cbcls", "cbda") for name in command.commands(package)
 )
@@ -239,66 +212,39 @@ def loading_torch(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [["-m", name, *ARGUMENTS] for name in COMMANDS] + [
+    ["-m", "common", "norms.doctor", *ARGUMENTS], ["-mcbgan.train"]], ids=" ".join)  # fmt: skip
 def test_threads_of_a_command_spin_shorter_from_before_torch_is_loaded(loading_torch, command):
-    assert loading_torch("-m", command, *ARGUMENTS) == ["100000", None]
-
-
-def test_so_do_those_of_a_command_that_is_started_in_another_form(loading_torch):
-    assert loading_torch("-m", "common", "norms.doctor", *ARGUMENTS) == ["100000", None]
-    assert loading_torch("-mcbgan.train") == ["100000", None]
+    assert loading_torch(*command) == ["100000", None]
 
 
 def test_how_threads_wait_stays_as_the_user_has_said(loading_torch):
-    assert loading_torch("-m", "common.norms.doctor", GOMP_SPINCOUNT="7") == ["7", None]
     assert loading_torch("-m", "common.norms.doctor", GOMP_SPINCOUNT="") == ["", None]
     assert loading_torch("-m", "common.norms.doctor", OMP_WAIT_POLICY="PASSIVE") == [None, "PASSIVE"]
 
 
 def test_importing_settles_nothing(loading_torch, tmp_path):
-    assert {"cbgan.train", "cbcls.train", "cbda.adamatch", "common.data", "common.norms.doctor"} <= set(COMMANDS)
-    for name in ("common.norms", "cbgan.train"):
-        assert loading_torch("-c", f"import {name}", "-m", "cbgan.train") == [None, None]
+    assert loading_torch("-c", "import common.norms", "-m", "cbgan.train") == [None, None]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("import common.norms")
     assert loading_torch("-m", "mine", *ARGUMENTS) == [None, None]
 
 
-@pytest.mark.parametrize("command", ["cbgan.train", "common.norms.doctor"])
-def test_ctrl_c_while_torch_is_loaded_is_one_line(tmp_path, command):
+def test_ctrl_c_while_torch_is_loaded_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
-    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    done = subprocess.run(
-        [sys.executable, "-m", command],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+    command = [sys.executable, "-m", "common.norms.doctor"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "stopped at once\n")
 
 
-@pytest.mark.parametrize(("error", "status"), [(UsageError("lr: no"), 2), (NonFiniteError("loss"), 3)])
-def test_what_cannot_be_told_still_has_its_status(monkeypatch, error, status):
-    class Full:
-        def write(self, _text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def flush(self):
-            pass
-
-    def main():
-        raise error
-
-    monkeypatch.setattr(sys, "stderr", Full())
-    with pytest.raises(SystemExit) as left:
-        run_command(main)
-    assert left.value.code == status
-
-
-def test_a_name_that_is_no_text_is_printed_escaped(monkeypatch):
+def test_a_name_that_is_no_text_is_printed_escaped(monkeypatch, capsys):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8"))
     with pytest.raises(SystemExit) as left:
         run_command(lambda: print("猫/caf\udce9"))
     assert (left.value.code, printed.getvalue()) == (0, "猫/caf\\udce9\n".encode())
+
+
+def test_an_error_is_one_line_whatever_it_quotes(capsys):
+    assert ended(capsys, UsageError("lr: a\x1b[31m\nb猫")) == (2, ["error: lr: a\\x1b[31m\\nb猫"])

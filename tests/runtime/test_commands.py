@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from refusals import refused
 
 import cbgan
 import common
@@ -57,7 +56,6 @@ def test_an_applications_own_configuration_is_found_by_its_name(tmp_path, monkey
     flags = ["--config", "smoke"]
     expected = parse(GanConfig, ["--config", str(ROOT / "configs" / "cbgan" / "smoke.yaml")])
     assert parse(GanConfig, flags) == parse(GanConfig, ["--config=smoke"]) == expected
-    assert parse(GanConfig, [*flags, "--epochs", "7"]).epochs == 7
     (tmp_path / "smoke").mkdir()  # no file
     assert parse(GanConfig, flags) == expected
     (tmp_path / "smoke").rmdir()
@@ -65,20 +63,15 @@ def test_an_applications_own_configuration_is_found_by_its_name(tmp_path, monkey
     assert parse(GanConfig, flags).epochs == 9
 
 
-@pytest.mark.parametrize("given", ["smok", "configs/cbgan/smok.yaml"])
-def test_a_wrong_name_lists_those_that_there_are(given):
+def test_a_wrong_name_lists_those_that_there_are():
     names = "conditional, paper_bn, paper_mn, paper_ucb, smoke, ucb"
-    with pytest.raises(UsageError) as caught:
-        parse(GanConfig, ["--config", given])
-    line = f"config: no file {given}; by name cbgan has {names}; did you mean --config smoke?"
-    assert str(caught.value) == line
-    with pytest.raises(UsageError, match=f"^config: no file default; by name cbgan has {names}$"):
-        parse(GanConfig, ["--config", "default"])
+    for given, hint in {"configs/cbgan/smok.yaml": "; did you mean --config smoke?", "default": ""}.items():
+        with pytest.raises(UsageError) as caught:
+            parse(GanConfig, ["--config", given])
+        assert str(caught.value) == f"config: no file {given}; by name cbgan has {names}{hint}"
 
 
-@pytest.mark.parametrize(
-    ("package", "form"), [("cbgan", "common.py"), ("cbcls", "common.py"), ("cbda", "common/__init__.py")]
-)
+@pytest.mark.parametrize(("package", "form"), [("cbgan", "common.py"), ("cbda", "common/__init__.py")])
 def test_another_common_in_the_users_folder_is_one_line_and_is_not_run(tmp_path, package, form):
     other = tmp_path / form
     other.parent.mkdir(exist_ok=True)
@@ -96,9 +89,3 @@ def test_another_common_in_the_users_folder_is_one_line_and_is_not_run(tmp_path,
 def test_there_is_one_version():
     assert cbgan.__version__ == common.__version__
     assert f"version: {common.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-def test_an_unknown_command_is_a_usage_error(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["common", "tabels"])
-    line = refused(capsys, lambda _: command.list_or_start("common"))
-    assert line.endswith("did you mean python -m common.tables?")

@@ -1,17 +1,23 @@
 """Two processes over gloo, without a launcher: each asserts what it finds and prints that it is done."""
 
 import os
+import select
 import socket
 import subprocess
 import sys
+import time
+import warnings
+from datetime import timedelta
 
 import pytest
 import torch
 from torch import nn
 
+from common.runtime import distributed
 from common.runtime.distributed import Env, group, local_device, mean_over_ranks, smallest_over_ranks
-from common.runtime.errors import UsageError
+from common.runtime.errors import RankError
 
+CPU = torch.device("cpu")
 PAIR = """
 import os
 import warnings
@@ -59,8 +65,6 @@ def test_numbers_and_values_meet_and_rank_0_leads(tmp_path):
     pair(f"""
 import pathlib, time
 assert env.largest(rank - 5) == -4
-assert env.any(rank == 1)
-assert not env.any(False)
 assert env.mean(dict(a=float(rank), b=1 + 1e-12 * rank)) == dict(a=0.5, b=1 + 5e-13)
 assert env.mean(dict()) == dict()
 assert env.gather(dict(rank=rank)) == [dict(rank=0), dict(rank=1)]
@@ -136,7 +140,7 @@ assert network.running_mean.tolist() == [rank, rank]
 
 def test_alone_everything_is_the_identity(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with group(torch.device("cpu")) as env:
+    with group(CPU) as env:
         assert env == Env(0, 1)
         assert not torch.distributed.is_initialized()
     network, numbers = nn.Linear(1, 1), torch.tensor([3])
@@ -154,7 +158,44 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
     assert str(local_device(torch.device("cuda"))) == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(local_device(torch.device("cuda"))) == "cuda:1"
-    assert str(local_device(torch.device("cpu"))) == "cpu"
+    assert local_device(CPU) == CPU
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"^device: process 2 of this machine has no GPU .* sees 2; .*--device cpu$"):
+    with pytest.raises(RankError, match=r"^device: process 2 of this machine has no GPU .* sees 2; .*--device cpu$"):
         local_device(torch.device("cuda"))
+
+
+def test_a_process_that_no_other_meets_says_so(monkeypatch):
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        line = r"^world: the 2 processes of this run did not all meet within 0:00:01 \(.+\); "
+        with pytest.raises(RankError, match=line), group(CPU):
+            pass
+        assert not torch.distributed.is_initialized()
+
+
+def test_a_process_that_torchrun_has_left_ends(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    (waiting, waits), (ends, lives) = os.pipe(), os.pipe()
+
+    def stand(*_args, **_options):
+        os.write(waits, b"!")
+        time.sleep(100)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: none of them holds a lock
+        torchrun = os.fork()
+        if torchrun == 0:
+            if os.fork() == 0:
+                monkeypatch.setattr(distributed, "rendezvous", stand)
+                with group(CPU):
+                    os._exit(1)
+            os.read(waiting, 1)
+            os._exit(0)
+    os.close(lives)
+    assert os.waitpid(torchrun, 0)[1] == 0
+    ready, _, _ = select.select([ends], [], [], 60)
+    assert ready  # nobody has the other end open any more
+    assert os.read(ends, 1) == b""

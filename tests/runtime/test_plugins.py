@@ -1,7 +1,6 @@
 """Code of the user's own: imported by name before settings are checked, and missed in one line."""
 
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,12 @@ import yaml
 from refusals import refused
 
 import cbcls.train
-import cbgan.evaluate
-import cbgan.train
 import common.data.__main__
 from common.data.names import DATA_SETS
 from common.metrics.scores import METRICS
 from common.norms import registry
 from common.runtime.errors import UsageError
-from common.runtime.plugins import GROUP, _owner, installed_plugins, load_plugins
+from common.runtime.plugins import GROUP, installed_plugins, load_plugins
 from common.train.logging import read_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -27,29 +24,20 @@ FLAGS = ["--norm.kind", "grouped", "--norm.num_components", "4", "--data.name", 
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
-    monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
-    monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
-    modules = set(sys.modules)
-    yield
-    for name in set(sys.modules) - modules:
-        if name.startswith("plugin_of_"):
-            del sys.modules[name]
-
-
-@pytest.fixture
 def forget(monkeypatch):
     """Return a function that brings back what a new process would know."""
-    kinds, sets, metrics = dict(registry._KINDS), dict(DATA_SETS._known), dict(METRICS._known)
+    known = {"_KINDS": dict(registry._KINDS), "data": dict(DATA_SETS._known), "metrics": dict(METRICS._known)}
 
     def act() -> None:
-        monkeypatch.setattr(registry, "_KINDS", dict(kinds))
-        monkeypatch.setattr(DATA_SETS, "_known", dict(sets))
-        monkeypatch.setattr(METRICS, "_known", dict(metrics))
-        sys.modules.pop("plugin_of_tests", None)
+        monkeypatch.setattr(registry, "_KINDS", dict(known["_KINDS"]))
+        monkeypatch.setattr(DATA_SETS, "_known", dict(known["data"]))
+        monkeypatch.setattr(METRICS, "_known", dict(known["metrics"]))
+        for name in [name for name in sys.modules if name.startswith("plugin_of_")]:
+            del sys.modules[name]
 
-    return act
+    act()
+    yield act
+    act()
 
 
 @pytest.fixture
@@ -91,24 +79,9 @@ def test_a_run_with_a_plugin_records_it_and_goes_on_with_it(place, tmp_path, for
     forget()
     cbcls.train.main(resume)
     forget()
-    line = refused(capsys, cbcls.train.main, *resume, "--plugins", "json")
-    assert line.startswith("error: plugins: the run has ['plugin_of_tests'], got ['json']; leave it out, or start")
-    forget()
     (place / "plugin_of_tests.py").unlink()
     line = refused(capsys, cbcls.train.main, *resume)
     assert line.startswith("error: plugins: plugin_of_tests cannot be imported (No module named 'plugin_of_tests');")
-
-
-def test_a_generator_is_measured_with_its_runs_plugins(place, tmp_path, forget, capsys):
-    gan = ["--width", "32", "--fid.samples", "60", "--latent_dim", "8"]
-    cbgan.train.main(flags(tmp_path, *FLAGS, *gan, "--plugins", "plugin_of_tests"))
-    evaluate = ["--run", str(tmp_path / "runs" / "cbgan" / "run")]
-    forget()
-    cbgan.evaluate.main(evaluate)
-    assert "epoch 1: FID" in capsys.readouterr().out
-    forget()
-    (place / "plugin_of_tests.py").unlink()
-    assert "plugins: plugin_of_tests cannot be imported" in refused(capsys, cbgan.evaluate.main, *evaluate)
 
 
 def test_an_entry_point_needs_no_flag_is_noted_with_its_version_and_missed_by_name(
@@ -136,10 +109,10 @@ def test_a_broken_entry_point_is_one_line_that_names_its_package(entry_point, pl
     assert line.endswith("; entry point mine of tests-plugin; repair or remove that")
 
 
-def test_no_path_is_imported(place, tmp_path, capsys):
+def test_no_path_is_imported(place):
     for name in ("modules/plugin_of_tests.py", "./plugin_of_tests", "a b", ".relative", ""):
-        line = refused(capsys, cbcls.train.main, *flags(tmp_path, "--plugins", name))
-        assert "plugins: expected modules by name" in line
+        with pytest.raises(UsageError, match=r"^plugins: expected modules by name"):
+            load_plugins([name])
     assert "plugin_of_tests" not in sys.modules
 
 
@@ -179,24 +152,9 @@ def test_the_command_that_the_documentation_shows(place, tmp_path, capsys):
     del sys.modules["my_lab"]
 
 
-def test_a_plugin_in_a_file_and_a_dry_run(place, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text(
-        "plugins: [plugin_of_tests]\nnorm: {kind: grouped, num_components: 4}\ndata: {name: stripes}\n"
-    )
-    cbcls.train.main(flags(tmp_path, "--config", str(tmp_path / "mine.yaml"), "--dry_run"))
-    assert "240 train, 240 test" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_module_is_imported_once(place, tmp_path):
+def test_a_module_is_imported_once(place):
     count = "import sys\nsys.plugin_of_counts = getattr(sys, 'plugin_of_counts', 0) + 1"
     (place / "plugin_of_counts.py").write_text(count)
     for _ in range(3):
         load_plugins(["plugin_of_counts"])
     assert vars(sys)["plugin_of_counts"] == 1
-    with pytest.raises(UsageError, match=r"^plugins: plugin_of_none cannot be imported"):
-        load_plugins(["plugin_of_none"])
-
-
-def test_an_entry_point_without_a_distribution_is_of_an_unknown_package():
-    assert _owner(EntryPoint("mine", "my_layers", GROUP)) == ("an unknown package", "")

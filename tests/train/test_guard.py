@@ -59,17 +59,13 @@ def setup(fp16: bool = False):
     )
 
 
-BAD = [
-    {"loss_value": math.nan},
-    {"loss_value": math.inf},
-    {"gradient_value": math.nan},
-    {"gradient_value": -math.inf},
-]
+BAD = [{"loss_value": math.nan}, {"loss_value": math.inf}, {"gradient_value": math.nan}, {"gradient_value": -math.inf}]
 
 
-def test_a_bad_step_changes_nothing_then_or_later():
-    for bad in BAD:
-        net, guard, optimizer, scaler = setup()
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_bad_step_changes_nothing_then_or_later(fp16):
+    for bad in BAD[:2] if fp16 else BAD:  # a gradient that overflows float16 lowers its scale
+        net, guard, optimizer, scaler = setup(fp16)
         one_step(net, guard, optimizer, scaler, 1)
         guard.check()
         before = snapshot(net, optimizer)
@@ -79,18 +75,6 @@ def test_a_bad_step_changes_nothing_then_or_later():
             assert torch.equal(was, now)
         term = "loss/d" if "loss_value" in bad else "gradient/d"
         with pytest.raises(NonFiniteError, match=rf"{term} is not finite in step 2"):
-            guard.check()
-
-
-def test_float16_stops_at_a_bad_loss():
-    for bad in BAD[:2]:
-        net, guard, optimizer, scaler = setup(fp16=True)
-        one_step(net, guard, optimizer, scaler, 1)
-        before = snapshot(net, optimizer)
-        one_step(net, guard, optimizer, scaler, 2, **bad)
-        for was, now in zip(before, snapshot(net, optimizer), strict=True):
-            assert torch.equal(was, now)
-        with pytest.raises(NonFiniteError, match=r"loss/d is not finite in step 2"):
             guard.check()
 
 

@@ -18,7 +18,7 @@ from common.data.sets.digits import digits
 from common.runtime.errors import UsageError
 from common.train.checkpoint import load
 from common.train.config import ScheduleConfig
-from common.train.logging import chart_name, read_metrics
+from common.train.logging import read_metrics
 from common.train.loop import Trainer
 from common.train.optim import schedule_factor
 
@@ -68,12 +68,6 @@ def test_a_schedule_reaches_the_optimizers_and_the_log(train):
     assert rates == pytest.approx([0.02, 0.02])
 
 
-def test_a_cosine_ends_where_its_run_ends(train, tmp_path):
-    folder, _ = train("--schedule.kind", "cosine", epochs=1)
-    with pytest.raises(UsageError, match="epochs: the run has 1, which its schedule follows, got 2"):
-        TOY.main(["--name", folder.name, "--out", str(tmp_path), "--resume", "--epochs", "2"])
-
-
 def test_averages_follow_the_recurrence_buffers_included(train, monkeypatch):
     wanted: dict[str, torch.Tensor] = {}
     sound = Trainer.train_step
@@ -104,12 +98,6 @@ def test_averages_follow_the_recurrence_buffers_included(train, monkeypatch):
         assert torch.equal(seen[-1][name], value)  # what is measured is the average
         assert torch.equal(load(folder / "checkpoints" / "step-00000016.pt")["averages"]["net"][name], value)
     assert not torch.equal(average["2.weight"], training.state.networks["net"].get_parameter("2.weight"))
-
-
-def test_accumulated_parts_make_one_update(train):
-    folder, training = train("--grad_accum_steps", "2", "--log_every", "1")
-    assert training.state.run.step == 8  # of 16 batches
-    assert [step for step, _ in column(folder, "loss/net")] == list(range(1, 9))
 
 
 def test_gradients_are_clipped_and_their_norm_is_logged_before(train, monkeypatch):
@@ -162,22 +150,14 @@ def test_reduced_precision_and_nhwc_train_float32_weights(train, precision):
     )
 
 
-def test_checkpoints_of_asked_epochs_are_kept(train):
-    folder, _ = train("--checkpoint_keep", "1", "3", "--checkpoint_every", "4", epochs=5)
+def test_epochs_and_what_is_done_after_them(train):
+    schedule = ["--steps_per_epoch", "3", "--evaluate_every", "2", "--grad_accum_steps", "2"]
+    folder, training = train(*schedule, "--checkpoint_keep", "1", "3", "--checkpoint_every", "4", epochs=5)
+    assert (training.state.run.epoch, training.state.run.step) == (5, 15)
+    assert [step for step, _ in column(folder, "loss/test")] == [6, 12, 15]
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {"epoch-0001.pt", "epoch-0003.pt", "step-00000032.pt", "step-00000040.pt"}
+    assert names == {"epoch-0001.pt", "epoch-0003.pt", "step-00000012.pt", "step-00000015.pt"}
     assert [load(folder / "checkpoints" / f"epoch-000{n}.pt")["run"]["epoch"] for n in (1, 3)] == [1, 3]
-
-
-def test_networks_are_measured_every_so_many_epochs_and_in_the_end(train):
-    folder, _ = train("--evaluate_every", "2", epochs=5)
-    assert [step for step, _ in column(folder, "loss/test")] == [16, 32, 40]
-
-
-def test_steps_per_epoch_make_an_epoch(train):
-    folder, training = train("--steps_per_epoch", "3")
-    assert (training.state.run.epoch, training.state.run.step) == (2, 6)
-    assert [step for step, _ in column(folder, "loss/test")] == [3, 6]
 
 
 @pytest.fixture
@@ -201,23 +181,16 @@ def test_losses_are_printed_of_the_epochs_that_logged_some(train, capsys):
 
 
 def test_early_stopping_waits_and_the_best_is_kept(train, measured, capsys):
-    measured(3.0, 2.0, 2.5, 2.0, 9.0, 9.0)
+    measured(math.nan, 2.0, 2.5, math.nan, 9.0)
     folder, training = train("--best.keep", "--best.patience", "2", "--checkpoint_every", "5", epochs=6)
     assert training.state.run.epoch == 4  # two evaluations that are not better than epoch 2
-    assert load(folder / "checkpoints" / "best.pt")["run"]["best"] == {
-        "value": 2.0, "epoch": 2, "tag": "loss/validation"}  # fmt: skip
-    assert load(folder / "checkpoints" / "best.pt")["run"]["epoch"] == 2
+    best = load(folder / "checkpoints" / "best.pt")["run"]
+    assert (best["epoch"], best["best"]) == (2, {"value": 2.0, "epoch": 2, "tag": "loss/validation"})
     assert (folder / "checkpoints" / f"step-{training.state.run.step:08d}.pt").exists()  # the end is saved anyway
     assert "after 4 of 6 epochs" in capsys.readouterr().out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["state"] == "finished"
     assert {"value": 2.0, "split": "validation", "chosen_by_test": False}.items() <= summary["best"].items()
-
-
-def test_a_value_that_is_not_a_number_is_never_the_best(train, measured):
-    measured(math.nan, 3.0, math.nan)
-    _, training = train("--best.keep", epochs=3)
-    assert training.state.run.best == {"value": 3.0, "epoch": 2, "tag": "loss/validation"}
 
 
 def test_choices_read_validation_images_that_are_held_out_of_training(train):
@@ -229,9 +202,6 @@ def test_choices_read_validation_images_that_are_held_out_of_training(train):
     sizes = {name: len(part) for name, part in images.items()}
     assert sizes == {"train": 1000 - held, "validation": held, "test": 200}
     assert column(folder, "loss/validation")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["images"]["validation"] == {"content_hash": images["validation"].content_hash, "count": held}
-    assert summary["best"]["split"] == "validation"
     # Nothing is held out where nothing is chosen.
     assert train(name="none", epochs=1)[1].task.images.keys() == {"train", "test"}
 
@@ -247,45 +217,16 @@ def test_choosing_by_test_images_is_refused_unless_it_is_marked(train):
     assert json.loads((folder / "summary.json").read_text())["best"]["chosen_by_test"] is True
 
 
-def test_a_summary_says_how_a_run_went(train):
-    folder, _ = train("--best.keep")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["state"], summary["why"]) == ("finished", None)
-    assert summary["epochs"] == {"done": 2, "wanted": 2}
-    assert summary["step"] == 14  # 900 images are 7 batches of 120
-    (_, last) = column(folder, "loss/test")[-1]
-    assert summary["last"]["loss/test"] == {"value": last, "epoch": 2, "split": "test"}
-    (_, best) = min(column(folder, "loss/validation"), key=lambda pair: pair[1])
-    assert summary["best"]["value"] == best
-    assert summary["best"]["with"]["loss/validation"] == best
-    assert summary["seconds"]["evaluation"] > 0
-    assert summary["seconds"]["training"] + summary["seconds"]["evaluation"] < 60
-    assert summary["peak_memory_mib"] > 50
-    assert summary["rewinds"] == []
-    assert summary["protocol"] == load(folder / "checkpoints" / "step-00000014.pt")["protocol"]
-    assert summary["protocol"]["content_test"] == digits(8).test.content_hash  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def test_tensorboard_shows_results_first_and_the_settings(train):
-    folder, training = train("--lr", "0.125")
+def test_tensorboard_has_the_settings(train):
+    folder, _ = train("--lr", "0.125", epochs=1)
     assert not (folder / "tensorboard").exists()  # else TensorBoard would call the run by that folder too
     events = EventAccumulator(str(folder)).Reload()
-    groups = sorted({tag.split("/")[0] for tag in events.Tags()["scalars"]})
-    story = [chart_name(f"{group}/x") for group in ("metric", "loss", "gradient", "schedule", "time", "health")]
-    assert story == sorted(story)
-    assert groups == ["2_loss", "5_gradient", "6_schedule", "7_time"]
-    assert "settings/text_summary" in events.Tags()["tensors"]
+    assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {"2_loss", "5_gradient", "6_schedule", "7_time"}
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "    lr: 0.125" in text.split("\n")
-    from tensorboard.plugins.hparams import plugin_data_pb2  # noqa: PLC0415 - heavy
-
-    data = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    start = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info  # pyright: ignore[reportAttributeAccessIssue]
-    assert start.hparams["lr"].number_value == 0.125
-    assert start.hparams["norm.kind"].string_value == training.cfg.norm.kind
 
 
-def test_what_networks_warn_of_is_told_once_in_a_line_without_a_place_in_the_code(train, monkeypatch, capsys):
+def test_what_networks_warn_of_is_printed_once_in_a_line_without_a_place_in_the_code(train, monkeypatch, capsys):
     sound = toy.networks
 
     def networks() -> dict[str, nn.Module]:
@@ -295,5 +236,5 @@ def test_what_networks_warn_of_is_told_once_in_a_line_without_a_place_in_the_cod
 
     monkeypatch.setattr(toy, "networks", networks)
     train(epochs=1)
-    told = [line for line in capsys.readouterr().err.splitlines() if "straw" in line]
-    assert told == ["warning: net: made of straw"]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "straw" in line]
+    assert printed == ["warning: net: made of straw"]

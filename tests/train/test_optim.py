@@ -43,17 +43,10 @@ def test_sgd_has_momentum_and_decays_through_the_gradient():
     assert nesterov == bias == pytest.approx(1 - 0.1 * (2 + 0.9 * 2) - 0.1 * (1 + 0.9 * (0.9 * 2 + 1)))
 
 
-def test_adam_moves_by_the_rate_whatever_the_gradient():
-    weight, bias = steps("adam", [2.0], lr=0.1, weight_decay=0.5)
-    assert weight == pytest.approx(0.9)  # decay is part of the gradient, whose size does not matter
-    assert bias == pytest.approx(0.9)
-    weight, _ = steps("adam", [2.0], lr=0.1, eps=2.0)
-    assert weight == pytest.approx(1 - 0.1 * 2 / (2 + 2))
-
-
-def test_adamw_decays_beside_the_gradient():
-    weight, bias = steps("adamw", [2.0], lr=0.1, weight_decay=0.5)
-    assert weight == pytest.approx((1 - 0.1 * 0.5) - 0.1)
-    assert bias == pytest.approx(0.9)
-    weight, _ = steps("adamw", [2.0], lr=0.1, eps=2.0)
-    assert weight == pytest.approx(1 - 0.1 * 2 / (2 + 2))
+def test_adam_moves_by_the_rate_and_adamw_decays_beside_it():
+    for kind, decayed in (("adam", 0.9), ("adamw", (1 - 0.1 * 0.5) - 0.1)):  # Adam's decay is part of the gradient
+        weight, bias = steps(kind, [2.0], lr=0.1, weight_decay=0.5)
+        assert weight == pytest.approx(decayed)
+        assert bias == pytest.approx(0.9)
+        weight, _ = steps(kind, [2.0], lr=0.1, eps=2.0)
+        assert weight == pytest.approx(1 - 0.1 * 2 / (2 + 2))

@@ -55,16 +55,14 @@ def test_fresh_names_count_up(tmp_path):
 def test_a_given_name_that_exists_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
-    with pytest.raises(UsageError, match=r"name: .*mine exists; add --resume"):
-        RunFolder.create(tmp_path, "mine", "default", FILES)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("mine", "link"):
+        with pytest.raises(UsageError, match=rf"name: .*{name} exists; add --resume"):
+            RunFolder.create(tmp_path, name, "default", FILES)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_file_in_the_folders_place_is_one_line(tmp_path):
-    (tmp_path / "runs").write_text("")
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "link"}
     with pytest.raises(UsageError, match="out: cannot write to"):
-        RunFolder.create(tmp_path / "runs" / "cbgan", None, "default", FILES)
+        RunFolder.create(tmp_path / "mine" / "file" / "cbgan", None, "default", FILES)
 
 
 def test_a_run_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
@@ -120,15 +118,13 @@ def sessions(folder) -> list[dict]:
 
 
 def test_a_session_like_the_last_one_is_appended_without_a_word(tmp_path):
-    session = environment(torch.device("cpu"), backend="auto")
+    session = environment(torch.device("cpu"))
     write_sessions(tmp_path, session)
-    assert session["versions"]["torch"] == torch.__version__
     assert note_session(tmp_path, session) == []
     assert sessions(tmp_path) == [session, session]
 
 
-ELSEWHERE = {"device": "cuda", "threads": 7, "python": "3.12.1", "versions.torch": "2.12.0",
-             "versions.triton": "3.4.0", "hardware.cpu": "B", "hardware.gpu": "C"}  # fmt: skip
+ELSEWHERE = {"device": "cuda", "threads": 7, "python": "3.12.1", "versions.triton": "3.4.0", "hardware.gpu": "C"}
 
 
 def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path):
@@ -138,32 +134,24 @@ def test_a_run_goes_on_elsewhere_with_a_line_for_what_differs(tmp_path):
         (line,) = note_session(tmp_path, session)
         before = (SESSION | SESSION["versions"] | SESSION["hardware"])[field.split(".")[-1]]
         assert line.startswith(f"{field}: the run used {before}, this process has {value}; ")
-        assert "last bits" in line
-        assert "\n" not in line
         assert sessions(tmp_path) == [SESSION, session]
         assert note_session(tmp_path, session) == []  # as the last session, if not as the first
-    for field, value in (("hardware.memory_gib", 64), ("hardware.cores", 64), ("commit", "def")):
+    for field, value in (("hardware.cores", 64), ("commit", "def")):
         write_sessions(tmp_path, SESSION)
         assert note_session(tmp_path, changed(field, value)) == []  # what no result depends on
 
 
 def test_another_backend_of_the_layers_is_refused_on_the_same_kind_of_device(tmp_path):
+    compiled = changed("backend", "compiled")
     write_sessions(tmp_path, SESSION)
-    with pytest.raises(
-        UsageError, match=r"^backend: the run's .* by eager, .* by compiled; start it with CXX=none"
-    ) as one:
-        note_session(tmp_path, changed("backend", "compiled"))
-    assert "\n" not in str(one.value)
+    with pytest.raises(UsageError, match=r"^backend: the run's .* by eager, .* by compiled; start it with CXX=none"):
+        note_session(tmp_path, compiled)
     assert sessions(tmp_path) == [SESSION]
-    write_sessions(tmp_path, changed("backend", "compiled"))
-    with pytest.raises(UsageError, match=r"^backend: .* by compiled, .* by eager; install the C\+\+ compiler"):
-        note_session(tmp_path, SESSION)
-
-
-def test_a_backend_that_comes_with_another_device_goes_with_a_line(tmp_path):
-    write_sessions(tmp_path, SESSION)
     lines = note_session(tmp_path, changed("backend", "triton") | {"device": "cuda"})
     assert [line.split(":")[0] for line in lines] == ["device", "backend"]
+    write_sessions(tmp_path, compiled)
+    with pytest.raises(UsageError, match=r"^backend: .* by compiled, .* by eager; install the C\+\+ compiler"):
+        note_session(tmp_path, SESSION)
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
@@ -178,27 +166,16 @@ def test_the_threads_to_keep_are_those_of_the_last_session(tmp_path):
     assert recorded_threads(tmp_path) == 5
 
 
-BAD_SESSIONS = {
-    "missing": None,
-    "empty": b"",
-    "half": b'{"sessions": [{"wor',
-    "no text": b"\xff\xfe",
-    "deep": b"[" * 100_000,
-    "a list": b"[]",
-    "another object": b"{}",
-    "sessions of no kind": b'{"sessions": 3}',
-    "no session": b'{"sessions": []}',
-    "a session of no kind": b'{"sessions": [1]}',
-    "threads in words": b'{"sessions": [{"world": 1, "threads": "two"}]}',
-    "threads that are true": b'{"sessions": [{"world": 1, "threads": true}]}',
-    "no threads": b'{"sessions": [{"world": 1, "threads": 0}]}',
-    "threads not noted": b'{"sessions": [{"world": 1}]}',
-}
+BAD_SESSIONS = [
+    b"", b'{"sessions": [{"wor', b"\xff\xfe", b"[" * 100_000, b"[]", b"{}", b'{"sessions": 3}', b'{"sessions": []}',
+    b'{"sessions": [1]}', b'{"sessions": [{"world": 1}]}', b'{"sessions": [{"world": 1, "threads": "two"}]}',
+    b'{"sessions": [{"world": 1, "threads": 0}]}',
+]  # fmt: skip
 
 
 def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path):
     file = tmp_path / "environment.json"
-    for content in BAD_SESSIONS.values():
+    for content in [None, *BAD_SESSIONS]:
         if content is not None:
             file.write_bytes(content)
         with pytest.raises(UsageError, match=f"^name: {file} .* expected {{") as caught:
@@ -207,37 +184,25 @@ def test_an_environment_of_another_form_is_one_line_that_names_it(tmp_path):
         assert not file.exists() if content is None else file.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    ("name", "use"),
-    [("lock", RunFolder.reopen), ("environment.json", lambda path: note_session(path, SESSION))],
-    ids=["lock", "session"],
-)
-def test_a_folder_that_may_only_be_read_is_one_line(tmp_path, monkeypatch, name, use):
+def test_a_folder_that_may_only_be_read_is_one_line_and_a_full_disk_is_another_matter(tmp_path, monkeypatch):
     write_sessions(tmp_path, SESSION)
     opened = os.open
-    for code in (errno.EROFS, errno.EACCES, errno.EPERM):
+    uses = {"lock": RunFolder.reopen, "environment.json": lambda path: note_session(path, SESSION)}
+    for name, use in uses.items():
+        for code in (errno.EROFS, errno.EACCES, errno.ENOSPC):
 
-        def refuse(path, flags, *mode, code=code, **options):
-            if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
-                raise OSError(code, os.strerror(code), path)
-            return opened(path, flags, *mode, **options)
+            def refuse(path, flags, *mode, name=name, code=code, **options):
+                if name in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+                    raise OSError(code, os.strerror(code), path)
+                return opened(path, flags, *mode, **options)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "open", refuse)
-            with pytest.raises(
-                UsageError, match=rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"
-            ):
-                use(tmp_path)
-        assert sessions(tmp_path) == [SESSION]
-
-
-def test_a_full_disk_is_not_taken_for_one_that_may_only_be_read(tmp_path, monkeypatch):
-    def full(path, *_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-
-    monkeypatch.setattr(os, "open", full)
-    with pytest.raises(OSError, match="No space left"):
-        RunFolder.reopen(tmp_path)
+            line = rf"^name: cannot write to {tmp_path} \({os.strerror(code)}\); .*--out"
+            full = code == errno.ENOSPC
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "open", refuse)
+                with pytest.raises(OSError if full else UsageError, match="No space left" if full else line):
+                    use(tmp_path)
+            assert sessions(tmp_path) == [SESSION]
 
 
 def test_a_file_system_without_locks_is_told_apart_from_a_run_in_use(tmp_path, monkeypatch):
@@ -277,9 +242,12 @@ def test_a_session_tells_how_it_was_started_and_on_what(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "cbgan.train", "--out", "my runs"])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    session = environment(torch.device("cuda", 1), backend="eager")
+    session = environment(torch.device("cuda", 1))
     assert session["command"] == "python -m cbgan.train --out 'my runs'"
-    assert (session["world"], session["threads"], session["device"], session["backend"]) == (3, 6, "cuda", "eager")
+    assert (session["world"], session["threads"], session["device"]) == (3, 6, "cuda")
+    assert session["started"].startswith(time.strftime("%Y-", time.gmtime()))
+    assert session["started"].endswith("+00:00")
+    assert session["versions"]["torch"] == torch.__version__
     assert session["hardware"]["gpu"] == "card 1"
     memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     assert session["hardware"]["memory_gib"] == pytest.approx(int(memory.split()[1]) / 2**20, rel=0.05)
@@ -297,15 +265,3 @@ def test_a_run_to_go_on_with_is_found_or_those_that_are_there_are_named(tmp_path
     assert find_run(tmp_path, "one") == tmp_path / "one"
     with pytest.raises(UsageError, match=r"; runs there: one, two$"):
         find_run(tmp_path, "ghost")
-
-
-def test_a_name_taken_by_a_link_to_nowhere_is_taken(tmp_path):
-    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match=r"^name: .*run exists; add --resume"):
-        RunFolder.create(tmp_path, "run", "default", FILES)
-
-
-def test_the_time_of_a_start_is_utc():
-    started = environment(torch.device("cpu"))["started"]
-    assert started.startswith(time.strftime("%Y-", time.gmtime()))
-    assert started.endswith("+00:00")

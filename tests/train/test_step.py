@@ -66,6 +66,7 @@ def test_ranks_average_gradients_once_a_step_in_its_last_micro_batch(count):
     net = cast(nn.Linear, made.networks["net"])
     before, seen = net.weight.detach().clone(), []
     step = Step(made, guard(made), batches(count), RunConfig())
+    assert [micro["train"].labels.tolist() for micro in step.micro_batches] == [[n, n] for n in range(count)]
 
     def loss(micro: MicroBatch) -> tuple[torch.Tensor, Metrics]:
         value = net(torch.ones(1, 2)).sum() * (micro.number + 1)
@@ -86,17 +87,6 @@ def test_ranks_average_gradients_once_a_step_in_its_last_micro_batch(count):
     assert not metrics.step["twice"].requires_grad
     assert metrics.epoch == {"number": factors[-1] - 1}  # of those that have it
     assert float(metrics.step["gradient/net"]) == pytest.approx(2**0.5 * mean)
-
-
-def test_micro_batches_hold_their_own_batches():
-    step = Step(state(), cast(Any, None), batches(2), RunConfig())
-    assert [micro["train"].labels.tolist() for micro in step.micro_batches] == [[0, 0], [1, 1]]
-
-
-def test_metrics_of_two_updates_join():
-    one, two = torch.tensor(1.0), torch.tensor(2.0)
-    joined = Metrics({"a": one}, {"b": one}) | Metrics({"c": two}, {"d": two})
-    assert (joined.step, joined.epoch) == ({"a": one, "c": two}, {"b": one, "d": two})
 
 
 def test_a_frozen_network_has_no_gradients_and_learns_again_afterwards_even_after_an_error():

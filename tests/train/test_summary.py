@@ -1,4 +1,4 @@
-"""What a run tells while it goes on and at its end, against what it logged and a clock that the test moves."""
+"""What a run prints, logs and sums up, against what it logged and a clock that the test moves."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from toy import ToyTask
 
 from common.data.sets.digits import digits
 from common.train import dry_run, loop
+from common.train.checkpoint import load
 from common.train.config import RunConfig
 from common.train.logging import read_metrics
 from common.train.loop import Trainer
@@ -34,8 +35,8 @@ SPEED = (120 + 60) / STEP
 
 
 @dataclass
-class Told:
-    """A run that is over, and what was seen of it."""
+class Seen:
+    """A run that is over, and what it printed and wrote."""
 
     folder: Path
     out: list[str] = field(default_factory=list)
@@ -49,21 +50,23 @@ class Told:
         return dict(re.split(" {2,}", line, maxsplit=1) for line in rows)
 
 
-def trained(out: Path, cache: Path, *flags: str) -> Told:
-    """Train the toy application by the test's clock."""
-    now, told, printed = [100.0], Told(out / "toy" / "run"), io.StringIO()
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory) -> Seen:
+    """Train the toy application by this test's clock."""
+    out = tmp_path_factory.mktemp("out") / "my runs"
+    now, seen, printed = [100.0], Seen(out / "toy" / "run"), io.StringIO()
     step, evaluate, epoch = Trainer.train_step, ToyTask.evaluate, Trainer.train_epoch
 
     def stepped(self, batches):
         now[0] += STEP
         step(self, batches)
 
-    def measured(self, networks, moment):
+    def measured(self, networks, context):
         now[0] += MEASUREMENT
-        return evaluate(self, networks, moment)
+        return evaluate(self, networks, context)
 
     def begun(self):
-        told.summaries.append(json.loads((self.folder / "summary.json").read_text()))
+        seen.summaries.append(json.loads((self.folder / "summary.json").read_text()))
         epoch(self)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
@@ -71,23 +74,17 @@ def trained(out: Path, cache: Path, *flags: str) -> Told:
         patch.setattr(Trainer, "train_step", stepped)
         patch.setattr(ToyTask, "evaluate", measured)
         patch.setattr(Trainer, "train_epoch", begun)
-        TOY.main([*TOY.tiny(out, cache), "--name", "run", *flags])
-    told.out = printed.getvalue().splitlines()
-    return told
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory) -> Told:
-    out = tmp_path_factory.mktemp("out") / "my runs"
-    return trained(out, out / "cache", "--epochs", "2", "--best.keep")
+        TOY.main([*TOY.tiny(out, out / "cache"), "--name", "run", "--epochs", "2", "--best.keep"])
+    seen.out = printed.getvalue().splitlines()
+    return seen
 
 
 def by_epoch(folder: Path, tag: str) -> dict[int, float]:
     return {line["epoch"]: line[tag] for line in read_metrics(folder) if tag in line}
 
 
-def test_a_run_logs_what_the_page_says_of_every_run(told):
-    lines = read_metrics(told.folder)
+def test_a_run_logs_what_the_page_says_of_every_run(summed):
+    lines = read_metrics(summed.folder)
     losses = {f"{group}/{name}" for group in ("loss", "gradient") for name in ("net", "top")}
     timed = {"schedule/lr", "time/images_per_second", "time/peak_memory_mib"}
     # 900 images are 7 batches of 120 an epoch; a line every third step, and one a measurement.
@@ -99,21 +96,20 @@ def test_a_run_logs_what_the_page_says_of_every_run(told):
             assert line.keys() == {"step", "epoch"} | wanted
 
 
-def test_speed_is_images_by_the_seconds_of_training_alone(told):
-    assert {line.get("time/images_per_second", SPEED) for line in read_metrics(told.folder)} == {SPEED}
-    summary = json.loads((told.folder / "summary.json").read_text())
+def test_speed_is_images_by_the_seconds_of_training_alone(summed):
+    assert {line.get("time/images_per_second", SPEED) for line in read_metrics(summed.folder)} == {SPEED}
+    summary = json.loads((summed.folder / "summary.json").read_text())
     assert summary["seconds"] == {"training": 14 * STEP, "evaluation": 2 * MEASUREMENT}
-    assert told.closing["speed"] == "720 images/s on cpu"
+    assert summed.closing["speed"] == "720 images/s on cpu"
 
 
-def test_parts_of_a_step_count_as_images(tmp_path):
-    told = trained(tmp_path, tmp_path, "--grad_accum_steps", "2", "--log_every", "1")
-    assert {line.get("time/images_per_second", 2 * SPEED) for line in read_metrics(told.folder)} == {2 * SPEED}
-
-
-def test_each_epoch_and_each_measurement_is_a_line(told):
-    lines, test, valid = iter(told.out), by_epoch(told.folder, "loss/test"), by_epoch(told.folder, "loss/validation")
-    logged = [line for line in read_metrics(told.folder) if "loss/net" in line]
+def test_each_epoch_and_each_measurement_is_a_line(summed):
+    lines, test, valid = (
+        iter(summed.out),
+        by_epoch(summed.folder, "loss/test"),
+        by_epoch(summed.folder, "loss/validation"),
+    )
+    logged = [line for line in read_metrics(summed.folder) if "loss/net" in line]
     for epoch, step, shown in ((1, 7, logged[1]), (2, 14, logged[3])):  # the last of 6 and of 12
         losses = f"loss/net {shown['loss/net']:.4g}  loss/top {shown['loss/top']:.4g}"
         assert next(lines) == f"epoch {epoch}/2, step {step}  {losses}  images/s 720"
@@ -122,15 +118,15 @@ def test_each_epoch_and_each_measurement_is_a_line(told):
     assert next(lines) == ""
 
 
-def test_the_closing_lines_say_what_came_out_and_where_it_is(told):
-    test, valid = by_epoch(told.folder, "loss/test"), by_epoch(told.folder, "loss/validation")
+def test_the_closing_lines_say_what_came_out_and_where_it_is(summed):
+    test, valid = by_epoch(summed.folder, "loss/test"), by_epoch(summed.folder, "loss/validation")
     best = min(valid, key=lambda epoch: valid[epoch])
-    assert told.closing == {
-        "run": str(told.folder),
+    assert summed.closing == {
+        "run": str(summed.folder),
         "last": f"test {test[2]:.3g}, validation {valid[2]:.3g}",
         "best": f"loss/validation {valid[best]:.4g} (epoch {best})",
         "speed": "720 images/s on cpu",
-        "charts": f"tensorboard --logdir '{told.folder.parents[1]}' --host 127.0.0.1",
+        "charts": f"tensorboard --logdir '{summed.folder.parents[1]}' --host 127.0.0.1",
     }
 
 
@@ -146,14 +142,22 @@ def test_how_to_go_on_is_quoted_for_a_shell():
     assert shlex.split(resume_command(cast(Any, method), cfg)) == words
 
 
-def test_a_summary_tells_from_the_first_moment_on_that_the_run_is_under_way(told):
-    first, second = told.summaries
+def test_a_summary_says_from_the_start_how_a_run_goes(summed):
+    first, second = summed.summaries
     assert (first["state"], first["why"], first["epochs"], first["step"]) == (
         "running", None, {"done": 0, "wanted": 2}, 0)  # fmt: skip
     assert (first["last"], first["best"]) == ({}, None)
     assert (second["state"], second["epochs"]["done"], second["step"]) == ("running", 1, 7)
-    assert second["last"]["loss/test"]["value"] == by_epoch(told.folder, "loss/test")[1]
-    assert second["best"]["epoch"] == 1
+    last = json.loads((summed.folder / "summary.json").read_text())
+    assert (last["state"], last["epochs"], last["step"]) == ("finished", {"done": 2, "wanted": 2}, 14)
+    for epoch, summary in ((1, second), (2, last)):
+        value = by_epoch(summed.folder, "loss/test")[epoch]
+        assert summary["last"]["loss/test"] == {"value": value, "epoch": epoch, "split": "test"}
+    assert last["best"]["with"]["loss/validation"] == last["best"]["value"]
+    assert last["peak_memory_mib"] > 50
+    assert last["protocol"] == load(summed.folder / "checkpoints" / "step-00000014.pt")["protocol"]
+    assert digits(8).test is not None
+    assert last["images"]["test"] == {"content_hash": digits(8).test.content_hash, "count": 200}  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_a_summary_has_no_number_that_json_has_no_word_for(tmp_path, monkeypatch):
@@ -174,30 +178,26 @@ def trained_plainly(tmp_path: Path, *flags: str) -> Path:
     return tmp_path / "toy" / "run"
 
 
-def test_the_last_lines_name_a_test_metric_and_an_early_end(tmp_path, monkeypatch, capsys):
-    values = iter((1.0, 2.0, 3.0))
-    monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/test": next(values)})
-    flags = ["--best.by", "loss/test", "--best.allow_test_metric", "--best.patience", "2", "--epochs", "9"]
-    trained_plainly(tmp_path, *flags)
-    lines = capsys.readouterr().out.splitlines()
-    assert "best     loss/test 1 (epoch 1, chosen by a value of test images)" in lines
-    assert "stopped  after 3 of 9 epochs: 2 evaluations without a better value" in lines
+def test_the_last_lines_name_a_test_metric(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ToyTask, "evaluate", lambda *_: {"loss/test": 1.0})
+    trained_plainly(tmp_path, "--best.by", "loss/test", "--best.allow_test_metric", "--best.keep")
+    assert "best    loss/test 1 (epoch 1, chosen by a value of test images)" in capsys.readouterr().out.splitlines()
 
 
-def test_what_is_wrong_with_layers_and_what_was_rewound_is_told_once_more(tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_with_layers_and_what_was_rewound_is_said_once_more(tmp_path, monkeypatch, capsys):
     broken = ("0: use of a component is nothing", "0: something else", "1: another")
     monkeypatch.setattr(ToyTask, "health", lambda self, step: ({"health/0/usage_min": 0.125, "health/0/other_one": 2.0},
                                                               list(broken)))  # fmt: skip
     collapsed = iter(["has won"])
     monkeypatch.setattr(ToyTask, "detectors", [Detector(lambda _: next(collapsed, None), "steps")])
     folder = trained_plainly(tmp_path, "--guard.action", "rewind", "--epochs", "2")
-    told = capsys.readouterr()
-    closing = told.out.split("\n\n")[1].splitlines()
+    printed = capsys.readouterr()
+    closing = printed.out.split("\n\n")[1].splitlines()
     assert "health 0  usage min 0.125, other one 2" in closing
     assert [line for line in closing if line.startswith("warning")] == [f"warning   {line}" for line in broken]
     assert "rewound   in step 3 to step 0: has won" in closing
     # While it runs: a line a subject, once a run; the rewind with its new rates.
-    assert told.err.splitlines() == [
+    assert printed.err.splitlines() == [
         "warning: rewound to step 0: has won; learning rates are now 0.5 of the first",
         f"warning: {broken[0]}", f"warning: {broken[2]}",
     ]  # fmt: skip
@@ -205,55 +205,16 @@ def test_what_is_wrong_with_layers_and_what_was_rewound_is_told_once_more(tmp_pa
     assert rewinds == [{"step": 3, "to": 0, "cause": "has won"}]
 
 
-def test_an_epoch_without_a_log_line_still_has_its_own(tmp_path, capsys):
-    trained_plainly(tmp_path, "--log_every", "100")
-    assert capsys.readouterr().out.splitlines()[0] == "epoch 1/1, step 8"
-
-
-class Bar:
-    """What stands in for the bar of a terminal."""
-
-    made: ClassVar[list["Bar"]] = []
-    write = staticmethod(lambda *arguments, **options: None)
-
-    def __init__(self, **options: Any) -> None:
-        self.options, self.updates, self.postfixes, self.closed = options, 0, [], False
-        Bar.made.append(self)
-
-    def update(self) -> None:
-        self.updates += 1
-
-    def set_postfix(self, values: dict[str, Any]) -> None:
-        self.postfixes.append(values)
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_on_a_terminal_there_is_a_bar_instead_of_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "tqdm", Bar)
-    monkeypatch.setattr(Bar, "made", [])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    folder = trained_plainly(tmp_path, "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        trained_plainly(tmp_path, "--epochs", "2")
+    printed = capsys.readouterr()
+    assert "16/16" in printed.err
+    assert "epoch=2, loss/net=" in printed.err
+    assert not [line for line in printed.out.splitlines() if line.startswith("epoch")]
     TOY.main(["--name", "run", "--out", str(tmp_path), "--resume", "--epochs", "3"])
-    first, second = Bar.made
-    assert (first.options["total"], first.options["initial"], first.options["disable"]) == (16, 0, False)
-    assert (second.options["total"], second.options["initial"]) == (24, 16)
-    assert {first.options["unit"], second.options["unit"]} == {"step"}
-    assert (first.updates, second.updates, first.closed, second.closed) == (16, 8, True, True)
-    logged = [line for line in read_metrics(folder) if "loss/net" in line]
-    assert [postfix["epoch"] for postfix in first.postfixes] == [1, 1, 2, 2, 2]
-    for postfix, line in zip(first.postfixes, logged, strict=False):
-        assert postfix["loss/net"] == f"{line['loss/net']:.4g}"
-        assert postfix["images/s"] == f"{line['time/images_per_second']:.4g}"
-    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
-
-
-def test_without_a_terminal_there_is_no_bar(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "tqdm", Bar)
-    monkeypatch.setattr(Bar, "made", [])
-    trained_plainly(tmp_path)
-    assert [bar.options["disable"] for bar in Bar.made] == [True]
+    assert "/24" not in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_in_closed_form(tmp_path, monkeypatch, capsys):
