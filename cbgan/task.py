@@ -46,7 +46,7 @@ class GanTask(Task[GanConfig]):
             )
             for name, network in self.networks.items()
         }
-        measured = replace(cfg, evaluate_every=0) if context.dry_run else cfg  # which would measure the real images
+        measured = replace(cfg, evaluate_every=0) if context.dry_run else cfg  # a dry run evaluates nothing
         self.evaluator = Evaluator(measured, images, self.device, context.should_stop, self.env)
         self.detectors = collapse_detectors(lambda: self.evaluator.most)
 
