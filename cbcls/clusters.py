@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(FindClustersConfig, argv, prog="python -m cbcls.clusters")
     splits = load(cfg.data)
     if cfg.path.exists() and not cfg.force:
-        if not _the_same(cfg.path, splits, cfg.method()):
+        if not _holds(cfg.path, splits, cfg.method()):
             raise UsageError(
                 f"out: {cfg.path} holds other clusters; choose another file, or write over it with --force"
             )
@@ -101,11 +101,9 @@ def find_clusters(splits: Splits, cfg: FindClustersConfig) -> Splits:
     from sklearn.pipeline import make_pipeline  # noqa: PLC0415
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
 
-    pixels = _pixels(splits.train, cfg.side)
-    if cfg.num_clusters > len(pixels):
-        raise UsageError(
-            f"num_clusters: expected at most {len(pixels)}, as many as training images, got {cfg.num_clusters}"
-        )
+    pixels, clusters = _pixels(splits.train, cfg.side), cfg.num_clusters
+    if clusters > len(pixels):
+        raise UsageError(f"num_clusters: expected at most {len(pixels)}, as many as training images, got {clusters}")
     if (pixels == pixels[0]).all():
         raise UsageError(
             f"data.name: the training images of {splits.train.name} are all the same, expected some that differ"
@@ -116,13 +114,9 @@ def find_clusters(splits: Splits, cfg: FindClustersConfig) -> Splits:
             f"{cfg.components}"
         )
     mixture = GaussianMixture(
-        cfg.num_clusters,
-        covariance_type="diag",
-        n_init=cfg.restarts,
-        init_params="k-means++",
-        max_iter=1000,
+        clusters, covariance_type="diag", n_init=cfg.restarts, init_params="k-means++", max_iter=1000,
         random_state=cfg.seed,
-    )
+    )  # fmt: skip
     reduce = make_pipeline(StandardScaler(copy=False), PCA(cfg.components, random_state=cfg.seed)).fit(pixels)
     points = {
         name: reduce.transform(_pixels(images, cfg.side)).astype("float64")  # in float32 EM stops at worse mixtures
@@ -131,17 +125,17 @@ def find_clusters(splits: Splits, cfg: FindClustersConfig) -> Splits:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of a start that is not the likeliest, perhaps
         mixture.fit(points["train"])
-    said = {name: torch.from_numpy(mixture.predict(each)) for name, each in points.items()}
-    counts = said["train"].bincount(minlength=cfg.num_clusters)
+    found = {name: torch.from_numpy(mixture.predict(each)) for name, each in points.items()}
+    counts = found["train"].bincount(minlength=clusters)
     if not counts.all():
         raise UsageError(
             f"num_clusters: expected at most {int((counts > 0).sum())}, since no training image falls into the others, "
-            f"got {cfg.num_clusters}"
+            f"got {clusters}"
         )
     rank = counts.argsort(descending=True, stable=True).argsort()
-    names = tuple(str(k) for k in range(cfg.num_clusters))
+    names = tuple(map(str, range(clusters)))
     given = {
-        name: replace(images, clusters=rank[said[name]].to(torch.int64), cluster_names=names)
+        name: replace(images, clusters=rank[found[name]].to(torch.int64), cluster_names=names)
         for name, images in splits.items()
     }
     return replace(splits, **given)
@@ -153,7 +147,8 @@ def _pixels(images: ImageSet, side: int) -> Any:
     return torch.cat(small).numpy()
 
 
-def _the_same(path: Path, splits: Splits, method: dict[str, Any]) -> bool:
+def _holds(path: Path, splits: Splits, method: dict[str, Any]) -> bool:
+    """Say whether a file holds the clusters of these images by this method."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pixels = {name: images.pixel_hash for name, images in splits.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from cbcls.networks.shallow_cnn import CHANNELS
 from common.data.clusters import ClustersConfig
 from common.data.config import DataConfig
 from common.norms.registry import kinds
@@ -13,10 +14,16 @@ from common.runtime.paths import texts_to_paths
 from common.train.config import RunConfig
 
 _FAMILIES = "shallow_cnn, densenet-DEPTH-GROWTH, densenet-bc-DEPTH-GROWTH, vit, oxford_cnn or timm:NAME"
-_CHANNELS = (64, 128, 128, 256)
-"""Of the shallow CNN's normalizations."""
 _BATCH_NORMS_BECOME = ("bn", "mn", "ucb", "scb", "scb_base", "dsbn")
 _OXFORD_LEAST = 128
+
+
+class Dense(NamedTuple):
+    """A densely connected network, as its name says."""
+
+    depth: int
+    growth: int
+    bottleneck: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +50,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         texts_to_paths(self)
-        dense, known = self.dense, self.name in ("shallow_cnn", "vit", "oxford_cnn")
-        if not known and dense is None and not re.fullmatch(r"timm:.+", self.name):
+        dense = self.dense
+        if dense is None and not re.fullmatch(r"shallow_cnn|vit|oxford_cnn|timm:.+", self.name):
             raise ValueError(f"model.name: expected {_FAMILIES}, got {self.name}")
         if dense is not None:
             step = 6 if dense.bottleneck else 3
@@ -54,40 +61,19 @@ class ModelConfig:
                 )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected 0 up to, not including, 1, got {self.dropout}")
-        if self.position is not None and not 1 <= self.position <= len(_CHANNELS):
-            raise ValueError(f"model.position: expected 1 to {len(_CHANNELS)}, or null, got {self.position}")
+        if self.position is not None and not 1 <= self.position <= len(CHANNELS):
+            raise ValueError(f"model.position: expected 1 to {len(CHANNELS)}, or null, got {self.position}")
         own = {"position": self.name == "shallow_cnn", "dropout": dense is not None}
         own |= dict.fromkeys(("convert", "weights", "pretrained"), self.name.startswith("timm:"))
         for name, takes in own.items():
-            value = getattr(self, name)
-            if not takes and value != type(self).__dataclass_fields__[name].default and value != []:
+            if (value := getattr(self, name)) and not takes:
                 raise ValueError(f"model.{name}: {value} means nothing to {self.name}; leave it out")
 
     @property
-    def dense(self) -> "Dense | None":
+    def dense(self) -> Dense | None:
         """The densely connected network of this name, if it is one."""
         match = re.fullmatch(r"densenet-(bc-)?(\d+)-(\d+)", self.name)
         return None if match is None else Dense(int(match[2]), int(match[3]), match[1] is not None)
-
-    @property
-    def prefix(self) -> str:
-        """What a run's name says of the network; nothing of the first of them."""
-        return "" if self.name == "shallow_cnn" else re.sub(r"[^\w.-]+", "-", self.name) + "-"
-
-    @property
-    def channels(self) -> int:
-        """How many channels the layer under test has, where it is one layer."""
-        if self.name == "shallow_cnn":
-            return _CHANNELS[(self.position or 3) - 1]
-        return 256 if self.name == "oxford_cnn" else 3
-
-
-class Dense(NamedTuple):
-    """A densely connected network, as its name says."""
-
-    depth: int
-    growth: int
-    bottleneck: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +117,9 @@ class ClassifierConfig(RunConfig):
         super().__post_init__()
         if self.clusters.by == "none" and (self.takes_clusters or self.model.onehot_cluster):
             asks = f"norm.kind: {self.norm.kind}" if self.takes_clusters else "model.onehot_cluster: true"
-            raise ValueError(f"{asks} needs a cluster for each image; say which by clusters.by {_CLUSTERS}")
+            raise ValueError(
+                f"{asks} needs a cluster for each image; say which by clusters.by superclasses, classes or file"
+            )
         if self.takes_clusters and self.model.onehot_cluster:
             without = ", ".join(kinds(takes_clusters=False))
             raise ValueError(
@@ -152,7 +140,8 @@ class ClassifierConfig(RunConfig):
                 f"norm.kind: oxford_cnn has one value a channel where the layer is, too few for {self.norm.kind}"
             )
         if not model.convert:
-            self.norm.build(model.channels)  # the layer knows best which options it refuses
+            channels = {"shallow_cnn": CHANNELS[(model.position or 3) - 1], "oxford_cnn": 256}.get(model.name, 3)
+            self.norm.build(channels)  # the layer knows best which options it refuses
         elif self.norm.kind not in _BATCH_NORMS_BECOME:
             raise ValueError(
                 f"model.convert: BatchNorms become {', '.join(_BATCH_NORMS_BECOME)}, not {self.norm.kind}; leave it out"
@@ -176,13 +165,10 @@ class ClassifierConfig(RunConfig):
 
     @property
     def knows_unknown(self) -> bool:
-        """Whether the network can do without the cluster of an image that it classifies."""
+        """Whether the network can classify an image whose cluster is unknown."""
         return self.norm.kind in ("scb", "scb_base") or self.model.onehot_cluster
 
     @property
-    def told_clusters(self) -> bool:
-        """Whether the network is, by its layer or beside its features."""
+    def uses_clusters(self) -> bool:
+        """Whether the network is given the cluster of each image, by its layer or beside its features."""
         return self.takes_clusters or self.model.onehot_cluster
-
-
-_CLUSTERS = "superclasses, classes or file"

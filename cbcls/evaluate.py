@@ -1,7 +1,7 @@
 """Measure a trained classifier, and audit what it is given: ``python -m cbcls.evaluate --run runs/cbcls/NAME``."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline = None if options.baseline is None else load_model(options.baseline, device)
     differ = [] if baseline is None else _differences(model, baseline, options)
     images = ClassifierTask.load_images(model.cfg)
-    evaluation = Evaluator(model.cfg, images, device)
+    evaluator = Evaluator(model.cfg, images, device)
     _check_images(model, images)
     record: dict[str, Any] = {
         "run": str(options.run),
@@ -88,15 +88,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "environment": environment(device),
     }
     with evaluating(model.network):
-        logits = {split: evaluation.logits(model.network, images[split]) for split in _SPLITS if split in images}
-        audit = None
-        if model.clusters:
-            theirs = None if baseline is None else _logits(baseline, images)
-            audit = evaluation.audit(model.network, known=logits["test"], baseline=theirs)
+        logits = {name: evaluator.logits(model.network, images[name]) for name in _SPLITS if name in images}
+        theirs = None
+        if baseline is not None:
+            with evaluating(baseline.network):
+                theirs = Evaluator(baseline.cfg, images, device).logits(baseline.network, images["test"])
+        audit = evaluator.audit(model.network, logits["test"], theirs) if model.clusters else None
     for split, found in logits.items():
         record[split] = _measured(images[split], found)
         draw(out, split, record[split])
-        _print_scores(split, model, record[split])
+        _print_scores(split, model.epoch, record[split])
     if audit is not None:
         record["leak_audit"] = audit.plain() | {"clusters": clusters_origin(model.cfg.clusters)}
         if baseline is not None:
@@ -104,12 +105,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("leak audit", *audit.lines(), *(f"note       the baseline has {line}" for line in differ), sep="\n")
     write_text_atomic(file, json.dumps(record, indent=2) + "\n")
     print(f"results    {out}")
-
-
-def _logits(model: TrainedClassifier, images: Mapping[str, ImageSet]) -> Tensor:
-    device = next(model.network.parameters()).device
-    with evaluating(model.network):
-        return Evaluator(model.cfg, images, device).logits(model.network, images["test"])
 
 
 def _measured(images: ImageSet, logits: Tensor) -> dict[str, Any]:
@@ -127,25 +122,22 @@ def _measured(images: ImageSet, logits: Tensor) -> dict[str, Any]:
     return {"error": 1 - values["accuracy"], "top5": top5, "threshold": counted, **values}
 
 
-def _print_scores(split: str, model: TrainedClassifier, values: dict[str, Any]) -> None:
+def _print_scores(split: str, epoch: int, values: dict[str, Any]) -> None:
     top5 = "" if values["top5"] is None else f", top-5 {values['top5']:.3f}"
-    accuracy = f"accuracy {values['accuracy']:.3f}{top5}, loss {values['loss']:.4g}, ECE {_error(values):.3f}"
-    rows = {f"{split}": f"{accuracy} ({values['count']:,} images, epoch {model.epoch})"}
-    for average in ("macro", "weighted"):
-        rows[average] = ", ".join(f"{name} {value:.3f}" for name, value in values[average].items())
     counted = values["threshold"]["logits"]
-    rows["> 0.5"] = (
-        f"of raw logits, as Keras counts: precision {counted['precision']:.3f}, recall {counted['recall']:.3f}, "
-        f"{counted['positives']:.3g} classes an image"
-    )
     known = {name: row["recall"] for name, row in values["classes"].items() if row["count"]}
     weakest = sorted(known, key=lambda name: known[name])[:_WEAKEST]
-    rows["weakest"] = "recall of " + ", ".join(f"{name} {known[name]:.3f}" for name in weakest)
-    print("\n".join(f"{name:10} {text}" for name, text in rows.items()))
-
-
-def _error(values: dict[str, Any]) -> float:
-    return values["calibration"]["error"]
+    rows = {
+        split: f"accuracy {values['accuracy']:.3f}{top5}, loss {values['loss']:.4g}, "
+        f"ECE {values['calibration']['error']:.3f} ({values['count']:,} images, epoch {epoch})",
+        **{average: ", ".join(f"{name} {value:.3f}" for name, value in values[average].items())
+           for average in ("macro", "weighted")},
+        "> 0.5": f"of raw logits, as Keras counts: precision {counted['precision']:.3f}, recall "
+        f"{counted['recall']:.3f}, {counted['positives']:.3g} classes an image",
+        "weakest": "recall of " + ", ".join(f"{name} {known[name]:.3f}" for name in weakest),
+    }  # fmt: skip
+    for name, text in rows.items():
+        print(f"{name:10} {text}")
 
 
 def _check_images(model: TrainedClassifier, images: dict[str, ImageSet]) -> None:
@@ -172,27 +164,23 @@ def _differences(model: TrainedClassifier, baseline: TrainedClassifier, options:
             f"baseline: expected a run with model.onehot_cluster true, got {options.baseline} with norm.kind "
             f"{baseline.cfg.norm.kind} and without it"
         )
-    differ = list(_unlike(model.cfg, baseline.cfg))
-    for name, ours, theirs in differ:
+    aside = {*NOT_STORED, *changeable(ClassifierConfig), "init_from", "model.onehot_cluster", "model.position"}
+    ours, theirs = (dict(flatten(to_dict(each.cfg.resolved()))) for each in (model, baseline))
+    differ = [
+        name for name in ours if name not in aside and not name.startswith("norm.") and ours[name] != theirs[name]
+    ]
+    for name in differ:
         if name.startswith(("model.", "data.", "clusters.")):
-            raise UsageError(f"baseline: expected {name} {shown(ours)} as {options.run} has, got {shown(theirs)}")
+            raise UsageError(
+                f"baseline: expected {name} {shown(ours[name])} as {options.run} has, got {shown(theirs[name])}"
+            )
     # Runs of other seeds hold other images out of training, so that there only those for testing have to be the same.
     ends = ("_test", "_train") if model.cfg.seed == baseline.cfg.seed else ("_test",)
     for name, value in model.protocol.items():
         if name.endswith(ends) and name in baseline.protocol and baseline.protocol[name] != value:
             raise UsageError(f"baseline: {options.baseline} has other images or clusters than {options.run} ({name})")
-    if model.epoch != baseline.epoch:
-        differ.append(("epoch", model.epoch, baseline.epoch))
-    return [f"{name} {shown(theirs)}, the model {shown(ours)}" for name, ours, theirs in differ]
-
-
-def _unlike(ours: ClassifierConfig, theirs: ClassifierConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the settings in which two configurations differ, apart from the layer and from what changes nothing."""
-    aside = {*NOT_STORED, *changeable(ClassifierConfig), "init_from", "model.onehot_cluster", "model.position"}
-    other = dict(flatten(to_dict(theirs.resolved())))
-    for name, value in flatten(to_dict(ours.resolved())):
-        if name not in aside and not name.startswith("norm.") and other.get(name) != value:
-            yield name, value, other.get(name)
+    lines = [f"{name} {shown(theirs[name])}, the model {shown(ours[name])}" for name in differ]
+    return lines + [f"epoch {baseline.epoch}, the model {model.epoch}"] * (model.epoch != baseline.epoch)
 
 
 if __name__ == "__main__":

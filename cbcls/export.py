@@ -1,6 +1,5 @@
 """Classifiers apart from their runs: read from a run's folder or an exported one, and exported to one."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ import torch
 from torch import Tensor
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CATEGORIES, logits_of, recalibrate
+from cbcls.evaluation import logits_of, recalibrate
 from cbcls.models import build_classifier
 from cbcls.networks.classifier import Classifier
-from cbcls.task import ClassifierTask
+from cbcls.task import CATEGORIES, ClassifierTask
 from common.classification.leak_audit import UNKNOWN
 from common.classification.stored import StoredModel, check_images, read_stored
-from common.data import ImageSet
 from common.metrics.logits import evaluating
 from common.runtime.errors import UsageError
 from common.train.recalibration import recalibrates
@@ -78,13 +76,7 @@ class TrainedClassifier(StoredModel[ClassifierConfig]):
         return torch.full((count,), number)
 
 
-def load_model(
-    path: Path | str,
-    device: torch.device | str = "cpu",
-    *,
-    checkpoint: str = "last",
-    images: Mapping[str, ImageSet] | None = None,
-) -> TrainedClassifier:
+def load_model(path: Path | str, device: torch.device | str = "cpu", *, checkpoint: str = "last") -> TrainedClassifier:
     """Load a classifier from a run's folder or from one that `save` wrote.
 
     Nothing but tensors is read from files of weights, and nothing is unpickled. A checkpoint that its run did not
@@ -94,7 +86,6 @@ def load_model(
         path: the folder.
         device: where the classifier is to be.
         checkpoint: of a run: last, best, or the number of an epoch that was kept.
-        images: the run's, if they are loaded already.
 
     Raises:
         UsageError: if the folder is neither, there is no such checkpoint, files do not belong together, or the layers'
@@ -106,18 +97,16 @@ def load_model(
     # Weights come from the file, not from wherever training started.
     plain = replace(cfg, model=replace(cfg.model, weights=None, pretrained=False))
 
-    def names() -> tuple[tuple[str, ...], tuple[str, ...]]:
-        train = (images or ClassifierTask.load_images(cfg))["train"]
-        return train.classes, train.cluster_names
+    def names_of_images() -> dict[str, Any]:
+        train = ClassifierTask.load_images(cfg)["train"]
+        return {"classes": train.classes, "clusters": train.cluster_names}
 
     def of_run() -> dict[str, Any]:
-        classes, clusters = names() if images else stored.noted(CATEGORIES, _names, names)
-        return {
-            "classes": classes,
-            "clusters": clusters if cfg.told_clusters else (),
-            "epoch": stored.state["run"]["epoch"],
-            "protocol": stored.state["protocol"],
-        }
+        names = stored.noted(
+            CATEGORIES, lambda known: {key: tuple(known[key]) for key in ("classes", "clusters")}, names_of_images
+        )
+        given = {} if cfg.uses_clusters else {"clusters": ()}
+        return names | given | {"epoch": stored.state["run"]["epoch"], "protocol": stored.state["protocol"]}
 
     model = stored.model(
         TrainedClassifier,
@@ -126,9 +115,5 @@ def load_model(
     )
     network = model.network.to(device)
     if not stored.recalibrated and recalibrates(cfg, network):
-        recalibrate(cfg, network, (images or ClassifierTask.load_images(cfg))["train"], torch.device(device))
+        recalibrate(cfg, network, ClassifierTask.load_images(cfg)["train"], torch.device(device))
     return model
-
-
-def _names(known: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return tuple(known["classes"]), tuple(known["clusters"])

@@ -1,31 +1,30 @@
 """Draw what trained classifiers make of images: ``python -m cbcls.figures --kind embedding --runs runs/cbcls/NAME``."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cbcls.config import ClassifierConfig
 from cbcls.export import TrainedClassifier, load_model
-from cbcls.networks.classifier import Classifier
 from cbcls.networks.shallow_cnn import ShallowCNN
 from cbcls.task import ClassifierTask
 from common.data import ImageSet
-from common.reports.densities import Moments, Sample, channel_moments, densities, moments_of
-from common.reports.embedding import Labelling, Panel, collect_features, draw_panels, pairs, project
+from common.reports.densities import Sample, channel_moments, densities, moments_of
+from common.reports.embedding import Panel, collect_features, draw_panels, pairs, project
 from common.reports.figures import labelled, stems
-from common.reports.records import LoggedRun, group_by_seed, read_run
+from common.reports.records import group_by_seed, read_run
 from common.runtime.cli import parse
 from common.runtime.command import run_command
 from common.runtime.device import resolve_device
 from common.runtime.errors import UsageError
 from common.runtime.paths import refuse_overwriting
 from common.runtime.seeding import permutation
+from common.tables import markdown_row
 
 FEATURES = "features"
 """Instead of a layer's name: what the last linear map is given."""
@@ -107,27 +106,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written: {', '.join(map(str, written))}")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a classifier made of a batch of test images.
-
-    Attributes:
-        model: the classifier.
-        images: the images with their labels and clusters.
-        outputs: by layer, (B, ...).
-        logits: (B, classes).
-    """
+class _Batch(NamedTuple):
+    """What a classifier made of a batch of test images."""
 
     model: TrainedClassifier
     images: ImageSet
     outputs: Mapping[str, Tensor]
+    """By layer, (B, ...)."""
     logits: Tensor
 
 
 def _densities(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
     groups = labelled(group_by_seed([read_run(path) for path in cfg.runs]), cfg.label)
     found = {
-        label: [_rows(_run(cfg, run.path, cfg.checkpoints[0])) for run in group] for label, group in groups.items()
+        label: [_by_location(_run(cfg, run.path, cfg.checkpoints[0]).outputs) for run in group]
+        for label, group in groups.items()
     }
     places = list(dict.fromkeys(place for batches in found.values() for each in batches for place in each))
     samples = []
@@ -136,47 +129,31 @@ def _densities(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
             if place not in batches[0]:
                 raise UsageError(f"layers: {groups[label][0].path} has no {place}; name layers that all models have")
             samples.append(Sample(batches[0][place], label, place))
-    written = densities(out, samples, columns=len(found), components=_mixture_size(groups), seed=cfg.seed)
-    print(_table(found, groups))
-    return written
-
-
-def _rows(batch: Batch) -> dict[str, Tensor]:
-    """Return each layer's output as (locations, channels)."""
-    return {place: _channels_last(x).flatten(0, -2) for place, x in batch.outputs.items()}
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Return an output as (B, ..., C); tokens (B, T, C) have their channels last already."""
-    return x.movedim(1, -1) if x.ndim > 3 else x
-
-
-def _mixture_size(groups: Mapping[str, Sequence[LoggedRun]]) -> int:
-    """Return how many components the models' layers have, 3 where none has any."""
     counts = [run.settings.get("norm.num_components") for group in groups.values() for run in group]
-    return max((count for count in counts if isinstance(count, int)), default=3)
-
-
-def _table(found: Mapping[str, Sequence[Mapping[str, Tensor]]], groups: Mapping[str, Sequence[LoggedRun]]) -> str:
+    components = max((count for count in counts if isinstance(count, int)), default=3)
+    written = densities(out, samples, columns=len(found), components=components, seed=cfg.seed)
     names = ("skewness", "kurtosis", "distance")
-    lines = ["| model | seeds | layer | " + " | ".join([*names, *(f"{name} by channel" for name in names)]) + " |"]
-    lines.append("|" + "---|" * 9)
+    print(markdown_row(["model", "seeds", "layer", *names, *(f"{name} by channel" for name in names)]))
+    print("|" + "---|" * 9)
     for label, batches in found.items():
         seeds = " ".join(str(run.seed) for run in groups[label])
         for place in batches[0]:
-            whole = [moments_of(batch[place]) for batch in batches]
-            each = [channel_moments(batch[place]) for batch in batches]
-            cells = [_over_seeds(moments, name) for moments in (whole, each) for name in names]
-            lines.append(f"| {label} | {seeds} | {place} | {' | '.join(cells)} |")
-    note = (
+            cells = [_over_seeds([getattr(moments(batch[place]), name) for batch in batches])
+                     for moments in (moments_of, channel_moments) for name in names]  # fmt: skip
+            print(markdown_row([label, seeds, place, *cells]))
+    print(
         "\nAll channels together; by channel: means over channels of |skewness|, kurtosis and distance. Kurtosis is "
         "excess; distance is Kolmogorov's and Smirnov's to the normal distribution of the same mean and deviation."
     )
-    return "\n".join([*lines, note])
+    return written
 
 
-def _over_seeds(moments: Sequence[Moments], name: str) -> str:
-    values = [float(getattr(each, name)) for each in moments]
+def _by_location(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each layer's output as (locations, channels); tokens (B, T, C) have their channels last already."""
+    return {place: (x.movedim(1, -1) if x.ndim > 3 else x).flatten(0, -2) for place, x in outputs.items()}
+
+
+def _over_seeds(values: Sequence[float]) -> str:
     return f"{fmean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
@@ -188,8 +165,8 @@ def _embedding(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
             batch = _run(cfg, run.path, checkpoint)
             (features,) = batch.outputs.values()
             points = project(features.flatten(1), seed=cfg.seed, perplexity=cfg.perplexity)
-            title = f"{label}, epoch {batch.model.epoch}"
-            panels.append(Panel(points, _labelling(batch, cfg.colour or "predicted"), title))
+            labels = _labels(batch, cfg.colour or "predicted")
+            panels.append(Panel(points, *labels, f"{label}, epoch {batch.model.epoch}"))
     return draw_panels(out, panels, columns=len(cfg.checkpoints), title=cfg.title)
 
 
@@ -197,64 +174,50 @@ def _components(cfg: FiguresConfig, out: Path) -> tuple[Path, Path]:
     batch = _run(cfg, cfg.runs[0], cfg.checkpoints[0])
     (outputs,) = batch.outputs.values()
     points = project(outputs.flatten(1), method="pca", components=_COMPONENTS)
-    names = [f"component {i + 1}" for i in range(_COMPONENTS)]
-    return pairs(out, points, _labelling(batch, cfg.colour or "superclass"), names=names, title=cfg.title)
+    return pairs(out, points, *_labels(batch, cfg.colour or "superclass"), title=cfg.title)
 
 
-def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> Batch:
-    """Run a classifier on the batch, and keep what its layers give."""
+def _run(cfg: FiguresConfig, path: Path, checkpoint: str) -> _Batch:
+    """Run a classifier on the batch, and keep what its layers give, in float32 on the CPU."""
     model = load_model(path, resolve_device(cfg.device), checkpoint=checkpoint)
     test = ClassifierTask.load_images(model.cfg)["test"]
     images = test.select(permutation(len(test), cfg.seed, "figure")[: cfg.images])
-    places = cfg.layers or _places(model.network, model.cfg, cfg.kind, path)
     own = images.clusters if model.clusters and cfg.cluster == "own" else None
-    with _outputs(model.network, places, path) as found:
+    modules: dict[str, nn.Module] = dict(model.network.named_modules())
+    found: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for place in cfg.layers or _places(model, cfg.kind, path):
+            if place == FEATURES:
+                found[place] = stack.enter_context(collect_features(model.network))
+                continue
+            if place not in modules:
+                raise UsageError(
+                    f"layers: {path} has no {place}; it has {', '.join([FEATURES, *filter(None, modules)])}"
+                )
+            found[place] = []
+            stack.enter_context(modules[place].register_forward_hook(_keep(found[place])))
         logits = model.logits(images.images, "unknown" if own is None else own)
-    return Batch(model, images, {place: torch.cat(parts) for place, parts in found.items()}, logits)
+    return _Batch(model, images, {place: torch.cat(each) for place, each in found.items()}, logits)
 
 
-def _places(network: Classifier, config: ClassifierConfig, kind: str, path: Path) -> list[str]:
+def _keep(outputs: list[Tensor]) -> Callable[..., None]:
+    return lambda _layer, _args, output: outputs.append(output.detach().float().cpu())
+
+
+def _places(model: TrainedClassifier, kind: str, path: Path) -> list[str]:
     """Return the layers that a figure shows where none is named."""
     if kind == "embedding":
         return [FEATURES]
-    if isinstance(network, ShallowCNN):
-        under_test = f"norm{network.position}"
+    if isinstance(model.network, ShallowCNN):
+        under_test = f"norm{model.network.position}"
         return [under_test] if kind == "components" else ["conv2", under_test]
-    if config.model.convert:
+    if model.cfg.model.convert:
         raise UsageError(f"layers: {path} has more than one layer under test; name those to show")
     return ["norm"]
 
 
-@contextmanager
-def _outputs(network: nn.Module, places: Sequence[str], path: Path) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what layers give inside the block, in float32 on the CPU."""
-    modules, found = dict(network.named_modules()), {}
-    handles = []
-    try:
-        with collect_features(network) as features:
-            for place in places:
-                found[place] = features if place == FEATURES else []
-                if place == FEATURES:
-                    continue
-                if place not in modules:
-                    known = ", ".join(name for name in modules if name)
-                    raise UsageError(f"layers: {path} has no {place}; it has {FEATURES}, {known}")
-                handles.append(modules[place].register_forward_hook(_keep(found[place])))
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep(parts: list[Tensor]) -> Callable[..., None]:
-    def hook(_layer: nn.Module, _args: object, output: Tensor) -> None:
-        parts.append(output.detach().float().cpu())
-
-    return hook
-
-
-def _labelling(batch: Batch, colour: str) -> Labelling:
-    """Return what points are coloured by.
+def _labels(batch: _Batch, colour: str) -> tuple[Tensor, Sequence[str]]:
+    """Return what points are coloured by: numbers (B,), and their names.
 
     Raises:
         UsageError: if the images have none of it.

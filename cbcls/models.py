@@ -2,8 +2,6 @@
 
 import re
 
-from torch import nn
-
 from cbcls.config import ClassifierConfig
 from cbcls.networks.classifier import Classifier
 from cbcls.networks.densenet import DenseNet
@@ -39,22 +37,19 @@ def build_classifier(
             f"{cfg.clusters.by}, got {cfg.norm.num_components}"
         )
     network = _network(cfg, num_classes, num_clusters if cfg.model.onehot_cluster else 0)
-    network.pixels = _pixels(cfg, images)
+    pixels = cfg.data.normalise
+    if pixels == "dataset":
+        network.pixels = Standardised(None if images is None else images.channel_moments())
+    elif pixels != "signed":
+        network.pixels = PixelScale(pixels)
     return network
 
 
 def _network(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> Classifier:
     model, options = cfg.model, {"seed": cfg.seed, "num_clusters": num_clusters}
     if (dense := model.dense) is not None:
-        return DenseNet(
-            dense.depth,
-            dense.growth,
-            num_classes,
-            cfg.norm,
-            bottleneck=dense.bottleneck,
-            dropout=model.dropout,
-            **options,
-        )
+        return DenseNet(dense.depth, dense.growth, num_classes, cfg.norm, bottleneck=dense.bottleneck,
+                        dropout=model.dropout, **options)  # fmt: skip
     if model.name == "shallow_cnn":
         return ShallowCNN(num_classes, cfg.norm, position=model.position or 3, **options)
     if model.name == "oxford_cnn":
@@ -80,10 +75,3 @@ def _of_timm(cfg: ClassifierConfig, num_classes: int, num_clusters: int) -> Timm
     except ValueError as error:
         raise UsageError(f"data.size: {model.name} cannot take images of {cfg.data.size} pixels ({error})") from None
     return made
-
-
-def _pixels(cfg: ClassifierConfig, images: ImageSet | None) -> nn.Module:
-    kind = cfg.data.normalise
-    if kind == "dataset":
-        return Standardised(None if images is None else images.channel_moments())
-    return nn.Identity() if kind == "signed" else PixelScale(kind)

@@ -1,6 +1,8 @@
 """The classifier that is trained: its loss, how it is evaluated, and how it may collapse."""
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
@@ -10,16 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cbcls.config import ClassifierConfig
-from cbcls.evaluation import CHARTS, HEADLINE, Evaluator, check_labels, recalibrate, selection_metrics, summary_rows
+from cbcls.evaluation import Evaluator, recalibrate
 from cbcls.models import build_classifier
 from common.data import ImageSet, PerImage, View, load
 from common.data.augmentation import Augmentation
 from common.data.clusters import with_clusters
 from common.metrics.scores import METRICS
+from common.runtime.atomic import write_text_atomic
+from common.runtime.errors import UsageError
 from common.runtime.seeding import drawing
+from common.train.logging import listed
 from common.train.optim import make_optimizer
 from common.train.step import Metrics, MicroBatch, Step
 from common.train.task import Better, Detector, EvalContext, SelectionMetric, Task, TrainContext
+
+CATEGORIES = "categories.json"
+"""In a run's folder: names of its classes and clusters, in the order of their numbers."""
+CHARTS = {
+    "loss": [f"loss/{name}" for name in ("train_eval", "validation", "test")],
+    "error": [f"metric/{name}error" for name in ("train_", "validation_", "")],
+}
+"""What TensorBoard shows in one picture."""
 
 
 class ClassifierTask(Task[ClassifierConfig]):
@@ -27,7 +40,9 @@ class ClassifierTask(Task[ClassifierConfig]):
 
     application = "cbcls"
     config = ClassifierConfig
-    headline = HEADLINE
+    headline = (
+        "loss/test", "metric/accuracy", "metric/validation_accuracy", "loss/train_eval", "metric/train_accuracy",
+    )  # fmt: skip
 
     def __init__(self, cfg: ClassifierConfig, images: Mapping[str, ImageSet], context: TrainContext) -> None:
         def networks() -> dict[str, nn.Module]:
@@ -45,20 +60,39 @@ class ClassifierTask(Task[ClassifierConfig]):
     @classmethod
     def selection_metrics(cls, cfg: ClassifierConfig) -> dict[str, SelectionMetric]:
         """Return the values of validation images, and those of test images, which need best.allow_test_metric."""
-        return selection_metrics()
+        known = {}
+        for split, prefix, by_test in (("validation", "validation_", False), ("test", "", True)):
+            for name, metric in METRICS.items():
+                if metric.better is not None:
+                    known[f"metric/{prefix}{name}"] = SelectionMetric(split, metric.better, by_test)
+            known[f"loss/{split}"] = SelectionMetric(split, "lower", by_test)
+        return known
 
     @classmethod
     def load_images(cls, cfg: ClassifierConfig) -> dict[str, ImageSet]:
-        """Return labelled images with their clusters: to train and to test on, and to validate on if any are."""
+        """Return labelled images with their clusters: to train and to test on, and to validate on if any are.
+
+        Raises:
+            UsageError: if they cannot be had, or labels, a second class or images to test on are missing.
+        """
         splits = load(cfg.data)
-        check_labels(dict(splits.items()))
+        train, test = splits.train, splits.test
+        if train.labels is None:
+            raise UsageError(f"data.root: {train.name} has no labels; a classifier needs one sub-folder a class")
+        if train.num_classes < 2:
+            raise UsageError(f"data.root: a classifier needs at least 2 classes, {train.name} has {train.num_classes}")
+        if test is None:
+            raise UsageError("data.test_root: expected a folder of labelled images held apart from training, got null")
+        if test.labels is None:
+            raise UsageError(f"data.test_root: {test.name} has no labels; expected the sub-folders of data.root")
         return cls.with_validation(cfg, dict(with_clusters(splits, cfg.clusters).items()))
 
     @classmethod
     def default_name(cls, cfg: ClassifierConfig) -> str:
-        """Return what a run without a name is called."""
+        """Return the name of a run without one: data, the network unless it is the shallow CNN, layer and seed."""
+        model = "" if cfg.model.name == "shallow_cnn" else re.sub(r"[^\w.-]+", "-", cfg.model.name) + "-"
         onehot = "-onehot" if cfg.model.onehot_cluster else ""
-        return f"{cfg.data.name}-{cfg.model.prefix}{cfg.norm.kind}{onehot}-seed{cfg.seed}"
+        return f"{cfg.data.name}-{model}{cfg.norm.kind}{onehot}-seed{cfg.seed}"
 
     def view(self) -> View:
         """Return what training shows of images."""
@@ -92,7 +126,9 @@ class ClassifierTask(Task[ClassifierConfig]):
         """Measure loss and scores on the test images, and the validation images if there are any."""
         values = self.evaluator.scores(networks["network"], context.go_on)
         if self.env.first:
-            self.evaluator.write_categories(context.folder)
+            train = self.images["train"]
+            names = {"classes": train.classes, "clusters": train.cluster_names}
+            write_text_atomic(context.folder / CATEGORIES, json.dumps(names) + "\n")  # for those without the images
             context.log.charts(CHARTS)
         return values
 
@@ -109,12 +145,25 @@ class ClassifierTask(Task[ClassifierConfig]):
 
     def eval_protocol(self) -> dict[str, object]:
         """Return what the images are, and what clusters the network is given of them."""
-        clusters = {name: images.clusters_hash for name, images in self.images.items() if self.cfg.told_clusters}
+        clusters = {name: images.clusters_hash for name, images in self.images.items() if self.cfg.uses_clusters}
         return super().eval_protocol() | {f"clusters_{name}": value for name, value in clusters.items()}
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return the last scores, what the leak audit found, and how to measure more."""
-        rows = summary_rows({name: value for line in lines for name, value in line.items()})
+        rows, latest = [], {name: value for line in lines for name, value in line.items()}
+        for split, prefix, loss in (("test", "", "test"), ("validation", "validation_", "validation"),
+                                    ("train", "train_", "train_eval")):  # fmt: skip
+            if (value := latest.get(f"loss/{loss}")) is not None:
+                scores = {name: latest[tag] for name in METRICS.names() if (tag := f"metric/{prefix}{name}") in latest}
+                rows.append((split, f"loss {value:.4g}, {listed(scores)}"))
+        prefix = "audit/accuracy_"
+        audited = {tag.removeprefix(prefix): value for tag, value in latest.items() if tag.startswith(prefix)}
+        if audited:
+            chance = {"chance_given_the_cluster": latest["audit/chance_given_cluster"]}
+            rows.append(("clusters", listed({"known": latest["metric/accuracy"], **audited, **chance})))
+            if latest["audit/flagged"]:
+                rows.append(("LEAK", "test clusters tell of labels: quote the accuracy with clusters unknown, or the "
+                             "gain over a baseline that is given them (docs/leak-audit.md)"))  # fmt: skip
         return [
             *rows,
             ("evaluate", f"python -m cbcls.evaluate --run {quote(str(folder))}"),

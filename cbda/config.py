@@ -9,8 +9,7 @@ from cbda.adaptation.config import MethodConfig
 from cbda.adaptation.gradients import NOISE_PARTS
 from cbda.networks.wide_resnet import Variant
 from common.data.augmentation import ViewOptions
-from common.data.config import DataConfig
-from common.data.names import DATA_SETS
+from common.data.config import DATA_SETS, DataConfig
 from common.networks.pixels import Pixels
 from common.norms.config import NormConfig
 from common.norms.registry import kinds

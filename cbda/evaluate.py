@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from cbda.domains import load_domains
@@ -17,8 +19,8 @@ from common.classification.measured import draw, measured
 from common.classification.stored import run_folder
 from common.data import ImageSet
 from common.metrics.scores import information, neighbourhood_density
-from common.reports import diagrams
-from common.reports.embedding import collect_features, embedding
+from common.reports.embedding import Panel, collect_features, draw_panels, project
+from common.reports.figures import drawing_style, write_figure
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse
 from common.runtime.command import run_command
@@ -109,16 +111,28 @@ def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count
         features.append(torch.cat(feature)[chosen])
         labels.append(torch.full_like(chosen, -1) if shown.labels is None else shown.labels[chosen])
     apart = divergences(*activations)
-    diagrams.by_layer(out / "divergence", apart, "symmetric KL divergence", "source and target by layer")
+    _draw_by_layer(out / "divergence", apart)
     if count:
         domains = torch.tensor([0] * len(labels[0]) + [1] * len(labels[1]))
-        by = {"by class": (torch.cat(labels), model.classes), "by domain": (domains, ("source", "target"))}
         perplexity = min(30.0, max(1.0, (len(domains) - 2) / 3))
         try:
-            embedding(out / "tsne", torch.cat(features), by, seed=model.cfg.seed, perplexity=perplexity, most=2 * count)
+            points = project(torch.cat(features), seed=model.cfg.seed, perplexity=perplexity)
+            by_class = Panel(points, torch.cat(labels), model.classes, "by class")
+            draw_panels(out / "tsne", [by_class, Panel(points, domains, ("source", "target"), "by domain")])
         except ValueError as error:  # too few of them, or all the same: of a network that says so, no failure
             print(f"no t-SNE: {error}")
     return apart
+
+
+def _draw_by_layer(path: Path, divergence: Mapping[str, float]) -> None:
+    with drawing_style():
+        figure = Figure(figsize=(min(12.0, 2.0 + 0.28 * len(divergence)), 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(range(len(divergence)), list(divergence.values()), "o-", color="#0072B2")
+        axes.set_xticks(range(len(divergence)), list(divergence), rotation=90, fontsize=8)
+        axes.set(title="source and target by layer", ylabel="symmetric KL divergence", yscale="log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        write_figure(figure, path)
 
 
 def _measured(logits: Tensor, labels: Tensor | None, classes: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.reports.figures import Run, curves, grid, labelled, stems
+from common.reports.figures import Curves, Run, curves, grid, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
 from common.runtime.cli import parse, shown
 from common.runtime.command import run_command
 from common.runtime.errors import UsageError
 from common.runtime.paths import refuse_overwriting
-from common.tables import Cell, best_of
+from common.tables import best_of, over_seeds
 from common.train.logging import FINAL
 
 _PROTOCOL = ("fid.reference", "fid.extractor", "data.size")
@@ -75,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         for name, x, unit in (("fid-epoch", "epoch", "epoch"), ("fid-time", "time", "hours of training")):
             series = {label: _series(group, tag, x) for label, group in groups.items()}
-            curves(figures[name], series, xlabel=unit, ylabel=_title(tag), log_y=cfg.log_y,
-                   floor=found[0] if found else None, floor_label="real test images")  # fmt: skip
+            panel = Curves(series, _title(tag), floor=found[0] if found else None, floor_label="real test images")
+            curves(figures[name], [panel], xlabel=unit, log_y=cfg.log_y)
         grid(figures["samples"], sheet, columns=len(captions), captions=captions)
     except ValueError as error:
         raise UsageError(f"runs: {error}") from None
@@ -175,7 +174,7 @@ def _table(groups: dict[str, list[LoggedRun]], tag: str) -> list[str]:
         values = [run.values(tag) for run in group]
         cells = [[each[-1] for each in values], *([[best(each) for each in values]] if best else []),
                  [max(training_hours(run).values()) for run in group]]  # fmt: skip
-        means = [Cell(fmean(each), stdev(each) if len(each) > 1 else None).text() for each in cells]
+        means = [over_seeds(each).text() for each in cells]
         lines.append(f"| {' | '.join([label, ' '.join(str(run.seed) for run in group), *means])} |")
     chosen = f"; the {name} was chosen by the value itself" if name else ""
     return [*lines, "", f"Mean ± standard deviation over seeds{chosen}."]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.reports.figures import Curves, Run, curve_panels, labelled, stems
+from common.reports.figures import Curves, Run, curves, labelled, stems
 from common.reports.records import LoggedRun, floor, floor_tag, group_by_seed, read_run, refuse_unlike
 from common.runtime.cli import parse
 from common.runtime.command import run_command
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     panels = [_logged(groups, tag, cfg.x) for tag in cfg.tag]
     refuse_unlike(runs, cfg.tag)
     try:
-        written = curve_panels(cfg.out, panels, xlabel=cfg.x, title=cfg.title, log_y=cfg.log_y)
+        written = curves(cfg.out, panels, xlabel=cfg.x, title=cfg.title, log_y=cfg.log_y)
     except ValueError as error:
         raise UsageError(f"runs: {error}") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,12 @@ class Cell:
         return f"{self.mean:.4g} {sign} {self.deviation:.2g}"
 
 
+def over_seeds(values: Sequence[float]) -> Cell:
+    """Return mean and deviation of the values of a row's runs."""
+    mean = fmean(values)
+    return Cell(mean, None if len(values) == 1 or math.isnan(mean) else stdev(values))
+
+
 @dataclass(frozen=True)
 class Table:
     """What is printed or written.
@@ -78,44 +85,61 @@ class Table:
     Attributes:
         settings: names of the columns that tell rows apart.
         columns: names of those with values.
-        rows: the settings' values, the seeds, and a cell for each column, None where no run of the row has it.
+        rows: the settings' values and the seeds, and a cell for each column, None where no run of the row has it.
         notes: what a cell is, and where the numbers come from.
     """
 
     settings: list[str]
     columns: list[str]
-    rows: list[tuple[tuple[str, ...], str, list[Cell | None]]]
+    rows: list[tuple[list[str], list[Cell | None]]]
     notes: list[str]
 
     def markdown(self) -> str:
         """Return the table and its notes in Markdown."""
         head = [*self.settings, "seeds", *self.columns]
-        lines = [_row(head), _row(["---"] * len(head))]
-        lines += [_row([*name, seeds, *("-" if c is None else c.text() for c in cells)])
-                  for name, seeds, cells in self.rows]  # fmt: skip
-        return "\n".join([*lines, "", *self.notes]) + "\n"
+        rows = [[*names, *("-" if cell is None else cell.text() for cell in cells)] for names, cells in self.rows]
+        return "\n".join([*map(markdown_row, [head, ["---"] * len(head), *rows]), "", *self.notes]) + "\n"
 
     def csv(self) -> str:
         """Return the table as comma-separated values, mean and deviation as columns of their own, unrounded."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            [*self.settings, "seeds", *(f"{c} {what}" for c in self.columns for what in ("mean", "deviation"))]
-        )
-        for name, seeds, cells in self.rows:
-            numbers = [(None, None) if cell is None else (cell.mean, cell.deviation) for cell in cells]
-            writer.writerow([*name, seeds, *(number for pair in numbers for number in pair)])
+        columns = [f"{column} {what}" for column in self.columns for what in ("mean", "deviation")]
+        writer.writerow([*self.settings, "seeds", *columns])
+        for names, cells in self.rows:
+            pairs = [(None, None) if cell is None else (cell.mean, cell.deviation) for cell in cells]
+            writer.writerow([*names, *itertools.chain(*pairs)])
         return text.getvalue()
 
     def latex(self) -> str:
         """Return the table as a LaTeX tabular, which needs no package; the notes are comments."""
-        head = [*self.settings, "seeds", *self.columns]
-        body = [[*map(_latex, (*name, seeds)), *("--" if c is None else _latex_number(c) for c in cells)]
-                for name, seeds, cells in self.rows]  # fmt: skip
-        lines = [f"\\begin{{tabular}}{{{'l' * (len(self.settings) + 1)}{'r' * len(self.columns)}}}", "\\hline"]
-        lines += [" & ".join(map(_latex, head)) + r" \\", "\\hline"]
-        lines += [" & ".join(cells) + r" \\" for cells in body]
-        return "\n".join([*lines, "\\hline", "\\end{tabular}", *(f"% {note}" for note in self.notes)]) + "\n"
+        head = map(_latex, [*self.settings, "seeds", *self.columns])
+        rows = [[*map(_latex, names), *("--" if cell is None else _latex_number(cell) for cell in cells)]
+                for names, cells in self.rows]  # fmt: skip
+        head, *rows = [" & ".join(cells) + r" \\" for cells in (head, *rows)]
+        lines = [f"\\begin{{tabular}}{{{'l' * (len(self.settings) + 1)}{'r' * len(self.columns)}}}"]
+        lines += ["\\hline", head, "\\hline", *rows, "\\hline", "\\end{tabular}"]
+        return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    sign: f"\\{sign}" for sign in "&%$#_{}"
+}
+
+
+def _latex(text: str) -> str:
+    """Escape what LaTeX would take for a command."""
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def _latex_number(cell: Cell) -> str:
+    powers = re.sub(r"e([+-][0-9]+)", lambda match: rf" \cdot 10^{{{int(match[1])}}}", cell.text(r"\pm"))
+    return f"${powers}$"
 
 
 _FORMATS: dict[str, Callable[[Table], str]] = {".csv": Table.csv, ".tex": Table.latex, ".md": Table.markdown}
@@ -131,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse(TablesConfig, argv, prog="python -m common.tables")
     if cfg.out is not None:
         refuse_overwriting(cfg.out, force=cfg.force)
-    made = table([read_run(path) for path in cfg.runs], cfg.settings, cfg.tags, cfg.last, cfg.at, chosen=cfg.chosen)
+    made = _table([read_run(path) for path in cfg.runs], cfg)
     if cfg.out is not None:
         try:
             write_text_atomic(cfg.out, _FORMATS[cfg.out.suffix](made))
@@ -142,78 +166,77 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"written: {cfg.out}")
 
 
-def table(
-    runs: Sequence[LoggedRun],
-    settings: Sequence[str],
-    tags: Sequence[str],
-    last: int = 1,
-    at: Sequence[int] = (),
-    *,
-    chosen: bool = False,
-) -> Table:
-    """Return a table with a row for each choice of settings and a column for each tag, or two for each epoch of ``at``.
+def _table(runs: Sequence[LoggedRun], cfg: TablesConfig) -> Table:
+    """Return a table with a row for each choice of settings.
 
-    A run counts with the mean of its ``last`` last values of a tag; with ``chosen`` in another column with the value of
-    the epoch that it chose. A setting that means nothing to any run's layer has no column, and "-" in the rows of those
-    it means nothing to. Runs that are unfinished, or did not come to the last epoch of ``at``, are left out and named.
-
-    Raises:
-        UsageError: if no run came so far, one chose no epoch, none knows a setting or tag, runs of a row do not all
-            have a tag, rows differ in a setting that is not named, or values do not compare.
+    A setting that means nothing to any run's layer has no column, and "-" in the rows of those it means nothing to.
+    Runs that are unfinished, or did not come to the last epoch of ``at``, are left out and named.
     """
+    settings, at = cfg.settings, cfg.at
     behind = [run for run in runs if not _came_so_far(run, at)]
+    progress = "; ".join(map(_progress, behind))
     if len(behind) == len(runs):
-        far = "; ".join(map(_how_far, runs))
         if at:
-            raise UsageError(f"at: no run is past epoch {max(at)}: {far}")
-        raise UsageError(f"runs: none is finished: {far}; wait, or take epochs by --at")
+            raise UsageError(f"at: no run is past epoch {max(at)}: {progress}")
+        raise UsageError(f"runs: none is finished: {progress}; wait, or take epochs by --at")
     runs = [run for run in runs if run not in behind]
     for name in settings:
         if not any(name in run.settings or name in run.unused for run in runs):
             raise UsageError(f"settings: {runs[0].path} has no {name}; it has {', '.join(runs[0].settings)}")
-    for tag in tags:
+    for tag in cfg.tags:
         if not any(_has(run, tag) for run in runs):
             runs[0].require(tag)
     settings = [name for name in settings if not all(name in run.unused for run in runs)]
     rows: dict[tuple[str, ...], list[LoggedRun]] = {}
     for group in group_by_seed(runs):
         first = group[0]
-        name = tuple("-" if each in first.unused else shown(first.settings.get(each)) for each in settings)
-        if name in rows:
-            one = rows[name][0]
+        names = tuple("-" if each in first.unused else shown(first.settings.get(each)) for each in settings)
+        if names in rows:
+            one = rows[names][0]
             differ = ", ".join(differing([one, first]))
             raise UsageError(f"settings: {one.path} and {first.path} differ in {differ}; name it too")
-        rows[name] = group
-    refuse_unlike(runs, tags, settings)
-    columns = [column for tag in tags for column in _columns(runs, tag, last, at, chosen)]
+        rows[names] = group
+    refuse_unlike(runs, cfg.tags, settings)
+    columns = [column for tag in cfg.tags for column in _columns(runs, tag, cfg)]
     filled = [
-        (name, " ".join(str(run.seed) for run in group), [_cell(group, tag, take) for _, tag, take in columns])
-        for name, group in rows.items()
+        ([*names, " ".join(str(run.seed) for run in group)], [_cell(group, tag, take) for _, tag, take in columns])
+        for names, group in rows.items()
     ]
-    unnamed = [name for name in differing(runs) if name not in settings]
-    also = [f"The rows differ in {', '.join(unnamed)} too."] if unnamed else []
-    also += [f"Left out: {'; '.join(map(_how_far, behind))}."] if behind else []
-    notes = [*_notes(runs, last, at), *(_choices(runs) if chosen else []), *also]
+    taken = "its last value" if cfg.last == 1 else f"the mean of its {cfg.last} last values"
+    until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
+    notes = [f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds."]
+    notes += [_origin(runs), *(_choices(runs) if cfg.chosen else [])]
+    if unnamed := [name for name in differing(runs) if name not in settings]:
+        notes.append(f"The rows differ in {', '.join(unnamed)} too.")
+    if behind:
+        notes.append(f"Left out: {progress}.")
     return Table(settings, [title for title, _, _ in columns], filled, notes)
+
+
+def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
+    """Say whether a run came to the last of these epochs, or without any to its end, and measured it."""
+    finished = run.summary.get("state") == "finished"
+    return run.epochs > max(at) or (finished and run.epochs == max(at)) if at else finished
+
+
+def _progress(run: LoggedRun) -> str:
+    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs, {run.summary.get('state')}"
 
 
 _Take = Callable[[LoggedRun], float]
 
 
-def _columns(
-    runs: Sequence[LoggedRun], tag: str, last: int, at: Sequence[int], chosen: bool
-) -> list[tuple[str, str, _Take]]:
+def _columns(runs: Sequence[LoggedRun], tag: str, cfg: TablesConfig) -> list[tuple[str, str, _Take]]:
     """Return title, tag and the value of a run of each of a tag's columns."""
     columns: list[tuple[str, str, _Take]] = []
-    if not at:
-        columns.append((tag, tag, lambda run: fmean(run.values(tag)[-last:])))
-    for epoch in at:
-        columns.append((f"{tag} at {epoch}", tag, lambda run, e=epoch: fmean(run.values(tag, e)[-last:])))
-        if (best := best_of(runs, tag)) is not None:
-            columns.append(
-                (f"{tag} best to {epoch}", tag, lambda run, e=epoch, best=best: _finite(best, run.values(tag, e)))
-            )
-    if chosen:
+    if not cfg.at:
+        columns.append((tag, tag, lambda run: fmean(run.values(tag)[-cfg.last :])))
+    best = best_of(runs, tag)
+    for epoch in cfg.at:
+        columns.append((f"{tag} at {epoch}", tag, lambda run, e=epoch: fmean(run.values(tag, e)[-cfg.last :])))
+        if best is not None:
+            columns.append((f"{tag} best to {epoch}", tag, lambda run, e=epoch: _best_finite(best, run.values(tag, e))))
+    if cfg.chosen:
         columns.append((f"{tag} at the chosen epoch", tag, lambda run: _at_the_chosen_epoch(run, tag)))
     return columns
 
@@ -222,6 +245,11 @@ def best_of(runs: Sequence[LoggedRun], tag: str) -> Callable[[Iterable[float]], 
     """Return what finds the best of a tag's values, as the runs say; None where there is no best."""
     ways = {run.better.get(tag) for run in runs if _has(run, tag)}
     return min if ways == {"lower"} else max if ways == {"higher"} else None
+
+
+def _best_finite(best: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:
+    finite = [value for value in values if not math.isnan(value)]
+    return best(finite) if finite else math.nan
 
 
 def _at_the_chosen_epoch(run: LoggedRun, tag: str) -> float:
@@ -234,8 +262,7 @@ def _at_the_chosen_epoch(run: LoggedRun, tag: str) -> float:
 
 
 def _chosen(run: LoggedRun) -> dict[str, Any]:
-    best = run.summary.get("best")
-    if not best:
+    if not (best := run.summary.get("best")):
         raise UsageError(f"chosen: {run.path} chose no epoch (summary.json); train with --best.keep, or leave it out")
     return best
 
@@ -249,71 +276,31 @@ def _choices(runs: Sequence[LoggedRun]) -> list[str]:
     return [f"Epochs chosen by {how}: {', '.join(epochs)}." for how, epochs in found.items()]
 
 
-def _finite(best: Callable[[Iterable[float]], float], values: Sequence[float]) -> float:
-    finite = [value for value in values if not math.isnan(value)]
-    return best(finite) if finite else math.nan
-
-
-def _came_so_far(run: LoggedRun, at: Sequence[int]) -> bool:
-    """Say whether a run came to the last of these epochs, or without any to its end, and measured it."""
-    state, wanted = run.summary.get("state"), run.settings.get("epochs")
-    if at:
-        return run.epochs > max(at) or (run.epochs == max(at) and state in (None, "finished"))
-    if state is not None:
-        return state == "finished"
-    return not isinstance(wanted, int) or run.epochs >= wanted
-
-
-def _how_far(run: LoggedRun) -> str:
-    state = f", {run.summary['state']}" if "state" in run.summary else ""
-    return f"{run.path} has {run.epochs} of {run.settings.get('epochs')} epochs{state}"
-
-
 def _has(run: LoggedRun, tag: str) -> bool:
     return any(tag in line for line in run.lines)
 
 
 def _cell(group: Sequence[LoggedRun], tag: str, take: _Take) -> Cell | None:
-    if not any(_has(run, tag) for run in group):
-        return None
-    values = [take(run) for run in group]
-    mean = fmean(values)
-    return Cell(mean, None if len(values) == 1 or math.isnan(mean) else stdev(values))
+    return over_seeds([take(run) for run in group]) if any(_has(run, tag) for run in group) else None
 
 
-def _notes(runs: Sequence[LoggedRun], last: int, at: Sequence[int]) -> list[str]:
-    """Say what a cell is, and from which code and machine it comes."""
-    taken = "its last value" if last == 1 else f"the mean of its {last} last values"
-    until = f" by the end of epoch {' or '.join(map(str, at))} and its best so far" if at else ""
-    return [
-        f"{len(runs)} runs, each with {taken}{until}; a cell is mean ± standard deviation over seeds.",
-        origin(runs),
-    ]
-
-
-def origin(runs: Sequence[LoggedRun]) -> str:
-    """Say from which training, data, code and machine the numbers of runs come."""
+def _origin(runs: Sequence[LoggedRun]) -> str:
+    """Say from which training, data, code and machine the numbers come."""
     sessions = [session for run in runs for session in run.sessions]
     hardware = [session.get("hardware") or {} for session in sessions]
-    machines = [
-        f"{each.get('gpu') or each.get('cpu')}, {session.get('threads')} of {each.get('cores')} cores"
-        for session, each in zip(sessions, hardware, strict=True)
-    ]
     facts = {
-        "epochs": (run.settings.get("epochs") for run in runs),
+        "epochs": [run.settings.get("epochs") for run in runs],
         "data": map(_data, runs),
-        "commit": (session.get("commit") for session in sessions),
-        "torch": ((session.get("versions") or {}).get("torch") for session in sessions),
-        "hardware": machines,
-    }
+        "commit": [session.get("commit") for session in sessions],
+        "torch": [(session.get("versions") or {}).get("torch") for session in sessions],
+        "hardware": [f"{each.get('gpu') or each.get('cpu')}, {session.get('threads')} of {each.get('cores')} cores"
+                     for session, each in zip(sessions, hardware, strict=True)],
+    }  # fmt: skip
     return "; ".join(f"{name}: {_distinct(values)}" for name, values in facts.items()) + "."
 
 
 def _data(run: LoggedRun) -> str | None:
-    """Return "imagefolder in photos/train and photos/test": the data set, and the folders where it was.
-
-    Of two domains both: "digits to digits_m".
-    """
+    """Return the data set with the folders where it was, "imagefolder in train and test", or "digits to digits_m"."""
     found = []
     for place in ("data", "source", "target"):
         name, *folders = (run.settings.get(f"{place}.{key}") for key in ("name", "root", "test_root"))
@@ -324,25 +311,6 @@ def _data(run: LoggedRun) -> str | None:
 
 def _distinct(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys("unknown" if value is None else str(value) for value in values)) or "unknown"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    sign: f"\\{sign}" for sign in "&%$#_{}"
-}
-
-
-def _latex_number(cell: Cell) -> str:
-    powers = re.sub(r"e([+-][0-9]+)", lambda match: rf" \cdot 10^{{{int(match[1])}}}", cell.text(r"\pm"))
-    return f"${powers}$"
-
-
-def _latex(text: str) -> str:
-    """Escape what LaTeX would take for a command."""
-    return re.sub(r"[\\~^&%$#_{}]", lambda match: _LATEX[match[0]], text)
 
 
 if __name__ == "__main__":

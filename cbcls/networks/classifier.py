@@ -52,14 +52,14 @@ class Classifier(nn.Module):
             ValueError: without clusters in training, where they are needed.
         """
         h = self.features(self.pixels(x), cluster)
-        return self.linear(self._beside(h, cluster) if self.num_clusters else h)
+        return self.linear(self._with_clusters(h, cluster) if self.num_clusters else h)
 
     def normalised(self, norm: nn.Module, h: Tensor, cluster: Tensor | None) -> Tensor:
         """Apply the layer under test."""
         return norm(h, cluster) if self._takes_clusters else norm(h)
 
-    def _beside(self, h: Tensor, cluster: Tensor | None) -> Tensor:
-        """Append clusters to features as numbers 0 and 1; of an unknown one all are 0."""
+    def _with_clusters(self, h: Tensor, cluster: Tensor | None) -> Tensor:
+        """Append clusters to features, one-hot; of an unknown one all are 0."""
         if cluster is None:
             if self.training:
                 raise ValueError("cluster: expected the cluster of each image in training, got None")

@@ -20,7 +20,7 @@ class DenseNet(Classifier):
     40 plain layers have 1,019,722 parameters and 100 have 6,979,642; 100 with bottlenecks have 769,162.
 
     Args:
-        depth: weight layers.
+        depth: weight layers, 3 n + 4, with bottlenecks 6 n + 4.
         growth: channels that a layer adds.
         num_classes: length of the output.
         norm: the layer under test, on the 3 channels of the images.
@@ -28,9 +28,6 @@ class DenseNet(Classifier):
         dropout: after each convolution but the first.
         seed: of the mixture's own generator; everything else is drawn from torch's global one.
         num_clusters: as for `Classifier`.
-
-    Raises:
-        ValueError: if no network has this depth.
 
     Source: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017.
     """
@@ -48,23 +45,20 @@ class DenseNet(Classifier):
         num_clusters: int = 0,
     ) -> None:
         super().__init__(norm, num_clusters)
-        convolutions = 6 if bottleneck else 3
-        layers, rest = divmod(depth - 4, convolutions)
-        if rest or layers < 1:
-            raise ValueError(f"depth: expected {convolutions} n + 4 with n from 1 on, got {depth}")
+        layers = (depth - 4) // (6 if bottleneck else 3)
         channels = 24 if bottleneck else 16
         self.norm = norm.build(3, derive(seed, "norm"))
         self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        parts: list[nn.Module] = []
+        body: list[nn.Module] = []
         for block in range(3):
             if block:
                 out = channels // 2 if bottleneck else channels
-                parts += [*_activated(channels, out, 1), *_dropped(dropout), nn.AvgPool2d(2)]
+                body += [*_activated(channels, out, 1), *_dropped(dropout), nn.AvgPool2d(2)]
                 channels = out
             for _ in range(layers):
-                parts.append(_Layer(channels, growth, bottleneck, dropout))
+                body.append(_Layer(channels, growth, bottleneck, dropout))
                 channels += growth
-        self.body = nn.Sequential(*parts, BatchNorm(channels), nn.ReLU())
+        self.body = nn.Sequential(*body, BatchNorm(channels), nn.ReLU())
         self.end(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, 2 / (k k out))
@@ -89,12 +83,11 @@ class _Layer(nn.Module):
 
     def __init__(self, channels: int, growth: int, bottleneck: bool, dropout: float) -> None:
         super().__init__()
-        steps = _activated(channels, 4 * growth, 1) if bottleneck else []
-        steps += _dropped(dropout) if bottleneck else []
-        steps += _activated(4 * growth if bottleneck else channels, growth, 3)
-        steps += _dropped(dropout)
-        self.steps = nn.Sequential(*steps)
+        steps: list[nn.Module] = []
+        if bottleneck:
+            steps += [*_activated(channels, 4 * growth, 1), *_dropped(dropout)]
+            channels = 4 * growth
+        self.steps = nn.Sequential(*steps, *_activated(channels, growth, 3), *_dropped(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Append what the layer makes of x (N, C, H, W)."""
         return torch.cat([x, self.steps(x)], 1)

@@ -70,7 +70,6 @@ class _Block(nn.Module):
         self.norm = BatchNorm(out) if normalised else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C, H, W) to (N, out, H // 2, W // 2)."""
         h = self.conv1(F.pad(x, self.padding))
         h = F.leaky_relu(self.conv2(F.pad(h, self.padding)), 0.5)
         return self.norm(F.max_pool2d(h, 2))

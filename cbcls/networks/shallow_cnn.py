@@ -6,7 +6,8 @@ from cbcls.networks.classifier import Classifier
 from common.norms.config import NormConfig
 from common.runtime.seeding import derive
 
-_CHANNELS = (64, 128, 128, 256)
+CHANNELS = (64, 128, 128, 256)
+"""Of its convolutions."""
 
 
 class ShallowCNN(Classifier):
@@ -23,8 +24,6 @@ class ShallowCNN(Classifier):
         seed: of the mixture's own generator; everything else is drawn from torch's global one.
         num_clusters: as for `Classifier`.
         position: after which convolution, 1 to 4, the layer under test is; the paper's is the third.
-
-    Shape: (N, 3, S, S) and int64 (N,) to (N, num_classes).
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class ShallowCNN(Classifier):
 
         def layer(number: int) -> nn.Module:
             built = norm if number == position else NormConfig(kind="bn")
-            return built.build(_CHANNELS[number - 1], derive(seed, f"norm{number}"))
+            return built.build(CHANNELS[number - 1], derive(seed, f"norm{number}"))
 
         self.conv1 = nn.Conv2d(3, 64, 5, padding=2)
         self.norm1 = layer(1)
@@ -51,10 +50,9 @@ class ShallowCNN(Classifier):
 
     def features(self, x: Tensor, cluster: Tensor | None) -> Tensor:
         """Map images (N, 3, S, S) to what the linear map is given, (N, 256)."""
-        h = self.pool(self._block(1, x, cluster))
-        h = self.pool(self._block(2, h, cluster))
-        h = self.pool(self._block(3, h, cluster))
-        return self._block(4, h, cluster).mean((2, 3))
+        for number in (1, 2, 3):
+            x = self.pool(self._block(number, x, cluster))
+        return self._block(4, x, cluster).mean((2, 3))
 
     def _block(self, number: int, h: Tensor, cluster: Tensor | None) -> Tensor:
         h, norm = getattr(self, f"conv{number}")(h), getattr(self, f"norm{number}")

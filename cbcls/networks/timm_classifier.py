@@ -37,7 +37,11 @@ class TimmClassifier(Classifier):
             raise ValueError(f"name: expected a network that ends in a linear map, got {type(linear).__name__}")
         network.reset_classifier(0)  # pyright: ignore[reportCallIssue]
         if convert:
-            _convert(network, norm, None if list(convert) == ["all"] else list(convert), derive(seed, "norm"))
+            where = None if list(convert) == ["all"] else list(convert)
+            if norm.kind == "bn":
+                _check_names(network, where or ())
+            else:
+                convert_norms(network, norm.kind, where, norm.num_components, **norm.options(derive(seed, "norm")))
         self.network = network
         if num_clusters:
             self.end(linear.in_features, linear.out_features)
@@ -57,13 +61,11 @@ class TimmClassifier(Classifier):
             raise ValueError(f"it makes {tuple(h.shape)} of one image, its last map takes {wanted}")
 
 
-def _convert(network: nn.Module, norm: NormConfig, where: list[str] | None, seed: int) -> None:
-    if norm.kind != "bn":
-        convert_norms(network, norm.kind, where, norm.num_components, **norm.options(seed))
-        return
+def _check_names(network: nn.Module, where: Sequence[str]) -> None:
+    """Raise ValueError as `convert_norms` does unless the network has these BatchNorms, and at least one."""
     known = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d | BatchNorm)]
     if not known:
         raise ValueError("model: expected at least one BatchNorm layer inside, found none")
-    for name in where or ():
+    for name in where:
         if name not in known:
             raise ValueError(f"where: expected the name of a BatchNorm ({', '.join(known[:5])}, ...), got {name!r}")

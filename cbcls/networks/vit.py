@@ -1,6 +1,7 @@
 """The small vision transformer of the page of Keras that the paper follows, by timm."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ class _Mlp(Mlp):
     """GELU after the second linear map, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (N, T, C)."""
         return self.drop2(self.act(self.fc2(self.drop1(self.act(self.fc1(x))))))
 
 
@@ -61,7 +61,7 @@ class ViT(Classifier):
             mlp_ratio=2.0,
             proj_drop_rate=0.1,
             attn_drop_rate=0.1,
-            norm_layer=_LayerNorm,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
             attn_layer=_Attention,
             mlp_layer=_Mlp,
         )
@@ -73,10 +73,7 @@ class ViT(Classifier):
             nn.Dropout(0.5),
         )
         self.end(1024, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Draw weights as Keras does: Glorot's uniform ones, positions up to 0.05, biases 0."""
+        # Weights are drawn as Keras does: Glorot's uniform ones, positions up to 0.05, biases 0.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -93,8 +90,3 @@ class ViT(Classifier):
         """Map images (N, 3, S, S) of any size to what the linear map is given, (N, 1024)."""
         x = self.normalised(self.norm, x, cluster)
         return self.head(self.body(F.interpolate(x, (_SIDE, _SIDE), mode="bilinear", align_corners=False)))
-
-
-class _LayerNorm(nn.LayerNorm):
-    def __init__(self, width: int, **options: Any) -> None:
-        super().__init__(width, **{"eps": 1e-6, **options})  # pyright: ignore[reportArgumentType]

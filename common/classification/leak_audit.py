@@ -94,14 +94,9 @@ def weighed(logits: Tensor, clusters: Tensor, counts: Tensor) -> Tensor:
 
 
 def paired_difference(ours: Tensor, theirs: Tensor) -> Difference:
-    """Return how much more often one classifier is right than another on the same images.
+    """Return how much more often one classifier is right than another, each bool (N,) of the same images.
 
-    Args:
-        ours: whether the one is right, bool (N,).
-        theirs: whether the other is, bool (N,).
-
-    Returns:
-        The mean of the differences of each image, and 1.96 of its standard errors; 0 of them for one image.
+    The interval is of 1.96 standard errors of the mean; 0 for one image.
     """
     each = ours.double() - theirs.double()
     error = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else 0.0
@@ -154,64 +149,59 @@ class LeakAudit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why test clusters have to be taken for labels; none where there is no leak to be seen."""
+        """Why test clusters have to be taken for labels; none where no leak is seen."""
         found = [] if self.labelled is None else [f"{self.labelled} makes test clusters of test labels"]
         for guess_of, one, other in ((self.clusters, "cluster", "class"), (self.classes, "class", "cluster")):
             if guess_of.reduction >= FIXES:
                 found.append(f"the {other} of a test image tells its {one} in {100 * guess_of.given:.1f} % of cases")
         return found
 
-    @property
-    def flagged(self) -> bool:
-        """Whether known clusters tell of labels."""
-        return bool(self.reasons)
-
     def scalars(self) -> dict[str, float]:
         """Return what a run logs by tag: accuracies but the known one, the chance given the cluster, the flag."""
-        shown = {f"audit/accuracy_{name}": value for name, value in self.accuracy.items() if name != "known"}
-        return shown | {"audit/chance_given_cluster": self.classes.given, "audit/flagged": float(self.flagged)}
+        logged = {f"audit/accuracy_{name}": value for name, value in self.accuracy.items() if name != "known"}
+        return logged | {"audit/chance_given_cluster": self.classes.given, "audit/flagged": float(bool(self.reasons))}
 
     def plain(self) -> dict[str, Any]:
         """Return all of it as plain values."""
+        gained = None if self.gain is None else {"accuracy": self.baseline, "gain": self.gain._asdict()}
         return {
-            "flagged": self.flagged,
+            "flagged": bool(self.reasons),
             "reasons": self.reasons,
             "accuracy": dict(self.accuracy),
             "lost": {name: difference._asdict() for name, difference in self.lost.items()},
             "class_given_cluster": self.classes._asdict() | {"reduction": self.classes.reduction},
             "cluster_given_class": self.clusters._asdict() | {"reduction": self.clusters.reduction},
-            "baseline": "no baseline"
-            if self.gain is None
-            else {"accuracy": self.baseline, "gain": self.gain._asdict()},
+            "baseline": gained or "no baseline",
         }
 
     def lines(self) -> list[str]:
         """Return it as lines of text: a table, and what follows from it."""
-        meanings = {
-            "known": "each image given its own cluster",
-            "unknown": "no cluster given",
-            "weighed": "no cluster given, answers weighed by the cluster afterwards",
-            "shuffled": "given another image's",
-            "constant": "all given the same",
-        }
         rows = []
         for name, accuracy in self.accuracy.items():
             less = ""
             if (lost := self.lost.get(name)) is not None:
                 way = "less" if lost.value >= 0 else "more"
-                less = f", {_points(Difference(abs(lost.value), lost.half_width))} {way}"
-            rows.append((name, accuracy, f"{meanings[name]}{less}"))
-        rows.append(
-            ("chance", self.classes.given, f"guessed from the cluster alone; {self.classes.without:.3f} without")
-        )
+                less = f", {_points(lost._replace(value=abs(lost.value)))} {way}"
+            rows.append((name, accuracy, f"{_MEANINGS[name]}{less}"))
+        guessed = f"guessed from the cluster alone; {self.classes.without:.3f} without"
+        rows.append(("chance", self.classes.given, guessed))
         if self.gain is None or self.baseline is None:
             tail = ["baseline   no baseline: nothing says what a network without such a layer makes of the clusters"]
         else:
             rows.append(("baseline", self.baseline, "the same clusters beside the features of a network"))
             tail = [f"gain       {_points(self.gain)} over the baseline"]
-        if self.flagged:
+        if self.reasons:
             tail += [f"LEAK       {'; '.join(self.reasons)}: quote the accuracy with clusters unknown, or the gain"]
         return [f"{name:10} {value:.3f}  {text}" for name, value, text in rows] + tail
+
+
+_MEANINGS = {
+    "known": "each image given its own cluster",
+    "unknown": "no cluster given",
+    "weighed": "no cluster given, answers weighed by the cluster afterwards",
+    "shuffled": "given another image's",
+    "constant": "all given the same",
+}
 
 
 def _points(difference: Difference) -> str:

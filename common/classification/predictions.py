@@ -14,7 +14,6 @@ from common.reports.sheet import captioned_sheet
 from common.runtime.atomic import write_atomic, write_text_atomic
 from common.runtime.paths import refuse_overwriting
 
-_TABLE, _SHEET = "predictions.csv", "predictions.png"
 _SHOWN = 64
 
 
@@ -32,7 +31,7 @@ class PredictionFiles:
 
     def __init__(self, images: Path, out: Path, *, force: bool = False) -> None:
         check_folder(images, "images")
-        self.root, self.table, self.sheet = images, out / _TABLE, out / _SHEET
+        self.root, self.table, self.sheet = images, out / "predictions.csv", out / "predictions.png"
         refuse_overwriting(self.table, self.sheet, force=force)
 
     def read(self, size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
@@ -51,7 +50,7 @@ class PredictionFiles:
     def write(
         self, images: Tensor, logits: Tensor, classes: Sequence[str], columns: Mapping[str, Sequence[str]]
     ) -> None:
-        """Write, and tell where: a row for each file, its class and probability, and a sheet of the first 64.
+        """Write a row for each file, its class and probability, and a sheet of the first 64; print where they are.
 
         Args:
             images: as `read` returned them.

@@ -1,12 +1,10 @@
 """Image sets: real digits, image folders, CIFAR, and the batches drawn from them."""
 
-from common.data.config import DataConfig
-from common.data.image_set import ImageSet, Splits, to_float, to_input, to_uint8
-from common.data.names import register_data_set
+from common.data.config import DataConfig, register_data_set
+from common.data.image_set import ImageSet, Splits, hold_out, to_float, to_input, to_uint8
 from common.data.reading.image_folder import Decoding, check_folder, images_below, read_folder, read_images
 from common.data.sets.registry import load
 from common.data.streams import Batch, PerImage, StepLoader, Stream, View, mirrored, plain
-from common.data.validation import hold_out
 
 __all__ = [
     "Batch",

@@ -20,7 +20,7 @@ from common.runtime.errors import UsageError
 
 _TILES, _COLUMNS = 64, 8
 _TILE = (64, 128)  # smaller images are enlarged to the first or nearly so, larger ones reduced to the second
-_SHOWN = 5  # names of classes
+_NAMES = 5  # of classes, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if a setting is wrong, the data cannot be loaded, or the contact sheet cannot be written.
     """
     with fields_without_prefix():
-        _inspect(parse(InspectConfig, argv, prog="python -m common.data"))
-
-
-def _inspect(config: InspectConfig) -> None:
-    if config.out.exists() and not config.out.is_dir():
-        raise UsageError(f"out: {config.out} is a file, expected a folder")
-    splits = load(config)
-    print(describe(config.name, splits.train, splits.test))
-    sheet = config.out / f"contact-{config.name}-{splits.train.content_hash[:8]}.png"
-    picture = Image.fromarray(contact_sheet(splits.train).permute(1, 2, 0).numpy())
-    try:
-        write_atomic(sheet, lambda file: picture.save(file, "PNG"))
-    except OSError as error:
-        raise UsageError(f"out: {sheet} cannot be written ({error.strerror or error})") from None
-    print(f"{'contact sheet':15}{sheet}")
-
-
-def describe(name: str, train: ImageSet, test: ImageSet | None) -> str:
-    """Return the table that the command prints."""
+        config = parse(InspectConfig, argv, prog="python -m common.data")
+        if config.out.exists() and not config.out.is_dir():
+            raise UsageError(f"out: {config.out} is a file, expected a folder")
+        splits = load(config)
+    train, test = splits.train, splits.test
     mean, deviation = train.channel_moments()
-    rows = [(name, f"{train.images.shape[-1]} x {train.images.shape[-2]} pixels")]
+    rows = [(config.name, f"{config.size} x {config.size} pixels")]
     rows += [(part.split, f"{len(part):,} images, content {part.content_hash}") for part in (train, test) if part]
     if test is None:
         rows.append(("test", "none"))
@@ -68,7 +54,14 @@ def describe(name: str, train: ImageSet, test: ImageSet | None) -> str:
     rows.append(("superclasses", _names(train.superclass_names)))
     rows.append(("mean", f"{_numbers(mean)} (red, green, blue of the training images, in [0, 1])"))
     rows.append(("std", _numbers(deviation)))
-    return "\n".join(f"{key:15}{value}" for key, value in rows)
+    print("\n".join(f"{key:15}{value}" for key, value in rows))
+    sheet = config.out / f"contact-{config.name}-{train.content_hash[:8]}.png"
+    picture = Image.fromarray(contact_sheet(train).permute(1, 2, 0).numpy())
+    try:
+        write_atomic(sheet, lambda file: picture.save(file, "PNG"))
+    except OSError as error:
+        raise UsageError(f"out: {sheet} cannot be written ({error.strerror or error})") from None
+    print(f"{'contact sheet':15}{sheet}")
 
 
 def contact_sheet(images: ImageSet) -> Tensor:
@@ -83,8 +76,8 @@ def contact_sheet(images: ImageSet) -> Tensor:
 def _names(names: tuple[str, ...]) -> str:
     if not names:
         return "none"
-    shown = ", ".join(names[:_SHOWN])
-    return f"{len(names)}: {shown}{', ...' if len(names) > _SHOWN else ''}"
+    more = ", ..." if len(names) > _NAMES else ""
+    return f"{len(names)}: {', '.join(names[:_NAMES])}{more}"
 
 
 def _numbers(values: Tensor) -> str:

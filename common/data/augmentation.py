@@ -32,15 +32,7 @@ class Augmentation:
     degrees, as the page of Keras on transformers does. Affine: rotated by up to 30 degrees, moved and scaled by up to
     a tenth, sheared by up to 0.1 degrees, as the paper's authors do with pets (what Keras makes of 0.1).
 
-    Attributes:
-        strength: which of them.
-        size: side S of the images.
-        flip: mirror; not for digits and letters, which become others, or none.
-        invert: weak and strong views also show the negative, with probability 1/2.
-        scale: weak and strong views are first scaled about their centre, height and width apart, by factors drawn
-            uniformly between these two.
-        blur: weak and strong views are blurred, with probability 1/2, by a Gaussian whose deviation in pixels is drawn
-            uniformly from 0.1 to this; 0 does not.
+    ``flip``, ``invert``, ``scale`` and ``blur`` are those of `ViewOptions`; zoom and affine take ``flip`` alone.
     """
 
     strength: Strength
@@ -61,7 +53,7 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    """Options of weak and strong views that their data set decides."""
+    """Options of weak and strong views that depend on the data set."""
 
     flip: bool = False
     """Mirror half of the weak and strong views; not for digits and letters."""

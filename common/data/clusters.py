@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from common.data.image_set import ImageSet, Splits
 from common.runtime.atomic import write_text_atomic
@@ -41,30 +40,17 @@ def with_clusters(splits: Splits, cfg: ClustersConfig) -> Splits:
     """Give the images of all splits the clusters that a configuration names.
 
     Raises:
-        UsageError: if the images have no such labels, or the file is none, is damaged, or was made of other images.
+        UsageError: if the images have no such labels, or the file is missing, damaged, or of other images.
     """
     if cfg.by == "none":
         return splits
-    if cfg.by == "file":
-        assert cfg.file is not None  # ClustersConfig refuses otherwise
+    if cfg.file is not None:
         return _from_file(splits, cfg.file)
-    return replace(splits, **{name: _labelled(images, cfg.by) for name, images in splits.items()})
-
-
-def _labelled(images: ImageSet, by: str) -> ImageSet:
-    numbers, names = (
-        (images.superclasses, images.superclass_names) if by == "superclasses" else (images.labels, images.classes)
-    )
-    if numbers is None:
-        raise UsageError(
-            f"clusters.by: the {images.split} images of {images.name} have no {by}; take clusters.by file, or a data "
-            f"set that has them{' (data.superclasses for your own images)' if by == 'superclasses' else ''}"
-        )
-    return replace(images, clusters=numbers, cluster_names=names)
+    return replace(splits, **{name: _from_labels(images, cfg.by) for name, images in splits.items()})
 
 
 def clusters_origin(cfg: ClustersConfig) -> dict[str, Any]:
-    """Return what clusters follow from, as plain values: of a file, how it says that they were found.
+    """Return what clusters follow from, as plain values: of a file, the configuration that made it.
 
     Raises:
         UsageError: if the file cannot be read, or holds no clusters.
@@ -77,14 +63,48 @@ def clusters_origin(cfg: ClustersConfig) -> dict[str, Any]:
 
 def write_clusters(path: Path, splits: Splits, configuration: dict[str, Any]) -> None:
     """Write the clusters of images as JSON: how they were made, a hash of each split's pixels, names and numbers."""
-    given = {name: images for name, images in splits.items() if images.clusters is not None}
+    given = [(name, images, images.clusters) for name, images in splits.items() if images.clusters is not None]
     content = {
         "configuration": configuration,
-        "pixels": {name: images.pixel_hash for name, images in given.items()},
+        "pixels": {name: images.pixel_hash for name, images, _ in given},
         "names": splits.train.cluster_names,
-        "clusters": {name: images.clusters.tolist() for name, images in given.items() if images.clusters is not None},
+        "clusters": {name: clusters.tolist() for name, _, clusters in given},
     }
     write_text_atomic(path, json.dumps(content) + "\n")
+
+
+def _from_labels(images: ImageSet, by: str) -> ImageSet:
+    numbers, names = (
+        (images.superclasses, images.superclass_names) if by == "superclasses" else (images.labels, images.classes)
+    )
+    if numbers is None:
+        raise UsageError(
+            f"clusters.by: the {images.split} images of {images.name} have no {by}; take clusters.by file, or a data "
+            f"set that has them{' (data.superclasses for your own images)' if by == 'superclasses' else ''}"
+        )
+    return replace(images, clusters=numbers, cluster_names=names)
+
+
+def _from_file(splits: Splits, path: Path) -> Splits:
+    content = _content(path)
+    try:
+        names = tuple(str(name) for name in content["names"])
+        pixels = {str(name): str(value) for name, value in content["pixels"].items()}
+        numbers = {name: torch.tensor(content["clusters"][name], dtype=torch.int64) for name in pixels}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _no_clusters(path) from None
+    found = {}
+    for split, images in splits.items():
+        if pixels.get(split) != images.pixel_hash:
+            raise UsageError(
+                f"clusters.file: {path} was made of other {split} images than {images.name} at data.size "
+                f"{images.images.shape[-1]}; run python -m cbcls.clusters with the same data"
+            )
+        try:
+            found[split] = replace(images, clusters=numbers[split], cluster_names=names)
+        except ValueError as error:
+            raise UsageError(f"clusters.file: {path} is damaged ({error})") from None
+    return replace(splits, **found)
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -101,29 +121,3 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _no_clusters(path: Path) -> UsageError:
     return UsageError(f"clusters.file: {path} holds no clusters; python -m cbcls.clusters writes one")
-
-
-def _from_file(splits: Splits, path: Path) -> Splits:
-    content = _content(path)
-    try:
-        names = tuple(str(name) for name in content["names"])
-        pixels = {str(name): str(value) for name, value in content["pixels"].items()}
-        numbers = {name: torch.tensor(content["clusters"][name], dtype=torch.int64) for name in pixels}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _no_clusters(path) from None
-    found = {name: _numbered(images, name, pixels, numbers, names, path) for name, images in splits.items()}
-    return replace(splits, **found)
-
-
-def _numbered(
-    images: ImageSet, split: str, pixels: dict[str, str], numbers: dict[str, Tensor], names: tuple[str, ...], path: Path
-) -> ImageSet:
-    if pixels.get(split) != images.pixel_hash:
-        raise UsageError(
-            f"clusters.file: {path} was made of other {split} images than {images.name} at data.size "
-            f"{images.images.shape[-1]}; run python -m cbcls.clusters with the same data"
-        )
-    try:
-        return replace(images, clusters=numbers[split], cluster_names=names)
-    except ValueError as error:
-        raise UsageError(f"clusters.file: {path} is damaged ({error})") from None

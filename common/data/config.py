@@ -1,16 +1,54 @@
-"""Which images a run uses."""
+"""Which images a run uses, and the data sets that `data.name` knows."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from common.data.names import DATA_SETS, OPTIONAL
+from common.data.image_set import Splits
+from common.registry import Registry
 from common.runtime.errors import UsageError
 from common.runtime.fields import MAY_CHANGE
 from common.runtime.paths import texts_to_paths
+
+OPTIONAL = {
+    "root": None, "test_root": None, "labels": "fine", "superclasses": None, "blend": "sklearn", "split": "official",
+    "fit": "cut", "in_memory": True,
+}  # fmt: skip
+"""Settings of `DataConfig` that only some sets take, and what they are with the others."""
+
+
+class DataSet(NamedTuple):
+    """How a data set is loaded, and which of the optional settings it takes."""
+
+    load: "Callable[[DataConfig], Splits]"
+    takes: frozenset[str]
+
+
+DATA_SETS: Registry[DataSet] = Registry("data.name")
+
+
+def register_data_set(name: str, load: "Callable[[DataConfig], Splits]", *, takes: Iterable[str] = ()) -> None:
+    """Add a data set, which `data.name` then knows.
+
+    Args:
+        name: lower-case letters, digits and underscores, a letter first.
+        load: from a `DataConfig` to `Splits` of images ``config.size`` pixels a side; what is wrong with files or
+            settings raises `common.runtime.errors.UsageError`, one line that names the setting. Import here what takes
+            long.
+        takes: those of the settings root, test_root, labels, superclasses, blend, split, fit and in_memory that it has
+            a use for; the others are refused with it.
+
+    Raises:
+        ValueError: the name is taken or invalid, load is no function, or there is no such setting.
+    """
+    if not callable(load):
+        raise ValueError(f"load: expected a function of a DataConfig, got {type(load).__name__}")
+    if unknown := sorted(set(takes) - set(OPTIONAL)):
+        raise ValueError(f"takes: expected some of {', '.join(OPTIONAL)}, got {', '.join(unknown)}")
+    DATA_SETS.add(name, DataSet(load, frozenset(takes)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +90,6 @@ class DataConfig:
     """Mirror each training image left to right with probability 1/2."""
     workers: int = field(default=0, metadata=MAY_CHANGE)
     """Loader processes; 0 gathers the next batch in a thread of the training process."""
-
     validation: float | None = None
     """Share of each class of the training images held out of training, for early stopping and the best checkpoint;
     null is 0.1 where one of them reads it, else 0."""

@@ -1,7 +1,6 @@
 """Images in memory: uint8, with their labels and a hash of the content."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,38 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.runtime import seeding
 from common.runtime.device import memory_format
+from common.runtime.errors import UsageError
 
 _CHUNK = 256
 _RESIZE_VALUES = 2**24  # floats in memory at once
-
-
-class Lazy(ABC):
-    """What stands for uint8 images (N, 3, H, W) in an `ImageSet` and makes them when they are asked for.
-
-    Args:
-        shape: (N, 3, H, W).
-    """
-
-    dtype, device, ndim = torch.uint8, torch.device("cpu"), 4
-
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        self.shape = torch.Size(shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def numel(self) -> int:
-        """Return the number of values."""
-        return self.shape.numel()
-
-    @abstractmethod
-    def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """Make images by their positions."""
-
-    @abstractmethod
-    def subset(self, index: Tensor) -> "Lazy":
-        """Return those at some positions, int64 (M,), without making them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +23,16 @@ class ImageSet:
     """Images of one split of one data set.
 
     Args:
-        images: uint8 (N, 3, H, W) on the CPU, N >= 1, or a `Lazy` that stands for them.
+        images: uint8 (N, 3, H, W) on the CPU, N >= 1, or `ImagesOnDisk`.
         labels: int64 (N,) in [0, len(classes)), or None where the data has no labels.
-        classes: class names by label; empty where there are no labels.
+        classes: class names by label; empty without labels.
         name: the data set.
-        split: "train" or "test".
-        superclasses: int64 (N,) in [0, len(superclass_names)), what each image belongs to besides its
-            class, or None where nothing is known.
-        superclass_names: their names; empty where there are no superclasses.
-        clusters: int64 (N,) in [0, len(cluster_names)), what normalization layers are given of each image, or None
-            (see `common.data.clusters`).
-        cluster_names: their names; empty where there are no clusters.
+        split: "train", "test" or "validation".
+        superclasses: int64 (N,) in [0, len(superclass_names)), or None where nothing is known.
+        superclass_names: their names; empty without superclasses.
+        clusters: int64 (N,) in [0, len(cluster_names)), which normalization layers take, or None (see
+            `common.data.clusters`).
+        cluster_names: their names; empty without clusters.
 
     Raises:
         ValueError: if shapes, types, labels, superclasses or clusters are not as above.
@@ -99,7 +71,8 @@ class ImageSet:
     def content_hash(self) -> str:
         """SHA-256 over the shape, every pixel, label and superclass, without clusters: 64 hexadecimal digits."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.labels is not None}".encode())
-        self._digest_pixels(digest)
+        for chunk in self.chunks():
+            digest.update(_buffer(chunk))
         if self.labels is not None:
             digest.update(_buffer(self.labels))
         if self.superclasses is not None:
@@ -111,15 +84,12 @@ class ImageSet:
     def pixel_hash(self) -> str:
         """SHA-256 over the shape and every pixel: what clusters of these images go by, whatever their labels."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
-        self._digest_pixels(digest)
+        for chunk in self.chunks():
+            digest.update(_buffer(chunk))
         return digest.hexdigest()
 
-    def _digest_pixels(self, digest: Any) -> None:
-        for part in self.chunks():
-            digest.update(_buffer(part))
-
     def chunks(self) -> Iterator[Tensor]:
-        """Yield the images in their order, some hundred at once, uint8 (B, 3, H, W)."""
+        """Yield the images in their order, uint8 (B, 3, H, W), a few hundred at once."""
         for first in range(0, len(self), _CHUNK):
             yield self.images[first : first + _CHUNK]
 
@@ -147,13 +117,13 @@ class ImageSet:
 
     def select(self, index: Tensor) -> "ImageSet":
         """Return the images at these positions, int64 (M,) with M >= 1, in this order."""
-        numbers = {
-            name: None if (own := getattr(self, name)) is None else own[index]
-            for name in ("labels", "superclasses", "clusters")
-        }
         images: Any = self.images
-        chosen = images.subset(index) if isinstance(images, Lazy) else images[index]
-        return replace(self, images=chosen, **numbers)
+        numbers = {name: getattr(self, name) for name in ("labels", "superclasses", "clusters")}
+        return replace(
+            self,
+            images=images[index] if isinstance(images, Tensor) else images.subset(index),
+            **{name: None if own is None else own[index] for name, own in numbers.items()},
+        )
 
 
 def _check_numbers(field: str, numbers: Tensor | None, names_field: str, names: tuple[str, ...], count: int) -> None:
@@ -175,11 +145,7 @@ def _buffer(tensor: Tensor) -> Any:  # NumPy's stubs do not say that an array is
 
 @dataclass(frozen=True)
 class Splits:
-    """Images to train on, and images held apart from them (None where there are none).
-
-    Attributes:
-        validation: where the data set itself says which images choices may see.
-    """
+    """Images to train on and images held apart from them; ``validation`` where the data set itself has such a split."""
 
     train: ImageSet
     test: ImageSet | None
@@ -223,3 +189,28 @@ def resize(images: Tensor, size: int) -> Tensor:
         for part in images.split(chunk)
     ]
     return torch.cat(chunks)
+
+
+def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split training images into those to train on and those to validate on, so that choices see no test image.
+
+    Which ones follows from (seed, "validation", class); both keep the set's order. A class of n images gives
+    ``round(share * n)``, at least one, to validation. Without labels all images are one class.
+
+    Raises:
+        UsageError: if a class has too few images to be in both.
+    """
+    labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+    held = torch.zeros(len(images), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0]
+        count = max(1, round(share * len(members)))
+        if count >= len(members):
+            name = f"class {images.classes[label]}" if images.classes else images.name
+            raise UsageError(
+                f"data.validation: {share:g} of {name}'s {len(members)} images leaves none to train on; "
+                "expected a smaller share, or more images"
+            )
+        held[members[seeding.permutation(len(members), seed, "validation", label)[:count]]] = True
+    validation = replace(images.select(held.nonzero()[:, 0]), split="validation")
+    return images.select((~held).nonzero()[:, 0]), validation

@@ -1,10 +1,10 @@
 """Streams of batches whose order and views follow from the seed and the position, so a run resumes exactly."""
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,14 @@ from common.runtime import seeding
 from common.runtime.command import STOPPING
 from common.runtime.errors import RankError, UsageError
 
-S = TypeVar("S")
-T = TypeVar("T")
-
 
 class View(Protocol):
-    """What is shown of images: it draws for each image from (seed, position, its index) and nothing else."""
+    """Augments uint8 images (B, 3, H, W) at positions ``index`` (B,) of their set.
 
-    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
-        """Map uint8 images (B, 3, H, W), which stand at ``index`` (B,) in their set, to what a step sees of them."""
-        ...
+    It draws for each image from (seed, position, its index) and nothing else.
+    """
+
+    def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor: ...  # noqa: D102
 
 
 def plain(images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
@@ -45,20 +43,14 @@ class PerImage:
     function: Callable[[Tensor, int], Tensor]
 
     def __call__(self, images: Tensor, index: Tensor, seed: int, *position: int | str) -> Tensor:
-        """Stack what the function makes of each image."""
+        """Return the views, stacked."""
         seeds = (seeding.derive(seed, "image", *position, i) for i in index.tolist())
         return torch.stack([self.function(image, own) for image, own in zip(images, seeds, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Images that training draws from, and how a step sees them.
-
-    Args:
-        images: the set, N images.
-        batch_size: images B of a batch of one rank.
-        views: what is shown of each image, one tensor a view.
-    """
+    """Images that training draws from, ``batch_size`` at once on each rank, and the views of them that a step takes."""
 
     images: ImageSet
     batch_size: int
@@ -91,7 +83,7 @@ class Batch:
 
 
 Step = list[dict[str, Batch]]
-"""What a training step takes: for each of its parts (gradient accumulation has several) a batch of every stream."""
+"""For each micro-batch of a training step a batch of every stream, by name."""
 _Place = tuple[int, Tensor]  # a pass over a stream, and positions in its set
 
 
@@ -105,13 +97,13 @@ class StepLoader:
     images each train on what one with 64 does. Nothing depends on workers, ranks, or where an epoch was entered.
 
     Args:
-        streams: by name; that of ``epoch_of`` has no part in the keys of its draws.
+        streams: by name; the draws of ``epoch_of`` are keyed without its name.
         epoch_of: the stream whose pass is an epoch.
         steps_per_epoch: steps of an epoch, or None for one pass.
-        grad_accum_steps: parts of a step, each with a batch of every stream.
+        grad_accum_steps: micro-batches of a step, each with a batch of every stream.
         workers: processes that gather batches; 0 gathers them in a thread of this one.
-        rank: this process, of `world` that share each step.
-        world: how many there are.
+        rank: this process, of ``world`` that share each step.
+        world: number of processes.
 
     Raises:
         ValueError: if a stream's images do not fill one step, or a number is out of range.
@@ -159,13 +151,13 @@ class StepLoader:
             yield from _one_ahead(gather, places)
             return
         loader = DataLoader(
-            _InWorker(gather),
+            gather,
             batch_size=None,
             sampler=places,
             num_workers=min(self.workers, max(1, len(places))),
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             generator=seeding.generator(seed, "workers", epoch),  # else the global one is advanced
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_ignore_signals,
         )
         steps: Any = iter(loader)
         try:
@@ -182,7 +174,6 @@ class StepLoader:
             steps._shutdown_workers()
 
     def _batches(self, name: str) -> int:
-        """Batches in a pass over a stream."""
         stream = self.streams[name]
         return len(stream.images) // (stream.batch_size * self.world)
 
@@ -192,34 +183,34 @@ class StepLoader:
         def place(name: str, number: int) -> _Place:
             """Find batch ``number``, counted through the run, or through the epoch where the stream makes it."""
             if name == self.epoch_of and self._own_steps is None:
-                turn, batch = epoch, number - epoch * len(self) * self.grad_accum_steps
+                pass_index, batch = epoch, number - epoch * len(self) * self.grad_accum_steps
             else:
-                turn, batch = divmod(number, self._batches(name))
-            if (name, turn) not in orders:
+                pass_index, batch = divmod(number, self._batches(name))
+            if (name, pass_index) not in orders:
                 stream = self.streams[name]
-                position = (*_prefix(name, self.epoch_of), "shuffle", turn)
+                position = (*_prefix(name, self.epoch_of), "shuffle", pass_index)
                 order = seeding.permutation(len(stream.images), seed, *position)
                 used = self._batches(name) * stream.batch_size * self.world
-                orders[name, turn] = order[:used].view(-1, self.world, stream.batch_size)
-            return turn, orders[name, turn][batch, self.rank]
+                orders[name, pass_index] = order[:used].view(-1, self.world, stream.batch_size)
+            return pass_index, orders[name, pass_index][batch, self.rank]
 
         first, last = epoch * len(self) + start, (epoch + 1) * len(self)
         return [
             [
-                {name: place(name, step * self.grad_accum_steps + part) for name in self.streams}
-                for part in range(self.grad_accum_steps)
+                {name: place(name, step * self.grad_accum_steps + micro) for name in self.streams}
+                for micro in range(self.grad_accum_steps)
             ]
             for step in range(first, last)
         ]
 
 
-def _one_ahead(function: Callable[[S], T], arguments: Sequence[S]) -> Iterator[T]:
-    """Map a function over arguments in a thread of its own, which does the next while the last is used."""
+def _one_ahead(gather: "_Gather", places: list[list[dict[str, _Place]]]) -> Iterator[Step]:
+    """Gather steps in a thread, which does the next one while the last is used."""
     with ThreadPoolExecutor(1, "batches") as thread:
-        ahead = [thread.submit(function, argument) for argument in arguments[:1]]
-        for argument in arguments[1:]:
+        ahead = [thread.submit(gather, place) for place in places[:1]]
+        for place in places[1:]:
             done = ahead.pop().result()
-            ahead.append(thread.submit(function, argument))
+            ahead.append(thread.submit(gather, place))
             yield done
         yield from (last.result() for last in ahead)
 
@@ -228,11 +219,11 @@ def _prefix(name: str, epoch_of: str) -> tuple[str, ...]:
     return () if name == epoch_of else (name,)
 
 
-def _as_it_is(step: Step | UsageError) -> Step | UsageError:
+def _unchanged(step: Step | UsageError) -> Step | UsageError:
     return step
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
+def _ignore_signals(_worker: int) -> None:
     """Ignore what a terminal or a scheduler sends to the whole group: the trainer finishes its step and saves.
 
     A worker whose parent is gone ends by itself.
@@ -241,45 +232,31 @@ def _leave_signals_to_the_trainer(_worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-class _Gather:
-    """From the places of a step to its batches."""
+class _Gather(Dataset):
+    """Gathers the batches of a step from its places; as a `Dataset`, in another process."""
 
     def __init__(self, streams: Mapping[str, Stream], epoch_of: str, seed: int) -> None:
         self.streams, self.epoch_of, self.seed = streams, epoch_of, seed
 
     def __call__(self, places: list[dict[str, _Place]]) -> Step:
         try:
-            return [{name: self._batch(name, *place) for name, place in part.items()} for part in places]
+            return [{name: self._batch(name, *place) for name, place in micro.items()} for micro in places]
         except UsageError as error:
             raise RankError(str(error)) from error
 
-    def _batch(self, name: str, turn: int, index: Tensor) -> Batch:
-        stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
-        images, labels = stream.images.images[index], stream.images.labels
-        views = tuple(
-            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), turn)
-            for number, view in enumerate(stream.views)
-        )
-        return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)
-
-
-class _InWorker(Dataset):
-    """Gathers steps in another process, in memory that both share.
-
-    A UsageError is handed over as the step: the loader would raise it with the worker's traceback as its message. The
-    queue would share the memory in a thread of its own, whose errors nobody hears of while the step is waited for.
-    """
-
-    def __init__(self, gather: _Gather) -> None:
-        self.gather = gather
-
     def __getitem__(self, places: list[dict[str, _Place]]) -> Step | UsageError:
+        """Return the step, in memory that both processes share.
+
+        A UsageError is handed over as the step: the loader would raise it with the worker's traceback as its message.
+        The queue would share the memory in a thread of its own, whose errors nobody hears of while the step is waited
+        for.
+        """
         try:
-            step = self.gather(places)
+            step = self(places)
         except UsageError as error:
-            return RankError(str(error))
+            return error
         try:
-            for batch in (batch for part in step for batch in part.values()):
+            for batch in (batch for micro in step for batch in micro.values()):
                 for tensor in (*batch.views, batch.labels, batch.index):
                     tensor.share_memory_()
         except RuntimeError as error:
@@ -288,3 +265,12 @@ class _InWorker(Dataset):
                 "batch_size, or give /dev/shm more (docker run --shm-size)"
             )
         return step
+
+    def _batch(self, name: str, pass_index: int, index: Tensor) -> Batch:
+        stream, prefix = self.streams[name], _prefix(name, self.epoch_of)
+        images, labels = stream.images.images[index], stream.images.labels
+        views = tuple(
+            view(images, index, self.seed, *prefix, *(("view", number) if number else ()), pass_index)
+            for number, view in enumerate(stream.views)
+        )
+        return Batch(views, torch.zeros_like(index) if labels is None else labels[index], index)

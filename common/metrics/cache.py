@@ -1,4 +1,4 @@
-"""Cache files that are whole, and of the key asked for, or not there."""
+"""Cache files that are whole and of the key asked for, or ignored."""
 
 import hashlib
 import io
@@ -14,10 +14,12 @@ from common.runtime import seeding
 from common.runtime.atomic import write_atomic
 
 _DIGEST = hashlib.sha256().digest_size
+_warned: set[str] = set()
+"""Reasons that have been printed."""
 
 
 def cache_path(folder: Path, key: str) -> Path:
-    """Return where the value of a key is kept."""
+    """Return the file of a key."""
     return folder / f"{seeding.derive(0, key):016x}.pt"
 
 
@@ -30,16 +32,10 @@ def write_cache(folder: Path, key: str, value: object) -> None:
         write_atomic(cache_path(folder, key), lambda file: file.write(_digest(key, content) + content))
     except OSError as error:
         reason = error.strerror or str(error)
-        if reason not in _told and os.environ.get("RANK", "0") == "0":
-            print(
-                f"warning: cache: cannot write to {folder} ({reason}); going on without it, give another by --cache",
-                file=sys.stderr,
-            )
-        _told.add(reason)
-
-
-_told: set[str] = set()
-"""Why the cache could not be written; each is said once, whatever was to be kept."""
+        if reason not in _warned and os.environ.get("RANK", "0") == "0":
+            line = f"warning: cache: cannot write to {folder} ({reason}); going on without it, give another by --cache"
+            print(line, file=sys.stderr)
+        _warned.add(reason)
 
 
 def read_cache(folder: Path, key: str) -> Any | None:

@@ -22,8 +22,6 @@ STEPS = 400
 _VERSION = 1
 _BATCH = 64
 _SIDE = 32
-_DIM = 64
-_THREADS = 1  # the same sums on any number of cores, and no waiting for a busy one
 
 
 class Classifier:
@@ -49,7 +47,7 @@ class Classifier:
 
     name = "classifier"
     resize = f"bicubic with antialiasing to {_SIDE}x{_SIDE} where larger"
-    dim = _DIM
+    dim = 64
 
     def __init__(
         self,
@@ -82,7 +80,6 @@ class Classifier:
         """Map uint8 images (B, 3, H, W) to features float32 (B, 64)."""
         return self._network.features(images.to(self.device))
 
-    @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
         """Return the class, int64 (B,), of features (B, 64), on the device of the network."""
         return self.logits(features).argmax(dim=1)
@@ -102,8 +99,8 @@ class _Network(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.derive(SEED, "init"))
-            self.body = nn.Sequential(_block(3, 16), _block(16, 32), _block(32, _DIM), nn.AdaptiveAvgPool2d(1))
-            self.head = nn.Linear(_DIM, num_classes)
+            self.body = nn.Sequential(_block(3, 16), _block(16, 32), _block(32, 64), nn.AdaptiveAvgPool2d(1))
+            self.head = nn.Linear(64, num_classes)
         self.to(memory_format=torch.channels_last)  # twice as fast on a CPU  # pyright: ignore[reportCallIssue]
         self.eval()
 
@@ -117,12 +114,8 @@ def _shrink(images: Tensor) -> Tensor:
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.MaxPool2d(2),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _split(train: ImageSet, test: ImageSet | None) -> tuple[ImageSet, ImageSet]:
@@ -147,7 +140,7 @@ def _train(network: _Network, data: ImageSet, steps: int) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     threads = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)  # the same sums on any number of cores, and no waiting for a busy one
     try:
         with torch.enable_grad():
             for step in range(steps):

@@ -61,7 +61,7 @@ class DinoV2:
 
 
 def _build(model: str, cache: Path | None = None) -> "VisionTransformer":
-    """Make a network, with the published weights if a folder to keep them in is given."""
+    """Make a network, with the published weights if there is a folder to keep them in."""
     import timm  # noqa: PLC0415 - takes seconds
 
     folder = None if cache is None else str(cache)

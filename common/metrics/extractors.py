@@ -1,4 +1,4 @@
-"""What turns images into the features a Fréchet distance compares."""
+"""Networks that turn images into the features a Fréchet distance compares, by name."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ class Extractor(Protocol):
     """A frozen network, in evaluation mode and without gradients, on a device of its own.
 
     Attributes:
-        name: what charts call it, and `fid.extractor`.
+        name: what charts call it, and ``fid.extractor``.
         id: identifies the network and its weights; goes into cache keys.
         resize: how images are brought to the size the network reads.
         dim: features D of an image.
@@ -21,25 +21,22 @@ class Extractor(Protocol):
     One that has ``logits(features)``, from (B, D) to (B, C), has an Inception Score too.
     """
 
+    # Read-only, so that classes may give them as attributes of theirs.
     @property
     def name(self) -> str: ...  # noqa: D102
-
     @property
     def id(self) -> str: ...  # noqa: D102
-
     @property
     def resize(self) -> str: ...  # noqa: D102
-
     @property
     def dim(self) -> int: ...  # noqa: D102
-
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 images (B, 3, H, W), on any device, to features float32 (B, D)."""
         ...
 
 
 class Known(NamedTuple):
-    """How an extractor is made, and whether it reads `fid.weights`."""
+    """How an extractor is made, and whether it reads ``fid.weights``."""
 
     build: Callable[..., Extractor]
     reads_weights: bool
@@ -52,14 +49,14 @@ def register_extractor(name: str, build: Callable[..., Any], *, reads_weights: b
     """Add a feature extractor, which `fid.extractor` then knows; its distance is logged as metric/fid_NAME.
 
     Args:
-        name: what it is called, by its own ``name`` too: lower-case letters, digits and underscores, a letter first.
+        name: as its own ``name``: lower-case letters, digits and underscores, a letter first.
         build: called as ``build(config, splits, cache, device)`` with the `FidConfig`, the run's images, a folder that
             runs share, and a device; returns an `Extractor`. Where that has a ``warning`` other than None, the user
             is given it.
         reads_weights: it reads ``config.weights``, which is refused with the others.
 
     Raises:
-        ValueError: the name is taken or none, or build is no function.
+        ValueError: the name is taken or invalid, or build is no function.
     """
     if not callable(build):
         raise ValueError(f"build: expected a function that makes an extractor, got {type(build).__name__}")

@@ -1,4 +1,4 @@
-"""FID during a run: real statistics with a cache that knows their content, the floor, and the measurement."""
+"""The Fréchet distance of a run's generated images to its real ones, and what else the same features give."""
 
 import json
 import re
@@ -40,13 +40,11 @@ ShouldStop = Callable[[], bool]
 
 QUANTISATION = "uint8, rounded to nearest, clamped"
 CHEAP = 256
-"""Features of which an interval takes a fraction of a second."""
+"""Most features of which an interval takes a fraction of a second."""
 SEED = 20
-"""What the subsets and replicates of a measurement's uncertainty follow from, the same for every run."""
-
-
+"""Seed of the subsets and replicates of a measurement's uncertainty, the same for every run."""
 FLAT = 1000
-"""Flat images, at most, that features are tried on before precision and recall are measured in them."""
+"""Most flat images that features are tried on before precision and recall are measured in them."""
 MOST_FLAT = 0.1
 """Share of flat images that may pass as real. In the classifier's features none do of the digits or of MNIST, where it
 is right on 97 %; 35 % of SVHN, 76 % of CIFAR-10, 85 % of CIFAR-100, where it is right on 38, 54 and 15 %."""
@@ -110,14 +108,14 @@ class FidResult:
     Attributes:
         fid: Fréchet distance to the real images.
         count: generated images it was measured on.
-        other: the same images' distance to the other split of the real ones; None where there is none.
         classes: how many of them the classifier puts in each class; None with another extractor.
+        other: their distance to the other split of the real images; None where there is none.
         quality: kid, inception_score, precision and recall, those that were asked for.
-        interval: of the distance between the distributions of generated and real images; None where it was not asked
-            for, or there are fewer than twice as many images as features.
-        limit: FID-infinity; None where there is no interval, or fewer than four times as many images as features.
-        neighbours: of each generated image among the training images; None where it was not asked for.
-        copying: what these say beside unseen real images.
+        interval: of the distance between the distributions; None where it was not asked for, or there are fewer than
+            twice as many images as features.
+        limit: FID-infinity; None without interval, or with fewer than four times as many images as features.
+        neighbours: the training image nearest to each generated one; None where it was not asked for.
+        copying: what these say, compared with unseen real images.
     """
 
     fid: float
@@ -139,9 +137,8 @@ def other_split(reference: str) -> str:
 class Fid:
     """Measures generators against the real images of a run.
 
-    Features and statistics of the real images are kept under a key that names their content, split and number, the
-    extractor with its weights, the resizing and torch-fidelity's version: change any of them and they are
-    computed anew. A cache file that is damaged is replaced.
+    Features and statistics of the real images are cached under a key that names their content, split and number, the
+    extractor with its weights, the resizing and torch-fidelity's version. A damaged cache file is replaced.
 
     Args:
         config: how to measure.
@@ -155,14 +152,14 @@ class Fid:
         extractor: the network that gives the features.
         floor: the distance of the training images to the test images, which no generator should beat by
             much; None without test images.
-        tag: the name of the distance in charts; `floor_tag` is the floor's, `other_tag` that of the distance to the
-            other split.
+        tag: the name of the distance in charts; ``floor_tag`` is the floor's, ``other_tag`` that of the distance to
+            the other split.
         warning: why the extractor should not be trusted, or None.
         left_out: why precision and recall, though asked for, are not measured, or None.
 
     Raises:
         UsageError: if there are no such reference images, or the extractor cannot be built.
-        Interrupted: if `should_stop` said so.
+        Interrupted: if ``should_stop`` said so.
     """
 
     def __init__(
@@ -226,28 +223,21 @@ class Fid:
             "resize": self.extractor.resize,
             "quantisation": QUANTISATION,
             "data": self._real.name,
-            "split": self._real.split,
-            "n_real": len(self._real),
-            "content_hash": self._real.content_hash,
+            **_identity(self._real),
             "torch_fidelity": version("torch-fidelity"),
         }
 
     def protocols(self, result: FidResult) -> dict[str, dict[str, str | int]]:
-        """Return for each tag of `values` what its number is comparable by."""
+        """Return the protocol of each of `values`, by tag."""
         own = self.protocol() | {"n_generated": result.count}
         found = dict.fromkeys(self.values(result), own)
         if self._others is not None:
             other = self._others.images
-            split = {"split": other.split, "n_real": len(other), "content_hash": other.content_hash}
-            found[self.other_tag] = own | split
+            found[self.other_tag] = own | _identity(other)
             found[self.floor_tag] = self.protocol() | {"compared": f"real {other.split} images", "n_generated": 0}
         drawn = "generated and real images" if self.config.reference == "test" else "generated images"
         interval = own | {"seed": SEED, "replicates": REPLICATES, "resampled": drawn}
-        near = own | {
-            "split": "train",
-            "n_real": len(self._splits.train),
-            "content_hash": self._splits.train.content_hash,
-        }
+        near = own | _identity(self._splits.train) | {"split": "train"}
         near |= {"unseen": f"{len(self._splits.test)} test images" if self._splits.test else "each training image"}
         special = {f"{self.tag}_{end}": interval for end in ("centre", "low", "high")}
         special |= {f"{self.tag}_infinity": own | {"seed": SEED, "points": POINTS}}
@@ -275,7 +265,7 @@ class Fid:
         return found
 
     def better(self) -> dict[str, Literal["higher", "lower"]]:
-        """Return whether higher or lower is better of each of `values` that has a best: not of floor and train gap."""
+        """Return by tag whether higher or lower is better, but for the floor and the train gap, which have no best."""
         ends = (f"{self.tag}_{end}" for end in ("centre", "low", "high", "infinity"))
         lower = (self.tag, self.other_tag, *ends, self.tag_of("copies"))
         return {**dict.fromkeys(lower, "lower"), **{self.tag_of(name): way for name, way in quality.BETTER.items()}}
@@ -292,7 +282,7 @@ class Fid:
     def measure(
         self, sample: Sample, count: int, should_stop: ShouldStop | None = None, *, thorough: bool = False
     ) -> FidResult:
-        """Measure the distance of `count` generated images.
+        """Measure the distance of ``count`` generated images.
 
         Args:
             sample: from (start, n) to n images, uint8 (n, 3, H, W), of the positions start, start + 1, ...;
@@ -302,8 +292,8 @@ class Fid:
             thorough: find the distance's interval and limit and the nearest training images too.
 
         Raises:
-            ValueError: if `count` is below 2 or `sample` returns anything else.
-            Interrupted: if `should_stop` said so.
+            ValueError: if ``count`` is below 2 or ``sample`` returns anything else.
+            Interrupted: if ``should_stop`` said so.
         """
         if count < 2:
             raise ValueError(f"count: a covariance takes at least 2 samples, got {count}")
@@ -337,13 +327,12 @@ class Fid:
         return f"fid.metrics: {share:.0%} of images of one colour pass as real in the classifier's features: {left_out}"
 
     def _quality(self, features: Tensor) -> dict[str, float]:
-        """Compute what else was asked for, as far as there are images enough."""
-        wanted, found = self.config.metrics, dict[str, float]()
+        """Compute the metrics that were asked for, as far as there are enough images."""
+        wanted, real, found = self.config.metrics, self._reference.features, dict[str, float]()
         if "kid" in wanted:
-            found["kid"] = quality.kernel_distance(features, self._reference.features)
+            found["kid"] = quality.kernel_distance(features, real)
         if "inception_score" in wanted:
             found["inception_score"] = quality.inception_score(self.extractor.logits(features))  # pyright: ignore[reportAttributeAccessIssue]
-        real = self._reference.features
         few = min(len(features), len(real)) <= quality.NEIGHBOURS
         if "precision_recall" in wanted and not few and self.left_out is None:
             near = quality.precision_recall(features.to(self._device), real.to(self._device))
@@ -352,24 +341,23 @@ class Fid:
 
     def _thorough(self, result: FidResult, features: Tensor) -> FidResult:
         """Add what is too slow for every measurement."""
-        train = self._reference if self._real is self._splits.train else self._others
+        splits, reference, device = self._splits, self._reference, self._device
+        train, test = (reference, self._others) if self._real is splits.train else (self._others, reference)
         assert train is not None
         if self._unseen is None:
-            test = self._others if train is self._reference else self._reference
             own = test is None
-            seen = nearest((test or train).features, train.features, apart=own, device=self._device)
-            self._unseen = seen.distance
-        neighbours = nearest(features, train.features, device=self._device)
+            self._unseen = nearest((test or train).features, train.features, apart=own, device=device).distance
+        neighbours = nearest(features, train.features, device=device)
         result = replace(result, neighbours=neighbours, copying=copying(neighbours.distance, self._unseen))
-        reference, dim = self._reference, self.extractor.dim
-        # Training images are what generators are held against; test images are a sample of more like them.
-        real = reference.features if self.config.reference == "test" else reference.statistics
-        if not enough(result.count, dim) or (self.config.reference == "test" and not enough(len(self._real), dim)):
+        # Training images are what generators are compared with; test images are a sample of more like them.
+        of_test, dim = self.config.reference == "test", self.extractor.dim
+        real = reference.features if of_test else reference.statistics
+        if not enough(result.count, dim) or (of_test and not enough(len(self._real), dim)):
             return result
-        result = replace(result, interval=distance_interval(features, real, seed=SEED, device=self._device))
+        result = replace(result, interval=distance_interval(features, real, seed=SEED, device=device))
         if not enough(result.count, dim, FEWEST_FOR_LIMIT):
             return result
-        return replace(result, limit=distance_limit(features, reference.statistics, seed=SEED, device=self._device))
+        return replace(result, limit=distance_limit(features, reference.statistics, seed=SEED, device=device))
 
     def _features(self, sample: Sample, count: int, should_stop: ShouldStop | None) -> Tensor:
         """Return features (count, D); each process takes every world-th batch, and gets those of the others."""
@@ -378,35 +366,23 @@ class Fid:
             if should_stop is not None and should_stop():
                 raise Interrupted
 
-        return in_batches(
-            lambda start, n: self._of_batch(sample, start, n),
-            count,
-            self.extractor.dim,
-            batch_size=self.config.batch_size,
-            env=self._env,
-            go_on=go_on,
-        )
+        def features(start: int, n: int) -> Tensor:
+            images = sample(start, n)
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != (n, 3):
+                got = f"{images.dtype} {tuple(images.shape)}"
+                raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
+            return self.extractor(images)
 
-    def _of_batch(self, sample: Sample, start: int, n: int) -> Tensor:
-        images = sample(start, n)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[:2] != (n, 3):
-            got = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"sample: expected uint8 ({n}, 3, H, W), got {got}")
-        return self.extractor(images)
+        size = self.config.batch_size
+        return in_batches(features, count, self.extractor.dim, batch_size=size, env=self._env, go_on=go_on)
 
     def _of(self, real: ImageSet, should_stop: ShouldStop | None) -> "_Measured":
         if len(real) < 2:
             raise UsageError(f"fid: {real.name} has 1 {real.split} image, expected 2 or more")
-        key = json.dumps(
-            {
-                "content": real.content_hash,
-                "split": real.split,
-                "count": len(real),
-                "extractor": self.extractor.id,
-                "resize": self.extractor.resize,
-                "torch_fidelity": version("torch-fidelity"),
-            }
-        )
+        key = json.dumps({
+            "content": real.content_hash, "split": real.split, "count": len(real), "extractor": self.extractor.id,
+            "resize": self.extractor.resize, "torch_fidelity": version("torch-fidelity"),
+        })  # fmt: skip
         found = self._env.on_rank0(lambda: read_cache(self._cache, key))  # or ranks with different caches would part
         if found is None:
             features = self._features(lambda i, n: real.images[i : i + n], len(real), should_stop)
@@ -425,6 +401,10 @@ class _Measured(NamedTuple):
     features: Tensor
 
 
+def _identity(images: ImageSet) -> dict[str, str | int]:
+    return {"split": images.split, "n_real": len(images), "content_hash": images.content_hash}
+
+
 def _extractor(
     config: FidConfig, splits: Splits, cache: Path, device: torch.device | str
 ) -> tuple[Extractor, str | None]:
@@ -434,22 +414,11 @@ def _extractor(
     return extractor, getattr(extractor, "warning", None)
 
 
-def _inception(config: FidConfig, _splits: Splits, cache: Path, device: torch.device | str) -> Inception:
-    return Inception(config.weights, config.weights_sha256, cache, device)
+def _with_weights(kind: Callable[..., Extractor], *first: str) -> Callable[..., Extractor]:
+    return lambda config, _splits, *rest: kind(*first, config.weights, config.weights_sha256, *rest)
 
 
-def _classifier(_config: FidConfig, splits: Splits, cache: Path, device: torch.device | str) -> Classifier:
-    return Classifier(splits.train, splits.test, cache, device)
-
-
-def _dinov2(name: str) -> Callable[..., DinoV2]:
-    def build(config: FidConfig, _splits: Splits, cache: Path, device: torch.device | str) -> DinoV2:
-        return DinoV2(name, config.weights, config.weights_sha256, cache, device)
-
-    return build
-
-
-register_extractor("inception", _inception, reads_weights=True)
+register_extractor("inception", _with_weights(Inception), reads_weights=True)
 for _name in MODELS:
-    register_extractor(_name, _dinov2(_name), reads_weights=True)
-register_extractor("classifier", _classifier)
+    register_extractor(_name, _with_weights(DinoV2, _name), reads_weights=True)
+register_extractor("classifier", lambda _config, splits, *rest: Classifier(splits.train, splits.test, *rest))

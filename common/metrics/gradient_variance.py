@@ -24,11 +24,10 @@ class OverTensors(NamedTuple):
 def gradient_variance(
     loss: Tensor, parameters: Iterable[nn.Parameter], own: Collection[nn.Parameter] = ()
 ) -> OverTensors:
-    """Return, over weight tensors, the variance of the entries of the loss's gradient.
+    """Return, over weight tensors, the variance of the entries of the loss's gradient (divided by their number).
 
-    The graph stays as it is, for the update's own backward pass, and no ``grad`` is written. Tensors of one entry have
-    no variance and are left out, as are those that the loss does not depend on. The variance is that of the entries
-    themselves (divided by their number).
+    The graph stays as it is, for the update's own backward pass, and no ``grad`` is written. Tensors of one entry, and
+    those that the loss does not depend on, are left out.
 
     Args:
         loss: a scalar.
@@ -48,16 +47,11 @@ def gradient_noise(
 ) -> OverTensors:
     """Return, over weight tensors, the variance of the gradient between several losses.
 
-    Of each entry it is the unbiased variance over the losses, parts of a batch say, and of a tensor the mean over its
-    entries. As in `gradient_variance` the graph stays, and weights that no loss depends on are left out.
-
-    Args:
-        losses: at least two scalars.
-        parameters: weight tensors.
-        own: as for `gradient_variance`.
+    Of each entry it is the unbiased variance over the losses, of parts of a batch for instance, and of a tensor the
+    mean over its entries. As in `gradient_variance` the graph stays, and weights that no loss depends on are left out.
 
     Raises:
-        ValueError: if there are fewer losses, or they depend on none of the weights.
+        ValueError: if there are fewer than two losses, or they depend on none of the weights.
     """
     if len(losses) < 2:
         raise ValueError(f"losses: expected at least 2, got {len(losses)}")

@@ -42,7 +42,11 @@ class Inception:
         self.device = torch.device(device)
         path = weights or _download(cache / _FILE)
         content, digest = verified(path, weights_sha256, _FILE)
-        _check_official(path, digest, weights_sha256)
+        if weights_sha256 is None and not digest.startswith(HASH_PREFIX):
+            raise UsageError(
+                f"fid.weights: {path} has SHA-256 {digest}, but the official file's starts with "
+                f"{HASH_PREFIX}; take {_FILE}, or set fid.weights_sha256 to accept this one"
+            )
         self.id = f"inception-v3-compat-2048-{digest}"
         self._network = _build(path, content).to(self.device)
 
@@ -73,11 +77,7 @@ def _download(path: Path) -> Path:
 
 
 def verified(path: Path, sha256: str | None, what: str) -> tuple[bytes, str]:
-    """Return a weights file's content and its SHA-256, which must be the one given, if one is.
-
-    Raises:
-        UsageError: if the file, which is described by ``what``, cannot be read or has another hash.
-    """
+    """Return a weights file's content and its SHA-256, which must be ``sha256`` if given; else UsageError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -88,19 +88,8 @@ def verified(path: Path, sha256: str | None, what: str) -> tuple[bytes, str]:
     return content, digest
 
 
-def _check_official(path: Path, digest: str, expected: str | None) -> None:
-    if expected is None and not digest.startswith(HASH_PREFIX):
-        raise UsageError(
-            f"fid.weights: {path} has SHA-256 {digest}, but the official file's starts with "
-            f"{HASH_PREFIX}; take {_FILE}, or set fid.weights_sha256 to accept this one"
-        )
-
-
 def _build(path: Path, content: bytes) -> "FeatureExtractorInceptionV3":
-    """Construct the network from bytes that hold tensors and nothing that runs.
-
-    torch-fidelity unpickles whatever file it is given, so it gets one written here.
-    """
+    """Construct the network; torch-fidelity unpickles whatever file it is given, so it gets one written here."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: PLC0415 - takes seconds
 
     refused = f"fid.weights: {path} does not hold the weights of inception-v3-compat"

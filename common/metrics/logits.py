@@ -1,4 +1,4 @@
-"""What a network says of many images, batch by batch, on one process or shared by several."""
+"""A network's outputs for many images, batch by batch, on one process or shared by several."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,15 +53,15 @@ def classify(
         classifier: from images (B, 3, H, W), uint8 on the CPU, to logits (B, C).
         images: uint8 (N, 3, H, W).
         num_classes: classes C.
-        clusters: int64 (N,), which the classifier is then given as a second argument, those of the batch (B,).
+        clusters: int64 (N,), of which the classifier takes those of the batch (B,) as a second argument; or None.
         batch_size: images B at once.
         env: this process among those that share the work, each with the same classifier.
-        go_on: called before each batch, on all processes alike; what it raises ends the measurement.
+        go_on: called before each batch, as in `in_batches`.
     """
+    inputs = (images,) if clusters is None else (images, clusters)
 
     def rows(start: int, n: int) -> Tensor:
-        share = slice(start, start + n)
-        return classifier(images[share], *(() if clusters is None else (clusters[share],)))
+        return classifier(*(each[start : start + n] for each in inputs))
 
     return in_batches(
         rows, len(images), num_classes, batch_size=batch_size, env=env or Env(), go_on=go_on, dtype=torch.float64

@@ -70,17 +70,15 @@ def classification_scores(labels: Tensor, outputs: Tensor, num_classes: int) -> 
     _check_classes("labels", labels, num_classes)
     from sklearn import metrics  # noqa: PLC0415 - takes a second, which --help need not
 
-    logits = None
+    predictions, top5 = outputs, None
     if outputs.is_floating_point():
         logits = _check_scores("outputs", outputs, len(labels), num_classes)
-        predictions = outputs.argmax(dim=1)
+        predictions, top5 = outputs.argmax(dim=1), _top5(labels.cpu(), torch.from_numpy(logits))
     else:
-        predictions = outputs
-        _check_classes("outputs", predictions, num_classes)
-        if len(predictions) != len(labels):
-            raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(predictions)}")
+        _check_classes("outputs", outputs, num_classes)
+        if len(outputs) != len(labels):
+            raise ValueError(f"outputs: expected one for each of {len(labels)} labels, got {len(outputs)}")
     true, found = labels.cpu().numpy(), predictions.cpu().numpy()
-    top5 = None if logits is None else _top5(labels.cpu(), torch.from_numpy(logits))
     return Scores(
         count=len(true),
         accuracy=float(metrics.accuracy_score(true, found)),
@@ -107,16 +105,16 @@ def register_metric(
     *,
     better: Literal["higher", "lower"] | None = None,
 ) -> None:
-    """Add a metric of classifiers; a classifier's run logs it as metric/NAME and, held out, metric/validation_NAME.
+    """Add a metric of classifiers; runs log it as metric/NAME and, of held-out images, metric/validation_NAME.
 
     Args:
-        name: what it is called: lower-case letters, digits and underscores, a letter first.
+        name: lower-case letters, digits and underscores, a letter first.
         measure: from true classes, int64 (N,) in [0, C), and logits, float64 (N, C), both on the CPU, to a number;
             None where it says nothing, which is not logged.
         better: "higher" or "lower"; None for one that has no best, so that `best.by` cannot choose epochs by it.
 
     Raises:
-        ValueError: the name is taken or none, measure is no function, or better is something else.
+        ValueError: the name is taken or invalid, measure is no function, or better is something else.
     """
     if not callable(measure):
         raise ValueError(f"measure: expected a function of labels and logits, got {type(measure).__name__}")
@@ -126,20 +124,12 @@ def register_metric(
 
 
 def measure_all(labels: Tensor, logits: Tensor) -> dict[str, float]:
-    """Return what each metric there is says of logits, by name.
+    """Return every registered metric of logits, floating (N, C), by name; metrics that say nothing are left out.
 
-    Args:
-        labels: true classes, integers (N,) in [0, C).
-        logits: floating (N, C).
-
-    Raises:
-        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+    Arguments and errors as for `classification_scores`.
     """
-    if logits.ndim != 2:
-        raise ValueError(f"logits: expected floating (N, C), got {logits.dtype} {tuple(logits.shape)}")
-    _check_classes("labels", labels, logits.shape[1])
-    _check_scores("logits", logits, len(labels), logits.shape[1])
-    labels, logits = labels.cpu(), logits.detach().cpu().double()
+    scores = _check_pair("logits", labels, logits)
+    labels, logits = labels.cpu(), torch.from_numpy(scores)
     found = {name: metric.measure(labels, logits) for name, metric in METRICS.items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
@@ -178,8 +168,7 @@ def keras_threshold(scores: Tensor, labels: Tensor, threshold: float = 0.5) -> P
     """
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected (N, C) with two classes or more, got {tuple(scores.shape)}")
-    _check_classes("labels", labels, scores.shape[1])
-    positive = _check_scores("scores", scores, len(labels), scores.shape[1]) > threshold
+    positive = _check_pair("scores", labels, scores) > threshold
     true = labels.cpu().numpy()
     one_hot = np.zeros(positive.shape, dtype=bool)
     one_hot[np.arange(len(true)), true] = True
@@ -207,24 +196,17 @@ class Calibration:
 def calibration(labels: Tensor, logits: Tensor, bins: int = 15) -> Calibration:
     """Compare confidence, the largest softmax probability, with accuracy.
 
-    Args:
-        labels: true classes, integers (N,) in [0, C).
-        logits: floating (N, C).
-        bins: how many.
-
-    Raises:
-        ValueError: if shapes or types differ from these, N is 0, a class is out of range or a logit not finite.
+    Arguments and errors as for `classification_scores`.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    _check_classes("labels", labels, logits.shape[-1])
-    _check_scores("logits", logits, len(labels), logits.shape[-1])
-    confidence, said = logits.detach().double().cpu().softmax(1).max(1)
+    _check_pair("logits", labels, logits)
+    confidence, predicted = logits.detach().double().cpu().softmax(1).max(1)
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = place.bincount(minlength=bins)
     sure = counts.clamp(min=1)
     means = place.bincount(confidence, minlength=bins) / sure
-    right = place.bincount((said == labels.cpu()).double(), minlength=bins) / sure
+    right = place.bincount((predicted == labels.cpu()).double(), minlength=bins) / sure
     error = float((counts * (right - means).abs()).sum() / len(labels))
     return Calibration(counts, means, right, error)
 
@@ -278,6 +260,14 @@ def _support(true: np.ndarray, found: np.ndarray, average: str) -> tuple[Any, ..
         average=average,
         zero_division=0,  # pyright: ignore[reportArgumentType] - the type is read off its default, "warn"
     )
+
+
+def _check_pair(name: str, labels: Tensor, scores: Tensor) -> np.ndarray:
+    """Return scores, floating (N, C), of labels (N,) in float64."""
+    if scores.ndim != 2:
+        raise ValueError(f"{name}: expected floating (N, C), got {scores.dtype} {tuple(scores.shape)}")
+    _check_classes("labels", labels, scores.shape[1])
+    return _check_scores(name, scores, len(labels), scores.shape[1])
 
 
 def _check_classes(name: str, classes: Tensor, num_classes: int) -> None:

@@ -1,1 +1,1 @@
-"""Networks that applications share: those of timm, and what they are shown of pixels."""
+"""Networks that applications share: those of timm, and the range of pixels they take."""

@@ -1,4 +1,4 @@
-"""Networks of timm by name, with weights from a file or timm's own, and whether a network takes images of a size."""
+"""Networks of timm by name, with weights from a file or timm's own."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weigh
     """Make a network of timm.
 
     Args:
-        name: as timm calls it, with or without ``timm:`` before it.
+        name: timm's, with or without ``timm:`` before it.
         num_classes: length of its output; 0 for features.
         pretrained: take timm's weights, which may be downloaded.
-        weights: a file to take weights from, but for a last layer of another size.
+        weights: a file to take weights from; a last layer of another size is left out.
 
     Raises:
         UsageError: if timm has no such network, or its weights cannot be had or do not fit.
@@ -46,10 +46,10 @@ def timm_network(name: str, num_classes: int, *, pretrained: bool = False, weigh
 
 @torch.no_grad()
 def blank_output(network: nn.Module, size: int) -> Tensor:
-    """Return what a network makes in evaluation of one blank image (1, 3, size, size), whose cluster is 0.
+    """Return a network's output in evaluation for one blank image (1, 3, size, size) of cluster 0.
 
     Raises:
-        ValueError: it takes no such images, with its reason in one line.
+        ValueError: if it takes no such images, with its reason in one line.
     """
     training, backends = network.training, {m: m.backend for m in network.modules() if isinstance(m, NormLayer)}
     try:
@@ -66,7 +66,6 @@ def blank_output(network: nn.Module, size: int) -> Tensor:
 
 
 def _load(network: nn.Module, path: Path, called: str) -> None:
-    """Take over a file of weights, but for a last layer of another size."""
     state: Any
     try:
         if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""What a network sees of pixels: signed, from 0 to 1, from 0 to 255, or standardised."""
+"""The range of pixels that a network takes: signed, from 0 to 1, from 0 to 255, or standardised."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ def pixels_of(signed: Tensor, kind: Pixels) -> Tensor:
 
 
 class PixelScale(nn.Module):
-    """The first step of a network that is handed signed images; see `pixels_of`."""
+    """The first layer of a network that is given images in [-1, 1] and takes others; see `pixels_of`."""
 
     def __init__(self, kind: Pixels) -> None:
         super().__init__()
@@ -35,20 +35,16 @@ class PixelScale(nn.Module):
         return pixels_of(x, self.kind)
 
     def extra_repr(self) -> str:
-        """Return what the repr says."""
+        """Name the range."""
         return self.kind
 
 
 class Standardised(nn.Module):
-    """The first step of a network whose images are standardised as those it was trained on were.
+    """The first layer of a network that takes images less the mean and by the deviation of its training images.
 
     Args:
-        moments: their channels' mean and deviation (`ImageSet.channel_moments`); None where they are loaded. A channel
-            without deviation gets 1 / 255 instead, so that it can be divided by.
-
-    Attributes:
-        mean: of each channel in [0, 1], (3,); kept with the weights.
-        deviation: likewise.
+        moments: each channel's mean and deviation in [0, 1], (3,) (`ImageSet.channel_moments`), kept with the weights;
+            None where they are loaded. A deviation is at least 1 / 255, so that it can be divided by.
     """
 
     mean: Tensor

@@ -21,8 +21,8 @@ _FITTED = 10_000  # values that a mixture is fitted to
 _TOLERANCE, _MOST_STEPS = 1e-6, 10_000  # of EM, which creeps where components overlap: scikit-learn's 1e-3 stops early
 _BINS, _POINTS = 80, 400
 _TAIL = 0.002  # share of the values at either end that is not shown
-_WHOLE = COLOURS[2]  # green, as in the paper
-_PARTS = tuple(colour for colour in COLOURS if colour != _WHOLE)
+_MIXTURE = COLOURS[2]  # green, as in the paper
+_COMPONENTS = COLOURS[:2] + COLOURS[3:]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,7 @@ class Moments:
 
 
 def moments_of(values: Tensor) -> Moments:
-    """Return what tells values (N,) from a normal distribution; nan where all are the same.
-
-    Raises:
-        ValueError: if there are none, or one is not finite.
-    """
-    if not values.numel() or not values.isfinite().all():
-        raise ValueError("values: expected at least one, all finite")
+    """Return what tells values (N,) from a normal distribution; nan where all are the same."""
     x = values.detach().flatten().double().cpu()
     centred = x - x.mean()
     deviation = centred.square().mean().sqrt()
@@ -91,11 +85,11 @@ def fit_mixture(values: Tensor, components: int, seed: int = 0) -> Mixture:
     At most 10,000 of the values are used, chosen by the seed.
 
     Raises:
-        ValueError: if there are fewer values than components.
+        ValueError: if there are fewer values than components, or one is not finite.
     """
     x = values.detach().flatten().double().cpu()
-    if not 1 <= components <= len(x):
-        raise ValueError(f"components: expected 1 to {len(x)}, as many as there are values, got {components}")
+    if not x.isfinite().all():
+        raise ValueError("values: expected finite ones")
     chosen = x[permutation(len(x), seed, "mixture")[:_FITTED]].numpy()[:, None]
     deviation = chosen.std() or 1.0
     draws = derive(seed, "mixture") % 2**32
@@ -142,10 +136,8 @@ def densities(
         The two files.
 
     Raises:
-        ValueError: naming what is wrong in one line.
+        ValueError: as `fit_mixture` does.
     """
-    if not samples:
-        raise ValueError("samples: expected at least one")
     rows = -(-len(samples) // columns)
     with drawing_style():
         figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows + 0.3), layout="constrained")
@@ -169,11 +161,12 @@ def _draw(axes: Axes, sample: Sample, mixture: Mixture) -> None:
     # Of all values, those beyond the ends among them, so that the bars and the lines have one scale.
     axes.bar(edges[:-1], heights / (len(values) * width), width, align="edge", color="0.82", linewidth=0)
     x = np.linspace(low, high, _POINTS)
-    parts = mixture.components(x)
-    for number, part in enumerate(parts):
+    components = mixture.components(x)
+    for number, density in enumerate(components):
         label = "its components" if number == 0 else "_"  # one entry of the legend for all
-        axes.plot(x, part, color=_PARTS[number % len(_PARTS)], linestyle="--", linewidth=1.2, label=label)
-    axes.plot(x, parts.sum(0), color=_WHOLE, label="mixture fitted to the activations")
+        colour = _COMPONENTS[number % len(_COMPONENTS)]
+        axes.plot(x, density, color=colour, linestyle="--", linewidth=1.2, label=label)
+    axes.plot(x, components.sum(0), color=_MIXTURE, label="mixture fitted to the activations")
     found = moments_of(sample.values)
     text = f"skewness {found.skewness:.2f}\nkurtosis {found.kurtosis:.2f}\ndistance {found.distance:.3f}"
     axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=7)

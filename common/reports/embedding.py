@@ -1,6 +1,6 @@
 """Features of a network in the plane: t-SNE or principal components, coloured by classes, domains or clusters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from common.reports.figures import COLOURS, drawable, drawing_style, write_figure
-from common.runtime.seeding import derive, permutation
-
-Labelling = tuple[Tensor, Sequence[str]]
-"""For each point the number of its class (N,), -1 where it is not known, and the classes' names."""
-
-Method = Literal["tsne", "pca"]
+from common.runtime.seeding import derive
 
 _SIDE, _PAIR = 3.3, 1.7  # inches of one panel, and of one of many pairs
 _DIMENSIONS = 50  # of what t-SNE is given, as its authors advise
@@ -73,7 +68,12 @@ def collect_features(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def project(
-    features: Tensor, *, method: Method = "tsne", components: int = 2, seed: int = 0, perplexity: float = 30.0
+    features: Tensor,
+    *,
+    method: Literal["tsne", "pca"] = "tsne",
+    components: int = 2,
+    seed: int = 0,
+    perplexity: float = 30.0,
 ) -> Tensor:
     """Bring features (N, D) to few dimensions, float32 (N, components); the same features give the same points.
 
@@ -122,12 +122,14 @@ class Panel:
 
     Attributes:
         points: (N, 2).
-        labelling: their classes and the classes' names.
+        labels: the number of each point's class (N,), -1 where it is not known.
+        classes: their names.
         title: above the panel.
     """
 
     points: Tensor
-    labelling: Labelling
+    labels: Tensor
+    classes: Sequence[str]
     title: str = ""
 
 
@@ -145,13 +147,9 @@ def draw_panels(
     Returns:
         The two files.
     """
-    if not panels:
-        raise ValueError("panels: expected at least one")
-    for panel in panels:
-        _check(panel)
     columns = min(columns or len(panels), len(panels))
     rows = -(-len(panels) // columns)
-    shared = all(list(panel.labelling[1]) == list(panels[0].labelling[1]) for panel in panels)
+    shared = all(list(panel.classes) == list(panels[0].classes) for panel in panels)
     with drawing_style():
         figure = Figure(figsize=(_SIDE * columns, _SIDE * rows + 0.9), layout="constrained")
         for number, panel in enumerate(panels):
@@ -166,68 +164,22 @@ def draw_panels(
         return write_figure(figure, path)
 
 
-def embedding(
-    path: Path,
-    features: Tensor,
-    labellings: Mapping[str, Labelling],
-    *,
-    method: Method = "tsne",
-    seed: int = 0,
-    perplexity: float = 30.0,
-    most: int = 2000,
-    title: str = "",
-) -> tuple[Path, Path]:
-    """Draw features in the plane, a panel for each labelling of the same points.
-
-    Args:
-        path: PATH.png and PATH.svg are written.
-        features: (N, D), for instance from `collect_features`.
-        labellings: by title, for instance {"class": (labels, names), "domain": (domains, ["MNIST", "SVHN"])}.
-        method: tsne or pca.
-        seed: of t-SNE, and of which points are drawn where there are more than `most`.
-        perplexity: of t-SNE.
-        most: points that are drawn.
-        title: above the figure.
-
-    Returns:
-        The two files.
-
-    Raises:
-        ValueError: naming what is wrong in one line, as `project` does, or a labelling that is not one number a point.
-    """
-    chosen = permutation(len(features), seed, "embedding")[:most].sort().values
-    for name, (labels, _) in labellings.items():
-        if labels.shape != (len(features),):
-            raise ValueError(f"{name}: expected a number for each of {len(features)} points, got {tuple(labels.shape)}")
-    points = project(features[chosen], method=method, seed=seed, perplexity=perplexity)
-    panels = [Panel(points, (labels[chosen], names), name) for name, (labels, names) in labellings.items()]
-    return draw_panels(path, panels, title=title)
-
-
-def pairs(
-    path: Path, points: Tensor, labelling: Labelling, *, names: Sequence[str], title: str = ""
-) -> tuple[Path, Path]:
-    """Draw each two of some dimensions over each other below the diagonal, and each one's histogram on it.
+def pairs(path: Path, points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "") -> tuple[Path, Path]:
+    """Draw each two of some components over each other below the diagonal, and each one's histogram on it.
 
     The green line over a histogram is a kernel estimate of the density, of Scott's bandwidth.
 
     Args:
         path: PATH.png and PATH.svg are written.
         points: (N, M), M at least 2.
-        labelling: their classes and the classes' names.
-        names: of the M dimensions.
+        labels: the number of each point's class (N,), -1 where it is not known.
+        classes: their names.
         title: above the figure.
 
     Returns:
         The two files.
-
-    Raises:
-        ValueError: naming what does not fit.
     """
-    if points.ndim != 2 or points.shape[1] < 2 or points.shape[1] != len(names):
-        raise ValueError(f"points: expected (N, {len(names)}), a column for each name, got {tuple(points.shape)}")
-    _check_labels(points, labelling)
-    count = len(names)
+    count = points.shape[1]
     with drawing_style():
         figure = Figure(figsize=(_PAIR * count, _PAIR * count), layout="constrained")
         for row in range(count):
@@ -236,11 +188,11 @@ def pairs(
                 if row == column:
                     _histogram(axes, points[:, row])
                 else:
-                    _scatter(axes, Panel(points[:, [column, row]], labelling), size=5)
-                axes.set_xlabel(names[column] if row == count - 1 else "", fontsize=9)
-                axes.set_ylabel(names[row] if column == 0 else "", fontsize=9)
+                    _scatter(axes, Panel(points[:, [column, row]], labels, classes), size=5)
+                axes.set_xlabel(f"component {column + 1}" if row == count - 1 else "", fontsize=9)
+                axes.set_ylabel(f"component {row + 1}" if column == 0 else "", fontsize=9)
         figure.legend(loc="upper right", bbox_to_anchor=(0.99, 0.94),
-                      **_legend(Panel(points[:, :2], labelling), _PAIR * count / 2))  # fmt: skip
+                      **_legend(Panel(points, labels, classes), _PAIR * count / 2))  # fmt: skip
         if title:
             figure.suptitle(title)
         return write_figure(figure, path)
@@ -266,31 +218,15 @@ def class_colours(count: int) -> list[str]:
     return [to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
 
 
-def _check(panel: Panel) -> None:
-    if panel.points.ndim != 2 or panel.points.shape[1] != 2:
-        raise ValueError(f"points: expected (N, 2), got {tuple(panel.points.shape)}")
-    _check_labels(panel.points, panel.labelling)
-
-
-def _check_labels(points: Tensor, labelling: Labelling) -> None:
-    labels, names = labelling
-    if labels.shape != points.shape[:1]:
-        raise ValueError(f"labels: expected one for each of {len(points)} points, got {tuple(labels.shape)}")
-    least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
-    if least < -1 or most >= len(names):
-        raise ValueError(f"labels: expected -1 to {len(names) - 1} for {len(names)} names, got {least} to {most}")
-
-
 def _scatter(axes: Axes, panel: Panel, size: float | None = None) -> None:
-    labels, names = panel.labelling
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="0.8")
     axes.set_title(panel.title, fontsize=10)
     if size is None:
-        size = 12 if len(labels) <= 1000 else 6
-    colours = [_UNKNOWN, *class_colours(len(names))]
-    for number in range(-1, len(names)):  # what is not known lies below
-        own = panel.points[labels == number].numpy()
+        size = 12 if len(panel.labels) <= 1000 else 6
+    colours = [_UNKNOWN, *class_colours(len(panel.classes))]
+    for number in range(-1, len(panel.classes)):  # what is not known lies below
+        own = panel.points[panel.labels == number].numpy()
         if len(own):
             axes.scatter(own[:, 0], own[:, 1], s=size, color=colours[number + 1], marker=_marker(number),
                          alpha=0.75, linewidths=0)  # fmt: skip
@@ -301,15 +237,15 @@ def _marker(number: int) -> str:
 
 
 def _legend(panel: Panel, width: float) -> dict[str, Any]:
-    """Return a legend as wide as some inches, with an entry for each class, or for none if they are too many."""
-    labels, names = panel.labelling
-    colours = class_colours(len(names))
-    shown = [(i, drawable(name), colours[i]) for i, name in enumerate(names)] if len(names) <= _NAMED else []
-    if bool((labels < 0).any()):
-        shown.append((-1, "not known", _UNKNOWN))
-    longest = max((len(name) for _, name, _ in shown), default=1)
+    """Return a legend of a width in inches, with an entry for each class, or for none if they are too many."""
+    colours = class_colours(len(panel.classes))
+    entries = [(i, drawable(name), colours[i]) for i, name in enumerate(panel.classes)]
+    entries = entries if len(entries) <= _NAMED else []
+    if bool((panel.labels < 0).any()):
+        entries.append((-1, "not known", _UNKNOWN))
+    longest = max((len(name) for _, name, _ in entries), default=1)
     handles = [Line2D([], [], linestyle="", marker=_marker(i), color=colour, label=name, markersize=5)
-               for i, name, colour in shown]  # fmt: skip
+               for i, name, colour in entries]  # fmt: skip
     fit = max(1, int(width * 72 / (_LEGEND_POINTS * 0.6 * (longest + 5))))  # a letter is 0.6 of its size wide
     rows = max(1, -(-len(handles) // fit))
     return {"handles": handles, "ncols": max(1, -(-len(handles) // rows)), "fontsize": _LEGEND_POINTS,

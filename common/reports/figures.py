@@ -7,13 +7,14 @@ matplotlibrc: the same input gives the same bytes.
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -55,49 +56,12 @@ _GRID_WIDTH = 840
 _CAPTION_POINTS = (5, 10)
 
 
-def curves(
-    path: Path,
-    series: Mapping[str, Sequence[Run]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str | None = None,
-    log_y: bool = False,
-    floor: float | None = None,
-    floor_label: str = "floor",
-) -> tuple[Path, Path]:
-    """Draw a line for each label: the run, or the mean of several with a band of one standard deviation.
-
-    The legend says how many runs a line is the mean of. On a logarithmic axis a band that would reach 0 ends at the
-    lowest run.
-
-    Args:
-        path: PATH.png and PATH.svg are written, each whole or not at all; either ending may be given.
-        series: runs over seeds by label; the runs of a label must have the same x.
-        xlabel: what x is, with its unit.
-        ylabel: what y is, with its unit.
-        title: a line above.
-        log_y: draw y on a logarithmic axis.
-        floor: where to draw a horizontal reference line.
-        floor_label: the reference line's name.
-
-    Returns:
-        The two files.
-
-    Raises:
-        ValueError: naming the label, if it has no runs, a run is empty or not finite, its x and y differ in length,
-            x differs between runs, or y is not positive on a logarithmic axis.
-    """
-    drawn = Curves(series, ylabel, floor=floor, floor_label=floor_label)
-    return curve_panels(path, [drawn], xlabel=xlabel, title=title, log_y=log_y)
-
-
 @dataclass(frozen=True)
 class Curves:
-    """What `curves` draws, as a panel of several.
+    """A panel of curves: for each label its run, or the mean of several with a band of one standard deviation.
 
     Attributes:
-        series: runs over seeds by label.
+        series: runs over seeds by label; the runs of a label must have the same x.
         ylabel: what y is, with its unit.
         floor: where to draw a horizontal reference line.
         floor_label: the reference line's name.
@@ -109,10 +73,13 @@ class Curves:
     floor_label: str = "floor"
 
 
-def curve_panels(
+def curves(
     path: Path, panels: Sequence[Curves], *, xlabel: str, title: str | None = None, log_y: bool = False
 ) -> tuple[Path, Path]:
     """Draw curves side by side, two or three panels a row; each label looks alike in all panels.
+
+    The legend says how many runs a line is the mean of. On a logarithmic axis a band that would reach 0 ends at the
+    lowest run.
 
     Args:
         path: PATH.png and PATH.svg are written, each whole or not at all; either ending may be given.
@@ -125,9 +92,13 @@ def curve_panels(
         The two files.
 
     Raises:
-        ValueError: as `curves` does.
+        ValueError: naming the label, if a run is not finite, its x and y differ in length, x differs between runs, or y
+            is not positive on a logarithmic axis; or if a floor cannot be drawn.
     """
-    checked = [_panel(panel, log_y) for panel in panels]
+    checked = [{label: _checked(label, runs, log_y) for label, runs in panel.series.items()} for panel in panels]
+    for floor in (panel.floor for panel in panels):
+        if floor is not None and not (math.isfinite(floor) and (floor > 0 or not log_y)):
+            raise ValueError(f"floor: expected a finite {'positive ' if log_y else ''}number, got {floor}")
     columns = 3 if len(panels) in (3, 5, 6, 9) else min(2, len(panels))
     rows = -(-len(panels) // columns)
     size = _SIZE if len(panels) == 1 else (_PANEL[0] * columns, _PANEL[1] * rows)
@@ -146,15 +117,6 @@ def curve_panels(
             else:
                 figure.suptitle(title)
         return write_figure(figure, path)
-
-
-def _panel(panel: Curves, log_y: bool) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    if not panel.series:
-        raise ValueError("series: expected at least one label")
-    floor = panel.floor
-    if floor is not None and not (math.isfinite(floor) and (floor > 0 or not log_y)):
-        raise ValueError(f"floor: expected a finite {'positive ' if log_y else ''}number, got {floor}")
-    return {label: _checked(label, runs, log_y) for label, runs in panel.series.items()}
 
 
 def _draw_curves(
@@ -216,13 +178,9 @@ def grid(
     Raises:
         ValueError: if the images are of another type or shape, there are none, or captions are not one each.
     """
-    if str(images.dtype) != "torch.uint8" or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(f"images: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     count, _, height, width = images.shape
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns: expected at least 1, got {columns}")
-    if captions is not None and len(captions) != count:
-        raise ValueError(f"captions: expected one for each of {count} images, got {len(captions)}")
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     captions = None if captions is None else [drawable(caption) for caption in captions]
@@ -257,15 +215,11 @@ def stems(path: Path) -> tuple[Path, Path]:
 
 def _checked(label: str, runs: Sequence[Run], log_y: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return x (M,) and y (runs, M) of a label."""
-    if not runs:
-        raise ValueError(f"{label}: expected at least one run")
     arrays = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in runs]
     first = arrays[0][0]
     for x, y in arrays:
-        if x.ndim != 1 or x.shape != y.shape or not x.size:
-            raise ValueError(f"{label}: expected x and y of one length, got {x.shape} and {y.shape}")
-        if not (np.isfinite(x).all() and np.isfinite(y).all()):
-            raise ValueError(f"{label}: expected finite values in every run")
+        if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ValueError(f"{label}: expected finite x and y of one length in every run")
         if not np.array_equal(x, first):
             raise ValueError(f"{label}: its runs have different x ({_ends(first)} and {_ends(x)})")
         if log_y and (y <= 0).any():
@@ -295,11 +249,9 @@ def _line(axes: Axes, number: int, x: np.ndarray, ys: np.ndarray, log_y: bool) -
     )[0]
 
 
-@contextmanager
-def drawing_style() -> Iterator[None]:
+def drawing_style() -> AbstractContextManager[None]:
     """Draw as all figures of this project are drawn, inside the block."""
-    with style.context(["default", _STYLE]):  # puts back what it found; "default" outdoes a matplotlibrc
-        yield
+    return style.context(["default", _STYLE])  # puts back what it found; "default" outdoes a matplotlibrc
 
 
 FONT = findfont("DejaVu Sans")
@@ -327,16 +279,24 @@ def write_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     return paths
 
 
+_OF_PLACE = ("cache", "device", "threads", "log_every", "checkpoint_every", "checkpoint_keep", "data.root",
+             "data.test_root", "data.download", "data.workers", "norm.backend", "compile")  # fmt: skip
+"""Settings of where and how a run executes, not of what it computes: named only where nothing else differs."""
+
+
 def labelled(groups: list[list[LoggedRun]], names: Sequence[str]) -> dict[str, list[LoggedRun]]:
-    """Give each line its name: the one asked for, or what tells it from the others."""
+    """Name each line: as asked for, by the settings in which the lines differ, or a single one by its runs' name.
+
+    Raises:
+        UsageError: if as many different names as lines were expected.
+    """
     if names and (len(names) != len(groups) or len(set(names)) < len(names)):
         found = "; ".join(_label(group) for group in groups)
         raise UsageError(f"label: expected {len(groups)} different names, for {found}; got {', '.join(names)}")
-    return dict(zip(names or _told_apart(groups), groups, strict=True))
+    return dict(zip(names or _labels(groups), groups, strict=True))
 
 
-def _told_apart(groups: list[list[LoggedRun]]) -> list[str]:
-    """Return for each line what its settings are where the lines differ, or for a single one its runs' name."""
+def _labels(groups: list[list[LoggedRun]]) -> list[str]:
     if len(groups) == 1:
         return [_label(groups[0])]
     differ = differing([group[0] for group in groups])
@@ -348,16 +308,10 @@ def _told_apart(groups: list[list[LoggedRun]]) -> list[str]:
     return [f"{label} ({_label(group)})" for label, group in zip(labels, groups, strict=True)]
 
 
-_OF_PLACE = ("cache", "device", "threads", "log_every", "checkpoint_every", "checkpoint_keep", "data.root",
-             "data.test_root", "data.download", "data.workers", "norm.backend", "compile")  # fmt: skip
-"""Settings of where and how a run executes, not of what it computes: not worth a word beside those that are."""
-
-
 def _values(run: LoggedRun, names: Sequence[str]) -> str:
     """Return "ucb, lr 0.001" of norm.kind and lr."""
-    own = [name for name in names if name not in run.unused]
-    values = ((name, shown(run.settings.get(name))) for name in own)
-    return ", ".join(value if name == "norm.kind" else f"{name} {value}" for name, value in values)
+    values = {name: shown(run.settings.get(name)) for name in names if name not in run.unused}
+    return ", ".join(value if name == "norm.kind" else f"{name} {value}" for name, value in values.items())
 
 
 def _label(group: list[LoggedRun]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,8 @@ class LoggedRun:
         settings: values by dotted name ("norm.kind"), without the seed and what the run's layer has no use for.
         seed: the run's seed.
         lines: of metrics.jsonl, a dict a line.
-        sessions: of environment.json, a dict for each start and resumption; empty without that file.
-        summary: of summary.json; empty without that file.
+        sessions: of environment.json, a dict for each start and resumption.
+        summary: of summary.json.
         unused: names of settings that mean nothing to the run's layer.
     """
 
@@ -40,13 +40,13 @@ class LoggedRun:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What values are comparable by; empty where that is not known."""
-        return self.summary.get("protocol", {})
+        """What values are comparable by."""
+        return self.summary["protocol"]
 
     @property
     def better(self) -> dict[str, str]:
         """Whether "higher" or "lower" is better of each value that has a best, by tag."""
-        return self.summary.get("better", {})
+        return self.summary["better"]
 
     @property
     def epochs(self) -> int:
@@ -54,16 +54,14 @@ class LoggedRun:
         return max((line.get("epoch") or 0 for line in self.lines), default=0)
 
     def values(self, tag: str, epoch: int | None = None) -> list[float]:
-        """Return what was logged under a tag, nan where it was not finite; up to the end of an epoch, if one is given.
+        """Return what was logged under a tag, nan where it was not finite; by the end of an epoch if one is given.
 
         Raises:
-            UsageError: if the run never logged the tag, or not by then, or did not come so far.
+            UsageError: if the run never logged the tag, or not by then; it has to have come so far.
         """
         self.require(tag)
         lines = self.lines
         if epoch is not None:
-            if self.epochs < epoch:
-                raise UsageError(f"at: {self.path} has {self.epochs} epochs, expected at most that, got {epoch}")
             end = min(line["step"] for line in lines if line["epoch"] >= epoch)  # lines of the next one have its number
             lines = [line for line in lines if line["step"] <= end]
         values = [math.nan if line[tag] is None else line[tag] for line in lines if tag in line]
@@ -84,35 +82,25 @@ def read_run(path: Path) -> LoggedRun:
     Raises:
         UsageError: if it is none, or cannot be read.
     """
+
+    def content(name: str, read: Callable[[str], Any]) -> dict[str, Any]:
+        return dict(read((path / name).read_text(encoding="utf-8")))
+
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        settings = dict(flatten(content("config.yaml", yaml.safe_load)))
         lines = read_metrics(path)
-        environment = path / "environment.json"
-        sessions = json.loads(environment.read_text(encoding="utf-8"))["sessions"] if environment.exists() else []
-        summary = _summary(path / "summary.json")
+        sessions = [dict(session) for session in content("environment.json", json.loads)["sessions"]]
+        summary = content("summary.json", json.loads)
+        summary |= {"protocol": dict(summary["protocol"]), "better": dict(summary.get("better", {}))}
+        if not all(isinstance(value, int | float | None) for line in lines for value in line.values()):
+            raise ValueError("metrics.jsonl holds something else than numbers")
     except FileNotFoundError as error:
         raise UsageError(f"runs: {path} is not a run's folder (it holds no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"runs: {path} cannot be read ({' '.join(str(error).split())})") from None
-    numbers = all(
-        isinstance(line, dict) and all(isinstance(value, int | float | None) for value in line.values())
-        for line in lines
-    )
-    if not isinstance(settings, dict) or not numbers or not all(isinstance(session, dict) for session in sessions):
-        raise UsageError(
-            f"runs: {path} is not a run's folder (config.yaml, metrics.jsonl or environment.json holds something else)"
-        )
-    named = dict(flatten(settings))
-    seed, unused = named.pop("seed", None), _unused(named)
-    meant = {name: value for name, value in named.items() if name not in unused}
+    seed, unused = settings.pop("seed", None), _unused(settings)
+    meant = {name: value for name, value in settings.items() if name not in unused}
     return LoggedRun(path, meant, seed, lines, sessions, summary, unused)
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found | {"protocol": dict(found["protocol"]), "better": dict(found.get("better", {}))}
 
 
 def _unused(settings: Mapping[str, Any]) -> frozenset[str]:

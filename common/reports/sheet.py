@@ -27,18 +27,18 @@ def captioned_sheet(
         verdicts: green, red and grey frames; by default all grey.
         columns: images in a row.
     """
-    unsaid: Verdict = "open"
-    frames = [unsaid] * len(images) if verdicts is None else list(verdicts)
-    wide, high = _SIDE + 2 * _FRAME + _GAP, _SIDE + 2 * _FRAME + _TEXT + _GAP
+    grey: Verdict = "open"
+    frames = verdicts or [grey] * len(images)
+    side = _SIDE + 2 * _FRAME
+    wide, high = side + _GAP, side + _TEXT + _GAP
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (_GAP + wide * min(columns, len(images)), _GAP + high * rows), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    way = Image.Resampling.NEAREST if images.shape[-1] <= _SIDE else Image.Resampling.BICUBIC
+    resampling = Image.Resampling.NEAREST if images.shape[-1] <= _SIDE else Image.Resampling.BICUBIC
     for number, (image, caption, verdict) in enumerate(zip(images, captions, frames, strict=True)):
         left, top = _GAP + wide * (number % columns), _GAP + high * (number // columns)
-        side = _SIDE + 2 * _FRAME
         draw.rectangle((left, top, left + side - 1, top + side - 1), fill=_COLOURS[verdict])
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE), way)
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((_SIDE, _SIDE), resampling)
         sheet.paste(tile, (left + _FRAME, top + _FRAME))
         font = None
         if not (caption.isascii() and caption.isprintable()):  # Pillow's own font has no other letters

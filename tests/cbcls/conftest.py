@@ -36,14 +36,14 @@ def flags_of(pictures: Path, out: Path) -> list[str]:
 def runs(tmp_path_factory, pictures) -> Path:
     """Train runs of two epochs of 3 steps, and return their folder.
 
-    ``plain`` (bn, the first epoch and the best kept), ``scb`` (told classes), ``told`` (its baseline), ``mn``.
+    ``plain`` (bn, the first epoch and the best kept), ``scb`` (given classes), ``onehot`` (its baseline), ``mn``.
     """
     out = tmp_path_factory.mktemp("runs")
     classes = ["--clusters.by", "classes"]
     for name, flags in {
         "plain": ["--norm.kind", "bn", "--checkpoint_keep", "1", "--best.keep"],
         "scb": [*classes, "--norm.kind", "scb", "--norm.num_components", "6"],
-        "told": [*classes, "--norm.kind", "bn", "--model.onehot_cluster"],
+        "onehot": [*classes, "--norm.kind", "bn", "--model.onehot_cluster"],
         "mn": ["--norm.kind", "mn", "--recalibrate.images", "30", "--recalibrate.batch_size", "15"],
     }.items():
         cbcls.train.main([*flags_of(pictures, out), "--epochs", "2", "--lr", "0.01", "--name", name, *flags])

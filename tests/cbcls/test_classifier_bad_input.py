@@ -61,12 +61,11 @@ def test_images_that_no_classifier_can_learn_from(tiny, tmp_path, capsys):
     two = folder(tmp_path / "two", "cat", "dog")
     one, more = (folder(tmp_path / name, "cat") for name in ("one", "more"))
     bare = folder(tmp_path / "bare", ".")
-    assert "data.test_root" in refused(capsys, cbcls.train.main, *tiny, "--data.root", two, "--data.test_root", "null")
-    assert "no labels" in refused(capsys, cbcls.train.main, *tiny, "--data.root", bare, "--data.test_root", two)
-    assert "no labels" in refused(capsys, cbcls.train.main, *tiny, "--data.root", two, "--data.test_root", bare)
-    assert "at least 2 classes" in refused(
-        capsys, cbcls.train.main, *tiny, "--data.root", one, "--data.test_root", more
-    )
-    none = ("--data.root", two, "--data.test_root", "null", "--dry_run")
-    assert "data.test_root" in refused(capsys, cbcls.train.main, *tiny, *none)
+    for train, test, line in (
+        (two, "null", "data.test_root"),
+        (bare, two, "no labels"),
+        (two, bare, "no labels"),
+        (one, more, "at least 2 classes"),
+    ):
+        assert line in refused(capsys, cbcls.train.main, *tiny, "--data.root", train, "--data.test_root", test)
     assert not (tmp_path / "cbcls").exists()

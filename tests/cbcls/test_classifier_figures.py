@@ -1,4 +1,4 @@
-"""Figures of trained classifiers: what they show is what the networks give, and what cannot be shown is told."""
+"""Figures of trained classifiers show what the networks give."""
 
 import re
 from collections import Counter
@@ -41,8 +41,8 @@ def rows(text: str) -> dict[tuple[str, str], list[str]]:
 def test_densities_are_those_of_conv2_and_of_the_layer_under_test(runs, tmp_path, capsys):
     main(["--kind", "densities", "--runs", str(runs / "plain"), str(runs / "scb"), "--label", "BN", "SCB",
           "--out", str(tmp_path / "d"), "--images", "12", "--seed", "3"])  # fmt: skip
-    told = capsys.readouterr().out
-    found = rows(told)
+    printed = capsys.readouterr().out
+    found = rows(printed)
     assert list(found) == [("BN", "conv2"), ("BN", "norm3"), ("SCB", "conv2"), ("SCB", "norm3")]
     for (label, layer), cells in found.items():
         x = output(runs / {"BN": "plain", "SCB": "scb"}[label], layer, count=12, seed=3).double().numpy()
@@ -53,21 +53,20 @@ def test_densities_are_those_of_conv2_and_of_the_layer_under_test(runs, tmp_path
         assert float(cells[3]) == pytest.approx(np.abs((z**3).mean(1)).mean(), rel=6e-3)
     shown = Counter(words(tmp_path / "d.svg"))
     assert (shown["BN"], shown["SCB"], shown["density at conv2"], shown["density at norm3"]) == (2, 2, 1, 1)
-    assert told.splitlines()[-1] == f"written: {tmp_path}/d.png, {tmp_path}/d.svg"
+    assert printed.splitlines()[-1] == f"written: {tmp_path}/d.png, {tmp_path}/d.svg"
 
 
 def test_runs_that_differ_by_seed_alone_are_one_model_with_a_spread(runs, tmp_path, capsys):
     twin = tmp_path / "twin"
     twin.mkdir()
-    for name in ("metrics.jsonl", "checkpoints", "categories.json"):
-        if (runs / "plain" / name).exists():
-            (twin / name).symlink_to(runs / "plain" / name)
+    for name in ("metrics.jsonl", "checkpoints", "categories.json", "environment.json", "summary.json"):
+        (twin / name).symlink_to(runs / "plain" / name)
     config = (runs / "plain" / "config.yaml").read_text()
     (twin / "config.yaml").write_text(re.sub("^seed: 0", "seed: 7", config, flags=re.MULTILINE))
     main(["--runs", str(runs / "plain"), str(twin), "--label", "BN", "--layers", "norm3", "--out", str(tmp_path / "d")])
-    told = capsys.readouterr().out
-    assert "| BN | 0 7 | norm3 |" in told
-    assert all(cell.endswith("± 0") for cell in rows(told)[("BN", "norm3")])
+    printed = capsys.readouterr().out
+    assert "| BN | 0 7 | norm3 |" in printed
+    assert all(cell.endswith("± 0") for cell in rows(printed)[("BN", "norm3")])
     assert words(tmp_path / "d.svg").count("BN") == 1
 
 
@@ -100,25 +99,23 @@ def test_components_are_those_of_the_layers_output(runs, tmp_path):
 
 def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     plain, out = ["--runs", str(runs / "plain")], ["--out", str(tmp_path / "f")]
-    assert "runs: name at least one" in refused(capsys, main, *out)
-    assert "out: expected the figure's path" in refused(capsys, main, *plain)
-    assert "runs: components takes one run, got 2" in refused(
-        capsys, main, *plain, str(runs / "mn"), *out, "--kind", "components"
-    )
-    assert "checkpoints: densities takes one, got 1 last" in refused(
-        capsys, main, *plain, *out, "--checkpoints", "1", "last"
-    )
-    assert "layers: embedding takes one, got conv1 conv2" in refused(
-        capsys, main, *plain, *out, "--kind", "embedding", "--layers", "conv1", "conv2"
-    )
-    assert "images: expected at least 1, got 0" in refused(capsys, main, *plain, *out, "--images", "0")
-    assert "has no conv9; it has features, pixels, conv1" in refused(capsys, main, *plain, *out, "--layers", "conv9")
-    assert "checkpoint: " in refused(capsys, main, *plain, *out, "--checkpoints", "77")
-    assert "needs at least 92 points, got 18" in refused(capsys, main, *plain, *out, "--kind", "embedding")
-    assert "have no superclass; expected predicted, class" in refused(
-        capsys, main, *plain, *out, "--kind", "components"
-    )
-    assert "is not a run's folder" in refused(capsys, main, "--runs", str(tmp_path), *out)
+    for argv, line in (
+        (out, "runs: name at least one"),
+        (plain, "out: expected the figure's path"),
+        ([*plain, str(runs / "mn"), *out, "--kind", "components"], "runs: components takes one run, got 2"),
+        ([*plain, *out, "--checkpoints", "1", "last"], "checkpoints: densities takes one, got 1 last"),
+        (
+            [*plain, *out, "--kind", "embedding", "--layers", "conv1", "conv2"],
+            "layers: embedding takes one, got conv1 c",
+        ),
+        ([*plain, *out, "--images", "0"], "images: expected at least 1, got 0"),
+        ([*plain, *out, "--layers", "conv9"], "has no conv9; it has features, pixels, conv1"),
+        ([*plain, *out, "--checkpoints", "77"], "checkpoint: "),
+        ([*plain, *out, "--kind", "embedding"], "needs at least 92 points, got 18"),
+        ([*plain, *out, "--kind", "components"], "have no superclass; expected predicted, class"),
+        (["--runs", str(tmp_path), *out], "is not a run's folder"),
+    ):
+        assert line in refused(capsys, main, *argv)
     (tmp_path / "f.svg").write_text("mine")
     assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, main, *plain, *out)
     assert [path.name for path in tmp_path.iterdir()] == ["f.svg"]

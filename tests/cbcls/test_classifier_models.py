@@ -199,42 +199,26 @@ def test_oxford_cnn_computes_what_its_page_says():
     assert largest == pytest.approx([(6 / (16 * 64)) ** 0.5, (6 / 768) ** 0.5], rel=0.02)  # Glorot's bounds
 
 
-CLUSTERED_OR_NOT = ("scb", "ucb")
-"""Whether a model tells its layer the clusters shows in these; one model takes all kinds."""
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds"),
-    [("densenet-10-4", LAYERS), *((name, CLUSTERED_OR_NOT) for name in ("shallow_cnn", "oxford_cnn", "vit", SMALL))],
-)
-def test_models_take_every_kind_of_layer(name, kinds):
-    for kind in kinds:
-        assert_takes(name, kind)
-
-
-def assert_takes(name: str, kind: str) -> None:
-    size = 128 if name == "oxford_cnn" else 32
-    flags = ["--model.name", name, "--data.size", str(size), "--norm.kind", kind, "--clusters.by", "classes"]
-    network = built(*flags, classes=5, num_clusters=3)
-    place = network.get_submodule("norm3" if name == "shallow_cnn" else "norm")
-    assert isinstance(place, LAYERS[kind])
+def test_models_take_every_kind_of_layer():
+    """The smallest model all of them; the others one that takes clusters and one that does not."""
+    others = ("shallow_cnn", "oxford_cnn", "vit", SMALL)
     seen: list[tuple[int, ...]] = []
-    place.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[1:])))
-    x, cluster = pixels(6, size), torch.tensor([0, 0, 1, 1, 2, 2])
-    logits = network(x, cluster)
-    assert logits.shape == (6, 5)
-    assert logits.isfinite().all()
-    assert seen == [{"shallow_cnn": (128, 8, 8), "oxford_cnn": (256,)}.get(name, (3, size, size))]
-    logits.sum().backward()
-    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
-    assert network.eval().features(network.pixels(x), cluster).shape == (6, network.linear.in_features)
-
-
-def test_a_model_with_one_value_a_channel_refuses_layers_that_need_more():
-    for kind in ("in", "dsbn"):
-        flags = ["--model.name", "oxford_cnn", "--data.size", "128", "--norm.kind", kind, "--clusters.by", "classes"]
-        with pytest.raises(UsageError, match=r"^norm.kind: oxford_cnn has one value a channel"):
-            built(*flags)
+    for name, kind in [("densenet-10-4", kind) for kind in LAYERS] + [(n, k) for n in others for k in ("scb", "ucb")]:
+        size = 128 if name == "oxford_cnn" else 32
+        flags = ["--model.name", name, "--data.size", str(size), "--norm.kind", kind, "--clusters.by", "classes"]
+        network = built(*flags, classes=5, num_clusters=3)
+        place = network.get_submodule("norm3" if name == "shallow_cnn" else "norm")
+        assert isinstance(place, LAYERS[kind])
+        seen.clear()
+        place.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[1:])))
+        x, cluster = pixels(6, size), torch.tensor([0, 0, 1, 1, 2, 2])
+        logits = network(x, cluster)
+        assert logits.shape == (6, 5)
+        assert logits.isfinite().all()
+        assert seen == [{"shallow_cnn": (128, 8, 8), "oxford_cnn": (256,)}.get(name, (3, size, size))]
+        logits.sum().backward()
+        assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+        assert network.eval().features(network.pixels(x), cluster).shape == (6, network.linear.in_features)
 
 
 def test_chosen_batch_norms_of_timms_networks_become_the_layer():
@@ -264,26 +248,22 @@ def test_converted_layers_take_over_what_nobody_asked_for():
 
 
 def test_biases_start_at_zero():
-    for network in (DenseNet(10, 4, 5, NONE), OxfordCNN(5, NONE, size=128)):
+    for network, count, drawn in ((DenseNet(10, 4, 5, NONE), 1, 0), (OxfordCNN(5, NONE, size=128), 17, 1)):
         biases = [m.bias for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
-        if isinstance(network, DenseNet):
-            assert len(biases) == 1
-        else:
-            biases.pop()  # not those of the last map, which torch draws
-            assert len(biases) == 16
-        assert not any(bias.any() for bias in biases)
+        assert len(biases) == count
+        assert not any(bias.any() for bias in biases[: count - drawn])  # but those of the last map, which torch draws
 
 
-def test_timms_networks_are_told_clusters_where_they_end_and_keep_their_last_map_otherwise():
+def test_timms_networks_are_given_clusters_where_they_end_and_keep_their_last_map_otherwise():
     flags = ["--model.name", SMALL, "--norm.kind", "none"]
     plain, x = built(*flags), pixels(2, 32)
     torch.manual_seed(0)
     import timm  # noqa: PLC0415
 
     torch.testing.assert_close(plain.eval()(x), timm.create_model("test_resnet", num_classes=5).eval()(x))
-    told = built(*flags, "--model.onehot_cluster", "--clusters.by", "classes", num_clusters=4)
-    assert told.linear.in_features == plain.linear.in_features + 4
-    assert told(x, torch.tensor([3, 0])).shape == (2, 5)
+    onehot = built(*flags, "--model.onehot_cluster", "--clusters.by", "classes", num_clusters=4)
+    assert onehot.linear.in_features == plain.linear.in_features + 4
+    assert onehot(x, torch.tensor([3, 0])).shape == (2, 5)
 
 
 def test_dropout_is_as_asked_for():

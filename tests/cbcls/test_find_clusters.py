@@ -14,7 +14,6 @@ import cbcls.clusters
 import cbcls.train
 from cbcls.clusters import FindClustersConfig, find_clusters
 from common.data import ImageSet, Splits
-from common.data.clusters import ClustersConfig, with_clusters
 from common.data.image_set import resize
 from common.runtime.errors import UsageError
 from common.runtime.seeding import generator
@@ -44,7 +43,7 @@ def settings(**changes: Any) -> FindClustersConfig:
 
 
 def test_groups_that_are_far_apart_are_found_the_largest_first():
-    for size, seed in ((8, 0), (8, 1), (40, 2)):
+    for size, seed in ((8, 0), (40, 2)):
         splits = Splits(
             coloured(TRAIN, "train", size), coloured(TEST, "test", size), coloured([0, 1], "validation", size)
         )
@@ -81,12 +80,12 @@ def test_clusters_are_those_of_a_mixture_fitted_to_principal_components_by_hand(
     assert found.test.clusters.tolist() == want[60:]
 
 
-def test_what_clusters_tell_of_classes_is_counted():
+def test_what_clusters_say_of_classes_is_counted():
     labels = torch.tensor([0, 0, 1, 1])
     images = ImageSet(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), labels, ("a", "b"), "x", "train", None, (), labels,
                       ("0", "1"))  # fmt: skip
-    told = f"images by cluster 2 2; {math.log(2):.3f} nats of mutual information with the class"
-    assert cbcls.clusters._described(images) == told
+    text = f"images by cluster 2 2; {math.log(2):.3f} nats of mutual information with the class"
+    assert cbcls.clusters._described(images) == text
     bare = dataclasses.replace(images, labels=None, classes=())
     assert cbcls.clusters._described(bare) == "images by cluster 2 2"
 
@@ -103,8 +102,6 @@ def test_too_few_images_are_refused(splits):
     with pytest.raises(UsageError, match=r"^components: expected at most 60, for 60 images of 192 values, got 64"):
         find_clusters(splits, settings(components=64))
     small = Splits(coloured([0, 1, 2] * 3, "train", 4), None)
-    with pytest.raises(UsageError, match=r"^components: expected at most 9"):
-        find_clusters(small, settings(components=10))
     with pytest.raises(UsageError, match=r"^num_clusters: expected at most 9, as many as training images, got 10"):
         find_clusters(small, settings(components=2, num_clusters=10))
     alike = Splits(dataclasses.replace(small.train, images=small.train.images[:1].repeat(9, 1, 1, 1)), None)
@@ -142,35 +139,15 @@ def test_a_file_is_found_again_and_never_written_over(flags, tmp_path, capsys):
 def test_training_goes_by_the_clusters_that_were_found(flags, tiny, tmp_path, capsys):
     cbcls.clusters.main([*flags, "--num_clusters", "2"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("use "))
-    told = shlex.split(line.split("cbcls.train ")[1])
-    cbcls.train.main([*tiny, *told, "--epochs", "1", "--name", "run"])
+    flags_found = shlex.split(line.split("cbcls.train ")[1])
+    cbcls.train.main([*tiny, *flags_found, "--epochs", "1", "--name", "run"])
     assert "loss/test" in (tmp_path / "cbcls" / "run" / "metrics.jsonl").read_text()
-    other = [*tiny, *told, "--data.size", "12"]
+    other = [*tiny, *flags_found, "--data.size", "12"]
     assert "clusters.file" in refused(capsys, cbcls.train.main, *other, "--name", "other")
 
 
-def test_settings_out_of_range(flags, capsys):
-    for flag, value, least in (
-        ("num_clusters", 1, 2),
-        ("components", 0, 1),
-        ("restarts", 0, 1),
-        ("side", 3, 4),
-        ("seed", -1, 0),
-    ):
-        line = refused(capsys, cbcls.clusters.main, *flags, f"--{flag}", str(value))
-        assert line == f"error: {flag}: expected at least {least}, got {value}"
-        settings(**{flag: least})
-
-
-def test_files_are_named_by_data_size_clusters_and_seed():
+def test_settings_out_of_range():
+    for name, least in {"num_clusters": 2, "components": 1, "restarts": 1, "side": 4, "seed": 0}.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected at least {least}, got {least - 1}"):
+            settings(**{name: least - 1})
     assert str(FindClustersConfig().path) == "clusters/digits-32-k3-seed0.json"
-
-
-def test_files_are_those_that_layers_read(splits, tmp_path):
-    cfg = settings()
-    found = find_clusters(splits, cfg)
-    path = tmp_path / "x.json"
-    cbcls.clusters.write_clusters(path, found, cfg.method())
-    read = with_clusters(splits, ClustersConfig(by="file", file=path))
-    for name, images in read.items():
-        assert images.clusters_hash == dict(found.items())[name].clusters_hash

@@ -58,14 +58,21 @@ def normal(channels: Tensor) -> Normal:
 
 
 def test_how_far_the_domains_are_apart_in_each_layer_and_where_their_features_lie(runs, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        cbda.evaluate, "embedding", lambda path, *args, **options: drawn.update({path: (args, options)})
-    )
+    projected, drawn = [], {}
+
+    def project(features: Tensor, **options: float) -> Tensor:
+        projected.append((features, options))
+        return features[:, :2]
+
+    monkeypatch.setattr(cbda.evaluate, "project", project)
+    monkeypatch.setattr(cbda.evaluate, "draw_panels", lambda path, panels: drawn.update({path: panels}))
     cbda.evaluate.main(["--run", str(runs / "scb"), "--out", str(tmp_path / "out"), "--tsne", "8"])
     apart = json.loads((tmp_path / "out" / "evaluation.json").read_text())["divergence"]
     assert list(apart)[:3] == ["images", "norm", "network.stem"]
     assert list(apart)[-1] == "network.linear"
+    text = (tmp_path / "out" / "divergence.svg").read_text()
+    places = [text.index(f"<!-- {layer} -->") for layer in apart]
+    assert places == sorted(places)
     model = load_model(runs / "scb")
     images = AdaMatchTask.load_images(model.cfg)
     of = {"source": images["test"], "target": images["target_test"]}
@@ -73,18 +80,16 @@ def test_how_far_the_domains_are_apart_in_each_layer_and_where_their_features_li
     assert apart["images"] == pytest.approx(symmetric(*pixels), rel=1e-4)
     logits = [normal(model.logits(each.images, domain)) for domain, each in of.items()]
     assert apart["network.linear"] == pytest.approx(symmetric(*logits), rel=1e-4)
-    ((features, by), options) = drawn[tmp_path / "out" / "tsne"]
+    ((features, options),), (by_class, by_domain) = projected, drawn[tmp_path / "out" / "tsne"]
     chosen = {domain: permutation(12, 0, "t-SNE", domain)[:8].sort().values for domain in of}
     linear = model.network.network.get_submodule("linear")
     for domain, rows in zip(of, features.chunk(2), strict=True):
         said = model.logits(of[domain].images[chosen[domain]], domain)
         torch.testing.assert_close(linear(rows).double(), said, rtol=1e-4, atol=1e-4)
-    labels, names = by["by class"]
     want = [label for domain, each in of.items() if each.labels is not None for label in each.labels[chosen[domain]]]
-    assert (labels.tolist(), names) == ([int(label) for label in want], ("cat", "dog", "fox"))
-    assert by["by domain"][0].tolist() == [0] * 8 + [1] * 8
-    assert by["by domain"][1] == ("source", "target")
-    assert (options["perplexity"], options["most"]) == (pytest.approx(14 / 3), 16)
+    assert (by_class.labels.tolist(), by_class.classes) == ([int(label) for label in want], ("cat", "dog", "fox"))
+    assert (by_domain.labels.tolist(), by_domain.classes) == ([0] * 8 + [1] * 8, ("source", "target"))
+    assert options == {"seed": 0, "perplexity": pytest.approx(14 / 3)}
 
 
 def test_without_labels_it_measures_what_needs_none(tiny, tmp_path, domains):

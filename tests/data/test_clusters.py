@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,15 @@ def splits() -> Splits:
 def test_clusters_are_what_the_data_set_says(splits, by, numbers, names):
     found = with_clusters(splits, ClustersConfig(by=by))
     assert [name for name, _ in found.items()] == ["train", "test"]
-    for _, images in found.items():
-        assert images.clusters is not None
-        assert torch.equal(images.clusters, numbers[: len(images)])
-        assert images.cluster_names == names
+    for _, part in found.items():
+        assert part.clusters is not None
+        assert torch.equal(part.clusters, numbers[: len(part)])
+        assert part.cluster_names == names
     assert found.train.content_hash == splits.train.content_hash  # the images are the same
     assert ClustersConfig(by=by).tells_labels
+    bare = ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, (), "bare", "train")
+    with pytest.raises(UsageError, match=rf"^clusters.by: the train images of bare have no {by}"):
+        with_clusters(Splits(bare, None), ClustersConfig(by=by))
 
 
 def test_clusters_go_where_the_images_go(splits):
@@ -45,13 +49,9 @@ def test_clusters_go_where_the_images_go(splits):
     at = found.clusters_at(torch.tensor([5, 2]), torch.device("cpu"))
     assert at is not None
     assert at.tolist() == [0, 1]
+    assert with_clusters(splits, ClustersConfig()) is splits
     assert splits.train.clusters_at(slice(None), torch.device("cpu")) is None
     assert splits.train.clusters_hash is None
-
-
-def test_without_clusters_images_stay_as_they_are(splits):
-    assert with_clusters(splits, ClustersConfig()) is splits
-    assert not ClustersConfig().tells_labels
 
 
 @pytest.fixture
@@ -62,37 +62,33 @@ def file(splits, tmp_path):
         clusters = (torch.arange(len(images)) + first) % 5
         return ImageSet(images.images, images.labels, images.classes, "", "", None, (), clusters, tuple("vwxyz"))
 
-    told = Splits(given(splits.train, 0), given(splits.test, 3))
+    written = Splits(given(splits.train, 0), given(splits.test, 3))
     path = tmp_path / "clusters.json"
-    write_clusters(path, told, {"method": "by hand"})
-    return path, told
+    write_clusters(path, written, {"method": "by hand"})
+    return path, written
 
 
 def test_a_file_holds_what_was_written(splits, file):
-    path, told = file
-    found = with_clusters(splits, ClustersConfig(by="file", file=path))
-    for name, images in found.items():
-        assert images.clusters is not None
-        assert torch.equal(images.clusters, dict(told.items())[name].clusters)
-        assert images.cluster_names == tuple("vwxyz")
-        assert images.classes == ("a", "b", "c")
+    path, written = file
+    cfg = ClustersConfig(by="file", file=path)
+    found = with_clusters(splits, cfg)
+    for name, part in found.items():
+        assert part.clusters is not None
+        assert torch.equal(part.clusters, dict(written.items())[name].clusters)
+        assert (part.cluster_names, part.classes) == (tuple("vwxyz"), ("a", "b", "c"))
     assert json.loads(path.read_text())["configuration"] == {"method": "by hand"}
-    assert not ClustersConfig(by="file", file=path).tells_labels
+    assert not cfg.tells_labels
+    relabelled = ImageSet(splits.train.images, SUPER, ("x", "y"), "shapes", "train")
+    assert with_clusters(Splits(relabelled, splits.test), cfg).train.clusters is not None
 
 
 def test_a_file_of_other_images_is_refused(splits, file):
-    path, _ = file
-    cfg = ClustersConfig(by="file", file=path)
-    assert splits.test is not None
     for other, split in (
         (Splits(images("train", seed=1), splits.test), "train"),
-        (Splits(splits.train, images("test", 4, seed=1)), "test"),
         (Splits(splits.train, splits.test.select(torch.tensor([1, 0, 2, 3]))), "test"),
     ):
         with pytest.raises(UsageError, match=rf"^clusters.file: .* was made of other {split} images than shapes"):
-            with_clusters(other, cfg)
-    relabelled = ImageSet(splits.train.images, SUPER, ("x", "y"), "shapes", "train")
-    assert with_clusters(Splits(relabelled, splits.test), cfg).train.clusters is not None
+            with_clusters(other, ClustersConfig(by="file", file=file[0]))
 
 
 def test_a_damaged_file_is_refused(splits, file):
@@ -111,15 +107,8 @@ def test_a_damaged_file_is_refused(splits, file):
             with_clusters(splits, ClustersConfig(by="file", file=path))
 
 
-def test_images_without_such_labels_are_refused():
-    bare = ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), None, (), "bare", "train")
-    for by in ("superclasses", "classes"):
-        with pytest.raises(UsageError, match=rf"^clusters.by: the train images of bare have no {by}"):
-            with_clusters(Splits(bare, None), ClustersConfig(by=by))
-
-
-def test_a_file_is_named_where_it_is_needed_and_nowhere_else(tmp_path):
+def test_a_file_is_named_where_it_is_needed_and_nowhere_else():
     with pytest.raises(ValueError, match=r"^clusters.file: expected a file for clusters.by file, got null"):
         ClustersConfig(by="file")
     with pytest.raises(ValueError, match=r"^clusters.file: expected null for clusters.by classes, got x"):
-        ClustersConfig(by="classes", file=tmp_path.__class__("x"))
+        ClustersConfig(by="classes", file=Path("x"))

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageSet, to_float, to_uint8
+from common.data import ImageSet, hold_out, to_float, to_uint8
 from common.data import image_set as image_set_module
 from common.data.image_set import resize
+from common.runtime.errors import UsageError
 
 
 def image_set(**changes):
@@ -27,6 +28,7 @@ def test_every_byte_survives_the_way_to_floats_and_back():
     torch.testing.assert_close(floats.double(), torch.linspace(-1, 1, 256, dtype=torch.float64), atol=1e-6, rtol=0)
     assert floats.dtype == torch.float32
     assert torch.equal(to_uint8(floats), every)
+    assert torch.equal(to_float(every), floats)  # neither changed its input
 
 
 def test_to_uint8_rounds_to_nearest_and_clamps():
@@ -34,22 +36,14 @@ def test_to_uint8_rounds_to_nearest_and_clamps():
     assert to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
 
 
-def test_conversions_leave_their_input_alone():
-    x, y = torch.tensor([0.3, -0.2]), torch.tensor([3, 4], dtype=torch.uint8)
-    to_uint8(x)
-    to_float(y)
-    assert x.tolist() == pytest.approx([0.3, -0.2])
-    assert y.tolist() == [3, 4]
-
-
 def test_content_hash_sees_every_byte_every_label_and_the_shape():
     base = image_set()
-    pixel, label = base.images.clone(), torch.tensor([0, 1, 1, 1])
+    pixel = base.images.clone()
     pixel[3, 2, 7, 7] ^= 1
     variants = [
         base,
         image_set(images=pixel),
-        image_set(labels=label),
+        image_set(labels=torch.tensor([0, 1, 1, 1])),
         image_set(labels=None, classes=()),
         image_set(images=base.images.view(4, 3, 4, 16)),
         image_set(superclasses=torch.tensor([0, 1, 1, 0]), superclass_names=("u", "v")),
@@ -59,29 +53,19 @@ def test_content_hash_sees_every_byte_every_label_and_the_shape():
     assert len({v.content_hash for v in variants}) == len(variants)
     assert base.content_hash == image_set(split="test", name="other").content_hash
     assert base.content_hash == image_set(images=base.images.contiguous(memory_format=torch.channels_last)).content_hash
-
-
-def test_content_hash_of_sets_without_superclasses_stays_what_it_was():
-    base = image_set()
     assert base.labels is not None
     text = b"(4, 3, 8, 8) True" + base.images.numpy().tobytes() + base.labels.numpy().tobytes()
-    assert base.content_hash == hashlib.sha256(text).hexdigest()
+    assert base.content_hash == hashlib.sha256(text).hexdigest()  # as files of earlier runs have it
 
 
-def test_select_takes_superclasses_along():
-    chosen = image_set(superclasses=torch.tensor([0, 1, 2, 0]), superclass_names=("u", "v", "w")).select(
-        torch.tensor([2, 0, 1])
-    )
-    assert chosen.superclasses is not None
-    assert (chosen.superclasses.tolist(), chosen.superclass_names) == ([2, 0, 1], ("u", "v", "w"))
-
-
-def test_select_keeps_images_and_labels_together():
-    chosen = image_set().select(torch.tensor([2, 0]))
-    assert torch.equal(chosen.images, image_set().images[[2, 0]])
+def test_select_takes_labels_and_superclasses_along():
+    whole = image_set(superclasses=torch.tensor([0, 1, 2, 0]), superclass_names=("u", "v", "w"))
+    chosen = whole.select(torch.tensor([2, 0]))
+    assert torch.equal(chosen.images, whole.images[[2, 0]])
     assert chosen.labels is not None
-    assert chosen.labels.tolist() == [1, 0]
-    assert (len(chosen), chosen.num_classes) == (2, 2)
+    assert chosen.superclasses is not None
+    assert (chosen.labels.tolist(), chosen.superclasses.tolist()) == ([1, 0], [2, 0])
+    assert (len(chosen), chosen.num_classes, chosen.superclass_names) == (2, 2, ("u", "v", "w"))
 
 
 def test_refuses_what_is_not_an_image_set():
@@ -96,25 +80,10 @@ def test_refuses_what_is_not_an_image_set():
         ({"labels": torch.tensor([0, -1, 1, 0])}, "expected 0 to 1, got -1 to 1"),
         ({"labels": None}, "classes: expected none"),
         ({"superclasses": torch.zeros(4, dtype=torch.int64)}, "superclasses: expected 0 to -1, got 0 to 0"),
-        (
-            {"superclasses": torch.tensor([0, 1, 2, 0]), "superclass_names": ("u", "v")},
-            "superclasses: expected 0 to 1, got 0 to 2",
-        ),
-        (
-            {"superclasses": torch.zeros(3, dtype=torch.int64), "superclass_names": ("u",)},
-            r"superclasses: expected int64 \(4,\)",
-        ),
-        ({"superclass_names": ("u",)}, "superclass_names: expected none without superclasses"),
+        ({"cluster_names": ("u",)}, "cluster_names: expected none without clusters"),
     ):
         with pytest.raises(ValueError, match=message):
             image_set(**changes)
-
-
-def test_resize_keeps_constant_images_constant_and_is_exact_at_the_same_size():
-    grey = torch.full((2, 3, 32, 32), 77, dtype=torch.uint8)
-    assert torch.equal(resize(grey, 64), torch.full((2, 3, 64, 64), 77, dtype=torch.uint8))
-    noise = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert resize(noise, 32) is noise
 
 
 def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
@@ -128,6 +97,7 @@ def test_resize_agrees_with_pillow_whatever_the_chunks(monkeypatch):
             for image, got in zip(noise, resize(noise, size), strict=True):
                 pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
                 assert np.abs(np.asarray(pillow).astype(int) - got.permute(1, 2, 0).numpy()).max() <= 1
+    assert resize(noise, 40) is noise
 
 
 def test_channel_moments_are_those_of_numpy(monkeypatch):
@@ -138,3 +108,39 @@ def test_channel_moments_are_those_of_numpy(monkeypatch):
     pixels = images.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(deviation, pixels.std((0, 2, 3)), rtol=1e-12)
+
+
+def numbered(counts: list[int]) -> ImageSet:
+    """Make images whose first pixel is their number, so many of each class, in any order."""
+    labels = torch.cat([torch.full((n,), k) for k, n in enumerate(counts)])[torch.randperm(sum(counts))]
+    images = torch.arange(sum(counts), dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 8, 8)
+    return ImageSet(images, labels, tuple("abc"[: len(counts)]), "toy", "train")
+
+
+def numbers(part: ImageSet) -> list[int]:
+    return part.images[:, 0, 0, 0].tolist()
+
+
+def test_a_share_of_each_class_is_held_out_and_nothing_is_lost():
+    whole = numbered([40, 10, 3])
+    train, held = hold_out(whole, 0.2, seed=0)
+    assert whole.labels is not None
+    assert held.labels is not None
+    assert held.labels.bincount().tolist() == [8, 2, 1]  # round(0.6) is 1; a class gives at least one
+    assert sorted(numbers(train) + numbers(held)) == list(range(53))
+    assert numbers(train) == sorted(numbers(train))  # the order of the set
+    assert (train.split, held.split) == ("train", "validation")
+    assert held.labels.tolist() == whole.labels[torch.tensor(numbers(held))].tolist()
+    one, again, other = (numbers(hold_out(whole, 0.2, seed)[1]) for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
+
+
+def test_images_without_labels_are_one_class():
+    train, held = hold_out(ImageSet(numbered([30]).images, None, (), "toy", "train"), 0.1, seed=0)
+    assert (len(train), len(held), held.labels) == (27, 3, None)
+
+
+def test_a_class_that_would_not_be_trained_on_is_named():
+    with pytest.raises(UsageError, match=r"data\.validation: 0\.5 of class b's 1 images leaves none"):
+        hold_out(numbered([8, 1]), 0.5, seed=0)

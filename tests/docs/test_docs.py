@@ -23,7 +23,7 @@ import torch
 from claims import CLAIMS
 from PIL import Image
 
-from common.data.names import DATA_SETS
+from common.data.config import DATA_SETS
 from common.metrics.scores import METRICS
 from common.norms import registry
 from common.runtime import cli

@@ -4,12 +4,11 @@ import contextlib
 from typing import Any
 
 import torch
-from norm_cases import mixture_case
+from norm_cases import CLUSTERED, batch
 from torch import nn
 
 from common.norms import DomainBatchNorm, MixtureNorm, SCBNorm, SCBNormBase, UCBNorm, clusters
 
-ROUTED = ["scb", "scb_base", "dsbn"]
 EXACT = [
     ("scb", 3, SCBNorm),
     ("scb_base", 3, SCBNormBase),
@@ -21,8 +20,8 @@ EXACT = [
 IDS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def images(seed: int = 0, n: int = 6, size: int = 8) -> torch.Tensor:
-    return mixture_case((n, 3, size, size), num=1, dtype=torch.float32, seed=seed)[0]
+def images(seed: int = 0, n: int = 6, size: int = 8, channels: int = 3) -> torch.Tensor:
+    return batch(seed, (n, channels, size, size))
 
 
 def small() -> Any:
@@ -40,7 +39,7 @@ def small() -> Any:
     return lived(model)
 
 
-def lived(model: nn.Module, size: int = 8) -> nn.Module:
+def lived(model: nn.Module, size: int = 8, channels: int = 3) -> Any:
     """Run the model twice, and give its BatchNorms affine maps that are not the identity."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,12 +49,12 @@ def lived(model: nn.Module, size: int = 8) -> nn.Module:
                     p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
         model.train()
         for seed in (8, 9):
-            model(images(seed, size=size))
+            model(images(seed, size=size, channels=channels))
     return model
 
 
 def routed(kind: str, ids: torch.Tensor = IDS):
-    return clusters(ids) if kind in ROUTED else contextlib.nullcontext()
+    return clusters(ids) if kind in CLUSTERED else contextlib.nullcontext()
 
 
 def close(a: torch.Tensor, b: torch.Tensor, depth: int = 3) -> None:

@@ -3,7 +3,8 @@ import torch
 
 from common.data import DataConfig, ImageSet, load, to_float
 from common.metrics import classifier as module
-from common.metrics.classifier import Classifier, _block
+from common.metrics.classifier import Classifier
+from common.metrics.extractors import weights_hash
 from common.runtime.errors import UsageError
 
 
@@ -60,29 +61,26 @@ def test_the_second_time_it_is_read_from_the_cache(splits, tmp_path, training):
     assert (first.id, first.accuracy) == (second.id, second.accuracy)
     images = splits.train.images[:5]
     assert torch.equal(first(images), second(images))
+    other = build(splits.train, splits.test, tmp_path, steps=9)
+    assert other.id == f"classifier-{weights_hash(other._network.state_dict())}" != first.id
+    assert (Classifier.name, Classifier.dim) == ("classifier", 64)
 
 
-def test_one_changed_byte_of_an_image_trains_anew(splits, tmp_path, training):
-    build(splits.train, splits.test, tmp_path)
-    images = splits.train.images.clone()
-    images[7, 1, 2, 3] ^= 1
-    changed = ImageSet(images, splits.train.labels, splits.train.classes, "digits", "train")
-    build(changed, splits.test, tmp_path)
-    build(splits.train, None, tmp_path)
-    assert len(training) == 3
-    images = splits.test.images.clone()
-    images[7, 1, 2, 3] ^= 1
-    build(splits.train, ImageSet(images, splits.test.labels, splits.test.classes, "digits", "test"), tmp_path)
-    assert len(training) == 4  # its accuracy is another
+def test_any_change_of_images_training_or_torch_trains_anew(splits, tmp_path, training, monkeypatch):
+    def changed(images):
+        pixels = images.images.clone()
+        pixels[7, 1, 2, 3] ^= 1
+        return ImageSet(pixels, images.labels, images.classes, images.name, images.split)
 
-
-def test_another_training_or_version_of_torch_trains_anew(splits, tmp_path, training, monkeypatch):
-    build(splits.train, splits.test, tmp_path, steps=2)
-    build(splits.train, splits.test, tmp_path, steps=3)
-    assert len(training) == 2
+    for number, (train, test, steps) in enumerate((
+        (splits.train, splits.test, 2), (changed(splits.train), splits.test, 2), (splits.train, None, 2),
+        (splits.train, changed(splits.test), 2), (splits.train, splits.test, 3),
+    ), 1):  # fmt: skip
+        build(train, test, tmp_path, steps)
+        assert len(training) == number
     monkeypatch.setattr(torch, "__version__", "9.9")
-    build(splits.train, splits.test, tmp_path, steps=3)
-    assert len(training) == 3
+    build(splits.train, splits.test, tmp_path, 3)
+    assert len(training) == 6
 
 
 def test_it_trains_on_one_thread_so_that_its_sums_are_the_same_on_any_machine(splits, tmp_path, monkeypatch):
@@ -101,15 +99,10 @@ def test_it_trains_on_one_thread_so_that_its_sums_are_the_same_on_any_machine(sp
 def test_a_damaged_cache_file_is_replaced(splits, tmp_path, training):
     first = build(splits.train, splits.test, tmp_path)
     (path,) = (tmp_path / "classifier").iterdir()
-    sound = path.read_bytes()
-    flipped = bytearray(sound)
-    flipped[len(sound) // 2] ^= 1
-    for number, damaged in enumerate((b"", sound[: len(sound) // 2], bytes(flipped)), 2):
-        path.write_bytes(damaged)
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
         assert build(splits.train, splits.test, tmp_path).id == first.id
-        assert len(training) == number
-    build(splits.train, splits.test, tmp_path)
-    assert len(training) == 4
+        assert len(training) == 2
 
 
 def unlabelled(images: ImageSet) -> ImageSet:
@@ -132,17 +125,6 @@ def test_without_test_images_to_compare_with_a_tenth_is_held_out(splits, monkeyp
     assert not parts[0] & parts[1]
 
 
-def test_of_few_images_one_is_held_out(splits, tmp_path):
-    few = splits.train.select(torch.arange(5))
-    assert build(few, None, tmp_path, steps=1).accuracy in (0.0, 1.0)
-
-
-def test_images_are_shrunk_but_never_enlarged():
-    small, large = (torch.zeros(2, 3, size, size, dtype=torch.uint8) for size in (8, 64))
-    assert module._shrink(small) is small
-    assert module._shrink(large).shape == (2, 3, 32, 32)
-
-
 def test_refuses_images_that_cannot_be_classified(tmp_path):
     for labels, message in ((None, "has none"), (torch.zeros(10, dtype=torch.int64), "has 1")):
         images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
@@ -152,20 +134,10 @@ def test_refuses_images_that_cannot_be_classified(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_warns_where_labels_have_nothing_to_do_with_images(splits, tmp_path):
-    labels = splits.train.labels[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
-    shuffled = ImageSet(splits.train.images, labels, splits.train.classes, "digits", "train")
-    got = build(shuffled, splits.test, tmp_path, steps=60)
-    # right by chance on 200 images: Binomial(200, 0.1), 30 % is 9 deviations off
-    assert got.accuracy < 0.3
-    assert got.warning is not None
-    assert "expected at least 30.0% where chance is 10.0%" in got.warning
-
-
 def test_the_warning_is_below_three_times_chance_or_half_way_to_certainty():
     for classes, least in ((2, 0.75), (3, 2 / 3), (5, 0.6), (100, 0.03)):
         assert module._warning(least + 1e-6, classes) is None
-        assert module._warning(least - 1e-6, classes) is not None
+        assert f"expected at least {least:.1%} where chance is" in (module._warning(least - 1e-6, classes) or "")
 
 
 def test_reads_images_of_any_size_in_any_batch(tmp_path, splits):
@@ -178,9 +150,3 @@ def test_reads_images_of_any_size_in_any_batch(tmp_path, splits):
         assert not features.requires_grad
         # evaluation mode: an image's features do not depend on its batch; kernels may round differently
         torch.testing.assert_close(torch.cat([got(images[:1]), got(images[1:])]), features, atol=1e-5, rtol=1e-5)
-
-
-def test_a_block_halves_the_side_and_keeps_what_is_positive():
-    y = _block(3, 5)(torch.randn(2, 3, 8, 8))
-    assert y.shape == (2, 5, 4, 4)
-    assert y.min() == 0

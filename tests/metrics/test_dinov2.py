@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from refused_settings import assert_takes
 from safetensors.torch import save, save_file
 
 from common.data import ImageSet, Splits
@@ -170,11 +169,3 @@ def test_without_a_file_timm_downloads_it(tmp_path, monkeypatch, narrow):
     monkeypatch.setattr(timm, "create_model", fails)
     with pytest.raises(UsageError, match=r"^fid\.weights: timm could not download vit_small_patch14_dinov2 \(we could"):
         DinoV2("dinov2_small", None, None, tmp_path, "cpu")
-
-
-def test_it_has_no_inception_score(state, file, tmp_path):
-    assert_takes(FidConfig, {"extractor": "dinov2_base", "weights": Path("x")})
-    config = FidConfig(extractor="dinov2", weights=file(state), metrics=["inception_score"])
-    real = ImageSet(photographs(6, 8), None, (), "mine", "train")
-    with pytest.raises(UsageError, match=r"^fid\.metrics: inception_score takes logits, which dinov2 has none of$"):
-        Fid(config, Splits(real, None), tmp_path, "cpu")

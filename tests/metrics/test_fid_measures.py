@@ -1,6 +1,7 @@
 """What else one pass over one set of features gives, and what each number is comparable by."""
 
-import json
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from refused_settings import assert_refuses, assert_takes
 
 from common.data import ImageSet, Splits
-from common.metrics import Fid, FidConfig, FidResult, statistics
+from common.metrics import Fid, FidConfig, statistics
 from common.metrics import fid as module
 from common.metrics.features.neighbours import copying, nearest
 from common.metrics.features.quality import inception_score, kernel_distance, precision_recall
 from common.metrics.features.uncertainty import distance_interval, distance_limit
+from common.metrics.fid import other_split
 from common.runtime.errors import UsageError
 
 
@@ -62,7 +64,7 @@ def features(of: ImageSet) -> torch.Tensor:
 @pytest.mark.parametrize("reference", ["train", "test"])
 def test_every_number_is_of_the_same_features_of_which_each_image_gives_one(pixels, tmp_path, reference):
     fid = built(tmp_path, reference=reference, metrics=["kid", "inception_score", "precision_recall"])
-    real, other = (TRAIN, TEST) if reference == "train" else (TEST, TRAIN)
+    real = TRAIN if reference == "train" else TEST
     pixels.seen = 0
     result = measured(fid, thorough=True)
     assert pixels.seen == len(FAKE)  # the real ones are known
@@ -88,7 +90,6 @@ def test_every_number_is_of_the_same_features_of_which_each_image_gives_one(pixe
         "metric/fid_pixels_high": result.interval.high, "metric/fid_pixels_infinity": result.limit,
         "metric/copies_pixels": result.copying.share, "metric/train_gap_pixels": result.copying.gap,
     }  # fmt: skip
-    assert len(other) != len(real)
 
 
 def test_a_plain_measurement_has_what_was_asked_for_alone(pixels, tmp_path):
@@ -96,6 +97,7 @@ def test_a_plain_measurement_has_what_was_asked_for_alone(pixels, tmp_path):
     assert (result.quality, result.interval, result.limit) == ({}, None, None)
     assert (result.neighbours, result.copying) == (None, None)
     assert list(measured(built(tmp_path)).quality) == ["precision", "recall"]
+    assert built(tmp_path).measure(lambda start, n: FAKE.images[start : start + n], 3).quality == {}  # too few
 
 
 def test_each_number_has_its_protocol(pixels, tmp_path):
@@ -103,30 +105,31 @@ def test_each_number_has_its_protocol(pixels, tmp_path):
     result = measured(fid, thorough=True)
     found = fid.protocols(result)
     assert found.keys() == fid.values(result).keys()
-    common = {"extractor": "pixels", "extractor_id": "pixels-1", "resize": "as they are", "data": "mine",
-              "quantisation": "uint8, rounded to nearest, clamped"}  # fmt: skip
-    for protocol in found.values():
-        assert common.items() <= protocol.items()
-    own = {"split": "train", "n_real": 60, "content_hash": TRAIN.content_hash, "n_generated": 50}
-    for tag in found.keys() - {"metric/fid_pixels_test", "metric/fid_pixels_floor"}:
-        assert own.items() <= found[tag].items()
-    there = {"split": "test", "n_real": 40, "content_hash": TEST.content_hash, "n_generated": 50}
-    assert there.items() <= found["metric/fid_pixels_test"].items()
-    floor = found["metric/fid_pixels_floor"]
-    assert (floor["compared"], floor["n_generated"], floor["n_real"]) == ("real test images", 0, 60)
-    for end in ("centre", "low", "high"):
-        protocol = found[f"metric/fid_pixels_{end}"]
-        assert (protocol["seed"], protocol["replicates"]) == (module.SEED, 20)
-        assert protocol["resampled"] == "generated images"
-    assert (found["metric/fid_pixels_infinity"]["seed"], found["metric/fid_pixels_infinity"]["points"]) == (20, 15)
-    assert found["metric/kid_pixels"]["subsets"] == 100
-    assert (found["metric/recall_pixels"]["neighbours"], found["metric/precision_pixels"]["neighbours"]) == (3, 3)
-    assert found["metric/inception_score_pixels"]["splits"] == 10
-    assert found["metric/copies_pixels"]["unseen"] == found["metric/train_gap_pixels"]["unseen"] == "40 test images"
-    json.dumps(found)
+    assert fid.protocol() == {
+        "extractor": "pixels", "extractor_id": "pixels-1", "resize": "as they are",
+        "quantisation": "uint8, rounded to nearest, clamped", "data": "mine", "split": "train", "n_real": 60,
+        "content_hash": TRAIN.content_hash, "torch_fidelity": version("torch-fidelity"),
+    }  # fmt: skip
+    own = fid.protocol() | {"n_generated": 50}
+    other = {"split": "test", "n_real": 40, "content_hash": TEST.content_hash}
+    interval = {"seed": module.SEED, "replicates": 20, "resampled": "generated images"}
+    precision = {"seed": 2020, "neighbours": 3, "at_most": 10_000}
+    for name, wanted in {
+        "fid_pixels": own,
+        "fid_pixels_test": own | other,
+        "fid_pixels_floor": own | {"n_generated": 0, "compared": "real test images"},
+        "fid_pixels_low": own | interval, "fid_pixels_centre": own | interval, "fid_pixels_high": own | interval,
+        "fid_pixels_infinity": own | {"seed": module.SEED, "points": 15},
+        "kid_pixels": own | {"seed": 2020, "subsets": 100, "subset_size": 1000, "kernel": "(x'y / D + 1)^3"},
+        "inception_score_pixels": own | {"seed": 2020, "splits": 10},
+        "precision_pixels": own | precision, "recall_pixels": own | precision,
+        "copies_pixels": own | {"unseen": "40 test images"}, "train_gap_pixels": own | {"unseen": "40 test images"},
+    }.items():  # fmt: skip
+        assert found.pop(f"metric/{name}") == wanted, name
+    assert not found
     turned = built(tmp_path, reference="test")
-    result = measured(turned, thorough=True)
-    found = turned.protocols(result)
+    found = turned.protocols(measured(turned, thorough=True))
+    assert turned.protocol() == fid.protocol() | other
     assert found["metric/fid_pixels_low"]["resampled"] == "generated and real images"
     assert found["metric/copies_pixels"]["content_hash"] == TRAIN.content_hash
     assert found["metric/fid_pixels_train"]["content_hash"] == TRAIN.content_hash
@@ -141,17 +144,6 @@ def test_without_test_images_training_images_are_held_against_each_other(pixels,
     assert "metric/fid_pixels_test" not in fid.values(result)
 
 
-def test_copied_training_images_are_found_out_and_test_images_are_not(pixels, tmp_path):
-    fid = built(tmp_path)
-
-    def judged(of: ImageSet) -> Any:
-        return fid.measure(lambda start, n: of.images[start : start + n], len(of), thorough=True).copying
-
-    copied = judged(TRAIN)
-    assert (copied.share, copied.gap, copied.alarm) == (1, 1, True)
-    assert not judged(images(200, "fresh", 9)).alarm
-
-
 def test_an_interval_takes_twice_as_many_samples_as_features_and_the_limit_four_times(pixels, tmp_path):
     for reference in ("train", "test"):
         for count, interval, limit in ((7, False, False), (8, True, False), (15, True, False), (16, True, True)):
@@ -162,16 +154,8 @@ def test_an_interval_takes_twice_as_many_samples_as_features_and_the_limit_four_
                 interval, limit)  # fmt: skip
             assert fid.protocols(result).keys() == fid.values(result).keys()
             assert result.copying is not None
-
-
-def test_few_test_images_have_no_interval_as_a_sample(pixels, tmp_path):
-    fid = Fid(FidConfig(reference="test"), Splits(TRAIN, images(7, "test", 1)), tmp_path, "cpu")
-    assert measured(fid, thorough=True).interval is None
-
-
-def test_precision_and_recall_are_left_out_of_three_images(pixels, tmp_path):
-    assert built(tmp_path).measure(lambda start, n: FAKE.images[start : start + n], 3).quality == {}
-    assert built(tmp_path).measure(lambda start, n: FAKE.images[start : start + n], 4).quality
+    few = Fid(FidConfig(reference="test"), Splits(TRAIN, images(7, "test", 1)), tmp_path, "cpu")
+    assert measured(few, thorough=True).interval is None
 
 
 def test_when_everything_is_measured(pixels, tmp_path):
@@ -205,15 +189,6 @@ def test_an_inception_score_takes_logits(pixels, tmp_path, monkeypatch):
         built(tmp_path, metrics=["inception_score"])
 
 
-def test_metrics_are_those_there_are():
-    assert_takes(FidConfig, {"metrics": []})
-    assert_refuses(
-        FidConfig,
-        {"metrics": ["kid", "ppl", "fid"]},
-        "fid.metrics: expected some of kid, inception_score, precision_recall, got ppl, fid",
-    )
-
-
 def test_tags_of_a_chart_and_its_band(pixels, tmp_path):
     fid = built(tmp_path)
     values = fid.values(measured(fid, thorough=True))
@@ -223,7 +198,55 @@ def test_tags_of_a_chart_and_its_band(pixels, tmp_path):
     assert fid.bands({"metric/fid_pixels": 1.0}) == {}
 
 
-def test_what_was_not_measured_is_none():
-    result = FidResult(1.0, 10, None)
-    assert (result.other, result.interval, result.limit, result.neighbours, result.copying) == (None,) * 5
-    assert result.quality == {}
+@pytest.mark.parametrize("reference", ["train", "test"])
+def test_samples_are_measured_against_either_split(pixels, tmp_path, reference):
+    fid = built(tmp_path, reference=reference)
+    own, other = (TRAIN, TEST) if reference == "train" else (TEST, TRAIN)
+    same = fid.measure(lambda start, n: own.images[start : start + n], len(own))
+    assert (same.fid, same.other) == (pytest.approx(0, abs=1e-6), pytest.approx(fid.floor, rel=1e-9))
+    turned = fid.measure(lambda start, n: other.images[start : start + n], len(other))
+    assert (turned.fid, turned.other) == (pytest.approx(fid.floor, rel=1e-9), pytest.approx(0, abs=1e-6))
+    assert other_split(reference) == other.split
+
+
+def test_two_images_have_a_covariance(pixels, tmp_path):
+    """Of two points each way the covariance has rank one, d d' / 2, and its square root is d d' / (|d| sqrt 2)."""
+    real = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    real[1].flatten()[0] = 8
+    fid = Fid(FidConfig(), Splits(ImageSet(real, None, (), "mine", "train"), None), tmp_path, "cpu")
+    fake = 3 * real
+    # Means 4 and 12, standard deviations 8 / sqrt 2 and 24 / sqrt 2: (12 - 4)^2 + (16 / sqrt 2)^2.
+    got = fid.measure(lambda start, n: fake[start : start + n], 2)
+    assert got.fid == pytest.approx(64 + 128, rel=1e-6)
+    assert (got.other, fid.floor) == (None, None)
+
+
+ABC = "abcdefABCDEF0123456789" + 42 * "0"
+
+
+def test_settings_name_field_range_and_value():
+    for values in (
+        {"samples": 2, "batch_size": 1, "final_samples": 2, "metrics": []},
+        {"extractor": "inception", "weights": Path("x"), "weights_sha256": ABC},
+    ):
+        assert_takes(FidConfig, values)
+    readers = "inception or dinov2 or dinov2_base or dinov2_small"
+    for values, line in (
+        ({"samples": 1}, "fid.samples: expected 2 or more, got 1"),
+        ({"batch_size": 0}, "fid.batch_size: expected 1 or more, got 0"),
+        ({"final_samples": 1}, "fid.final_samples: expected null, or 2 or more, got 1"),
+        ({"weights": "x"}, f"fid.weights: classifier reads none, expected null or fid.extractor {readers}"),
+        ({"weights_sha256": ABC}, "fid.weights_sha256: expected null where fid.weights names no file"),
+        *(
+            (
+                {"extractor": "inception", "weights": "x", "weights_sha256": bad},
+                f"fid.weights_sha256: expected 64 hexadecimal digits, got {bad!r}",
+            )
+            for bad in (ABC[:-1], ABC + "0", ABC[:-1] + "g")
+        ),
+        (
+            {"metrics": ["kid", "ppl", "fid"]},
+            "fid.metrics: expected some of kid, inception_score, precision_recall, got ppl, fid",
+        ),
+    ):
+        assert_refuses(FidConfig, values, line)

@@ -11,7 +11,7 @@ import cbcls.train
 import cbgan.config
 import cbgan.task
 from common.data import ImageSet, Splits
-from common.metrics import Fid, FidConfig, classification_scores, measure_all, register_extractor, register_metric
+from common.metrics import Fid, FidConfig, register_extractor, register_metric
 from common.metrics.extractors import EXTRACTORS
 from common.metrics.scores import METRICS
 from common.runtime.cli import parse
@@ -27,26 +27,6 @@ def as_before(monkeypatch):
 
 def confidence(labels: torch.Tensor, logits: torch.Tensor) -> float:
     return float(logits.softmax(1).amax(1).mean())
-
-
-def test_the_built_in_metrics_are_the_scores_of_the_same_logits():
-    logits, labels = torch.randn(300, 12), torch.arange(300) % 12
-    scores = classification_scores(labels, logits, 12)
-    shares = {"accuracy": scores.accuracy, "error": 1 - scores.accuracy}
-    expected = {**shares, **{f"macro_{name}": v for name, v in scores.macro._asdict().items()}}
-    assert measure_all(labels, logits) == pytest.approx(expected | {"top5": scores.top5}, abs=0)
-    assert "top5" not in measure_all(labels % 5, logits[:, :5])  # where it says nothing
-
-
-def test_what_cannot_be_measured_is_refused():
-    for labels, logits, message in (
-        (torch.tensor([0, 3]), torch.zeros(2, 3), "labels: expected classes from 0 to 2, got 3"),
-        (torch.tensor([0, 1]), torch.zeros(3, 3), r"logits: expected floating \(2, 3\)"),
-        (torch.tensor([0, 1]), torch.zeros(2), r"logits: expected floating \(N, C\)"),
-        (torch.tensor([0, 1]), torch.full((2, 3), float("nan")), "logits: expected finite values"),
-    ):
-        with pytest.raises(ValueError, match=f"^{message}"):
-            measure_all(labels, logits)
 
 
 def test_a_classifiers_run_logs_a_metric_of_ones_own_and_chooses_an_epoch_by_it(tmp_path):

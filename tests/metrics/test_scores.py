@@ -1,9 +1,11 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from common.metrics import classification_scores, keras_threshold
+from common.metrics import classification_scores, keras_threshold, measure_all
 from common.metrics.scores import calibration
 from common.runtime.seeding import generator
 
@@ -61,6 +63,15 @@ def test_scores_from_the_confusion_matrix():
     assert scores.macro.f1 <= (scores.macro.precision + scores.macro.recall) / 2
 
 
+def test_the_built_in_metrics_are_the_scores_of_the_same_logits():
+    logits, labels = torch.randn(300, 12), torch.arange(300) % 12
+    scores = classification_scores(labels, logits, 12)
+    shares = {"accuracy": scores.accuracy, "error": 1 - scores.accuracy}
+    expected = {**shares, **{f"macro_{name}": v for name, v in scores.macro._asdict().items()}}
+    assert measure_all(labels, logits) == pytest.approx(expected | {"top5": scores.top5}, abs=0)
+    assert "top5" not in measure_all(labels % 5, logits[:, :5])  # where it says nothing
+
+
 def test_top_five_of_five_classes_says_nothing():
     assert classification_scores(torch.tensor([0, 1]), torch.eye(5)[:2], 5).top5 is None
     assert classification_scores(torch.tensor([0, 1]), torch.eye(6)[:2], 6).top5 == 1.0
@@ -103,30 +114,26 @@ def test_softmax_outputs_bound_the_accuracy_at_one_half():
     assert recall <= classification_scores(labels, logits, 10).accuracy <= precision
 
 
-BAD = {
-    "float labels": (torch.zeros(3), torch.zeros(3, dtype=torch.int64), "labels: expected integers"),
-    "no labels": (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), "labels: expected at least"),
-    "label of no class": (torch.tensor([0, 4]), torch.tensor([0, 1]), "labels: expected classes from 0 to 3, got 4"),
-    "negative": (torch.tensor([0, 1]), torch.tensor([0, -1]), "outputs: expected classes from 0 to 3, got -1"),
-    "lengths": (torch.tensor([0, 1]), torch.tensor([0]), "outputs: expected one for each of 2 labels, got 1"),
-    "columns": (torch.tensor([0, 1]), torch.zeros(2, 3), r"outputs: expected floating \(2, 4\), got .*\(2, 3\)"),
-    "nan": (torch.tensor([0, 1]), torch.full((2, 4), np.nan), "finite values, got others in 2 of 2"),
-}
-
-
 def test_misuse_names_the_argument():
-    for labels, outputs, message in BAD.values():
+    for measure, labels, outputs, message in (
+        (classification_scores, torch.zeros(3), torch.zeros(3, dtype=torch.int64), "labels: expected integers"),
+        (classification_scores, LABELS[:0], LABELS[:0], "labels: expected at least"),
+        (classification_scores, torch.tensor([0, 4]), FOUND[:2], "labels: expected classes from 0 to 3, got 4"),
+        (classification_scores, FOUND[:2], torch.tensor([0, -1]), "outputs: expected classes from 0 to 3, got -1"),
+        (classification_scores, FOUND[:2], FOUND[:1], "outputs: expected one for each of 2 labels, got 1"),
+        (classification_scores, FOUND[:2], torch.zeros(2, 3), r"outputs: expected floating \(2, 4\), got .*\(2, 3\)"),
+        (classification_scores, FOUND[:2], torch.full((2, 4), np.nan), "finite values, got others in 2 of 2"),
+        (keras_threshold, LABELS, torch.zeros(6, 1), "scores: expected"),
+        (keras_threshold, torch.tensor([2]), torch.zeros(1, 2), "labels: expected classes from 0 to 1, got 2"),
+        (keras_threshold, torch.tensor([1]), torch.tensor([[0.0, np.inf]]), "scores: expected finite"),
+        (measure_all, torch.tensor([0, 3]), torch.zeros(2, 3), "labels: expected classes from 0 to 2, got 3"),
+        (measure_all, torch.tensor([0, 1]), torch.zeros(3, 3), r"logits: expected floating \(2, 3\)"),
+        (measure_all, torch.tensor([0, 1]), torch.zeros(2), r"logits: expected floating \(N, C\)"),
+        (calibration, torch.tensor([0]), torch.full((1, 2), np.nan), "logits: expected finite values"),
+    ):  # fmt: skip
+        arguments: Any = {keras_threshold: (outputs, labels), classification_scores: (labels, outputs, 4)}
         with pytest.raises(ValueError, match=message):
-            classification_scores(labels, outputs, 4)
-
-
-def test_threshold_misuse_names_the_argument():
-    with pytest.raises(ValueError, match="scores: expected"):
-        keras_threshold(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="labels: expected classes from 0 to 1, got 2"):
-        keras_threshold(torch.zeros(1, 2), torch.tensor([2]))
-    with pytest.raises(ValueError, match="scores: expected finite"):
-        keras_threshold(torch.tensor([[0.0, np.inf]]), torch.tensor([1]))
+            measure(*arguments.get(measure, (labels, outputs)))
 
 
 def test_calibration_counted_by_hand():
@@ -140,5 +147,3 @@ def test_calibration_counted_by_hand():
     assert found.error == pytest.approx((2 * 0.07 + 0.79 + 0.1) / 4)
     sure = calibration(torch.tensor([0]), torch.tensor([[100.0, 0.0]]))
     assert (sure.counts.tolist(), sure.error) == ([0] * 14 + [1], 0)
-    with pytest.raises(ValueError, match="logits: expected finite values"):
-        calibration(torch.tensor([0]), torch.tensor([[float("nan"), 0.0]]))

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from norm_cases import any_norm, mixture_case
+from norm_cases import any_norm, batch, inputs
 
 LAYERS = {
     "ucb joint, plain average": ("ucb", {"groups": 1, "average": "paper"}),
@@ -33,11 +33,10 @@ def on_meta(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     """Return a layer that has trained, and the arguments of its next step, all without values."""
     kind, options = LAYERS[case]
     layer = any_norm(kind, 4, 3, **options)
-    cluster = (torch.arange(6) % 3,) if kind.startswith("scb") else ()
     for seed in range(2):  # seeds the layer, and lets it see that it is
-        layer(mixture_case(SHAPE, num=1, dtype=torch.float32, seed=seed)[0], *cluster)
-    x = torch.empty(SHAPE, device="meta", requires_grad=True)
-    return layer.to("meta"), (x, *(ids.to("meta") for ids in cluster))
+        layer(*inputs(kind, batch(seed, SHAPE)))
+    x, *ids = inputs(kind, torch.empty(SHAPE, device="meta", requires_grad=True))
+    return layer.to("meta"), (x, *(t.to("meta") for t in ids))
 
 
 @pytest.mark.parametrize("case", LAYERS)

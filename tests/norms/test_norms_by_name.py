@@ -49,15 +49,12 @@ def test_a_kind_that_takes_clusters_is_refused_where_there_are_none():
     assert parse(GanConfig, given).conditional  # its clusters are the classes
 
 
-@pytest.mark.parametrize("name", ["none", "grouped"])
-def test_a_taken_name_is_refused(name):
+def test_a_wrong_or_taken_name_is_refused():
     register_norm("grouped", groups_of)
-    with pytest.raises(ValueError, match=f"^name: {name} is taken; the kinds are bn, .*, grouped$"):
-        register_norm(name, groups_of)
+    for name in ("none", "grouped"):
+        with pytest.raises(ValueError, match=f"^name: {name} is taken; the kinds are bn, .*, grouped$"):
+            register_norm(name, groups_of)
     assert isinstance(make_norm("grouped", 6, 3), nn.GroupNorm)
-
-
-def test_a_wrong_name_is_refused():
     for name in ("", "Mine", "my norm", "3d", "a/b", "mine\n", None, 3):
         with pytest.raises(ValueError, match=r"^name: expected lower-case letters"):
             register_norm(name, groups_of)  # pyright: ignore[reportArgumentType]
@@ -68,9 +65,6 @@ def test_what_two_sizes_cannot_call_is_refused():
         with pytest.raises(ValueError, match=r"^build: expected a function of num_features, num_components"):
             register_norm("mine", build)  # pyright: ignore[reportArgumentType]
     assert "mine" not in registry.kinds()
-
-
-def test_a_kind_that_makes_no_layer_is_refused_when_it_is_used():
     register_norm("mine", lambda num_features, num_components: num_features)
     with pytest.raises(ValueError, match=r"^kind: expected mine to make a torch\.nn\.Module, got int$"):
         make_norm("mine", 4, 3)

@@ -1,12 +1,20 @@
 """The layers inside somebody else's graph: torch.compile, torch.export, ONNX and torch.fx, against the plain layers."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from norm_cases import any_norm, assert_within_budget, in_full, mixture_case
+from norm_cases import (
+    CLUSTERED,
+    any_norm,
+    assert_state,
+    assert_within_budget,
+    in_full,
+    mixture_case,
+    mixture_run,
+    state,
+)
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
@@ -14,8 +22,9 @@ from torch._inductor import config as inductor
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common.norms import MixtureNorm, SCBNorm, UCBNorm, clusters, convert_norms, mixture_norm
+from common.norms import MixtureNorm, SCBNorm, UCBNorm, clusters, convert_norms
 
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
 LAYERS = {
     "bn": ("bn", {}),
     "dsbn": ("dsbn", {}),
@@ -34,7 +43,11 @@ LAYERS = {
     "ucb weight": ("ucb", {"update": "weight"}),
     "ucb learned": ("ucb", {"update": "weight", "statistics": "learned", "init": "kmeans++"}),
 }
-ON_EVERY_PUSH = ("dsbn", "mn", "scb", "scb_base", "ucb compiled", "ucb reseed", "ucb learned")
+COMPILED = ("dsbn", "dsbn, mean of all batches", "mn, each channel, refit", "scb", "scb batch", "scb instance",
+            "scb_base", "ucb compiled", "ucb reseed", "ucb learned")  # fmt: skip
+EXPORTED = ("dsbn", "mn", "scb", "scb_base", "ucb compiled", "ucb reseed", "ucb learned")
+IN_EVALUATION = ("dsbn", "mn", "scb", "scb instance", "ucb compiled")
+"""Every kind of this package, and what computes in another way."""
 SHAPE = (9, 4, 500)  # 4,500 locations, more than a fit takes
 
 
@@ -44,7 +57,7 @@ def nothing_compiled_before():
 
 
 def takes_ids(case: str) -> bool:
-    return LAYERS[case][0] in ("dsbn", "scb", "scb_base")
+    return LAYERS[case][0] in CLUSTERED
 
 
 def fresh(case: str) -> nn.Module:
@@ -52,11 +65,12 @@ def fresh(case: str) -> nn.Module:
     return any_norm(kind, 4, 3, **options, dtype=torch.float64)
 
 
-def plain_copy(layer: nn.Module) -> nn.Module:
+def plain_copy(layer: nn.Module) -> Any:
     """Return a copy that runs outside graphs, without a C++ compiler."""
     plain = copy.deepcopy(layer)
-    if getattr(plain, "backend", None) == "compiled":
-        vars(plain)["backend"] = "eager"
+    for module in plain.modules():
+        if getattr(module, "backend", None) == "compiled":
+            vars(module)["backend"] = "eager"
     return plain
 
 
@@ -87,11 +101,11 @@ def trained(layer: nn.Module, run, case: str) -> list[list[Tensor]]:
             for p, g in zip(parameters, gradients[1:], strict=True):
                 p.sub_(g, alpha=0.01)
         shown = [y.detach(), *gradients] if step else []
-        seen.append([*shown, *(t.clone() for t in layer.state_dict().values())])
+        seen.append([*shown, *state(layer).values()])
     return seen
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", [*COMPILED, *in_full(*(name for name in LAYERS if name not in COMPILED))])
 def test_a_fresh_layer_trains_compiled_as_it_trains_plain(case):
     graphs = []
 
@@ -106,23 +120,20 @@ def test_a_fresh_layer_trains_compiled_as_it_trains_plain(case):
     assert len(graphs) == 1  # one graph for a layer before and after its seeding
 
 
-@pytest.mark.parametrize("case", [*ON_EVERY_PUSH, *in_full(*(name for name in LAYERS if name not in ON_EVERY_PUSH))])
+@pytest.mark.parametrize("case", [*EXPORTED, *in_full(*(name for name in LAYERS if name not in EXPORTED))])
 def test_a_fresh_layer_trains_exported_as_it_trains_plain(case):
     layer = fresh(case)
     plain = plain_copy(layer)
     module = torch.export.export(layer, batches(case)[1]).module()
-    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)  # no batch was seen
+    assert_state(layer, state(plain))  # no batch was seen
     torch.testing.assert_close(trained(module, module, case), trained(plain, plain, case), equal_nan=True)
 
 
-BATCH_SIZES = (64, 9, 5, 3, 2)
-
-
-def graphs_of(run: Callable[[int], object]) -> int:
+def graphs_of(run: Any) -> int:
     """Return how many graphs are compiled in a run of a step at five batch sizes."""
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    for n in BATCH_SIZES:
+    for n in (64, 9, 5, 3, 2):
         run(n)
     return counters["stats"]["unique_graphs"] - before
 
@@ -133,9 +144,7 @@ def graphs_of_batch_norm() -> int:
     return graphs_of(lambda n: layer(torch.randn(n, 16, 32, 32, requires_grad=True)))
 
 
-@pytest.mark.parametrize(
-    "layer", [UCBNorm(16, 3), UCBNorm(16, 3, groups=1), MixtureNorm(16, 3)], ids=["ucb", "ucb joint", "mn"]
-)
+@pytest.mark.parametrize("layer", [UCBNorm(16, 3, groups=1), *in_full(MixtureNorm(16, 3), UCBNorm(16, 3))], ids=repr)
 def test_training_through_inductor_has_the_gradients_of_the_reference(layer, graphs_of_batch_norm):
     """As `torch.compile` compiles by default, at a size that is computed in several parts outside graphs.
 
@@ -151,21 +160,17 @@ def test_training_through_inductor_has_the_gradients_of_the_reference(layer, gra
         (dx,) = torch.autograd.grad(y, x, g)
         if isinstance(layer, MixtureNorm):  # the fit to this batch
             mixture = [layer.fit_logits.log_softmax(0), layer.fit_mean, layer.fit_log_var.exp()]
-        exact, plain = (found(x, mixture, g, dtype) for dtype in (torch.float64, torch.float32))
-        assert_within_budget(exact, {"y": y, "dx": dx}, plain)
-
-    def found(x: Tensor, mixture: list[Tensor], g: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        own = x.detach().to(dtype).requires_grad_()
-        options: Any = {"groups": layer.groups, "backend": "reference"}
-        y, _ = mixture_norm(own, *(t.to(dtype) for t in mixture), **options)
-        (dx,) = torch.autograd.grad(y, own, g.to(dtype))
-        return {"y": y.detach(), "dx": dx}
+        exact, plain = (
+            mixture_run((x, *mixture, g), dtype, "reference", groups=layer.groups)
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert_within_budget({name: exact[name] for name in ("y", "dx")}, {"y": y, "dx": dx}, plain)
 
     with inductor.patch(compile_threads=1):  # a pool of processes takes longer to start than to compile
         assert graphs_of(step) == graphs_of_batch_norm
 
 
-@pytest.mark.parametrize("statistics", ["learned", "batch", "instance"])
+@pytest.mark.parametrize("statistics", ["batch", *in_full("learned", "instance")])
 def test_clusters_take_as_many_graphs_as_batch_norm(statistics, graphs_of_batch_norm):
     layer = torch.compile(SCBNorm(16, 3, statistics=statistics), fullgraph=True, backend="eager")
 
@@ -176,38 +181,40 @@ def test_clusters_take_as_many_graphs_as_batch_norm(statistics, graphs_of_batch_
 
 
 @pytest.mark.parametrize("kind", ["ucb", "scb"])
-def test_a_converted_network_is_one_graph(kind):
+def test_a_converted_network_is_one_graph_and_its_features_can_be_extracted(kind):
     network, ids = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).double(), torch.arange(6) % 3
     convert_norms(network, kind, where=[0, 1, -1], num_components=3)  # of twelve, since each takes its time
-    graphs = []
+    graphs, seen = [], []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
 
     compiled, plain = torch.compile(network, fullgraph=True, backend=backend), copy.deepcopy(network)
-    for step in range(2):
-        x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(step)).double()
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    for given in (1 - x, x):
         with clusters(ids):
-            torch.testing.assert_close(compiled(x), plain(x))
+            torch.testing.assert_close(compiled(given), plain(given))
     assert len(graphs) == 1
-
-
-def settled(case: str) -> nn.Module:
-    """Return a layer in evaluation mode whose stored statistics are those of data."""
-    kind, options = LAYERS[case]
-    layer = plain_copy(any_norm(kind, 4, 3, **options))
-    for x, *ids in batches(case)[1:]:
-        layer(x[:, :, :50].float(), *ids)
-    return layer.eval()
+    extractor = create_feature_extractor(plain.eval(), ["layer1.0.bn1", "fc"])
+    plain.get_submodule("layer1.0.bn1").register_forward_hook(lambda *args: seen.append(args[2]))
+    with clusters(ids):
+        want, found = plain(x), extractor(x)
+    assert torch.equal(found["fc"], want)
+    assert torch.equal(found["layer1.0.bn1"], seen[0])
 
 
 class Around(nn.Module):
-    """A model around a layer."""
+    """A model around a layer in evaluation mode, whose stored statistics are those of data."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, case: str) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv1d(2, 4, 1), norm
+        kind, options = LAYERS[case]
+        layer = any_norm(kind, 4, 3, **options)
+        for x, *ids in batches(case)[1:]:
+            layer(x[:, :, :50].float(), *ids)
+        self.conv, self.norm = nn.Conv1d(2, 4, 1), layer
+        self.eval()
 
 
 class Plain(Around):
@@ -220,46 +227,22 @@ class Known(Around):
         return 2 * self.norm(self.conv(x), cluster=ids)
 
 
-def around(case: str) -> Around:
-    return (Known if takes_ids(case) else Plain)(settled(case))
+def around(case: str) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return a model around a layer, arguments to trace it with, and others to run, with unknown clusters if may be."""
+    x, fed = torch.randn(3, 2, 5), torch.randn(7, 2, 5)
+    if not takes_ids(case):
+        return Plain(case), (x,), (fed,)
+    unknown = -1 if LAYERS[case][0] != "dsbn" else 2
+    return Known(case), (x, torch.tensor([0, 2, 1])), (fed, torch.tensor([2, 1, 0, unknown, 2, 1, 0]))
 
 
 def test_symbolic_tracing_sees_a_layer_as_one_step():
     for case in LAYERS:
-        model = around(case)
-        x, ids = torch.randn(9, 2, 5), (torch.arange(9) % 3,) if takes_ids(case) else ()
+        model, _, fed = around(case)
         traced = torch.fx.symbolic_trace(model)
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["conv", "norm"], case
-        assert torch.equal(traced(x, *ids), model(x, *ids)), case
+        assert torch.equal(traced(*fed), model(*fed)), case
         assert traced.norm is model.norm, case
-
-
-@pytest.mark.parametrize("kind", ["ucb", "scb"])
-def test_features_of_a_converted_network_can_be_extracted(kind):
-    network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
-    convert_norms(network, kind, num_components=3, statistics="batch")
-    seen = []
-    extractor = create_feature_extractor(network.eval(), ["layer1.0.bn1", "fc"])
-    network.get_submodule("layer1.0.bn1").register_forward_hook(lambda *args: seen.append(args[2]))
-    x = torch.randn(2, 3, 32, 32)
-    with clusters(torch.tensor([2, 0])):
-        want, found = network(x), extractor(x)
-    assert torch.equal(found["fc"], want)
-    assert torch.equal(found["layer1.0.bn1"], seen[0])
-
-
-IN_EVALUATION = (
-    "dsbn",
-    "dsbn, no statistics",
-    "mn",
-    "scb",
-    "scb instance",
-    "scb_base",
-    "ucb",
-    "ucb compiled",
-    "ucb learned",
-)
-"""Every kind of this package, and what computes in another way."""
 
 
 def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], fed: tuple[Tensor, ...]) -> Tensor:
@@ -277,44 +260,22 @@ def onnx_outputs(model: nn.Module, args: tuple[Tensor, ...], fed: tuple[Tensor, 
     return torch.from_numpy(y)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
-@pytest.mark.parametrize("case", IN_EVALUATION)
+@pytest.mark.parametrize("case", [*IN_EVALUATION, *in_full("dsbn, no statistics", "scb_base", "ucb learned")])
 @torch.no_grad()
-def test_a_traced_layer_takes_batches_of_other_sizes_and_other_clusters(case):
-    layer = settled(case)
-    x, ids = torch.randn(3, 4, 5), torch.tensor([0, 2, 1])
-    fed, fed_ids = torch.randn(7, 4, 5), torch.tensor([2, 1, 0, 2, 2, 1, 0])
-    if LAYERS[case][0] in ("scb", "scb_base"):
-        fed_ids[3] = -1  # unknown
-    first, second = ((x, ids), (fed, fed_ids)) if takes_ids(case) else ((x,), (fed,))
-    traced: Any = torch.jit.trace(layer, first)
-    torch.testing.assert_close(traced(*second), layer(*second), rtol=1e-5, atol=1e-5)
+def test_traced_and_onnx_models_take_batches_of_other_sizes_and_other_clusters(case):
+    model, args, fed = around(case)
+    want = plain_copy(model)(*fed)
+    traced: Any = torch.jit.trace(model, args)
+    torch.testing.assert_close(traced(*fed), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(onnx_outputs(model, args, fed), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of every check of a shape
 def test_a_trace_of_training_keeps_no_draws():
     for case in ("mn", "scb", "ucb compiled"):
         layer: Any = fresh(case)
         with pytest.raises(RuntimeError, match=r"^torch\.jit\.trace: expected evaluation mode, .*"):
             torch.jit.trace(layer, batches(case)[1])
-        torch.testing.assert_close(layer.state_dict(), fresh(case).state_dict(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("case", IN_EVALUATION)
-@torch.no_grad()
-def test_onnx_gives_the_numbers_of_evaluation(case):
-    model = around(case).eval()
-    if "backend" in LAYERS[case][1]:
-        vars(model.norm)["backend"] = LAYERS[case][1]["backend"]
-    x, fed = torch.randn(3, 2, 5), torch.randn(7, 2, 5)
-    ids, fed_ids = torch.tensor([0, 2, 1]), torch.tensor([2, 1, 0, 2, 2, 1, 0])
-    if LAYERS[case][0] in ("scb", "scb_base"):
-        fed_ids[3] = -1  # unknown
-    args = ((x, ids), (fed, fed_ids)) if takes_ids(case) else ((x,), (fed,))
-    want = plain_copy(model)
-    if hasattr(want.norm, "backend"):
-        vars(want.norm)["backend"] = "eager"
-    torch.testing.assert_close(onnx_outputs(model, *args), want(*args[1]), rtol=1e-5, atol=1e-5)
+        assert_state(layer, state(fresh(case)))
 
 
 @torch.no_grad()

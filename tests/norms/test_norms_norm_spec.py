@@ -1,4 +1,4 @@
-"""Conversion of layers that are more than a BatchNorm: with an activation, over processes, or a LayerNorm."""
+"""Conversion of layers that are more than a BatchNorm: with an activation, over processes, or another norm."""
 
 import copy
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from convert_cases import EXACT, IDS, close, images, lived, routed
+from norm_cases import assert_state, state
 from timm.layers import (
     BatchNormAct2d,  # pyright: ignore[reportPrivateImportUsage]
     LayerNorm,  # pyright: ignore[reportPrivateImportUsage]
@@ -39,13 +40,12 @@ def activated(**options: Any) -> Any:
     ("kind", "num", "type_", "options"),
     [
         *((*exact, {"act_layer": Double}) for exact in EXACT),
-        *(("ucb", 1, UCBNorm, options) for options in ({}, {"act_layer": nn.SiLU}, {"apply_act": False})),
+        *(("ucb", 1, UCBNorm, options) for options in ({}, {"apply_act": False})),
     ],
 )
 def test_an_activation_is_kept(kind, num, type_, options):
     model = activated(**options).eval()
-    x, norm, act = images(), model[1], model[1].act
-    before = copy.deepcopy(model.state_dict())
+    x, norm, act, before = images(), model[1], model[1].act, state(model)
     want = model(x)
     convert_norms(model, kind, num_components=num)
     assert converted(model) == ["1"]
@@ -55,9 +55,8 @@ def test_an_activation_is_kept(kind, num, type_, options):
     with routed(kind):
         close(model(x), want)
         model.train()(x).square().sum().backward()
-    assert model.eval()[1].norm is not norm
-    assert revert_norms(model)[1] is norm
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert revert_norms(model.eval())[1] is norm
+    assert_state(model, before)
     assert torch.equal(model(x), want)
 
 
@@ -65,14 +64,13 @@ def test_dropout_comes_between_norm_and_activation():
     model = activated(drop_layer=partial(nn.Dropout, 0.5), act_layer=Double).train()
     twin = copy.deepcopy(model)
     convert_norms(model, "ucb", num_components=1)
+    outputs = []
     for net in (model, twin):
         net[1].drop.train()
-    torch.manual_seed(3)
-    want = twin(images())
-    torch.manual_seed(3)
-    y = model(images())
-    close(y, want)
-    assert (y == 1).float().mean() > 0.4  # what dropout takes; dropout after it would give 0
+        torch.manual_seed(3)
+        outputs.append(net(images()))
+    close(*outputs)
+    assert (outputs[0] == 1).float().mean() > 0.4  # what dropout takes; dropout after it would give 0
 
 
 class ActThenNorm(nn.BatchNorm2d):
@@ -87,14 +85,11 @@ class ActThenNorm(nn.BatchNorm2d):
 
 
 class Gated(nn.BatchNorm2d):
-    """Has one part more."""
+    """Holds one module more."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.act, self.gate = nn.ReLU(), nn.Conv2d(channels, channels, 1)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.act(super().forward(input)) * self.gate(input)
 
 
 class Centred(nn.LayerNorm):
@@ -108,30 +103,25 @@ class LayerGated(nn.LayerNorm):
         self.gate = nn.Linear(channels, channels)
 
 
-@pytest.mark.parametrize(
-    ("norm", "match"),
-    [
-        (ActThenNorm(4), r"where: 0 \(ActThenNorm\) does more than torch's BatchNorm, .* leave it out by `where`"),
-        (Gated(4), r"where: 0 \(Gated\) holds gate, which would be lost; leave it out by `where`"),
-        (Centred(4), r"where: 0 \(Centred\) does more than torch's LayerNorm, which would be lost"),
-        (LayerGated(4), r"where: 0 \(LayerGated\) holds gate, which would be lost"),
+def test_what_only_looks_alike_is_refused():
+    for norm, match in (
+        (ActThenNorm(4), r"0 \(ActThenNorm\) does more than torch's BatchNorm, .* leave it out by `where`"),
+        (Gated(4), r"0 \(Gated\) holds gate, which would be lost; leave it out by `where`"),
+        (Centred(4), r"0 \(Centred\) does more than torch's LayerNorm, which would be lost"),
+        (LayerGated(4), r"0 \(LayerGated\) holds gate, which would be lost"),
         (
             prune.l1_unstructured(nn.LayerNorm(4), "weight", amount=1),
-            r"where: 0 \(LayerNorm\) has parameters or buffers of its own \(pruning\?\), which would be lost",
+            r"0 \(LayerNorm\) has parameters or buffers of its own \(pruning\?\), which would be lost",
         ),
-        (nn.LayerNorm([2, 4]), r"where: 0 \(LayerNorm\) normalises over \(2, 4\), of which none alone is the channels"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_only_looks_alike_is_refused(norm, match):
-    model = nn.Sequential(norm).train()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=match):
-        convert_norms(model, "ucb", type(norm))
-    assert model[0] is norm
-    assert all(module.training for module in model.modules())
-    for name, tensor in model.state_dict().items():  # looking changed nothing
-        assert torch.equal(tensor, before[name]), name
+        (nn.LayerNorm([2, 4]), r"0 \(LayerNorm\) normalises over \(2, 4\), of which none alone is the channels"),
+    ):
+        model = nn.Sequential(norm).train()
+        before = state(model)
+        with pytest.raises(ValueError, match=f"where: {match}"):
+            convert_norms(model, "ucb", type(norm))
+        assert model[0] is norm
+        assert all(module.training for module in model.modules())
+        assert_state(model, before)  # looking changed nothing
 
 
 @pytest.mark.parametrize(("kind", "fused"), [("ucb", False), ("ucb", True), ("scb", False)])
@@ -142,48 +132,47 @@ def test_a_synchronised_batch_norm_is_converted(kind, fused):
     assert isinstance(model[1], nn.SyncBatchNorm)
     want = model(images())
     convert_norms(model, kind, num_components=1 if kind == "ucb" else 3)
-    layer = model[1].norm if fused else model[1]
     if kind == "ucb":
-        assert layer.process_group == "world"
+        assert (model[1].norm if fused else model[1]).process_group == "world"
     with routed(kind):
         close(model(images()), want)
 
 
-def test_a_synchronised_layer_may_be_told_its_group():
-    model = nn.Sequential(nn.SyncBatchNorm(4))
-    convert_norms(model, "ucb", process_group=None)
-    assert model[0].process_group is None
-    alone = nn.Sequential(nn.SyncBatchNorm(4))
-    assert isinstance(convert_norms(alone, "mn", process_group=None)[0], MixtureNorm)  # said, so it is meant
-
-
-def test_a_synchronised_batch_norm_becomes_no_layer_of_one_process():
-    model = nn.Sequential(nn.SyncBatchNorm(4))
+def test_a_synchronised_batch_norm_becomes_no_layer_of_one_process_unless_told():
+    model: Any = nn.Sequential(nn.SyncBatchNorm(4))
     for kind in ("mn", "dsbn"):
         with pytest.raises(ValueError, match=rf"kind: expected 'ucb', .* for 0 \(SyncBatchNorm\), .* got '{kind}'"):
             convert_norms(model, kind)
         assert isinstance(model[0], nn.SyncBatchNorm)
+    assert isinstance(convert_norms(copy.deepcopy(model), "mn", process_group=None)[0], MixtureNorm)
+    assert convert_norms(model, "ucb", process_group=None)[0].process_group is None
+
+
+def test_domains_are_not_synchronised():
+    for synchronised in (convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm):
+        model = convert_norms(lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), "dsbn", num_components=2)
+        with pytest.raises(ValueError, match=r"^DomainBatchNorm: .* SyncBatchNorm, .*; take kind 'scb', .*"):
+            synchronised(model)
 
 
 WARNED = r"keeps no statistics for 'ucb' to start from, .*: call recalibrate\(model, loader\) .*, and train it on$"
-LAYER_NORMS = {
-    "torch": (nn.LayerNorm(4), (6, 5, 4), -1),
-    "torch, (N, H, W, C)": (nn.LayerNorm(4), (6, 2, 3, 4), -1),
-    "timm": (LayerNorm(4), (6, 5, 4), -1),
-    "timm 2d": (LayerNorm2d(4), (6, 4, 2, 3), 1),
-    "torchvision 2d": (convnext.LayerNorm2d(4), (6, 4, 2, 3), 1),
-    "two channels": (LayerNorm2d(2), (6, 2, 2, 3), 1),
-}
 
 
-@pytest.mark.parametrize("name", LAYER_NORMS)
-def test_a_layer_norm_is_replaced_over_its_channels(name):
-    norm, shape, dim = LAYER_NORMS[name]
-    norm = copy.deepcopy(norm).eval()
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in norm.parameters():
-            p.copy_(torch.rand(p.shape, generator=rng) + 0.5)
+@pytest.mark.parametrize(
+    ("norm", "shape", "dim"),
+    [
+        (nn.LayerNorm(4), (6, 2, 3, 4), -1),
+        (LayerNorm(4), (6, 5, 4), -1),
+        (LayerNorm2d(4), (6, 4, 2, 3), 1),
+        (convnext.LayerNorm2d(4), (6, 4, 2, 3), 1),
+        (LayerNorm2d(2), (6, 2, 2, 3), 1),  # as many channels as the probe has rows
+    ],
+    ids=str,
+)
+def test_a_layer_norm_is_replaced_over_its_channels(norm, shape, dim):
+    norm, rng = copy.deepcopy(norm).eval(), torch.Generator().manual_seed(0)
+    for p in norm.parameters():
+        nn.init.uniform_(p, 0.5, 1.5, rng)
     model = nn.Sequential(norm)
     with pytest.warns(UserWarning, match=f"^0: a LayerNorm {WARNED}"):
         convert_norms(model, "ucb", nn.LayerNorm, num_components=1)
@@ -193,8 +182,7 @@ def test_a_layer_norm_is_replaced_over_its_channels(name):
     # As by BatchNorm at mean 0 and variance 1, and in training by the batch's own moments.
     x = torch.randn(shape, generator=rng) + 3
     scale = norm.weight / (1 + norm.eps) ** 0.5
-    y = (x.movedim(dim, -1) * scale + norm.bias).movedim(-1, dim)
-    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer(x), (x.movedim(dim, -1) * scale + norm.bias).movedim(-1, dim))
     first = x.movedim(dim, 1)
     want = F.batch_norm(first, None, None, norm.weight, norm.bias, training=True, eps=norm.eps).movedim(1, dim)
     torch.testing.assert_close(layer.train()(x), want, rtol=1e-4, atol=1e-5)
@@ -222,7 +210,6 @@ def test_what_a_layer_norm_does_without_is_not_learned(options):
 
 def test_layer_norms_are_left_alone_unless_asked_for():
     def mixed() -> Any:
-        torch.manual_seed(0)
         return nn.Sequential(nn.BatchNorm1d(4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.LayerNorm(4))
 
     assert converted(convert_norms(mixed(), "ucb")) == ["0", "2"]
@@ -242,23 +229,21 @@ def test_layer_norms_are_left_alone_unless_asked_for():
         convert_norms(mixed(), "ucb", nn.Conv2d)
 
 
-@pytest.mark.parametrize("kind", ["scb", "scb_base"])
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("kind", "affine"), [("scb", False), ("scb_base", True)])
 def test_an_instance_norm_becomes_one_of_clusters_that_computes_the_same(kind, affine):
     torch.manual_seed(0)
     norm = nn.InstanceNorm2d(4, eps=1e-3, affine=affine)
     for p in norm.parameters():
         nn.init.uniform_(p, 0.5, 1.5)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.BatchNorm2d(4)).eval()
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.BatchNorm2d(4)).eval()
     x = images()
     want = model[:2](x)
     convert_norms(model, kind, nn.InstanceNorm2d, statistics="instance")
     assert converted(model) == ["1"]
     assert model[1].affine == affine
     for training in (True, False):
-        model.train(training)
         with routed(kind):
-            close(model[:2](x), want)
+            close(model.train(training)[:2](x), want)
     assert revert_norms(model)[1] is norm
 
 
@@ -278,13 +263,12 @@ def test_an_instance_norm_is_refused_where_it_would_be_lost():
 
 
 @pytest.mark.parametrize(
-    ("norm", "options", "eps"),
+    ("kind", "norm", "options", "eps"),
     [
-        (nn.InstanceNorm2d(3, eps=1.0), {"statistics": "instance"}, "1.0"),
-        (nn.BatchNorm2d(3), {"statistics": "batch", "eps": 2}, "2.0"),
+        ("scb", nn.InstanceNorm2d(3, eps=1.0), {"statistics": "instance"}, "1.0"),
+        ("scb_base", nn.BatchNorm2d(3), {"statistics": "batch", "eps": 2}, "2.0"),
     ],
 )
-@pytest.mark.parametrize("kind", ["scb", "scb_base"])
 def test_an_eps_that_leaves_clusters_no_variance_to_start_at_is_refused(kind, norm, options, eps):
     model = nn.Sequential(norm)
     start = f"^eps: expected less than 1 for 0 with statistics='{options['statistics']}'"
@@ -294,11 +278,22 @@ def test_an_eps_that_leaves_clusters_no_variance_to_start_at_is_refused(kind, no
     convert_norms(nn.Sequential(nn.BatchNorm2d(3, eps=1.0)), kind)  # learned: starts at the BatchNorm's own variance
 
 
-def test_a_layer_norm_starts_at_the_identity_of_instance_statistics():
-    model = nn.Sequential(nn.LayerNorm(4)).eval()
-    x = images()[..., :4].flatten(1, 2)
-    convert_norms(model, "scb", nn.LayerNorm, statistics="instance")
-    close(model(x), F.instance_norm(x.movedim(-1, 1)).movedim(1, -1))
+def test_clusters_start_at_layer_norms_inputs():
+    model = nn.Sequential(nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"init: expected 'data' for kind 'scb' at 0 \(LayerNorm\), .* got 'identity'"):
+        convert_norms(model, "scb", nn.LayerNorm)
+    with pytest.raises(ValueError, match=r"kind: expected 'ucb' or 'mn' for 0 \(LayerNorm\), got 'dsbn'"):
+        convert_norms(model, "dsbn", nn.LayerNorm)
+    x = torch.randn(6, 50, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    starts: Any = ({"init": "data"}, {"statistics": "instance"})
+    for options in starts:
+        with clusters(IDS):
+            y = convert_norms(copy.deepcopy(model), "scb", nn.LayerNorm, **options)(x)
+        for own in (y[k::3] for k in range(3)):
+            torch.testing.assert_close(own.mean((0, 1)), torch.zeros(4), rtol=0, atol=1e-5)
+            torch.testing.assert_close(own.var((0, 1), correction=0), torch.ones(4), rtol=1e-4, atol=0)
+        if "statistics" in options:
+            close(y, F.instance_norm(x.movedim(-1, 1)).movedim(1, -1))
 
 
 @pytest.mark.filterwarnings("ignore:layers.* a LayerNorm keeps:UserWarning")
@@ -322,25 +317,3 @@ def test_a_transformer_encoder_that_goes_past_its_norms_is_refused():
         torch.backends.mha.set_fastpath_enabled(enabled)
     with torch.no_grad():  # what is refused for: not the same
         assert (model(x) - want).abs().max() > 0.1
-
-
-def test_clusters_start_at_layer_norms_inputs():
-    model = nn.Sequential(nn.LayerNorm(4))
-    with pytest.raises(ValueError, match=r"init: expected 'data' for kind 'scb' at 0 \(LayerNorm\), .* got 'identity'"):
-        convert_norms(model, "scb", nn.LayerNorm)
-    with pytest.raises(ValueError, match=r"kind: expected 'ucb' or 'mn' for 0 \(LayerNorm\), got 'dsbn'"):
-        convert_norms(model, "dsbn", nn.LayerNorm)
-    convert_norms(model, "scb", nn.LayerNorm, init="data")
-    x = torch.randn(6, 50, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    with clusters(IDS):
-        y = model(x)
-    for own in (y[k::3] for k in range(3)):
-        torch.testing.assert_close(own.mean((0, 1)), torch.zeros(4), rtol=0, atol=1e-5)
-        torch.testing.assert_close(own.var((0, 1), correction=0), torch.ones(4), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("synchronised", [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm])
-def test_domains_are_not_synchronised(synchronised):
-    model = convert_norms(lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), "dsbn", num_components=2)
-    with pytest.raises(ValueError, match=r"^DomainBatchNorm: .* SyncBatchNorm, .*; take kind 'scb', .*"):
-        synchronised(model)

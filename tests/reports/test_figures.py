@@ -18,7 +18,7 @@ from refusals import refused
 
 import common.figures
 from common.reports import figures
-from common.reports.figures import Curves, curve_panels, curves, grid
+from common.reports.figures import Curves, curves, grid
 from common.runtime.seeding import generator
 
 X = [0.0, 10.0, 20.0, 30.0]
@@ -47,7 +47,7 @@ def points(svg: Path, style: str) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("log_y", [False, True])
 def test_line_and_band_are_where_mean_and_deviation_are(tmp_path, log_y):
     ruler = {"ten": [(X, [10.0] * 4)], "hundred": [(X, [100.0] * 4)]}  # two known heights give the scale
-    curves(tmp_path / "f", {"UCB": RUNS, **ruler}, xlabel="epoch", ylabel="FID", log_y=log_y)
+    curves(tmp_path / "f", [Curves({"UCB": RUNS, **ruler}, "FID")], xlabel="epoch", log_y=log_y)
     scale = math.log if log_y else float
     ten, hundred = (points(tmp_path / "f.svg", f"fill: none; stroke: {c}")[0][1] for c in (ORANGE, GREEN))
 
@@ -70,30 +70,33 @@ def test_line_and_band_are_where_mean_and_deviation_are(tmp_path, log_y):
 def test_a_band_that_would_reach_zero_on_a_logarithmic_axis_ends_at_the_lowest_run(tmp_path):
     runs = [(X, [1.0] * 4), (X, [100.0] * 4)]  # mean 50.5, deviation 70.0
     ruler = {"ten": [(X, [10.0] * 4)], "hundred": [(X, [100.0] * 4)]}
-    curves(tmp_path / "f", {"a": runs, **ruler}, xlabel="x", ylabel="y", log_y=True)
+    curves(tmp_path / "f", [Curves({"a": runs, **ruler}, "y")], xlabel="x", log_y=True)
     ten, hundred = (points(tmp_path / "f.svg", f"fill: none; stroke: {c}")[0][1] for c in (ORANGE, GREEN))
     lowest = max(y for _, y in points(tmp_path / "f.svg", f"fill: {BLUE}; fill-opacity"))  # SVG counts downwards
     assert 10 ** (1 + (lowest - ten) / (hundred - ten)) == pytest.approx(1.0, rel=1e-3)
 
 
+def words(svg: Path) -> list[str]:
+    return [line.strip() for line in re.findall(r"<!--(.*?)-->", svg.read_text())]
+
+
 def test_the_legend_counts_runs_and_keeps_odd_labels(tmp_path):
     series = {"UCB": RUNS, "_one": RUNS[:1], "$a$ & <b>": RUNS[:2]}
-    curves(tmp_path / "f.png", series, xlabel="epoch", ylabel="FID", title="Digits", floor=12.34, floor_label="real")
-    text = (tmp_path / "f.svg").read_text()
-    shown = [line.strip() for line in re.findall(r"<!--(.*?)-->", text)]
-    for words in ("UCB (n = 3)", "_one (n = 1)", "mean ± standard deviation", "real (12.3)", "epoch", "FID", "Digits"):
-        assert words in shown
-    assert any("$a$" in words and "(n = 2)" in words for words in shown)
-    curves(tmp_path / "g", {"one": RUNS[:1]}, xlabel="epoch", ylabel="FID")
+    panel = Curves(series, "FID", floor=12.34, floor_label="real")
+    curves(tmp_path / "f.png", [panel], xlabel="epoch", title="Digits")
+    drawn = words(tmp_path / "f.svg")
+    assert {"UCB (n = 3)", "_one (n = 1)", "mean ± standard deviation", "real (12.3)", "epoch", "FID"} <= {*drawn}
+    assert "Digits" in drawn
+    assert any("$a$" in text and "(n = 2)" in text for text in drawn)
+    curves(tmp_path / "g", [Curves({"one": RUNS[:1]}, "FID")], xlabel="epoch")
     assert "deviation" not in (tmp_path / "g.svg").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.png", "f.svg", "g.png", "g.svg"]
 
 
 def test_bytes_repeat_whatever_the_program_has_set_and_leave_it_alone(tmp_path):
-    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
-
     def draw(name: str) -> list[bytes]:
-        files = curves(tmp_path / name, {"UCB": RUNS, "b": RUNS[1:]}, xlabel="x", ylabel="y", floor=9)
+        files = curves(tmp_path / name, [Curves({"UCB": RUNS, "b": RUNS[1:]}, "y", floor=9)], xlabel="x")
+        images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
         files += grid(tmp_path / f"{name}-grid", images, captions=["a", "b", "c"])
         return [path.read_bytes() for path in files]
 
@@ -117,245 +120,175 @@ def test_importing_chooses_no_backend():
     assert done.stdout.strip() == "svg"
 
 
-BAD_SERIES = {
-    "nothing": ({}, "series"),
-    "no runs": ({"MN": []}, "MN: expected at least one run"),
-    "other x": ({"MN": [(X, ONE), ([0, 10, 20, 31], ONE)]}, "MN: .* different x .4 from 0 to 30 and 4 from 0 to 31"),
-    "shorter": ({"fine": RUNS, "MN": [*RUNS, (X[:3], X[:3])]}, "MN: its runs have different x"),
-    "lengths": ({"MN": [(X, X[:3])]}, "MN: expected x and y of one length"),
-    "empty": ({"MN": [([], [])]}, "MN: expected x and y of one length"),
-    "nan": ({"MN": [(X, [1, 2, 3, math.nan])]}, "MN: expected finite"),
-    "zero": ({"MN": [(X, [1, 2, 3, 0])]}, "MN: expected values above 0"),
-}  # fmt: skip
-
-
-def test_bad_series_name_the_label_and_write_nothing(tmp_path):
-    for series, message in BAD_SERIES.values():
+def test_what_cannot_be_drawn_is_named_and_nothing_written(tmp_path):
+    for runs, floor, message in (
+        ([(X, ONE), ([0, 10, 20, 31], ONE)], None, "MN: .* different x .4 from 0 to 30 and 4 from 0 to 31"),
+        ([(X, X[:3])], None, "MN: expected finite x and y of one length"),
+        ([(X, [1, 2, 3, math.nan])], None, "MN: expected finite"),
+        ([(X, [1, 2, 3, 0])], None, "MN: expected values above 0"),
+        (RUNS, 0.0, "floor: expected a finite positive number, got 0"),
+        (RUNS, math.inf, "floor: expected a finite positive number, got inf"),
+    ):
         with pytest.raises(ValueError, match=message):
-            curves(tmp_path / "f", series, xlabel="x", ylabel="y", log_y=True)
-    with pytest.raises(ValueError, match="floor"):
-        curves(tmp_path / "f", {"a": RUNS}, xlabel="x", ylabel="y", log_y=True, floor=0.0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_pictures_are_enlarged_pixel_by_pixel(tmp_path):
-    for columns, shape in ((None, (2, 3)), (5, (1, 5)), (2, (3, 2)), (9, (1, 5))):
-        images = torch.randint(0, 256, (5, 3, 6, 9), generator=generator(0, "grid")).to(torch.uint8)
-        grid(tmp_path / "g", images, columns=columns)
-        drawn = np.asarray(Image.open(tmp_path / "g.png").convert("RGB"))
-        rows, across = shape
-        factor, rest = divmod(drawn.shape[1], across * 10 + 1)  # nine pixels and one between
-        assert rest == 0
-        assert drawn.shape[0] == factor * (rows * 7 + 1)
-        small = drawn[factor // 2 :: factor, factor // 2 :: factor]
-        assert np.array_equal(np.kron(small, np.ones((factor, factor, 1))), drawn)
-        for i, image in enumerate(images):
-            top, left = 1 + i // across * 7, 1 + i % across * 10
-            assert np.array_equal(small[top : top + 6, left : left + 9], image.permute(1, 2, 0).numpy())
-        ET.parse(tmp_path / "g.svg")
-
-
-def test_captions_leave_the_pictures_whole(tmp_path):
-    images = torch.randint(0, 200, (4, 3, 8, 8), generator=generator(1, "grid")).to(torch.uint8)
-    grid(tmp_path / "g", images, captions=["zero", "one", "", "a very long caption indeed"])
-    drawn = np.asarray(Image.open(tmp_path / "g.png").convert("RGB"))
-    factor = drawn.shape[1] // 19
-    small = drawn[factor // 2 :: factor, factor // 2 :: factor]
-    cell = (len(small) - 1) // 2
-    for i, image in enumerate(images):
-        top, left = 1 + i // 2 * cell, 1 + i % 2 * 9
-        assert np.array_equal(small[top : top + 8, left : left + 8], image.permute(1, 2, 0).numpy())
-    below = [drawn[(9 + i // 2 * cell) * factor : cell * (1 + i // 2) * factor,
-                   (1 + i % 2 * 9) * factor : (9 + i % 2 * 9) * factor] for i in range(4)]  # fmt: skip
-    assert [bool((strip < 128).any()) for strip in below] == [True, True, False, True]
-
-
-def test_bad_grids_name_the_argument(tmp_path):
-    sound = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    for images in (sound.float(), sound[:, :1], sound[:0]):
+            curves(tmp_path / "f", [Curves({"MN": runs}, "y", floor=floor)], xlabel="x", log_y=True)
+    valid = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    for images in (valid.float(), valid[:, :1], valid[:0]):
         with pytest.raises(ValueError, match="images: expected uint8"):
             grid(tmp_path / "g", images)
-    with pytest.raises(ValueError, match="columns: expected at least 1"):
-        grid(tmp_path / "g", sound, columns=0)
-    with pytest.raises(ValueError, match="captions: expected one for each of 2"):
-        grid(tmp_path / "g", sound, captions=["a"])
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_enlarged_pixel_by_pixel_above_their_captions(tmp_path):
+    captions = ["zero", "one", "", "a very long caption indeed", "four"]
+    for columns, across, named in ((None, 3, None), (9, 5, None), (2, 2, captions)):
+        images = torch.randint(0, 200, (5, 3, 6, 9), generator=generator(0, "grid")).to(torch.uint8)
+        grid(tmp_path / "g", images, columns=columns, captions=named)
+        drawn = np.asarray(Image.open(tmp_path / "g.png").convert("RGB"))
+        factor, rest = divmod(drawn.shape[1], across * 10 + 1)  # nine pixels and one between
+        assert rest == 0
+        small = drawn[factor // 2 :: factor, factor // 2 :: factor]
+        cell = (len(small) - 1) // -(-5 // across)
+        if named is None:
+            assert cell == 7
+            assert np.array_equal(np.kron(small, np.ones((factor, factor, 1))), drawn)
+        for i, image in enumerate(images):
+            top, left = 1 + i // across * cell, 1 + i % across * 10
+            assert np.array_equal(small[top : top + 6, left : left + 9], image.permute(1, 2, 0).numpy())
+            below = drawn[(top + 6) * factor : (top + cell - 1) * factor, left * factor : (left + 9) * factor]
+            assert bool((below < 128).any()) == bool(named and named[i])
 
 
 TAG = "metric/fid_classifier"
 
 
-def make_run(folder: Path, name: str, *, seed: int, kind: str = "ucb", floor: float = 3.0, epochs=(0, 10)) -> str:
+def make_run(folder: Path, name: str, *, seed: int = 0, norm: str = "kind: ucb", more: str = "", floor: float = 3.0,
+             epochs: tuple[int, ...] = (0, 10)) -> str:  # fmt: skip
     path = folder / name
     path.mkdir()
-    (path / "config.yaml").write_text(f"seed: {seed}\nnorm: {{kind: {kind}}}\n")
-    lines = [{"step": 8 * e, "epoch": e, TAG: 50.0 - e - seed, f"{TAG}_floor": floor} for e in epochs]
+    (path / "config.yaml").write_text(f"seed: {seed}\nnorm: {{{norm}}}\n{more}")
+    lines = [{"step": 8 * e, "epoch": e, TAG: 50.0 - e - seed, f"{TAG}_floor": floor, "loss/test": 2.0} for e in epochs]
     lines += [{"step": s, "epoch": 0, "loss/d": 1.0} for s in (3, 6)] + [{"step": 9, "epoch": 1, TAG: None}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "environment.json").write_text('{"sessions": []}')
+    (path / "summary.json").write_text('{"protocol": {}, "better": {}}')
     return str(path)
 
 
+def drawn_lines(capsys, *argv: str) -> list[str]:
+    """Draw, and return the names of the lines."""
+    common.figures.main([*argv, "--force"])
+    return [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+
+
 def test_the_command_joins_runs_that_differ_by_seed_alone(tmp_path, capsys):
-    names = {"ucb-seed0": 0, "ucb-seed1": 1, "odd": 2}
-    runs = [make_run(tmp_path, name, seed=seed) for name, seed in names.items()]
-    other = make_run(tmp_path, "bn-seed0", seed=0, kind="bn")
+    runs = [make_run(tmp_path, name, seed=seed) for name, seed in {"ucb-seed0": 0, "ucb-seed1": 1, "odd": 2}.items()]
+    other = make_run(tmp_path, "bn-seed0", norm="kind: bn")
     common.figures.main(["--runs", *runs[:2], other, "--out", f"{tmp_path}/fid"])
-    told = capsys.readouterr().out.splitlines()
-    assert told == [
+    assert capsys.readouterr().out.splitlines() == [
         f"ucb: {runs[0]}, {runs[1]}",
         f"bn: {other}",
         f"written: {tmp_path}/fid.png, {tmp_path}/fid.svg",
     ]
-    text = (tmp_path / "fid.svg").read_text()
-    for words in ("ucb (n = 2)", "bn (n = 1)", "real test images (3)", TAG):
-        assert words in text
+    assert {"ucb (n = 2)", "bn (n = 1)", "real test images (3)", TAG} <= {*words(tmp_path / "fid.svg")}
     common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/all.svg"])
     assert "ucb-seed0, ucb-seed1, odd (n = 3)" in (tmp_path / "all.svg").read_text()
 
 
 def test_several_values_have_a_panel_each_and_one_legend(tmp_path):
-    runs = [make_run(tmp_path, name, seed=seed) for name, seed in (("a", 0), ("b", 1))]
-    other = make_run(tmp_path, "bn", seed=0, kind="bn")
-    for run in (*runs, other):
-        with Path(run, "metrics.jsonl").open("a") as file:
-            file.write('{"step": 0, "epoch": 0, "loss/test": 2.0}\n{"step": 80, "epoch": 10, "loss/test": 1.0}\n')
-    argv = ["--runs", *runs, other, "--out", f"{tmp_path}/f", "--tag", TAG, "loss/test", "--title", "both"]
-    common.figures.main(argv)
-    text = (tmp_path / "f.svg").read_text()
-    shown = [line.strip() for line in re.findall(r"<!--(.*?)-->", text)]
-    for words, count in ((TAG, 1), ("loss/test", 1), ("ucb (n = 2)", 1), ("bn (n = 1)", 1), ("both", 1), ("epoch", 2)):
-        assert shown.count(words) == count, words
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", seed=1), make_run(tmp_path, "bn", norm="kind: bn")]
+    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f", "--tag", TAG, "loss/test", "--title", "both"])
+    drawn, text = words(tmp_path / "f.svg"), (tmp_path / "f.svg").read_text()
+    for name, count in ((TAG, 1), ("loss/test", 1), ("ucb (n = 2)", 1), ("bn (n = 1)", 1), ("both", 1), ("epoch", 2)):
+        assert drawn.count(name) == count, name
     assert text.count('<g id="axes_') == 2
-    assert "real test images (3)" in shown
+    assert "real test images (3)" in drawn
     for colour in (BLUE, ORANGE):
         assert len(re.findall(f"fill: none; stroke: {colour}; stroke-width: 1.8", text)) == 3  # twice, and the legend
-
-
-def test_panels_stand_two_or_three_a_row(tmp_path):
-    for count, wide in ((3, 3), (4, 2)):
-        panels = [Curves({"a": [(X, ONE)]}, "y")] * count
-        curve_panels(tmp_path / "f", panels, xlabel="x")
-        with Image.open(tmp_path / "f.png") as image:
-            width, height = image.size
-        assert width / height == pytest.approx(4.2 * wide / (3.1 * count / wide + 0.25), rel=0.01)  # the legend
 
 
 def test_the_legend_of_several_panels_stands_below_them_and_the_panels_fill_the_rest(tmp_path, monkeypatch):
     made: list[Figure] = []
     monkeypatch.setattr(figures, "write_figure", lambda figure, path: made.append(figure))
     names = ("ucb", "bn", "mn, groups 1", "scb, statistics batch, num_components 10")
-    for count in (2, 3, 4):
+    for count, across in ((2, 2), (3, 3), (4, 2)):
         panels = [Curves({name: [(X, ONE)] for name in names}, "y", floor=2.0)] * count
-        curve_panels(tmp_path / "f", panels, xlabel="x", title="both")
+        curves(tmp_path / "f", panels, xlabel="x", title="both")
         figure = made[-1]
         FigureCanvasAgg(figure).draw()
         (legend,), (width, height) = figure.legends, figure.get_size_inches() * figure.dpi
         box = legend.get_window_extent()
         panes = [axes.get_window_extent() for axes in figure.axes]
+        assert len({round(pane.x0) for pane in panes}) == across
         assert min(box.x0, box.y0, width - box.x1) >= 0
         assert box.y1 < min(pane.y0 for pane in panes)
         assert sum(pane.width * pane.height for pane in panes) > 0.45 * width * height
 
 
-def test_what_follows_from_the_kind_of_layer_is_not_named(tmp_path, capsys):
-    norms = {
-        "a": "kind: ucb, affine: true, init: uniform",
-        "b": "kind: in, affine: false",
-        "c": "kind: bn, affine: true",
-    }
-    runs = [make_run(tmp_path, name, seed=0) for name in norms]
-    for run, norm in zip(runs, norms.values(), strict=True):
-        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{{norm}}}\n")
-    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
-    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["ucb", "in", "bn"]
-    Path(runs[2], "config.yaml").write_text("seed: 0\nnorm: {kind: bn, affine: false}\n")
-    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f", "--force"])
-    assert "bn, norm.affine false: " in capsys.readouterr().out
-
-
-def test_the_legend_names_what_differs(tmp_path, capsys):
-    norms = {"a": "kind: ucb, num_components: 3, groups: null", "b": "kind: ucb, num_components: 3, groups: 1",
-             "c": "kind: bn, num_components: 5"}  # fmt: skip
-    runs = [make_run(tmp_path, name, seed=0) for name in norms]
-    for run, norm in zip(runs, norms.values(), strict=True):
-        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{{norm}}}\ncache: /{Path(run).name}\n")
-    out = ["--out", f"{tmp_path}/f", "--force"]
-    common.figures.main(["--runs", *runs, *out])
-    names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
-    assert names == [
-        "ucb, norm.groups null",
-        "ucb, norm.groups 1",
-        "bn",
-    ]  # neither components nor groups mean it a thing
-    common.figures.main(["--runs", *runs, *out, "--label", "joint", "1", "BatchNorm"])
-    names = [line.split(": /")[0] for line in capsys.readouterr().out.splitlines()[:3]]
-    assert names == ["joint", "1", "BatchNorm"]
-    for label in ("joint (n = 1)", "BatchNorm (n = 1)"):
-        assert label in (tmp_path / "f.svg").read_text()
-    for wrong in (["joint"], ["a", "b", "a"]):
-        line = refused(capsys, common.figures.main, "--runs", *runs, *out, "--label", *wrong)
-        assert f"label: expected 3 different names, for a; b; c; got {', '.join(wrong)}" in line
-
-
-def test_lines_that_differ_by_place_alone_are_told_apart_by_it(tmp_path, capsys):
-    runs = [make_run(tmp_path, name, seed=0) for name in ("a", "b")]
-    for run in runs:
-        Path(run, "config.yaml").write_text(f"seed: 0\nnorm: {{kind: bn}}\ndevice: {Path(run).name}\n")
-    common.figures.main(["--runs", *runs, "--out", f"{tmp_path}/f"])
-    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["device a", "device b"]
+def test_the_legend_names_what_differs_and_does_not_follow_from_the_kind(tmp_path, capsys):
+    norms = {"kind: ucb, num_components: 3, groups: null, affine: true": "ucb, norm.groups null",
+             "kind: ucb, num_components: 3, groups: 1, affine: true": "ucb, norm.groups 1",
+             "kind: bn, num_components: 5, affine: true": "bn",  # it has no components
+             "kind: in, affine: false": "in"}  # fmt: skip
+    runs = [make_run(tmp_path, f"r{i}", norm=norm, more=f"cache: /{i}\n") for i, norm in enumerate(norms)]
+    argv = ["--runs", *runs, "--out", f"{tmp_path}/f"]
+    assert drawn_lines(capsys, *argv) == list(norms.values())
+    assert drawn_lines(capsys, *argv, "--label", "joint", "1", "BatchNorm", "d") == ["joint", "1", "BatchNorm", "d"]
+    assert {"joint (n = 1)", "BatchNorm (n = 1)"} <= {*words(tmp_path / "f.svg")}
+    for wrong in (["joint"], ["a", "b", "a", "c"]):
+        line = refused(capsys, common.figures.main, *argv, "--force", "--label", *wrong)
+        assert f"label: expected 4 different names, for r0; r1; r2; r3; got {', '.join(wrong)}" in line
+    plain = make_run(tmp_path, "plain", norm="kind: bn, affine: false")
+    found = drawn_lines(capsys, "--runs", *runs[::3], plain, "--out", f"{tmp_path}/f")
+    assert found[2] == "bn, norm.affine false"
+    places = [make_run(tmp_path, name, norm="kind: bn", more=f"device: {name}\n") for name in ("cpu", "cuda")]
+    assert drawn_lines(capsys, "--runs", *places, "--out", f"{tmp_path}/f") == ["device cpu", "device cuda"]
 
 
 def test_unlike_runs_are_refused_as_tables_do(tmp_path, capsys):
-    runs = [make_run(tmp_path, "a", seed=0), make_run(tmp_path, "b", seed=0, kind="bn", floor=4.0)]
+    runs = [make_run(tmp_path, "a"), make_run(tmp_path, "b", norm="kind: bn", floor=4.0)]
     argv = ["--runs", *runs, "--out", f"{tmp_path}/f"]
     assert f"{TAG}_floor is 3 in {runs[0]} and 4 in {runs[1]}" in refused(capsys, common.figures.main, *argv)
-    runs[1] = make_run(tmp_path, "c", seed=0, kind="bn", floor=3.02)
-    for run, count in zip(runs, (1000, 500), strict=True):
-        Path(run, "summary.json").write_text(json.dumps({"protocol": {"n_real": count}}))
-    argv[1:3] = runs
-    assert f"{runs[0]} and {runs[1]} were measured otherwise (n_real differ)" in refused(
-        capsys, common.figures.main, *argv
-    )
     assert not list(tmp_path.glob("f.*"))
     common.figures.main([*argv, "--tag", "loss/d", "--x", "step"])  # which does not depend on it
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    run = make_run(tmp_path, "a-seed0", seed=0)
+    run, longer = make_run(tmp_path, "a-seed0"), make_run(tmp_path, "a-seed1", seed=1, epochs=(0, 10, 20))
     out = ["--out", f"{tmp_path}/f"]
-    assert "runs: name at least one" in refused(capsys, common.figures.main, *out)
-    assert "argument --runs: expected at least one argument" in refused(capsys, common.figures.main, "--runs", *out)
-    assert "out: expected the figure's path" in refused(capsys, common.figures.main, "--runs", run)
-    assert "out: expected the figure's path" in refused(
-        capsys, common.figures.main, "--runs", run, "--out", f"{tmp_path}/.png"
-    )
-    assert "is not a run's folder" in refused(capsys, common.figures.main, "--runs", f"{tmp_path}", *out)
-    assert f"{Path.home()}/ghost is not a run's folder" in refused(
-        capsys, common.figures.main, "--runs", "~/ghost", *out
-    )
-    assert "has no loss/g; it has loss/d, metric/fid" in refused(
-        capsys, common.figures.main, "--runs", run, "--tag", "loss/g", *out
-    )
-    assert "tag: " in refused(capsys, common.figures.main, "--runs", run, *out, "--tag")
-    assert "use --x step" in refused(capsys, common.figures.main, "--runs", run, "--tag", "loss/d", *out)
-    assert "same settings and seed" in refused(capsys, common.figures.main, "--runs", run, run, *out)
-    longer = make_run(tmp_path, "a-seed1", seed=1, epochs=(0, 10, 20))
-    assert "a: its runs have different x" in refused(capsys, common.figures.main, "--runs", run, longer, *out)
     (tmp_path / "file").write_text("")
-    assert "out: cannot write" in refused(capsys, common.figures.main, "--runs", run, "--out", f"{tmp_path}/file/f")
-    (Path(run) / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "{TAG}": null}}\n')
-    assert f"{TAG} is not finite anywhere in {run}" in refused(capsys, common.figures.main, "--runs", run, *out)
-    for name, text in (("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.jsonl", "7\n"),
-                       ("metrics.jsonl", f'{{"epoch": 1, "{TAG}": "low"}}\n')):  # fmt: skip
+    for argv, line in (
+        (out, "runs: name at least one"),
+        (["--runs", *out], "argument --runs: expected at least one argument"),
+        (["--runs", run], "out: expected the figure's path"),
+        (["--runs", run, "--out", f"{tmp_path}/.png"], "out: expected the figure's path"),
+        (["--runs", f"{tmp_path}", *out], "is not a run's folder"),
+        (["--runs", "~/ghost", *out], f"{Path.home()}/ghost is not a run's folder"),
+        (["--runs", run, "--tag", "loss/g", *out], "has no loss/g; it has loss/d, loss/test, metric/fid"),
+        (["--runs", run, *out, "--tag"], "tag: "),
+        (["--runs", run, "--tag", "loss/d", *out], "use --x step"),
+        (["--runs", run, run, *out], "same settings and seed"),
+        (["--runs", run, longer, *out], "a: its runs have different x"),
+        (["--runs", run, "--out", f"{tmp_path}/file/f"], "out: cannot write"),
+    ):
+        assert line in refused(capsys, common.figures.main, *argv)
+    for name, text, line in (
+        ("metrics.jsonl", f'{{"step": 1, "epoch": 1, "{TAG}": null}}\n', f"{TAG} is not finite anywhere in {run}"),
+        ("config.yaml", "a: [", f"runs: {run} cannot be read"),
+        ("config.yaml", "- 1", f"runs: {run} cannot be read"),
+        ("metrics.jsonl", "7\n", f"runs: {run} cannot be read"),
+        ("metrics.jsonl", f'{{"epoch": 1, "{TAG}": "low"}}\n', f"runs: {run} cannot be read"),
+        ("environment.json", "[]", f"runs: {run} cannot be read"),
+        ("summary.json", "[]", f"runs: {run} cannot be read"),
+    ):
         before = Path(run, name).read_text()
         Path(run, name).write_text(text)
-        assert f"runs: {run}" in refused(capsys, common.figures.main, "--runs", run, *out)
+        assert line in refused(capsys, common.figures.main, "--runs", run, *out)
         Path(run, name).write_text(before)
     assert not list(tmp_path.glob("f.*"))
 
 
 def test_an_existing_figure_is_replaced_only_by_force(tmp_path, capsys):
-    run = make_run(tmp_path, "a-seed0", seed=0)
+    run = make_run(tmp_path, "a-seed0")
     (tmp_path / "f.svg").write_text("mine")
     argv = ["--runs", run, "--out", f"{tmp_path}/f"]
     assert f"out: {tmp_path}/f.svg exists; add --force" in refused(capsys, common.figures.main, *argv)

@@ -19,7 +19,7 @@ def test_a_sheet_shows_every_image_in_its_place_and_frame():
     assert (sheet[:, 92:, 4 + 2 * 74 :] == 255).all()  # nothing where no image is
 
 
-def test_captions_in_other_letters_can_be_told_apart():
+def test_captions_in_other_letters_differ():
     captions = ["猫", "犬", "ж", "д", "caf\udce9", "a\nb"]
     sheet = captioned_sheet(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), captions, columns=1)
     lines = {sheet[:, 88 * i + 74 : 88 * i + 88].numpy().tobytes() for i in range(6)}

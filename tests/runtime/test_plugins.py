@@ -9,7 +9,7 @@ from refusals import refused
 
 import cbcls.train
 import common.data.__main__
-from common.data.names import DATA_SETS
+from common.data.config import DATA_SETS
 from common.metrics.scores import METRICS
 from common.norms import registry
 from common.runtime.errors import UsageError

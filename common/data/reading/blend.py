@@ -1,7 +1,6 @@
 """Digits in front of photographs: the MNIST-M recipe (Ganin et al., JMLR 17, 2016)."""
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,16 +11,32 @@ from common.runtime import seeding
 from common.runtime.errors import UsageError
 from common.runtime.paths import expanded
 
-SMALLEST_SAMPLE = 427
+_SAMPLE_SIDE = 427
 """Shorter side in pixels of scikit-learn's two photographs, which are 427 x 640."""
 
 
-class Photographs(Protocol):
-    """A list of photographs, uint8 (H, W, 3) each."""
+class PhotographFolder:
+    """Photographs of a folder, each read when it is taken: together they may not fit in memory."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, root: Path, size: int) -> None:
+        check_folder(root, "data.blend")
+        self.size, self.files = size, images_below(root, "data.blend")
 
-    def __getitem__(self, number: int, /) -> np.ndarray: ...
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        photo = read_photograph(self.files[number])
+        height, width = photo.shape[:2]
+        if min(height, width) < self.size:
+            raise UsageError(
+                f"data.blend: {self.files[number]} is {width} x {height} pixels, expected at least data.size "
+                f"({self.size}) each way"
+            )
+        return photo
+
+
+Photographs = list[np.ndarray] | PhotographFolder
 
 
 def blend(images: Tensor, index: Tensor, photographs: Photographs, seed: int, *position: int | str) -> Tensor:
@@ -32,8 +47,8 @@ def blend(images: Tensor, index: Tensor, photographs: Photographs, seed: int, *p
     Args:
         images: uint8 (N, 3, S, S).
         index: int64 (N,), the images' indices.
-        photographs: H and W at least S; each that is used is taken once.
-        seed: the seed.
+        photographs: uint8 (H, W, 3), H and W at least S; each that is used is taken once.
+        seed: what the draws follow from, with ``position``.
         position: what is drawn.
 
     Returns:
@@ -55,44 +70,18 @@ def blend(images: Tensor, index: Tensor, photographs: Photographs, seed: int, *p
 
 
 def photographs(source: str, name: str, size: int) -> Photographs:
-    """Return the photographs of a folder, or scikit-learn's two for "sklearn".
-
-    Args:
-        source: the setting ``data.blend``.
-        name: the data set, for messages.
-        size: side of the patches that will be cut.
+    """Return the photographs of a folder, or scikit-learn's two for "sklearn" (``data.blend``).
 
     Raises:
-        UsageError: if the folder has no images, or a patch does not fit; for a folder, some of it when an image
-            is taken.
+        UsageError: if the folder has no images, or patches of side ``size`` do not fit; for a folder, some of it when
+            an image is taken.
     """
     if source != "sklearn":
-        return _Folder(expanded(source, "data.blend"), size)
-    if size > SMALLEST_SAMPLE:
+        return PhotographFolder(expanded(source, "data.blend"), size)
+    if size > _SAMPLE_SIDE:
         raise UsageError(
-            f"data.size: {name} cuts patches from photographs, expected at most {SMALLEST_SAMPLE}, got {size}"
+            f"data.size: {name} cuts patches from photographs, expected at most {_SAMPLE_SIDE}, got {size}"
         )
     from sklearn.datasets import load_sample_images  # noqa: PLC0415 - takes a second, and a folder needs none of it
 
     return load_sample_images().images
-
-
-class _Folder:
-    """Photographs of a folder, each read when it is taken: together they may not fit in memory."""
-
-    def __init__(self, root: Path, size: int) -> None:
-        check_folder(root, "data.blend")
-        self.size, self.files = size, images_below(root, "data.blend")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        photo = read_photograph(self.files[number])
-        height, width = photo.shape[:2]
-        if min(height, width) < self.size:
-            raise UsageError(
-                f"data.blend: {self.files[number]} is {width} x {height} pixels, expected at least data.size "
-                f"({self.size}) each way"
-            )
-        return photo

@@ -1,20 +1,19 @@
-"""Published files: fetched whole and verified, unpacked whole and inside their folder, or not at all."""
+"""Published files: fetched whole and verified, unpacked whole, or not at all."""
 
 import gzip
 import hashlib
 import http.client
 import os
 import shutil
-import stat
 import tarfile
 import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -25,18 +24,11 @@ from common.runtime.errors import UsageError
 
 _CHUNK = 2**20
 _TIMEOUT = 60  # seconds without an answer
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file that its authors publish.
-
-    Args:
-        path: where it is kept here.
-        md5: its checksum, 32 hexadecimal digits.
-        urls: where it can be had under the same name; tried in this order.
-    """
+    """A file that its authors publish: where it is kept, its checksum in hexadecimal, and URLs to try in this order."""
 
     path: Path
     md5: str
@@ -44,17 +36,13 @@ class Published:
 
 
 def obtain(*files: Published, download: bool) -> None:
-    """Make sure that files are here and intact; those that are not are fetched.
+    """Fetch the files that are missing or damaged; all are published in one place and kept in one folder.
 
     A fetched file is written beside its place, compared with its checksum and renamed, so that an interrupted
     download leaves nothing that looks like the file.
 
-    Args:
-        files: published in one place, kept in one folder.
-        download: whether to fetch.
-
     Raises:
-        UsageError: if one is missing or damaged, and was not to be or could not be fetched.
+        UsageError: if one is missing or damaged, and ``download`` is false or fails.
     """
     wanted = [file for file in files if not file.path.is_file() or _md5(file.path) != file.md5]
     if not download and wanted:
@@ -74,13 +62,7 @@ def obtain(*files: Published, download: bool) -> None:
 
 
 def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> None:
-    """Make sure that folders exist, each of which an archive holds at its top.
-
-    A folder that holds anything is taken as it is; what is wrong with it shows when it is read (see `reading`).
-
-    Raises:
-        UsageError: as `obtain` and `unpack` do.
-    """
+    """Unpack the archives of folders that are missing or empty; others stay as they are. Errors as for `obtain`."""
     wanted = {folder: archive for folder, archive in archives.items() if not is_there(folder)}
     obtain(*wanted.values(), download=download)
     for folder, archive in wanted.items():
@@ -88,11 +70,7 @@ def obtain_folders(archives: Mapping[Path, Published], *, download: bool) -> Non
 
 
 def obtain_unzipped(files: Mapping[Path, Published], *, download: bool) -> None:
-    """Make sure that files exist which are published compressed by gzip; one that exists is taken as it is.
-
-    Raises:
-        UsageError: as `obtain` does, or if the content is not gzip's.
-    """
+    """Unpack files that are published compressed by gzip, unless they exist. Errors as for `obtain`."""
     wanted = {path: compressed for path, compressed in files.items() if not path.exists()}
     obtain(*wanted.values(), download=download)
     for path, compressed in wanted.items():
@@ -103,25 +81,21 @@ def obtain_unzipped(files: Mapping[Path, Published], *, download: bool) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip or .tar.gz file that holds `folder`'s name at its top, and move that into place when complete.
 
-    Only plain files and folders below the archive's own root are accepted. Modes and owners are not taken over.
-
     Args:
-        archive: the file.
+        archive: the file, its checksum verified.
         folder: what to create; it must not exist, or be empty.
 
     Raises:
-        UsageError: if the archive is damaged, lacks the folder, or holds an absolute name, "..", a link or a device.
+        UsageError: if the archive cannot be unpacked, or lacks the folder.
     """
     with _refusing(archive), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        members = _zip_members if archive.suffix == ".zip" else _tar_members
-        for member, content in members(archive):
-            target = Path(name, _inside(member))
-            if content is None:
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with content() as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file, _CHUNK)
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(name)
+        else:
+            with tarfile.open(archive) as file:
+                file.extraction_filter = getattr(tarfile, "data_filter", None)  # as of Python 3.11.4
+                file.extractall(name)
         complete = Path(name, folder.name)
         if not complete.is_dir():
             raise ValueError(f"it holds no folder {folder.name}")
@@ -134,11 +108,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 @contextmanager
 def reading(place: Path) -> Iterator[None]:
-    """Turn whatever damaged files make a reader raise into one line that says what to remove.
-
-    Raises:
-        UsageError: naming `place` and the reason.
-    """
+    """Turn whatever damaged files make a reader raise into a UsageError that says what to remove."""
     try:
         yield
     except (UsageError, MemoryError):
@@ -150,12 +120,7 @@ def reading(place: Path) -> Iterator[None]:
 
 
 def present(files: list[Path], count: int) -> list[Path]:
-    """Return files that a list names, all of which must exist.
-
-    Raises:
-        ValueError: if they are not as many as were published, because the list was cut off.
-        FileNotFoundError: naming the first that does not exist.
-    """
+    """Return files that a list names; all must exist, as many as were published, or the list was cut off."""
     if len(files) != count:
         raise ValueError(f"it lists {len(files):,} images of {count:,}")
     for path in files:
@@ -197,39 +162,9 @@ def _fetch(url: str, file: Published) -> None:
         write_atomic(file.path, copy)
 
 
-_Member = tuple[str, Callable[[], BinaryIO] | None]
-"""A name in an archive, and how to open its content; None for a folder."""
-
-
-def _zip_members(archive: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise ValueError(f"it holds {info.filename}, which is neither a plain file nor a folder")
-            yield info.filename, None if info.is_dir() else lambda info=info: file.open(info)  # pyright: ignore[reportReturnType]
-
-
-def _tar_members(archive: Path) -> Iterator[_Member]:
-    with gzip.open(archive) as stream, tarfile.open(fileobj=stream) as file:
-        for info in file:
-            if not (info.isfile() or info.isdir()):
-                raise ValueError(f"it holds {info.name}, which is neither a plain file nor a folder")
-            yield info.name, None if info.isdir() else lambda info=info: file.extractfile(info)  # pyright: ignore[reportReturnType]
-        while stream.read(_CHUNK):  # the checksum of gzip comes last, after what tar reads
-            pass
-
-
-def _inside(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
-        raise ValueError(f"it holds {name!r}, which points outside the archive")
-    return path
-
-
 @contextmanager
 def _refusing(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, EOFError, OSError, RuntimeError, *_DAMAGED) as error:
+    except (ValueError, EOFError, OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"data.root: {archive} cannot be unpacked ({one_line(error)})") from error

@@ -1,5 +1,6 @@
 """Image files of a folder, whatever their format, mode and size, as one tensor."""
 
+import contextlib
 import os
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from common.data.image_set import ImageSet, Lazy
+from common.data.image_set import ImageSet
 from common.data.reading.layout import refuse_splits, subfolders
 from common.runtime.errors import UsageError
 
@@ -57,25 +58,18 @@ class Decoding:
     _warned: list[Path] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def read(self, files: list[Path]) -> Tensor:
-        """Return images (N, 3, size, size), uint8, or what stands for them and decodes them.
+        """Return images (N, 3, size, size), uint8, or `ImagesOnDisk`.
 
         Raises:
             UsageError: naming a file that cannot be read.
         """
-        if self.in_memory:
-            return self.decode(files)
-        return cast(Tensor, ImagesOnDisk(files, self))
+        return self.decode(files) if self.in_memory else cast(Tensor, ImagesOnDisk(files, self))
 
     def decode(self, files: list[Path]) -> Tensor:
-        """Return images (N, 3, size, size), uint8.
-
-        Raises:
-            UsageError: naming a file that cannot be read.
-        """
+        """Return images (N, 3, size, size), uint8; errors as for `read`."""
         images = torch.empty(len(files), 3, self.size, self.size, dtype=torch.uint8)
         target = images.permute(0, 2, 3, 1).numpy()  # a view as Pillow lays pixels out
         square = _cut if self.fit == "cut" else _padded
-
         dark = [False] * len(files)
 
         def read_one(i: int) -> None:
@@ -97,28 +91,29 @@ class Decoding:
         return images
 
 
-class ImagesOnDisk(Lazy):
-    """Images that are decoded when they are asked for.
+class ImagesOnDisk:
+    """The uint8 images (N, 3, S, S) of an `ImageSet`, decoded when they are asked for."""
 
-    Args:
-        files: one an image.
-        how: how they become images.
-    """
+    dtype, device, ndim = torch.uint8, torch.device("cpu"), 4
 
     def __init__(self, files: list[Path], how: Decoding) -> None:
-        super().__init__((len(files), 3, how.size, how.size))
         self.files, self.how = files, how
+        self.shape = torch.Size((len(files), 3, how.size, how.size))
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """Decode images by their positions."""
-        return self.how.decode(self._chosen(index))
+        return self.how.decode(self.subset(index).files)
 
-    def subset(self, index: Tensor) -> "ImagesOnDisk":
-        """Return those at some positions, int64 (M,), without decoding them."""
-        return ImagesOnDisk(self._chosen(index), self.how)
+    def numel(self) -> int:
+        """Return the number of values."""
+        return self.shape.numel()
 
-    def _chosen(self, index: Tensor | slice) -> list[Path]:
-        return self.files[index] if isinstance(index, slice) else [self.files[i] for i in index.tolist()]
+    def subset(self, index: Tensor | slice) -> "ImagesOnDisk":
+        """Return the images at some positions, a slice or int64 (M,), without decoding them."""
+        files = self.files[index] if isinstance(index, slice) else [self.files[i] for i in index.tolist()]
+        return ImagesOnDisk(files, self.how)
 
 
 def read_folder(
@@ -129,17 +124,16 @@ def read_folder(
     split: str = "train",
     classes: tuple[str, ...] | None = None,
 ) -> ImageSet:
-    """Read the images of a folder, in the order of their paths.
+    """Read the images of a folder, in the order of their paths; `images_below` says which.
 
     Sub-folders are classes by the rule of torchvision's ImageFolder: sorted by name, searched to any depth,
-    files beside them ignored. A folder without sub-folders is a set without labels. Which files are read, see
-    `images_below`.
+    files beside them ignored. A folder without sub-folders is a set without labels.
 
     Args:
         root: the folder.
         how: how files become images.
         field: the setting that names the folder, for messages.
-        split: what the images are for.
+        split: "train" or "test".
         classes: the only class names allowed, in the order of their labels; by default the sub-folders found.
 
     Raises:
@@ -148,18 +142,14 @@ def read_folder(
     """
     check_folder(root, field)
     found = [folder.name for folder in subfolders(root)]
-    if found:
-        refuse_splits(field, root, found)
+    refuse_splits(field, root, found)
     known = classes or tuple(found)
     for name in found:
         if name not in known:
             raise UsageError(f"{field}: class folder {root / name} is not among the training classes")
-    files, left_out = _search(root, field)
     if not found:
-        if not files:
-            raise _no_images(f"{field}: no images in {root}", left_out)
-        _report(root, left_out)
-        return ImageSet(how.read(files), None, (), root.name, split)
+        return ImageSet(how.read(images_below(root, field)), None, (), root.name, split)
+    files, left_out = _search(root, field)
     members: dict[str, list[Path]] = {name: [] for name in found}
     for file in files:
         inner = file.parts[len(root.parts) :]
@@ -242,20 +232,12 @@ def _say(line: str) -> None:
 
 
 def read_images(files: list[Path], size: int, fit: Literal["cut", "pad"] = "cut") -> Tensor:
-    """Read files as uint8 (N, 3, size, size), the centre of each, or all of it between bars (see `Decoding`).
-
-    Raises:
-        UsageError: naming a file that cannot be read.
-    """
+    """Read files as uint8 (N, 3, size, size); arguments and errors as for `Decoding`."""
     return Decoding(size, fit).decode(files)
 
 
 def read_photograph(path: Path) -> np.ndarray:
-    """Read one file at its own size: uint8 (H, W, 3), colours as in `read_folder`.
-
-    Raises:
-        UsageError: if it cannot be read.
-    """
+    """Read one file at its own size: uint8 (H, W, 3), colours as in `read_folder`."""
     return _decode(path, lambda image: image)[0]
 
 
@@ -266,19 +248,15 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> tuple[
             deep = image.mode.startswith("I") or (image.format in ("PNG", "TIFF") and ";16" in str(image.tile))
             image.load()  # only now all of the metadata is read
             upright = _to_rgb(image)
-            if (orientation := _orientation(image)) in _TURNS:
+            orientation = None
+            with contextlib.suppress(Exception):  # damaged metadata is no reason to refuse the pixels
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            if orientation in _TURNS:
                 upright = upright.transpose(_TURNS[orientation])
             return np.asarray(convert(upright)), deep and int(np.asarray(upright).max()) <= _DARK >> 8
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{path}: cannot be read as an image ({reason}); repair or remove the file") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # what damaged metadata makes the parser raise is no reason to refuse the pixels
-        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from shlex import quote
 
+from common.data.config import DataConfig
 from common.runtime.errors import UsageError
 
 _MARKS = {
@@ -15,12 +16,9 @@ _MARKS = {
     "oxford_pet": ("oxford-iiit-pet",),
 }
 """What is there, one or the other, where a folder holds a published set."""
-_SAME_FILES = {"mnist_m": "mnist"}
-_SPLITS = ("train", "test")
-SPLIT_NAMES = {*_SPLITS, "val", "valid", "validation"}
 
 
-def published_root(name: str, root: Path) -> Path:
+def published_root(config: DataConfig) -> Path:
     """Return the folder that a published set is read from: ``root``, or its only sub-folder that holds the set.
 
     That of several which is called as the set is preferred. Where none holds it, it is ``root``, for the download.
@@ -28,6 +26,7 @@ def published_root(name: str, root: Path) -> Path:
     Raises:
         UsageError: if several sub-folders hold it and none has its name.
     """
+    name, root = config.name, config.root or Path("data")
     if _holds(root, name):
         return root
     below = [folder for folder in subfolders(root) if _holds(folder, name)]
@@ -45,7 +44,7 @@ def own_folders(root: Path, test_root: Path | None) -> tuple[Path, Path | None]:
         UsageError: if ``root`` holds several data sets.
     """
     below = subfolders(root)
-    if test_root is None and {folder.name for folder in below} == set(_SPLITS):
+    if test_root is None and {folder.name for folder in below} == {"train", "test"}:
         return root / "train", root / "test"
     published = [name for name in _MARKS if any(_holds(folder, name) for folder in (root, *below))]
     if published:
@@ -53,7 +52,7 @@ def own_folders(root: Path, test_root: Path | None) -> tuple[Path, Path | None]:
             f"data.root: {root} holds {', '.join(published)}, not one folder a class; pass --data.name {published[0]} "
             f"--data.root {quote(str(root))}"
         )
-    if below and all(set(_SPLITS) <= {inner.name for inner in subfolders(folder)} for folder in below):
+    if below and all({"train", "test"} <= {inner.name for inner in subfolders(folder)} for folder in below):
         names = ", ".join(folder.name for folder in below)
         raise UsageError(
             f"data.root: {root} holds data sets ({names}), each with train/ and test/; pass one of them, --data.root "
@@ -71,8 +70,8 @@ def subfolders(root: Path) -> list[Path]:
 
 def refuse_splits(field: str, root: Path, found: list[str]) -> None:
     """Raise UsageError, naming the setting, if sub-folders are splits of a set and not its classes."""
-    splits = [name for name in found if name in SPLIT_NAMES]
-    if len(splits) < min(2, len(found)):
+    splits = [name for name in found if name in ("train", "test", "val", "valid", "validation")]
+    if not splits or len(splits) < min(2, len(found)):
         return
     first, *others = sorted(splits, key=lambda name: (name != "train", name != "test", name))
     if field == "data.root":
@@ -89,4 +88,4 @@ def is_there(path: Path) -> bool:
 
 
 def _holds(folder: Path, name: str) -> bool:
-    return any(is_there(folder / mark) for mark in _MARKS.get(_SAME_FILES.get(name, name), ()))
+    return any(is_there(folder / mark) for mark in _MARKS["mnist" if name == "mnist_m" else name])

@@ -13,29 +13,25 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits
 from common.data.reading.blend import Photographs, blend, photographs
 from common.runtime import seeding
 
 _SEED = 0
-_CLASSES = tuple("0123456789")
+
+
+def load(config: DataConfig) -> Splits:
+    """Load `digits`, or as digits_m 400 training and 197 test digits, each blended with a photograph by its index."""
+    if config.name == "digits":
+        return digits(config.size)
+    photos = photographs("sklearn", "digits_m", config.size)
+    return _splits("digits_m", config.size, (1200, 1600, 1797), photos)
 
 
 def digits(size: int) -> Splits:
     """Return 1,000 training and 200 test digits, grey in 3 channels, size x size."""
     return _splits("digits", size, (0, 1000, 1200))
-
-
-def digits_m(size: int) -> Splits:
-    """Return 400 training and 197 test digits blended with photographs, size x size.
-
-    The patch follows from the digit's index alone (see `blend`).
-
-    Raises:
-        UsageError: if a patch would not fit in the photographs.
-    """
-    photos = photographs("sklearn", "digits_m", size)
-    return _splits("digits_m", size, (1200, 1600, 1797), photos)
 
 
 def _splits(name: str, size: int, bounds: tuple[int, int, int], photos: Photographs | None = None) -> Splits:
@@ -48,7 +44,7 @@ def _splits(name: str, size: int, bounds: tuple[int, int, int], photos: Photogra
         images = _enlarge(torch.from_numpy(data["images"])[index], size)
         if photos is not None:
             images = blend(images, index, photos, _SEED, name)
-        return ImageSet(images, labels[index], _CLASSES, name, which)
+        return ImageSet(images, labels[index], tuple("0123456789"), name, which)
 
     return Splits(split("train", *bounds[:2]), split("test", *bounds[1:]))
 

@@ -1,13 +1,15 @@
 """Oxford-IIIT Pet (Parkhi et al. 2012): 37 breeds of cats and dogs, photographs of any size."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits
 from common.data.reading.downloads import Published, obtain_folders, present, reading
 from common.data.reading.image_folder import Decoding
+from common.data.reading.layout import published_root
 
 URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 MD5 = {  # as in torchvision's OxfordIIITPet, whose reader keeps the names of the files to itself
@@ -17,68 +19,50 @@ MD5 = {  # as in torchvision's OxfordIIITPet, whose reader keeps the names of th
 COUNTS = {"trainval": 3680, "test": 3669}
 ALL = 7390
 """Photographs in all; the official splits leave 41 out."""
-_FOLDER = "oxford-iiit-pet"
 _SEED = 7
 _SPECIES = ("cat", "dog")
 
 
-def oxford_pet(root: Path, how: Decoding, labels: Literal["fine", "coarse"], *, download: bool) -> Splits:
-    """Load the official trainval and test splits (3,680 and 3,669 images).
+def load(config: DataConfig) -> Splits:
+    """Load the official trainval and test splits (3,680 and 3,669 images), or those of the paper's authors.
+
+    The latter are of all 7,390 photographs, 5,985 to train, 666 to validate and 739 to test on: a tenth of each breed
+    is drawn apart twice, by scikit-learn with seed 7.
 
     A breed's name is that of its files; a breed whose name starts with a capital letter is one of cats. The
     superclasses of the images are always cat and dog.
-
-    Args:
-        root: the folder that holds, or will hold, ``oxford-iiit-pet``.
-        how: how files become images.
-        labels: "fine" for breeds, "coarse" for cat and dog.
-        download: fetch the archives where neither they nor their folders are there.
-
-    Raises:
-        UsageError: if files are missing or damaged, and were not to be or could not be downloaded.
     """
-    folder = _folder(root, download)
-    with reading(folder):
-        names, breeds = zip(*(_listed(folder, official) for official in COUNTS), strict=True)
-        return Splits(*(
-            _images(folder, of, COUNTS[official], breeds[0], how, labels, split)
-            for of, official, split in zip(names, COUNTS, ("train", "test"), strict=True)
-        ))  # fmt: skip
-
-
-def oxford_pet_of_the_paper(root: Path, how: Decoding, labels: Literal["fine", "coarse"], *, download: bool) -> Splits:
-    """Load all 7,390 photographs, 5,985 to train, 666 to validate and 739 to test on, as the paper's authors do.
-
-    A tenth of each breed is drawn apart twice, by scikit-learn with seed 7. Arguments as for `oxford_pet`.
-
-    Raises:
-        UsageError: likewise.
-    """
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415 - takes a second, which others need not
-
-    folder = _folder(root, download)
-    with reading(folder):
-        _, breeds = _listed(folder, "trainval")
-        names = sorted(path.stem for path in (folder / "images").glob("[!.]*.jpg"))
-        if len(names) != ALL:
-            raise ValueError(f"images holds {len(names):,} photographs of {ALL:,}")
-        parts: dict[str, list[str]] = {"train": names}
-        for split in ("test", "validation"):
-            breed = [_breed(name) for name in parts["train"]]
-            apart: Any = train_test_split(parts["train"], test_size=0.1, random_state=_SEED, stratify=breed)
-            parts["train"], parts[split] = apart
-        return Splits(**{
-            split: _images(folder, of, len(of), breeds, how, labels, split) for split, of in parts.items()
-        })  # fmt: skip
-
-
-def _folder(root: Path, download: bool) -> Path:
-    folder = root / _FOLDER
+    folder = published_root(config) / "oxford-iiit-pet"
     archives = {
         folder / part: Published(folder / f"{part}.tar.gz", md5, (f"{URL}{part}.tar.gz",)) for part, md5 in MD5.items()
     }
-    obtain_folders(archives, download=download)
-    return folder
+    obtain_folders(archives, download=config.download)
+    how = Decoding(config.size, config.fit, config.in_memory)
+    with reading(folder):
+        trainval, breeds = _listed(folder, "trainval")
+        if config.split == "official":
+            names = {"train": trainval, "test": _listed(folder, "test")[0]}
+            counts = dict(zip(names, COUNTS.values(), strict=True))
+        else:
+            names = _papers_split(folder)
+            counts = {split: len(own) for split, own in names.items()}
+        return Splits(**{
+            split: _images(folder, names[split], counts[split], breeds, how, config.labels, split) for split in names
+        })  # fmt: skip
+
+
+def _papers_split(folder: Path) -> dict[str, list[str]]:
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415 - takes a second, which others need not
+
+    names = sorted(path.stem for path in (folder / "images").glob("[!.]*.jpg"))
+    if len(names) != ALL:
+        raise ValueError(f"images holds {len(names):,} photographs of {ALL:,}")
+    found: dict[str, list[str]] = {"train": names}
+    for split in ("test", "validation"):
+        breed = [_breed(name) for name in found["train"]]
+        apart: Any = train_test_split(found["train"], test_size=0.1, random_state=_SEED, stratify=breed)
+        found["train"], found[split] = apart
+    return found
 
 
 def _listed(folder: Path, official: str) -> tuple[list[str], list[str]]:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import torch
 
+from common.data.config import DataConfig
 from common.data.image_set import ImageSet, Splits
 from common.data.reading.downloads import Published, obtain_folders, present, reading
 from common.data.reading.image_folder import Decoding
+from common.data.reading.layout import published_root
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # Stanford publishes no checksum. This one stands in a dozen independent loaders of the archive, and in a public log
@@ -16,25 +18,22 @@ COUNTS = {"train": 100_000, "test": 10_000}
 _FOLDER = "tiny-imagenet-200"
 
 
-def tiny_imagenet(root: Path, how: Decoding, *, download: bool) -> Splits:
+def load(config: DataConfig) -> Splits:
     """Load 100,000 training images, and as test images the 10,000 of the validation split.
 
     The archive's own test images have no labels and are left out. Labels follow the order of the WordNet ids;
     a class is named by the first of its words, and by its id too where two classes share that.
-
-    Args:
-        root: the folder that holds, or will hold, ``tiny-imagenet-200``.
-        how: how files become images, of 64x64 pixels.
-        download: fetch the archive where neither the folder nor the archive is there.
-
-    Raises:
-        UsageError: if files are missing or damaged, and were not to be or could not be downloaded.
     """
-    folder = root / _FOLDER
-    obtain_folders({folder: Published(root / f"{_FOLDER}.zip", MD5, (URL,))}, download=download)
+    root = published_root(config)
+    folder, how = root / _FOLDER, Decoding(config.size, in_memory=config.in_memory)
+    obtain_folders({folder: Published(root / f"{_FOLDER}.zip", MD5, (URL,))}, download=config.download)
     with reading(folder):
         ids = sorted((folder / "wnids.txt").read_text(encoding="utf-8").split())
-        names = _names(folder, ids)
+        words = {wnid: text.split(",")[0] for wnid, text in _rows(folder / "words.txt")}
+        first = [words[wnid] for wnid in ids]
+        names = tuple(
+            f"{name} ({wnid})" if first.count(name) > 1 else name for name, wnid in zip(first, ids, strict=True)
+        )
         train = [(path, label) for label, wnid in enumerate(ids) for path in _listed(folder / "train" / wnid)]
         number = {wnid: label for label, wnid in enumerate(ids)}
         test = [
@@ -56,9 +55,3 @@ def _rows(path: Path) -> list[list[str]]:
 def _listed(folder: Path) -> list[Path]:
     """Return the images that a class's list of boxes names: an unpacked folder that lacks some is noticed."""
     return [folder / "images" / file for file, *_ in _rows(folder / f"{folder.name}_boxes.txt")]
-
-
-def _names(folder: Path, ids: list[str]) -> tuple[str, ...]:
-    words = {wnid: text.split(",")[0] for wnid, text in _rows(folder / "words.txt")}
-    first = [words[wnid] for wnid in ids]
-    return tuple(f"{name} ({wnid})" if first.count(name) > 1 else name for name, wnid in zip(first, ids, strict=True))

@@ -57,8 +57,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 class Reference:
     """Statistics that many others are compared with: a distance costs the eigenvalues of one symmetric matrix.
 
-    The same distance as `frechet_distance`, to rounding, in a fraction of its time. Everything is float64 and on the
-    device of the statistics.
+    It is that of `frechet_distance`, to rounding, in float64 on the device of the statistics.
     """
 
     def __init__(self, of: Statistics) -> None:

@@ -1,4 +1,4 @@
-"""Whether a generator gives back its training images: how near its samples lie to them, beside real images unseen."""
+"""Whether a generator copies its training images: how near its samples lie to them, compared with unseen images."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 EXPECTED = 0.01
-"""Share of unseen real images that count as near copies, by the way that is drawn."""
+"""Share of unseen real images that count as near copies, by definition."""
 LIMIT = 0.05
 """Share of generated images from which on, but for chance, they are too many."""
 _DEVIATIONS = 3
@@ -41,11 +41,7 @@ class Copying:
 def nearest(features: Tensor, others: Tensor, *, apart: bool = False, device: torch.device | str = "cpu") -> Nearest:
     """Return the nearest of ``others`` (M, D) to each of ``features`` (N, D), in Euclidean distance.
 
-    Args:
-        features: of the images asked for.
-        others: of those to search.
-        apart: both are the same images, none of which is its own neighbour.
-        device: where it is computed.
+    With ``apart`` both are the same images, none of which is its own neighbour.
     """
     others = others.to(device)
     found = []

@@ -15,7 +15,6 @@ SPLITS = 10
 NEIGHBOURS = 3
 MOST = 10_000
 """Images of either kind that precision and recall take, since their time grows with the square."""
-
 PARAMETERS: dict[str, dict[str, str | int]] = {
     "kid": {"seed": SEED, "subsets": KID_SUBSETS, "subset_size": KID_SIZE, "kernel": "(x'y / D + 1)^3"},
     "inception_score": {"seed": SEED, "splits": SPLITS},

@@ -54,23 +54,22 @@ def distance_interval(
 
     Args:
         generated: features (N, D), N at least twice D.
-        real: features (M, D) that are resampled too, being a sample of the distribution that is meant; or statistics,
-            which stand as they are.
+        real: features (M, D) that are resampled too, where they are a sample of the distribution that is meant; or
+            statistics, which stay as they are.
         seed: what the draws follow from.
         device: where it is computed.
 
     Raises:
         ValueError: if there are too few samples.
     """
-    fake = _Sample(generated, device)
-    truth = _Sample(real, device) if isinstance(real, Tensor) else None
-    fixed = None if isinstance(real, Tensor) else Reference(_moved(real, device))
-    whole = (fixed or Reference(truth.statistics(None))).distance(fake.statistics(None))  # pyright: ignore[reportOptionalMemberAccess]
-    distances: list[float] = []
+    fake, truth = (
+        _Sample(generated, device),
+        _Sample(real, device) if isinstance(real, Tensor) else _moved(real, device),
+    )
+    reference = Reference(truth.statistics() if isinstance(truth, _Sample) else truth)
+    whole, distances = reference.distance(fake.statistics()), list[float]()
     for number in range(REPLICATES):
-        reference = fixed
-        if reference is None:
-            assert truth is not None
+        if isinstance(truth, _Sample):
             reference = Reference(truth.resampled(seed, "real", number))
         distances.append(reference.distance(fake.resampled(seed, "generated", number)))
     return Interval(2 * whole - fmean(distances), _QUANTILE * stdev(distances))
@@ -82,14 +81,7 @@ def distance_limit(generated: Tensor, real: Statistics, *, seed: int, device: to
     The distance is measured on 15 random subsets of a tenth (at least twice D) to all of the samples and extrapolated
     along its regression line over 1 / n to 0.
 
-    Args:
-        generated: features (N, D), N at least four times D.
-        real: statistics of the real images.
-        seed: what the draws follow from.
-        device: where it is computed.
-
-    Raises:
-        ValueError: if there are too few samples.
+    Arguments and errors as for `distance_interval`, N at least four times D.
     """
     sample, reference = _Sample(generated, device, FEWEST_FOR_LIMIT), Reference(_moved(real, device))
     count, dim = generated.shape
@@ -107,7 +99,7 @@ def distance_limit(generated: Tensor, real: Statistics, *, seed: int, device: to
 
 
 class _Sample:
-    """Features of which the statistics are taken many times, with other weights."""
+    """Features whose statistics are taken many times, with other weights."""
 
     def __init__(self, features: Tensor, device: torch.device | str, fewest: int = FEWEST_FOR_INTERVAL) -> None:
         count, dim = features.shape
@@ -117,11 +109,10 @@ class _Sample:
         self._centre = x.mean(dim=0)
         self._features = x - self._centre  # so that no digits cancel below
 
-    def statistics(self, times: Tensor | None) -> Statistics:
-        """Return mean and unbiased covariance, each sample counted as many times as it says, int64 (N,)."""
+    def statistics(self, times: Tensor | None = None) -> Statistics:
+        """Return mean and unbiased covariance, each sample counted ``times`` times, int64 (N,), or once."""
         x = self._features
-        weights = torch.ones(len(x), device=x.device) if times is None else times.to(x.device)
-        weights = weights.double()
+        weights = (torch.ones(len(x)) if times is None else times).to(x.device).double()
         count = weights.sum()
         mean = weights @ x / count
         covariance = ((x * weights[:, None]).T @ x - count * torch.outer(mean, mean)) / (count - 1)

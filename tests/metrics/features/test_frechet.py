@@ -44,12 +44,6 @@ def test_statistics_are_the_mean_and_the_unbiased_covariance_in_float64():
     np.testing.assert_allclose(got.covariance.numpy(), centred.T @ centred / 49, rtol=1e-9, atol=1e-12)
 
 
-def test_one_feature_has_a_covariance_of_one_by_one():
-    got = statistics(torch.tensor([[0.0], [2.0]]))
-    assert got.covariance.tolist() == [[2.0]]
-    assert frechet_distance(got, got) == pytest.approx(0, abs=1e-12)
-
-
 def test_refuses_features_without_statistics():
     for features, message in (
         (torch.zeros(1, 3), "at least 2 samples, got 1"),
@@ -58,12 +52,8 @@ def test_refuses_features_without_statistics():
     ):
         with pytest.raises(ValueError, match=message):
             statistics(features)
-
-
-def test_refuses_different_dimensions():
-    a, b = statistics(normal(5, 2, 0)), statistics(normal(5, 3, 0))
     with pytest.raises(ValueError, match="got 2 and 3"):
-        frechet_distance(a, b)
+        frechet_distance(statistics(normal(5, 2, 0)), statistics(normal(5, 3, 0)))
 
 
 def test_many_distances_to_one_reference_are_those_of_torch_fidelity():

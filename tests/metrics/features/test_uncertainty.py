@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 
 from common.metrics import Statistics, frechet_distance, statistics
-from common.metrics.features.uncertainty import Interval, distance_interval, distance_limit, enough
+from common.metrics.features.uncertainty import distance_interval, distance_limit, enough
 from common.runtime.seeding import generator, permutation
 
 DIM, SHIFT = 8, 0.3
@@ -72,7 +72,3 @@ def test_too_few_samples_are_refused():
             measure(drawn(fewest - 1, 0), STANDARD, seed=0)
     with pytest.raises(ValueError, match="got 15"):
         distance_interval(drawn(16, 0), drawn(15, 0), seed=0)
-
-
-def test_an_interval_may_reach_below_nothing():
-    assert (Interval(1.0, 3.0).low, Interval(1.0, 3.0).high) == (-2.0, 4.0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from norm_cases import any_norm, assert_within_budget, mixture_case
+from norm_cases import any_norm, assert_state, assert_within_budget, batch, mixture_case, state
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,21 +32,17 @@ STEPS = 2
 # Options of the layer; samples of the two ranks; shape of a sample; what is done to x.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int], tuple[int, ...], str]] = {
     "channel by channel": ({}, (3, 3), (4, 5), ""),
-    "joint": ({"groups": 1}, (3, 3), (4, 2, 3), ""),
     "groups, sqrt_k, plain average": ({"groups": 2, "scale": "sqrt_k", "average": "paper"}, (3, 3), (4, 5), ""),
-    "learned": ({"update": "weight", "groups": 2}, (3, 3), (4, 5), ""),
     "learned joint": ({"update": "weight", "groups": 1}, (2, 4), (4, 5), ""),
-    "uneven": ({"groups": 1}, (1, 5), (4, 5), ""),
+    "uneven, of a group": ({"groups": 1, "process_group": "a group"}, (1, 5), (4, 2, 3), ""),
     "one location here": ({}, (1, 7), (4,), ""),
     "nothing here": ({"update": "weight"}, (0, 6), (4, 5), ""),
     "nothing there": ({}, (6, 0), (4, 5), ""),
     "a component empty here": ({"groups": 1}, (3, 4), (4, 5), "apart"),
     "offset": ({"groups": 1}, (3, 4), (4, 5), "offset"),
-    "channels last": ({"channel_dim": -1}, (3, 4), (5, 4), ""),
     "kmeans++": ({"init": "kmeans++"}, (2, 4), (4, 5), ""),
     "kmeans++, nothing here": ({"init": "kmeans++", "update": "weight"}, (0, 4), (4, 5), ""),
-    "one component": ({"num_components": 1}, (2, 4), (4, 5), ""),
-    "a group": ({"process_group": "a group"}, (2, 4), (4, 5), ""),
+    "one component, channels last": ({"num_components": 1, "channel_dim": -1}, (3, 4), (5, 4), ""),
 }
 DTYPES = (torch.float64, torch.float32)
 
@@ -62,7 +58,7 @@ def layer_of(case: str, dtype: torch.dtype, **process_group: Any) -> UCBNorm:
     return layer.to(dtype)
 
 
-def batch(case: str, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def joined_batch(case: str, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the joined batch of a step, and the gradient of its output."""
     _, counts, shape, change = CASES[case]
     x, *_, g = mixture_case((sum(counts), *shape), num=1, dtype=torch.float32, seed=step)
@@ -85,8 +81,7 @@ def train(layer: UCBNorm, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
         for name, value in zip(("y", "dx", *parameters), (y, dx, *gradients), strict=True):
             found.setdefault(name, []).append(value.detach())
     stacked = {name: torch.stack(values, 1) if name in ("y", "dx") else sum(values) for name, values in found.items()}
-    state = {f"state {name}": value.clone() for name, value in layer.state_dict().items()}
-    return stacked | state  # pyright: ignore[reportReturnType]
+    return stacked | {f"state {name}": value for name, value in state(layer).items()}  # pyright: ignore[reportReturnType]
 
 
 class Network(nn.Sequential):
@@ -105,12 +100,12 @@ def network(**options: Any) -> Network:
 
 
 def two_forwards(model: nn.Module, rank: int | None) -> dict[str, Tensor]:
-    x = mixture_case((8, 2, 3, 6), num=1)[0]
+    x = batch(0, (8, 2, 3, 6), torch.float64)
     first, second = (x[:, i] if rank is None else x[4 * rank : 4 * rank + 4, i] for i in (0, 1))
     (model(first).square().mean() + model(second).pow(3).mean()).backward()
     module = model.module if isinstance(model, DistributedDataParallel) else model
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    return gradients | {f"state {name}": value.clone() for name, value in module.state_dict().items()}
+    return gradients | {f"state {name}": value for name, value in state(module).items()}
 
 
 SEEDED: dict[str, dict[str, Any]] = {
@@ -128,10 +123,10 @@ def seeded(kind: str, rank: int | None) -> dict[str, Tensor]:
     """Return what two batches leave of a fresh layer; one cluster is in neither, and rank 1 has none of the second."""
     layer = any_norm(kind, 4, 3, **SEEDED[kind]).double()
     for step in range(2):
-        x = mixture_case((6, 4, 5), num=1, seed=step)[0]
+        x = batch(step, (6, 4, 5), torch.float64)
         mine = slice(None) if rank is None else [slice(2 * step + 4), slice(2 * step + 4, None)][rank]
         layer(x[mine], *(ids[mine] for ids in ids_of(kind)))
-    return {name: value.clone() for name, value in layer.state_dict().items()}
+    return state(layer)
 
 
 def numerics(rank: int, group: Any, calls: Counter) -> dict[Any, Any]:
@@ -141,7 +136,9 @@ def numerics(rank: int, group: Any, calls: Counter) -> dict[Any, Any]:
         for dtype in DTYPES:
             share = slice(0, counts[0]) if rank == 0 else slice(counts[0], None)
             process_group = group if "process_group" in options else "world"
-            batches = [(x[share].clone(), g[share]) for x, g in (batch(case, step, dtype) for step in range(STEPS))]
+            batches = [
+                (x[share].clone(), g[share]) for x, g in (joined_batch(case, step, dtype) for step in range(STEPS))
+            ]
             calls.clear()
             results[case, dtype] = train(layer_of(case, dtype, process_group=process_group), batches)
             results[case, dtype, "calls"] = dict(calls)
@@ -151,13 +148,13 @@ def numerics(rank: int, group: Any, calls: Counter) -> dict[Any, Any]:
 def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
     """Run what concerns evaluation, batches without numbers, and wrapped models."""
     results: dict[Any, Any] = {}
-    x = mixture_case((4, 4, 5), num=1, dtype=torch.float32, seed=rank)[0]
+    x = batch(rank, (4, 4, 5))
     for name in ("not finite", "nothing anywhere"):
         layer = UCBNorm(4, 3, process_group="world")
         layer(x)
-        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        before = state(layer)
         layer(x[:0] if name == "nothing anywhere" else torch.where(torch.tensor(rank == 0), math.nan, x))
-        results[name] = before, layer.state_dict()
+        results[name] = before, layer
     layer = UCBNorm(4, 3, process_group="world")
     calls.clear()
     if rank == 0:  # alone: a collective would wait for the other rank
@@ -196,14 +193,14 @@ def behaviour(rank: int, calls: Counter) -> dict[Any, Any]:
         except RuntimeError as error:
             results["sharded", kind] = str(error)
     converted: dict[str, tuple[nn.Module, dict[str, Any]]] = {
-        "told": (nn.BatchNorm1d(4), {"process_group": "world"}),
+        "asked for": (nn.BatchNorm1d(4), {"process_group": "world"}),
         "synchronised": (nn.SyncBatchNorm(4), {}),
         "of a group": (nn.SyncBatchNorm(4, process_group=alone), {}),
     }
     for name, (norm, options) in converted.items():
         convolution = convert_norms(nn.Sequential(nn.Conv1d(3, 4, 2), norm), "ucb", **options)
         calls.clear()
-        convolution(mixture_case((4, 3, 5), num=1, dtype=torch.float32, seed=rank)[0])
+        convolution(batch(rank, (4, 3, 5)))
         results["converted calls", name] = dict(calls)
     return results
 
@@ -236,7 +233,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[Any, Any]]:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -269,7 +266,7 @@ def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one_with_the_joined_batch(ranks, case):
     runs = [
-        train(layer_of(case, dtype, process_group=None), [batch(case, step, dtype) for step in range(STEPS)])
+        train(layer_of(case, dtype, process_group=None), [joined_batch(case, step, dtype) for step in range(STEPS)])
         for dtype in DTYPES
     ]
     ours = [joined([rank[case, dtype] for rank in ranks]) for dtype in DTYPES]
@@ -290,13 +287,12 @@ def test_one_exchange_forward_and_one_backward(ranks):
             assert rank[case, dtype, "calls"] == {GATHER: 2 * STEPS + seeding}, case
 
 
-def test_evaluation_exchanges_nothing(ranks):
-    assert [rank["evaluation calls"] for rank in ranks] == [{}, {}]
-
-
-def test_a_converted_model_exchanges_with_its_group(ranks):
-    for name, calls in {"told": {GATHER: 1}, "synchronised": {GATHER: 1}, "of a group": {}}.items():
-        assert [rank["converted calls", name] for rank in ranks] == [calls] * 2, name
+def test_only_joined_statistics_are_exchanged(ranks):
+    """Not in evaluation; a converted model's with its group."""
+    for rank in ranks:
+        assert rank["evaluation calls"] == {}
+        for name, calls in {"asked for": {GATHER: 1}, "synchronised": {GATHER: 1}, "of a group": {}}.items():
+            assert rank["converted calls", name] == calls, name
 
 
 def test_a_group_of_one_exchanges_nothing(ranks):
@@ -306,12 +302,11 @@ def test_a_group_of_one_exchanges_nothing(ranks):
         assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("name", ["not finite", "nothing anywhere"])
-def test_buffers_stay_on_every_rank(ranks, name):
+def test_buffers_stay_on_every_rank(ranks):
     for rank in ranks:
-        before, after = rank[name]
-        for key, value in before.items():
-            assert torch.equal(after[key], value), key
+        for name in ("not finite", "nothing anywhere"):
+            before, layer = rank[name]
+            assert_state(layer, before)
 
 
 @pytest.mark.parametrize("update", ["moving_average", "weight"])
@@ -380,7 +375,7 @@ def test_parameters_that_would_lose_their_seed_are_refused(ranks, kind):
 
 def test_a_rank_on_its_own_needs_no_group():
     assert not dist.is_initialized()
-    x = mixture_case((4, 4, 5), num=1, dtype=torch.float32)[0]
+    x = batch(0, (4, 4, 5))
     assert torch.equal(UCBNorm(4, 3, process_group="world")(x), UCBNorm(4, 3)(x))
     with pytest.raises(ValueError, match="x: expected more than one value per channel in training"):
         UCBNorm(4, 3, process_group="world")(x[:1, :, :1])

@@ -81,19 +81,12 @@ def as_on_a_gpu(monkeypatch):
 
 def step(layer, x, g, ids):
     y = layer(x, *ids)
-    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    return y, *torch.autograd.grad(y, inputs, g)
+    return y, *torch.autograd.grad(y, [x, *layer.parameters()], g)
 
 
 def batch(seed):
     x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32, seed=seed)
     return x, g
-
-
-@torch.no_grad()
-def put(into, values):
-    for place, value in zip(into, values, strict=True):
-        place.copy_(value)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +112,9 @@ def test_a_step_that_is_repeated_is_one_that_is_taken(name, training):
         want = step(other, x, g, ids)
     for seed in (2, 3):
         if seed > 2:
-            put((x, g), batch(seed))
+            with torch.no_grad():
+                for place, value in zip((x, g), batch(seed), strict=True):
+                    place.copy_(value)
             captured.replay()
             want = step(other, x, g, ids)
         for a, b in zip((*kept, *layer.state_dict().values()), (*want, *other.state_dict().values()), strict=True):
@@ -127,7 +122,7 @@ def test_a_step_that_is_repeated_is_one_that_is_taken(name, training):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "steps", "said"),
+    ("kind", "options", "steps", "message"),
     [
         ("ucb", {"init": "kmeans++"}, 1, graphs.WARM_UP),
         ("mn", {}, 1, graphs.WARM_UP),
@@ -135,41 +130,31 @@ def test_a_step_that_is_repeated_is_one_that_is_taken(name, training):
         ("mn", {"refit_every": 2}, 2, graphs.COUNTED),
     ],
 )
-def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch, kind, options, steps, said):
+def test_what_asks_the_device_or_counts_on_the_host_is_not_captured(monkeypatch, kind, options, steps, message):
     layer = any_norm(kind, SHAPE[1], 3, backend="triton", **options)
     ids = (torch.arange(SHAPE[0]) % 3,) if kind == "scb" else ()
     for seed in range(steps):
         layer(batch(seed)[0], *ids)
     monkeypatch.setattr(graphs, "capturing", lambda t: True)
-    with pytest.raises(RuntimeError, match=rf"^CUDA graph: {said}$"):
+    with pytest.raises(RuntimeError, match=rf"^CUDA graph: {message}$"):
         layer(batch(2)[0], *ids)
-
-
-@pytest.mark.parametrize(
-    ("run", "said"),
-    [
-        (lambda *mixture: ops.fit_mixture(*mixture, *counted(True), 2, *RULE), graphs.COUNTED),
-        (lambda *mixture: ops.fit_mixture(*mixture, *counted(False), 1, *RULE), graphs.WARM_UP),
-        (lambda *mixture: graph_ops.refit_mixture(*mixture, *counted(True)[1:], 1, 2, 0.1, 1, 0, 0), graphs.DRAWN),
-        (
-            lambda x, *_: graph_ops.seed_mixture(
-                x, torch.tensor(True), torch.tensor(False), None, 3, 2, 0, 0.1, 1, False
-            ),
-            graphs.WARM_UP,
-        ),
-    ],
-)
-def test_operators_of_a_compiled_layer_are_not_captured_either(monkeypatch, run, said):
-    x, log_lambda, mean, var, _ = mixture_case(SHAPE, 3, dtype=torch.float32)
-    run(x, log_lambda, mean, var)
-    monkeypatch.setattr(graphs, "capturing", lambda t: True)
-    with pytest.raises(RuntimeError, match=rf"^CUDA graph: {said}$"):
-        run(x, log_lambda, mean, var)
 
 
 RULE = (2, 0.1, 1, 100, 12, 34, 0.01, 1e-3, 1e-6)
 
 
-def counted(ready):
-    """A step on the device, whether the layer is seeded, and a step on the host."""
-    return torch.tensor(4), torch.tensor(ready), torch.tensor(4)
+def test_operators_of_a_compiled_layer_are_not_captured_either(monkeypatch):
+    x, *given, _ = mixture_case(SHAPE, 3, dtype=torch.float32)
+    on_device, on_host, yes, no = torch.tensor(4), torch.tensor(4), torch.tensor(True), torch.tensor(False)
+    runs = [
+        (lambda: ops.fit_mixture(x, *given, on_device, yes, on_host, 2, *RULE), graphs.COUNTED),
+        (lambda: ops.fit_mixture(x, *given, on_device, no, on_host, 1, *RULE), graphs.WARM_UP),
+        (lambda: graph_ops.refit_mixture(x, *given, yes, on_host, 1, 2, 0.1, 1, 0, 0), graphs.DRAWN),
+        (lambda: graph_ops.seed_mixture(x, yes, no, None, 3, 2, 0, 0.1, 1, False), graphs.WARM_UP),
+    ]
+    for run, _ in runs:
+        run()
+    monkeypatch.setattr(graphs, "capturing", lambda t: True)
+    for run, message in runs:
+        with pytest.raises(RuntimeError, match=rf"^CUDA graph: {message}$"):
+            run()

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from launches import as_accurate_as_a_gpu
-from norm_cases import any_norm, in_full, mixture_case
+from launches import as_accurate_as_a_gpu, replaced_kernels
+from norm_cases import CLUSTERED, any_norm, assert_state, batch, channels_last, in_full, mixture_case, state, step
 from torch.utils.checkpoint import checkpoint
 
 from common.norms import mixture
 from common.norms.backends import reference
 from common.norms.backends.reference import MixtureParams
-from common.norms.backends.triton import launch, ops, tile_configs
+from common.norms.backends.triton import launch, ops
 from common.norms.backends.triton.backend import Triton
 
 SHAPE = (4, 6, 5)
@@ -26,47 +26,45 @@ OPTIONS = {
     "re-seeded": ("ucb", {"reseed": 0.2, "affine": False}),
     "mixture normalization": ("mn", {"em_steps": 2, "eps": 1.0}),
 }
+BY_CHANNEL = {
+    "paper's averages, one variance": ("ucb", {"average": "paper", "variance": "shared", "scale": "sqrt_k"}),
+    "learned by gradients, with a floor": ("ucb", {"update": "weight", "min_weight": 0.3}),
+    "re-seeded, without an affine map": ("ucb", {"reseed": 0.2, "affine": False}),
+    "mixture normalization": ("mn", {"groups": None, "em_steps": 2, "eps": 1.0}),
+}
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Cut tiles down, so that small inputs have many, fill fresh memory with NaN, and err as a GPU may."""
-    tiny = tile_configs.TileConfig(elements=64, num_warps=1)
-    tiles = tile_configs.MixtureTiles(tiny, tiny, tiny, (8, tiny), (8, tiny))
-    monkeypatch.setattr(tile_configs, "MIXTURE", dict.fromkeys(tile_configs.MIXTURE, tiles))
-    monkeypatch.setattr(tile_configs, "RESIDENT_LOCATIONS", 0)  # channels_interpreted.py has these
-    for name in ("SCB_FORWARD", "SCB_BACKWARD"):
-        monkeypatch.setattr(tile_configs, name, tile_configs.TileConfig(elements=64, num_warps=1))
-    monkeypatch.setattr(tile_configs, "UNKNOWN", 16)
-    monkeypatch.setattr(tile_configs, "SUMS", tile_configs.TileConfig(elements=64, num_warps=1))
-    monkeypatch.setattr(tile_configs, "SUMS_SHARE", 1.0)
-    monkeypatch.setattr(tile_configs, "LEAST_PROGRAMS", 1)
-    monkeypatch.setattr(tile_configs, "ALL_CHANNELS", 4)
-    monkeypatch.setattr(tile_configs, "PARAMETER_CHANNELS", 2)
-    torch.use_deterministic_algorithms(True)
+def as_on_a_gpu(tiles):
+    """Cut tiles down, and err as a GPU may."""
     with as_accurate_as_a_gpu():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
-def pair(kind, options, dtype=torch.float32):
+def case(shape=SHAPE, seed=0, dtype=torch.float32):
+    x, *_, g = mixture_case(shape, 3, dtype=dtype, seed=seed)
+    return x, g
+
+
+def pair(kind, options, dtype=torch.float32, num=3):
     """Make a layer of kernels and one of equations in float64, with the same numbers, none of them special."""
-    kernel = any_norm(kind, SHAPE[1], 3, backend="triton", **options)
-    exact = any_norm(kind, SHAPE[1], 3, backend="reference", **options).double()
+    kernel = any_norm(kind, SHAPE[1], num, backend="triton", **options)
+    exact = any_norm(kind, SHAPE[1], num, backend="reference", **options).double()
     rng = torch.Generator().manual_seed(7)
+    stored = [getattr(kernel, name, None) for name in ("logits", "log_var", "weight", "bias")]
     with torch.no_grad():
-        for name in ("logits", "log_var", "weight", "bias"):
-            if (tensor := getattr(kernel, name)) is not None:
+        for tensor in kernel.parameters() if kind in CLUSTERED else stored:
+            if tensor is not None:
                 tensor.add_(torch.randn(tensor.shape, generator=rng) / 2)
+    kernel = kernel.to(dtype)
     exact.load_state_dict(kernel.state_dict())
-    return kernel.to(dtype), exact
+    return kernel, exact
 
 
-def step(layer, x, g, *ids):
-    """Output and gradients of a step."""
-    x = x.detach().requires_grad_()
-    y = layer(x, *ids)
-    return y, *torch.autograd.grad(y, [x, *(p for p in layer.parameters())], g)
+def assert_steps(kernel, exact, x, g, *ids, rtol):
+    """Assert that a step of both gives the same, and leaves the same."""
+    assert_near(step(kernel, x, g, *ids), step(exact, x.double(), g.double(), *ids), rtol)
+    assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol)
 
 
 def assert_near(got, want, rtol):
@@ -77,34 +75,44 @@ def assert_near(got, want, rtol):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n.startswith(("joint", "learned by", "re-seeded")) else in_full(n)[0] for n in OPTIONS]
+    ("tiles", "name"),
+    [
+        *(("small", n) for n in OPTIONS if n.startswith(("joint", "learned by", "re-seeded"))),
+        ("channel", "learned by gradients, with a floor"),
+        *in_full(*(("small", n) for n in ("default", "learned statistics", "mixture normalization"))),
+        *in_full(*(("channel", n) for n in BY_CHANNEL if not n.startswith("learned"))),
+    ],
+    indirect=["tiles"],
 )
-def test_a_layer_steps_and_moves_its_averages_as_in_float64(name):
+def test_a_layer_steps_and_moves_its_averages_as_in_float64(name, request):
     """The second step sees what the first has stored; evaluation what both have.
 
     A GPU's posteriors may be off by 5e-7, 2 ulp of a power and 2^-21.9 of one over their sum: magnified 100 times by
     slopes and sums. EM leaves a component one location alone, with the least variance that it allows, 6e-3: the slope
     of posteriors is 1 / variance, 160; and the spread of that location, 0, is magnified by 1 / sqrt(eps): hence eps.
     """
-    rtol = 2e-4 if OPTIONS[name][0] == "mn" else 5e-5
-    kernel, exact = pair(*OPTIONS[name])
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    by_channel = request.node.callspec.params["tiles"] == "channel"
+    made = (BY_CHANNEL if by_channel else OPTIONS)[name]
+    rtol, (x, g) = 2e-4 if made[0] == "mn" else 5e-5, case()
+    if by_channel:
+        names = []
+        with replaced_kernels(lambda kernel, *_: names.append(kernel.__name__)):
+            step(pair(*made)[0], x, g)
+        assert {"mixture_channel_kernel", "mixture_channel_bwd_kernel"} <= set(names)
+    kernel, exact = pair(*made)
     for shift in (1, -1):
         x = 2 * x + shift
-        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
-        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=rtol)
-    for layer in (kernel, exact):
-        layer.eval()
-    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=rtol)
+        assert_steps(kernel, exact, x, g, rtol=rtol)
+    assert_steps(kernel.eval(), exact.eval(), x, g, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["default", "mixture normalization"])
+@pytest.mark.parametrize("name", ["default", *in_full("mixture normalization")])
 def test_a_checkpointed_layer_steps_as_without(name):
     """After an evaluation, whose gradient the step leaves as it is."""
     found = []
     for checkpointed in (False, True):
         kernel, _ = pair(*OPTIONS[name])
-        x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+        x, g = case()
         first, x = x.detach().requires_grad_(), x.detach().requires_grad_()
         evaluated = kernel.eval()(first)
         gradients = torch.autograd.grad(evaluated, first, g, retain_graph=True)
@@ -138,30 +146,26 @@ def test_a_mixture_is_fitted_to_drawn_locations_as_in_float64(monkeypatch, name,
     monkeypatch.setattr(mixture, "MAX_POINTS", 16)
     kernel, exact = pair("mn", {"em_steps": 2, "eps": 0.1, **FITTED[name]})
     for step_number in range(3):
-        x, *_, g = mixture_case((6, SHAPE[1], 7), 3, dtype=torch.float32, seed=step_number)
+        x, g = case((6, SHAPE[1], 7), step_number)
         if memory == "channels_last":
-            x, g = (t.mT.contiguous().mT for t in (x, g))
-        assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=1e-4)
-        assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=1e-4)
+            x, g = channels_last(x), channels_last(g)
+        assert_steps(kernel, exact, x, g, rtol=1e-4)
     assert not torch.equal(kernel.fit_mean, kernel.mean)
 
 
 def test_a_component_that_holds_no_location_stays_where_its_fit_was():
     kernel, exact = pair("mn", {"em_steps": 2})
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
     for layer in (kernel, exact):
         layer.set_initialized(True)
         layer.fit_mean[2], layer.fit_log_var[2] = 1e4, -2.0
-    assert_near(step(kernel, x, g), step(exact, x.double(), g.double()), rtol=1e-4)
+    assert_steps(kernel, exact, *case(), rtol=1e-4)
     assert torch.equal(kernel.fit_mean[2], torch.full((SHAPE[1],), 1e4))
     torch.testing.assert_close(kernel.fit_log_var[2], torch.full((SHAPE[1],), -2.0))
-    assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=1e-4)
 
 
 def test_a_fit_may_be_stored_in_bfloat16_and_lie_in_memory_in_any_way():
-    kernel, _ = pair("mn", {"em_steps": 2, "eps": 0.1}, torch.bfloat16)
-    _, exact = pair("mn", {"em_steps": 2, "eps": 0.1})
-    x, *_, g = mixture_case((6, SHAPE[1], 7), 3, dtype=torch.float32)
+    kernel, exact = pair("mn", {"em_steps": 2, "eps": 0.1}, torch.bfloat16)
+    x, g = case((6, SHAPE[1], 7))
     kernel(x)
     exact.load_state_dict(kernel.state_dict())
     for table in (kernel.fit_mean, kernel.mean):
@@ -184,7 +188,7 @@ def test_the_kernel_draws_the_locations_that_estimation_does(monkeypatch, shape,
     monkeypatch.setattr(mixture, "MAX_POINTS", limit)
     x = reference.flatten(mixture_case(shape, 2, dtype=torch.float32)[0])
     if memory == "channels_last":
-        x = x.mT.contiguous().mT
+        x = channels_last(x)
     if memory == "strided":
         x = torch.stack([x, x + 1], dim=3).flatten(2)[:, :, ::2]
     for seed, count in ((0, 1), (5, 2**33 + 7)):
@@ -196,7 +200,7 @@ def test_the_kernel_draws_the_locations_that_estimation_does(monkeypatch, shape,
 
 def test_bfloat16_is_rounded_once():
     kernel, exact = pair("ucb", {})
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.bfloat16)
+    x, g = case(dtype=torch.bfloat16)
     got, want = step(kernel, x, g), step(exact, x.double(), g.double())
     assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     for a, b in zip(got[:2], want[:2], strict=True):
@@ -205,10 +209,8 @@ def test_bfloat16_is_rounded_once():
 
 
 def test_a_layer_may_be_stored_in_bfloat16():
-    kernel, _ = pair("ucb", {}, torch.bfloat16)
-    _, exact = pair("ucb", {})
-    exact.load_state_dict(kernel.state_dict())
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    kernel, exact = pair("ucb", {}, torch.bfloat16)
+    x, g = case()
     got, want = step(kernel, x, g), step(exact, x.double(), g.double())
     assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
     assert_near(got[:2], want[:2], rtol=2e-5)
@@ -217,15 +219,13 @@ def test_a_layer_may_be_stored_in_bfloat16():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of numbers that are not finite
-@pytest.mark.parametrize(("value", "kind"), [(math.nan, "ucb"), (math.inf, "mn"), (1e30, "ucb")])
+@pytest.mark.parametrize(("value", "kind"), [(math.inf, "mn"), (1e30, "ucb"), *in_full((math.nan, "ucb"))])
 def test_a_batch_that_is_not_finite_moves_nothing(value, kind):
     kernel, _ = pair(kind, {"init": "uniform"})
-    before = {name: tensor.clone() for name, tensor in kernel.state_dict().items()}
-    x = mixture_case(SHAPE, 3, dtype=torch.float32)[0]
+    before, (x, _) = state(kernel), case()
     x[3, 5, 1] = value
     kernel(x)
-    for name, tensor in kernel.state_dict().items():
-        assert name == "step" or torch.equal(tensor, before[name]), name
+    assert_state(kernel, before, "step")
 
 
 @pytest.mark.parametrize("table", ["mean", "log_var"])
@@ -249,7 +249,7 @@ def test_a_component_that_holds_nothing_stays_to_the_bit_and_keeps_a_least_weigh
     kernel.mean[2], kernel.logits[2] = 1e4, -20.0
     mean, log_var = kernel.mean[2].clone(), kernel.log_var[2].clone()
     for seed in range(3):
-        kernel(mixture_case(SHAPE, 3, dtype=torch.float32, seed=seed)[0])
+        kernel(batch(seed, SHAPE))
     assert torch.equal(kernel.mean[2], mean)
     assert torch.equal(kernel.log_var[2], log_var)
     assert kernel.logits[2].item() == pytest.approx(math.log(0.05))
@@ -258,7 +258,7 @@ def test_a_component_that_holds_nothing_stays_to_the_bit_and_keeps_a_least_weigh
 def test_a_gradient_is_of_the_mixture_before_the_averages_moved():
     """Another step between forward and backward changes no gradient."""
     kernel, _ = pair("ucb", {})
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    x, g = case()
     other = any_norm("ucb", SHAPE[1], 3, backend="triton")
     other.load_state_dict(kernel.state_dict())
     want = step(other, x, g)
@@ -268,7 +268,7 @@ def test_a_gradient_is_of_the_mixture_before_the_averages_moved():
     assert torch.equal(torch.autograd.grad(y, x, g)[0], want[1])
 
 
-CLUSTERED = {
+BY_CLUSTER = {
     "default": ("scb", {}),
     "affine": ("scb", {"affine": True, "unknown_scale": "paper", "eps": 0.1}),
     "one posterior a sample": ("scb", {"affine": True, "unknown_posterior": "sample"}),
@@ -280,60 +280,40 @@ CLUSTERED = {
 }
 
 
-def clustered_pair(kind, options, num=3, dtype=torch.float32):
-    """As pair, of layers of clusters."""
-    kernel = any_norm(kind, SHAPE[1], num, backend="triton", **options)
-    exact = any_norm(kind, SHAPE[1], num, backend="reference", **options).double()
-    rng = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in kernel.parameters():
-            tensor.add_(torch.randn(tensor.shape, generator=rng) / 2)
-    kernel = kernel.to(dtype)
-    exact.load_state_dict(kernel.state_dict())
-    return kernel, exact
-
-
 @pytest.mark.parametrize(
     ("name", "length"),
     [
         ("affine", 5),
-        ("one posterior a sample", 1),
         ("standardised", 1),
-        ("standardised by sample", 5),
         ("linear layers, affine, seeded", 5),
+        *in_full(("standardised by sample", 5), ("one posterior a sample", 1)),
         *in_full(*((name, 1) for name in ("default", "affine", "seeded", "linear layers"))),
     ],
 )  # sums by cluster, and by sample
 def test_a_layer_of_clusters_steps_as_in_float64(name, length):
-    kernel, exact = clustered_pair(*CLUSTERED[name])
-    shape = (6, SHAPE[1], length)
-    x, *_, g = mixture_case(shape, 3, dtype=torch.float32)
-    ids = torch.arange(6) % 2  # one cluster is absent
-    assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
-    assert_near(kernel.state_dict().values(), exact.state_dict().values(), rtol=2e-5)
-    for layer in (kernel, exact):
-        layer.eval()
+    kernel, exact = pair(*BY_CLUSTER[name])
+    (x, g), ids = case((6, SHAPE[1], length)), torch.arange(6) % 2  # one cluster is absent
+    assert_steps(kernel, exact, x, g, ids, rtol=2e-5)
+    kernel.eval()
+    exact.eval()
     for ids[[0, 4, 5]] in (2, -1):
-        assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
-    assert_near(step(kernel, x, g, None), step(exact, x.double(), g.double(), None), rtol=2e-5)
+        assert_steps(kernel, exact, x, g, ids, rtol=2e-5)
+    assert_steps(kernel, exact, x, g, None, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("kind", "num"), [("scb", 1), ("scb_base", 40)])
 def test_a_layer_takes_one_cluster_and_more_than_samples(kind, num):
-    kernel, exact = clustered_pair(kind, {"affine": True}, num)
-    x, *_, g = mixture_case((3, SHAPE[1], 2), 3, dtype=torch.float32)
-    ids = torch.tensor([num - 1, 0, num // 2])
-    for _ in range(2):
-        assert_near(step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids), rtol=2e-5)
-        for layer in (kernel, exact):
-            layer.eval()
-        ids[1] = -1
+    kernel, exact = pair(kind, {"affine": True}, num=num)
+    (x, g), ids = case((3, SHAPE[1], 2)), torch.tensor([num - 1, 0, num // 2])
+    assert_steps(kernel, exact, x, g, ids, rtol=2e-5)
+    ids[1] = -1
+    assert_steps(kernel.eval(), exact.eval(), x, g, ids, rtol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["scb", "scb_base"])
+@pytest.mark.parametrize("kind", ["scb_base", *in_full("scb")])
 def test_a_layer_of_clusters_may_be_stored_in_bfloat16(kind):
-    kernel, exact = clustered_pair(kind, {"affine": True}, dtype=torch.bfloat16)
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.bfloat16)
+    kernel, exact = pair(kind, {"affine": True}, dtype=torch.bfloat16)
+    x, g = case(dtype=torch.bfloat16)
     ids = torch.tensor([0, 2, 1, 0])
     got, want = step(kernel, x, g, ids), step(exact, x.double(), g.double(), ids)
     for a, b in zip(got, want, strict=True):
@@ -343,8 +323,8 @@ def test_a_layer_of_clusters_may_be_stored_in_bfloat16(kind):
 
 def test_tables_may_lie_in_memory_in_any_way():
     """One of them transposed, or neither contiguous: what a state dict of views leaves."""
-    kernel, exact = clustered_pair("scb", {})
-    x, *_, g = mixture_case(SHAPE, 3, dtype=torch.float32)
+    kernel, exact = pair("scb", {})
+    x, g = case()
     ids = torch.tensor([0, 2, 1, 0])
     want = step(exact, x.double(), g.double(), ids)
     kernel.mean.data = kernel.mean.data.t().contiguous().t()
@@ -355,7 +335,7 @@ def test_tables_may_lie_in_memory_in_any_way():
 
 
 def test_an_empty_batch_of_clusters_has_gradients_of_zero():
-    kernel, _ = clustered_pair("scb_base", {"affine": True})
+    kernel, _ = pair("scb_base", {"affine": True})
     x = torch.empty(0, SHAPE[1], 5)
     y, *gradients = step(kernel, x, x, torch.empty(0, dtype=torch.int64))
     assert y.shape == x.shape

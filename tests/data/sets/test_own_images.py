@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,10 @@ from common.runtime.errors import UsageError
 SPECIES = {"beagle": "dog", "Abyssinian": "cat", "pug": "dog"}
 
 
-def write_images(root, classes, count=2):
+def write_images(root, classes):
     for name in classes:
         (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(root / name / f"{i}.png")
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(root / name / "1.png")
 
 
 def config(tmp_path, content, **changes):
@@ -25,37 +25,21 @@ def config(tmp_path, content, **changes):
 
 def test_each_image_gets_the_superclass_of_its_class(tmp_path):
     write_images(tmp_path / "train", SPECIES)
-    write_images(tmp_path / "test", ["pug", "Abyssinian"], count=1)
-    splits = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "test"))
+    write_images(tmp_path / "test", ["pug", "Abyssinian"])
+    splits: Any = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "test"))
     assert splits.train.classes == ("Abyssinian", "beagle", "pug")
-    for part, superclasses in ((splits.train, "cat cat dog dog dog dog"), (splits.test, "cat dog")):
-        assert part is not None
-        assert part.superclasses is not None
-        assert part.labels is not None
+    for part, superclasses in ((splits.train, "cat dog dog"), (splits.test, "cat dog")):
         assert " ".join(part.superclass_names[i] for i in part.superclasses) == superclasses
         assert [SPECIES[part.classes[i]] for i in part.labels] == superclasses.split()
+    flat: Any = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "test" / "pug")).test
+    assert flat.superclasses is None
 
 
 def test_superclasses_are_numbered_in_the_order_of_their_names(tmp_path):
     superclass_of = {f"class {number}": f"superclass {number * 7 % 10}" for number in range(10)}
-    write_images(tmp_path / "train", superclass_of, count=1)
-    train = load(config(tmp_path, json.dumps(superclass_of))).train
+    write_images(tmp_path / "train", superclass_of)
+    train: Any = load(config(tmp_path, json.dumps(superclass_of))).train
     assert train.superclass_names == tuple(f"superclass {number}" for number in range(10))
-
-
-def test_test_images_without_labels_stay_without_superclasses(tmp_path):
-    write_images(tmp_path / "train", SPECIES)
-    write_images(tmp_path / "other", ["flat"])
-    splits = load(config(tmp_path, json.dumps(SPECIES), test_root=tmp_path / "other" / "flat"))
-    assert splits.train.superclasses is not None
-    assert splits.test is not None
-    assert splits.test.superclasses is None
-
-
-def test_without_a_file_there_are_no_superclasses(tmp_path):
-    write_images(tmp_path / "train", SPECIES)
-    train = load(DataConfig(name="imagefolder", root=tmp_path / "train", size=8)).train
-    assert (train.superclasses, train.superclass_names) == (None, ())
 
 
 def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path):
@@ -64,29 +48,17 @@ def test_a_file_that_does_not_serve_is_refused_in_one_line(tmp_path):
         (json.dumps({"beagle": "dog", "pug": "dog"}), "gives class Abyssinian no superclass"),
         (json.dumps(SPECIES | {"tabby": "cat"}), "names class tabby, which the images have not"),
         (json.dumps(SPECIES | {"pug": 3}), "gives class pug no text, expected the name of its superclass"),
-        (json.dumps(SPECIES | {"pug": {"a": "b"}}), "gives class pug no text"),
         (json.dumps(SPECIES | {"pug": ""}), "gives class pug no text"),
-        (
-            '{"pug": "dog", "beagle": "dog", "Abyssinian": "cat", "pug": "cat"}',
-            "gives class pug two superclasses, dog and cat",
-        ),
+        (json.dumps(SPECIES)[:-1] + ', "pug": "cat"}', "gives class pug two superclasses, dog and cat"),
         (json.dumps(list(SPECIES)), "holds no object, expected {"),
-        ("{}", "gives class Abyssinian no superclass"),
-        ("{'pug': 'dog'}", "is not JSON"),
-        ("", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
     ):
         with pytest.raises(UsageError, match=rf"^data\.superclasses: .*superclasses\.json {message}") as e:
             load(config(tmp_path, content))
         assert "\n" not in str(e.value)
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    write_images(tmp_path / "train", SPECIES)
-    for place in ("missing.json", "."):
-        with pytest.raises(UsageError, match=r"^data\.superclasses: .* cannot be read \(.+\)$"):
-            load(DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=tmp_path / place, size=8))
+    with pytest.raises(UsageError, match=r"^data\.superclasses: .* cannot be read \(.+\)$"):
+        load(DataConfig(name="imagefolder", root=tmp_path / "train", superclasses=tmp_path, size=8))
 
 
 def test_images_without_classes_take_no_superclasses(tmp_path):

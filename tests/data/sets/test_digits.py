@@ -12,8 +12,7 @@ from common.runtime.errors import UsageError
 
 
 def test_digits_are_scikit_learns_digits_with_their_labels():
-    splits = load(DataConfig(size=8))
-    assert splits.test is not None
+    splits: Any = load(DataConfig(size=8))
     assert (len(splits.train), len(splits.test)) == (1000, 200)
     data: Any = load_digits()
     known = {
@@ -22,15 +21,13 @@ def test_digits_are_scikit_learns_digits_with_their_labels():
     }
     for part in (splits.train, splits.test):
         found = [known[image[0].numpy().tobytes()] for image in part.images]
-        assert part.labels is not None
         assert found == part.labels.tolist()
         assert torch.equal(part.images[:, 0], part.images[:, 2])
 
 
 def test_no_image_is_in_two_splits():
     for name in ("digits", "digits_m"):
-        splits = load(DataConfig(name=name, size=8))
-        assert splits.test is not None
+        splits: Any = load(DataConfig(name=name, size=8))
         seen = [image.numpy().tobytes() for part in (splits.train, splits.test) for image in part.images]
         assert len(set(seen)) == len(seen)
 
@@ -43,8 +40,7 @@ def test_digits_are_enlarged_bilinearly():
 
 
 def test_digits_m_is_a_digit_against_a_patch_of_a_photograph():
-    splits = load(DataConfig(name="digits_m", size=32))
-    assert splits.test is not None
+    splits: Any = load(DataConfig(name="digits_m", size=32))
     assert (len(splits.train), len(splits.test)) == (400, 197)
     photos = np.stack(load_sample_images().images).astype(int)
     grey = np.arange(256)[:, None, None, None]
@@ -57,16 +53,8 @@ def test_digits_m_is_a_digit_against_a_patch_of_a_photograph():
         assert 0.02 < (patch != image).any(-1).mean() < 0.98
 
 
-def test_digits_m_patches_differ_between_images():
+def test_digits_m_patches_differ_between_images_and_fit_the_photographs():
     corners = load(DataConfig(name="digits_m")).train.images[:, :, 0, 0]
     assert len(corners.unique(dim=0)) > 200
-
-
-def test_digits_m_refuses_sizes_above_the_photographs():
     with pytest.raises(UsageError, match=r"data\.size: digits_m .* at most 427, got 512"):
         load(DataConfig(name="digits_m", size=512))
-
-
-def test_imagefolder_without_a_folder_is_refused():
-    with pytest.raises(UsageError, match=r"data\.root: expected the folder"):
-        load(DataConfig(name="imagefolder"))
