@@ -64,4 +64,5 @@ bench: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf common/norms/build common/norms/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

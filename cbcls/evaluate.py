@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cbcls.config import ClassifierConfig
@@ -18,6 +20,8 @@ from common.data import ImageSet
 from common.data.clusters import clusters_origin
 from common.metrics.logits import evaluating
 from common.metrics.scores import classification_scores, keras_threshold
+from common.reports.densities import channel_moments
+from common.reports.embedding import collect_features
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import flatten, parse, shown, to_dict
 from common.runtime.command import run_command
@@ -25,11 +29,13 @@ from common.runtime.device import resolve_device
 from common.runtime.errors import UsageError
 from common.runtime.fields import changeable
 from common.runtime.paths import refuse_overwriting
+from common.runtime.seeding import permutation
 from common.train.config import NOT_STORED
 from common.train.run_dir import environment
 
 _SPLITS = ("test", "validation")
 _WEAKEST = 3
+_NEIGHBOURS, _MOST = 10, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with evaluating(baseline.network):
                 theirs = Evaluator(baseline.cfg, images, device).logits(baseline.network, images["test"])
         audit = evaluator.audit(model.network, logits["test"], theirs) if model.clusters else None
+    record["values"] = distributions(model, images["test"])
     for split, found in logits.items():
         record[split] = _measured(images[split], found)
         draw(out, split, record[split])
@@ -105,6 +112,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("leak audit", *audit.lines(), *(f"note       the baseline has {line}" for line in differ), sep="\n")
     write_text_atomic(file, json.dumps(record, indent=2) + "\n")
     print(f"results    {out}")
+
+
+def distributions(model: TrainedClassifier, images: ImageSet) -> dict[str, float]:
+    """Return how features group up to 1,000 images by class, and how activations differ from normal ones.
+
+    ``features/purity``: of the ten nearest neighbours of an image's features, the share of its class, mean over images.
+    ``features/silhouette``: of features by class (Rousseeuw, 1987), -1 to 1. ``activations/``: of the shallow CNN's
+    second convolution, means over channels of |skewness|, excess kurtosis and distance from a normal distribution.
+    """
+    from sklearn.metrics import silhouette_score  # noqa: PLC0415 - scikit-learn takes a second, a mistyped flag none
+    from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415
+
+    images = images.select(permutation(len(images), model.cfg.seed, "distributions")[:_MOST])
+    assert images.labels is not None
+    conv2, outputs = dict(model.network.named_modules()).get("conv2"), []
+    with ExitStack() as stack:
+        features = stack.enter_context(collect_features(model.network))
+        if conv2 is not None:
+            stack.enter_context(conv2.register_forward_hook(lambda _layer, _args, y: outputs.append(y.float().cpu())))
+        model.logits(images.images, images.clusters if model.clusters and images.clusters is not None else "unknown")
+    points, labels = torch.cat(features).numpy(), images.labels.numpy()
+    neighbours = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(points) - 1)).fit(points).kneighbors()[1]
+    values = {
+        "features/purity": float((labels[neighbours] == labels[:, None]).mean()),
+    }
+    if 1 < len(set(labels.tolist())) < len(labels):
+        values["features/silhouette"] = float(silhouette_score(points, labels))
+    if outputs:
+        found = channel_moments(torch.cat(outputs).movedim(1, -1).flatten(0, -2))
+        values |= {f"activations/{name}": getattr(found, name) for name in ("skewness", "kurtosis", "distance")}
+    return values
 
 
 def _measured(images: ImageSet, logits: Tensor) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def _draw_by_layer(path: Path, divergence: Mapping[str, float]) -> None:
         axes.set_xticks(range(len(divergence)), list(divergence), rotation=90, fontsize=8)
         axes.set(title="source and target by layer", ylabel="symmetric KL divergence", yscale="log")
         axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())  # names ticks where values span less than a decade
         write_figure(figure, path)
 
 

@@ -2,9 +2,10 @@
 
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
 
-__version__ = "0.1.0"
+__version__ = (Path(__file__).parent / "norms" / "VERSION").read_text(encoding="utf-8").strip()
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-OURS = {"common", "cbgan", "cbda", "cbcls", "docs", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+OURS = {"common", "cbnorm", "cbgan", "cbda", "cbcls", "docs", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 
 
 # A shell starts what it runs in the background with SIGINT ignored, and nohup ignores SIGHUP; runs would keep to that.

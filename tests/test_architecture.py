@@ -1,10 +1,12 @@
 """Who may import whom, folder by folder, and that folders form no circle."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from sources import sources
 
 ROOT = Path(__file__).parents[1]
 APPLICATIONS = ("cbgan", "cbda", "cbcls")
@@ -50,7 +52,7 @@ MAY_IMPORT["cbgan"].add("common/metrics/features")
 MAY_IMPORT["cbda"].add("cbda/adaptation")
 COMMANDS = {
     **{f"common/{name}.py": {"common/reports"} for name in ("figures", "report", "tables")},
-    **{f"common/norms/{name}.py": {*LAYERS, "common/train"} for name in ("bench", "doctor")},
+    **{f"common/norms/{name}.py": LAYERS for name in ("bench", "doctor")},
 }
 """Commands that use more than the folder they are in."""
 ANYWHERE = {"common/registry.py", "common/__init__.py"}
@@ -63,7 +65,7 @@ ENTRANCES = {"__init__.py", "__main__.py"}
 def folders() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for application in ("common", *APPLICATIONS):
-        for file in sorted((ROOT / application).rglob("*.py")):
+        for file in sources(application):
             found.setdefault(str(file.parent.relative_to(ROOT)), []).append(file)
     return found
 
@@ -99,8 +101,20 @@ def test_a_folder_imports_what_it_may(folder):
             if name in COMMANDS:
                 assert own in COMMANDS or folder in APPLICATIONS, f"{own} imports {name}"
             elif name not in ANYWHERE and not (name in UNDER_BACKENDS and folder.startswith("common/norms/")):
-                low = place == "common/runtime" and (folder not in LAYERS or own in COMMANDS)
+                low = place == "common/runtime" and folder not in LAYERS
                 assert low or place in allowed, f"{own} imports {name}"
+
+
+def test_the_layers_import_nothing_of_the_project_and_themselves_by_no_absolute_name():
+    """So that the folder is a package under another name too; but for torch and triton, the standard library is all."""
+    for file in sources("common/norms"):
+        depth = len(file.relative_to(ROOT / "common" / "norms").parts)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= depth, file
+                names = [node.module or ""] if not node.level else []
+            assert {name.split(".")[0] for name in names} <= {"torch", "triton", *sys.stdlib_module_names}, file
 
 
 def test_no_circle_between_folders_nor_between_files():

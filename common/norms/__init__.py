@@ -1,5 +1,7 @@
 """Normalization under a Gaussian mixture: SCB-Norm, UCB-Norm, Mixture Normalization and their parts."""
 
+from pathlib import Path
+
 from .backends.reference import Moments
 from .baselines import BatchNorm, DomainBatchNorm, InstanceNorm
 from .calibrate import calibrate, preserved_statistics, recalibrate, statistics_layers
@@ -15,6 +17,8 @@ from .ucb_norm import UCBNorm
 # isort: split
 from .functional import cluster_norm, mixture_norm  # after the module that has the name of the second
 
+__version__ = Path(__file__).with_name("VERSION").read_text(encoding="utf-8").strip()
+
 __all__ = [
     "BatchNorm",
     "DomainBatchNorm",
@@ -27,6 +31,7 @@ __all__ = [
     "SCBNormBase",
     "UCBNorm",
     "WithClusters",
+    "__version__",
     "calibrate",
     "cluster_norm",
     "clusters",

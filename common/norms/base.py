@@ -292,7 +292,7 @@ class MixtureLayer(NormLayer):
 
         EM starts from the mixture the layer has, shifted and scaled to the locations' mean and variance, or from
         k-means++ where nothing has seeded the layer yet. Training afterwards moves the mixture again.
-        ``common.norms.calibrate`` and ``recalibrate`` do this to a whole model.
+        The functions ``calibrate`` and ``recalibrate`` do this to a whole model.
 
         Args:
             batches: inputs of this layer, each as ``forward`` takes them.

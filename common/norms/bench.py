@@ -1,9 +1,9 @@
 """Time the layers against BatchNorm: ``python -m common.norms.bench``."""
 
 import itertools
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from common.norms import SCBNorm, SCBNormBase, UCBNorm, functional
-from common.norms.registry import make_norm
-from common.runtime.cli import parse
-from common.runtime.command import run_command
-from common.runtime.device import resolve_device, set_threads
-from common.runtime.errors import UsageError
-from common.train.run_dir import environment
+from . import functional
+from .command import Parser, run_command, whole
+from .machine import commit, cpu_model
+from .registry import make_norm
+from .scb_norm import SCBNorm, SCBNormBase
+from .ucb_norm import UCBNorm
 
 SHAPES = ((64, 256, 8, 8), (64, 128, 16, 16), (128, 3, 32, 32), (256, 128, 8, 8), (216, 3, 32, 32))
 GPU_SHAPES = (*SHAPES, (64, 64, 112, 112))
@@ -243,10 +242,9 @@ def head(titles: Sequence[str]) -> str:
 
 def machine(device: torch.device) -> str:
     """Return the machine and the code that numbers were measured with."""
-    found = environment(device)
-    hardware, versions = found["hardware"], found["versions"]
-    code = f"torch {versions['torch']}, Python {found['python']}, commit {found['commit']}"
-    return f"{hardware['gpu'] or hardware['cpu']}, {found['threads']} threads, {code}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+    code = f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit()}"
+    return f"{name}, {torch.get_num_threads()} threads, {code}"
 
 
 def runnable(device: torch.device) -> list[str]:
@@ -263,52 +261,49 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype = torch.float
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """Print Markdown tables of the layers' time and memory, as ratios to nn.BatchNorm2d and to the activation's size.
+DESCRIPTION = """\
+Print Markdown tables of the layers' time and memory, as ratios to nn.BatchNorm2d and to the activation's size.
 
-    Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32; on a
-    GPU in bfloat16 and in evaluation too, and of a larger map. Layers are at their defaults. Memory is what autograd
-    keeps for the backward pass / what forward and backward hold at most.
-    """
-
-    backends: list[str] = field(default_factory=list)
-    """How the layers compute: eager compiled triton reference; none given is all that can run but the reference."""
-    table1: bool = False
-    """Print the paper's Table I instead: numbers that BN, MN, SCB, SCB-base and UCB learn and keep in buffers, their
-    time in evaluation and training, and memory, at three places of the paper's networks."""
-    rounds: int = 11
-    """Times that every layer is measured, in turn."""
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:n."""
-    threads: int = 0
-    """CPU threads; 0 leaves the choice to torch."""
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
-        if self.threads < 0:
-            raise ValueError(f"threads: expected 0 or more, got {self.threads}")
-        if self.table1 and self.backends:
-            raise ValueError(f"backends: expected none with table1, whose layers choose their own, got {self.backends}")
+Times are medians with the 20-80 % spread, measured alternating in one process, in training mode, in float32; on a
+GPU in bfloat16 and in evaluation too, and of a larger map. Layers are at their defaults. Memory is what autograd
+keeps for the backward pass / what forward and backward hold at most.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        UsageError: an unknown device or backend, or one that cannot run here.
+        SystemExit: with status 2, for an unknown device or backend, or one that cannot run here.
     """
-    cfg = parse(BenchConfig, argv, prog="python -m common.norms.bench")
-    device = resolve_device(cfg.device)
-    for backend in cfg.backends:
-        if reason := refusal(backend, device):
-            raise UsageError(f"backends: {reason}")
-    set_threads(cfg.threads)
-    if cfg.table1:
-        _print_table1(cfg.rounds, device)
+    parser = Parser(f"python -m {__package__}.bench", DESCRIPTION)
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=[],
+        help="how the layers compute: eager compiled triton reference; none given is all that can run but the last",
+    )
+    parser.add_switch(
+        "--table1",
+        False,
+        "print the paper's Table I instead: numbers that BN, MN, SCB, SCB-base and UCB learn and keep in buffers, "
+        "their time in evaluation and training, and memory, at three places of the paper's networks",
+    )
+    parser.add_argument("--rounds", type=whole(1), default=11, help="times that every layer is measured, in turn")
+    parser.add_device()
+    parser.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0 leaves the choice to torch")
+    args = parser.parse_args(argv)
+    if args.table1 and args.backends:
+        parser.error(f"backends: expected none with table1, whose layers choose their own, got {args.backends}")
+    for backend in args.backends:
+        if reason := refusal(backend, args.device):
+            parser.error(f"backends: {reason}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.table1:
+        _print_table1(args.rounds, args.device)
     else:
-        _print_comparison(cfg.backends or runnable(device), cfg.rounds, device)
+        _print_comparison(args.backends or runnable(args.device), args.rounds, args.device)
 
 
 def _print_table1(rounds: int, device: torch.device) -> None:

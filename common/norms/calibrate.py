@@ -14,6 +14,7 @@ from . import mixture, seeding
 from .base import MixtureLayer
 from .mixture_norm import MixtureNorm
 from .scb_norm import SCBNorm, SCBNormBase
+from .two_names import refuse_other_layers
 
 POOLED = 8 * mixture.MAX_POINTS
 """Locations of all batches together that a mixture is fitted to."""
@@ -86,6 +87,7 @@ def calibrate(
 
 def statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that ``recalibrate`` estimates, by qualified name; a model that is one goes by its class's."""
+    refuse_other_layers(model)
     return {name or type(layer).__name__: layer for name, layer in model.named_modules() if _stores(layer)}
 
 

@@ -13,9 +13,10 @@ from .backends import checkpointing, graphs
 from .base import fx_leaf
 from .baselines import DomainBatchNorm
 from .scb_norm import SCBNorm, SCBNormBase
+from .two_names import ADVICE, OTHER, OWN, other_module, refuse_other_layers
 
 _ids: ContextVar[Tensor | None] = ContextVar("cluster_ids", default=None)
-_GIVE_IDS = "call the model inside `with clusters(ids):`, of common.norms"
+_GIVE_IDS = f"call the model inside `with clusters(ids):`, of {OWN}"
 MOST = 128
 """Passes of which a layer keeps the ids for activation checkpointing."""
 _in_graph: list[Tensor | None] = []
@@ -70,6 +71,7 @@ class WithClusters(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        refuse_other_layers(model)
         self.model = model
 
     def forward(self, x: Tensor, cluster: Tensor | None = None) -> Any:
@@ -78,14 +80,22 @@ class WithClusters(nn.Module):
             return self.model(x)
 
 
+def current_ids() -> Tensor | None:
+    """Return the cluster ids of the innermost block."""
+    return _in_graph[-1] if _in_graph else _ids.get()
+
+
 def _routed(layer: nn.Module, cluster: Tensor | None, x: Tensor) -> Tensor | None:
     if cluster is not None:
         return cluster
     if checkpointing.keeps(layer):
         given = checkpointing.recall(layer, x)
         return given[0] if given else None  # the block may have been left, or be another
-    ids = _in_graph[-1] if _in_graph else _ids.get()
+    ids = current_ids()
     if ids is None:
+        other = other_module("cluster_context")
+        if other is not None and other.current_ids() is not None:
+            raise RuntimeError(f"clusters: expected a block of {OWN} around its layer, got one of {OTHER}; {ADVICE}")
         checkpointing.remember(layer, x, [], MOST)
         return None
     if not _in_graph and graphs.exported():

@@ -20,6 +20,7 @@ from .norm_act import NormAct
 from .norm_spec import NormSpec, norm_spec
 from .registry import MIXTURES, check_options, make_norm
 from .scb_norm import SCBNorm, SCBNormBase
+from .two_names import refuse_other_layers
 from .warm_start import warm_start
 
 _KINDS = ("mn", "ucb", "scb", "scb_base", "dsbn")
@@ -288,6 +289,8 @@ def is_converted(module: nn.Module) -> bool:
 
 def places(module: nn.Module, name: str = "", parent: nn.Module | None = None, key: str = "") -> Iterator[Place]:
     """Find every place that holds a BatchNorm, LayerNorm, InstanceNorm or converted layer; a shared one has several."""
+    if parent is None:
+        refuse_other_layers(module)
     if is_converted(module) or isinstance(module, (_BatchNorm, nn.LayerNorm, _InstanceNorm)):
         yield Place(name, parent, key, module)
     elif not isinstance(module, DomainBatchNorm):

@@ -3,22 +3,20 @@
 import itertools
 import math
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.norms import bench, functional
-from common.norms.agreement import Case, budget, cluster_results, error, mixture_case, mixture_results
-from common.runtime.cli import parse
-from common.runtime.command import run_command
-from common.runtime.device import resolve_device
-from common.train.run_dir import environment
+from . import bench, functional
+from .agreement import Case, budget, cluster_results, error, mixture_case, mixture_results
+from .command import Parser, run_command
+from .machine import cpu_model, version
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPONENTS = (1, 3)
@@ -44,16 +42,6 @@ ACCESSES = {"SCB": (2, 2, 5), "UCB joint": (2, 3, 8), "UCB channel-wise": (2, 3,
 training forward, and forward + backward."""
 
 Results = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Compare every backend of the layers with the float64 reference, and time it against a copy of its input."""
-
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda or cuda:n."""
-    bandwidth: bool = True
-    """Measure the share of the device's copy bandwidth that each backend reaches."""
 
 
 class Check(NamedTuple):
@@ -230,10 +218,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def describe(device: torch.device) -> Iterator[str]:
     """Yield what the machine has, a line each."""
-    found = environment(device)
-    hardware, versions = found["hardware"], found["versions"]
-    yield f"Python {found['python']}, torch {versions['torch']}, triton {versions['triton'] or 'not installed'}"
-    yield f"CPU: {hardware['cpu']}, {hardware['cores']} cores, {found['threads']} threads"
+    triton = version("triton") or "not installed"
+    yield f"Python {platform.python_version()}, torch {torch.__version__}, triton {triton}"
+    yield f"CPU: {cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield f"CUDA: {torch.version.cuda or 'not in this build of torch'}, {torch.cuda.device_count()} devices"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -249,10 +236,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; the exit status is 1 if a backend that can run disagrees.
 
     Raises:
-        UsageError: an unknown or missing device.
+        SystemExit: at its end; with status 2 for an unknown or missing device.
     """
-    cfg = parse(DoctorConfig, argv, prog="python -m common.norms.doctor")
-    device = resolve_device(cfg.device)
+    what = "Compare every backend of the layers with the float64 reference, and time it against a copy of its input."
+    parser = Parser(f"python -m {__package__}.doctor", what)
+    parser.add_device()
+    parser.add_switch("--bandwidth", True, "measure the share of the device's copy bandwidth that each backend reaches")
+    args = parser.parse_args(argv)
+    device = args.device
     print(*describe(device), sep="\n")
     print()
     able = []
@@ -264,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print(f"{backend}: cannot run here: {reasons[DTYPES.index(torch.float32)]}")
     count, wrong = compare(able, device)
-    if cfg.bandwidth and not wrong:  # a wrong result has no speed
+    if args.bandwidth and not wrong:  # a wrong result has no speed
         # auto is one of the others; on a CPU triton is interpreted, which says nothing about its speed
         skipped = ("auto", "triton") if device.type == "cpu" else ("auto",)
         time_backends([backend for backend in able if backend not in skipped], device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backends import reference
 from .base import MixtureLayer
+from .two_names import refuse_other_layers
 
 LEAST_USAGE = 0.01
 LEAST_INFORMATION = 0.05
@@ -89,6 +90,7 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
     Raises:
         ValueError: x has not the layer's channels, or holds nothing.
     """
+    refuse_other_layers(layer)
     if x.numel() == 0:
         raise ValueError(f"x: expected at least one location, got {tuple(x.shape)}")
     tau = layer.posterior(x)
@@ -120,6 +122,7 @@ def health(layer: MixtureLayer, x: Tensor) -> Health:
 
 def mixture_layers(model: nn.Module) -> dict[str, MixtureLayer]:
     """Return a model's mixture layers by qualified name; a model that is one goes by its class's name."""
+    refuse_other_layers(model)
     return {
         name or type(module).__name__: module
         for name, module in model.named_modules()

@@ -11,6 +11,7 @@ from torch import nn
 from .baselines import BatchNorm, DomainBatchNorm, InstanceNorm, NoNorm
 from .mixture_norm import MixtureNorm
 from .scb_norm import SCBNorm, SCBNormBase
+from .two_names import ADVICE, OTHER, other_module, refuse_other_layers
 from .ucb_norm import UCBNorm
 
 
@@ -77,6 +78,8 @@ def check_kind(field: str, kind: object) -> None:
     if kind not in tuple(_KINDS):
         near = difflib.get_close_matches(str(kind), _KINDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if kind in getattr(other_module("registry"), "_KINDS", ()):
+            hint = f", which is registered with {OTHER}; {ADVICE}"
         raise ValueError(f"{field}: expected one of {', '.join(_KINDS)}, got {kind}{hint}")
 
 
@@ -116,4 +119,5 @@ def make_norm(kind: str, num_features: int, num_components: int, **options: Any)
     layer = _KINDS[kind].build(num_features, num_components, **options)
     if not isinstance(layer, nn.Module):
         raise ValueError(f"kind: expected {kind} to make a torch.nn.Module, got {type(layer).__name__}")
+    refuse_other_layers(layer)
     return layer

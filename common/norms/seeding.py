@@ -17,7 +17,7 @@ def generator(seed: int, *position: int | str) -> torch.Generator:
     """Return a fresh generator on the CPU whose stream belongs to this seed and position alone.
 
     The same as ``common.runtime.seeding.generator``, held here too (and compared with it by a test) so that the
-    layers can be copied into another code base.
+    layers can be installed alone.
     """
     return torch.Generator().manual_seed(_digest(seed, *position))
 

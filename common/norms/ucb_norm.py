@@ -27,7 +27,7 @@ class UCBNorm(MixtureLayer):
 
     The output variance is not 1 but K where components are well separated, and less in between. With K = 1
     the layer is BatchNorm without bias and weight. Components can die, or agree: watch
-    ``common.norms.health``.
+    ``health``.
 
     Args:
         num_features: channels C.

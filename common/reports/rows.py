@@ -118,9 +118,9 @@ def _series(run: LoggedRun, tag: str) -> list[tuple[int, float | None]]:
 
 
 def _evaluated(folder: Path) -> dict[str, float | None]:
-    """Return the numbers that an evaluation after training left in evaluation/values.json, by tag."""
-    file = folder / "evaluation" / "values.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """Return the values that an evaluation after training left, by tag."""
+    file = folder / "evaluation" / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("values", {}) if file.exists() else {}
 
 
 def read_rows(path: Path) -> list[Row]:

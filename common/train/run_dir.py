@@ -7,18 +7,17 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.norms import machine
 from common.runtime.atomic import umask, write_text_atomic
 from common.runtime.cli import flatten
 from common.runtime.errors import UsageError
@@ -111,15 +110,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
-        "commit": _commit(),
+        "commit": machine.commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
+        "versions": {name: machine.version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "plugins": installed_plugins(),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
         "hardware": {
-            "cpu": _cpu_model(),
+            "cpu": machine.cpu_model(),
             "cores": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -228,31 +227,3 @@ def _lock(folder: Path) -> int:
             raise UsageError(f"name: {folder} cannot be locked ({error.strerror}); move it to another disk") from None
         raise UsageError(f"name: {folder} is in use by another process; wait for it or take another --name") from None
     return descriptor
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree, marked if it has changes, or None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

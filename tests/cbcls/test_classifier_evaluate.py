@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def test_what_is_measured_is_what_scikit_learn_says(runs, tmp_path, capsys):
             assert pair["recall"] == pytest.approx(recall_score(cells, above, average="micro"))
             assert pair["positives"] == pytest.approx(float(above.sum()) / len(labels))
     assert (found["epoch"], found["checkpoint"], found["run"]) == (2, "last", str(runs / "plain"))
+    assert set(found["values"]) == {
+        "features/purity", "features/silhouette", "activations/skewness", "activations/kurtosis", "activations/distance"
+    }  # fmt: skip
     assert found["settings"]["norm"]["kind"] == "bn"
     assert found["images"] == {name: each.content_hash for name, each in images.items()}
     assert found["environment"]["versions"]["torch"] == torch.__version__
@@ -396,3 +400,22 @@ def test_images_that_are_others_now_are_refused(tiny, tmp_path, pictures, capsys
     line = refused(capsys, cbcls.evaluate.main, "--run", str(tmp_path / "cbcls" / "run"))
     assert "its images are others now (content_test differ)" in line
     assert not (tmp_path / "cbcls" / "run" / "evaluation").exists()
+
+
+def test_features_that_follow_the_class_are_pure_and_those_that_do_not_are_as_pure_as_chance(runs, monkeypatch):
+    model = load_model(runs / "plain")
+    count, classes = 600, len(model.classes)
+    labels = torch.arange(count) % classes
+    images = ImageSet(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), labels, model.classes, "toy", "test")
+    of_class, noise = torch.nn.functional.one_hot(labels).double(), torch.randn(count, classes).double()
+    for features, purity in ((of_class + 0.01 * noise, 1.0), (noise, 1 / classes)):
+
+        @contextmanager
+        def collected(_network, features=features):
+            order = permutation(count, model.cfg.seed, "distributions")
+            yield [features[order]]
+
+        monkeypatch.setattr(cbcls.evaluate, "collect_features", collected)
+        found = cbcls.evaluate.distributions(model, images)
+        assert found["features/purity"] == pytest.approx(purity, abs=0.03)
+        assert (found["features/silhouette"] > 0.9) == (purity == 1)

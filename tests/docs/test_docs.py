@@ -13,10 +13,12 @@ import pkgutil
 import re
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cbnorm.registry
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ from common.runtime.errors import UsageError
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_HERE = re.compile(
-    r"cuda|inception|dinov2|cifar|oxford|cbgan/ucb\.yaml|norms\.(?:bench|doctor)|study\.yaml|NAME|FILE|\*"
+    r"cuda|inception|dinov2|cifar|oxford|cbgan/ucb\.yaml|norms?\.(?:bench|doctor)|study\.yaml|NAME|FILE|\*"
 )
 """A GPU, downloads, what takes long, a reader's own files and runs."""
 TRAINED_BY = {"cbgan": "cbgan.train", "cbcls": "cbcls.train", "cbda": "cbda.adamatch"}
@@ -79,7 +81,7 @@ def named(page: Path) -> set[str]:
     """Return the files, folders and Python names of this project that a page names in code type or links to."""
     text = page.read_text(encoding="utf-8")
     paths = re.findall(rf"`({FOLDERS}/[\w./*-]+)`", text)
-    names = re.findall(r"`((?:common|cbgan|cbda|cbcls)(?:\.\w+)+)[`(]", text)
+    names = re.findall(r"`((?:common|cbnorm|cbgan|cbda|cbcls)(?:\.\w+)+)[`(]", text)
     links = re.findall(r"\]\((?!\w+:|#)([^)#]+)", text)
     return {*paths, *names, *(f"./{link}" for link in links)}
 
@@ -107,7 +109,7 @@ def start(module: str, flags: Sequence[str], *, parse: bool = False) -> None:
     if "." not in module:  # lists the commands of a package
         return
     main = importlib.import_module(f"{module}.__main__" if spec.submodule_search_locations else module).main
-    build = cli._build
+    build, parse_args = cli._build, ArgumentParser.parse_args
 
     def stop_once_built(cls: type, values: Any, prefix: str = "") -> Any:
         built = build(cls, values, prefix)
@@ -115,9 +117,14 @@ def start(module: str, flags: Sequence[str], *, parse: bool = False) -> None:
             raise Parsed
         return built
 
+    def stop_once_parsed(self: ArgumentParser, argv: Sequence[str]) -> None:
+        parse_args(self, argv)
+        raise Parsed
+
     with pytest.MonkeyPatch.context() as patch:
         if parse:
             patch.setattr(cli, "_build", stop_once_built)
+            patch.setattr(ArgumentParser, "parse_args", stop_once_parsed)
         try:
             main(flags)
         except Parsed:
@@ -167,7 +174,8 @@ def folder(tmp_path, monkeypatch) -> None:
             pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))  # a page shows how to add to these
+    for norms in (registry, cbnorm.registry):  # a page shows how to add to these
+        monkeypatch.setattr(norms, "_KINDS", dict(norms._KINDS))
     monkeypatch.setattr(DATA_SETS, "_known", dict(DATA_SETS._known))
     monkeypatch.setattr(METRICS, "_known", dict(METRICS._known))
 

@@ -8,7 +8,6 @@ import torch
 
 from common.norms import doctor, functional
 from common.norms.backends import eager
-from common.runtime.errors import UsageError
 
 NAMES = [check.name for check in doctor.checks()]
 
@@ -112,10 +111,7 @@ def test_a_backend_that_breaks_down_is_named(capsys, monkeypatch, broken):
     assert verdicts(lines)["SCB, known ids", "eager"] == "ok"
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_printed(capsys):
-    with pytest.raises(UsageError, match=r"^device: expected auto, cpu, cuda or cuda:n, got tpu$"):
-        doctor.main(["--device", "tpu"])
-    assert capsys.readouterr().out == ""
+def test_the_command_ends_with_status_2_and_one_line():
     command = [sys.executable, "-m", "common.norms.doctor", "--device", "cuda:9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

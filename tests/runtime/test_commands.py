@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from sources import sources
 
 import cbgan
 import common
 from cbgan.config import GanConfig
+from common import norms
 from common.runtime import command
 from common.runtime.cli import configurations, parse
 from common.runtime.errors import UsageError
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_module_that_starts_a_command_is_listed():
     for package in ("cbgan", "cbcls", "cbda", "common"):
         starting = set()
-        for path in (ROOT / package).rglob("*.py"):
+        for path in sources(package):
             if "\n    run_command(main)\n" in path.read_text():
                 starting.add(".".join(path.relative_to(ROOT / package).with_suffix("").parts).removesuffix(".__main__"))
         found = command.commands(package)
@@ -87,5 +89,5 @@ def test_another_common_in_the_users_folder_is_one_line_and_is_not_run(tmp_path,
 
 
 def test_there_is_one_version():
-    assert cbgan.__version__ == common.__version__
+    assert cbgan.__version__ == common.__version__ == norms.__version__
     assert f"version: {common.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.norms import machine
 from common.runtime.errors import UsageError
 from common.train import run_dir as module
 from common.train.run_dir import (
@@ -224,7 +225,7 @@ def test_the_commit_is_that_of_the_code_and_marked_where_the_code_has_changed(tm
     def commit() -> str | None:
         return environment(torch.device("cpu"))["commit"]
 
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "code.py"))
     assert commit() is None
     (tmp_path / "code.py").write_text("1")
     git("init")
