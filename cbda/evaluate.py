@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from cbda.domains import load_domains
-from cbda.evaluation import clusters_of
+from cbda.evaluation import TESTED, clusters_of
 from cbda.export import AdaptedModel, load_model
 from cbda.networks.divergence import collect_activation, divergences
 from common.classification.measured import draw, measured
@@ -30,7 +30,6 @@ from common.runtime.paths import refuse_overwriting
 from common.runtime.seeding import permutation
 
 _RESULTS = "evaluation.json"
-_SPLITS = {"source": "test", "target": "target_test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "clusters": {"headline": "own", "paper": "source"},
         "domains": {},
     }
-    for domain, split in _SPLITS.items():
+    for domain, split in TESTED.items():
         labels = images[split].labels if split in images else None
         shown = images[split if labels is not None else "target" if domain == "target" else "train"].images
         for cluster in clusters_of(model.cfg.norm.kind):
@@ -103,7 +102,7 @@ def _apart(model: AdaptedModel, images: Mapping[str, ImageSet], out: Path, count
     """Return how far the domains are apart in each layer, each by its own cluster; draw that, and their features."""
     activations, features, labels = [], [], []
     for domain, training in (("source", "train"), ("target", "target")):
-        shown = images.get(_SPLITS[domain], images[training])
+        shown = images.get(TESTED[domain], images[training])
         cluster = domain if domain in clusters_of(model.cfg.norm.kind) else "source"
         with collect_activation(model.network) as activation, collect_features(model.network) as feature:
             model.logits(shown.images, cluster)

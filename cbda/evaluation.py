@@ -1,13 +1,9 @@
-"""What is measured of a classifier of two domains, and a picture of what it says."""
+"""What is measured of a classifier of two domains, and a picture of its predictions."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,32 +14,19 @@ from common.metrics.logits import classify, evaluating
 from common.metrics.scores import Scores, classification_scores, information, neighbourhood_density
 from common.networks.pixels import pixels_of
 from common.norms.registry import kinds
-from common.reports.sheet import Verdict, captioned_sheet
-from common.runtime.atomic import write_atomic, write_text_atomic
+from common.reports.sheet import Verdict, captioned_sheet, save_png
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
-from common.runtime.errors import NonFiniteError, UsageError
+from common.runtime.errors import NonFiniteError
 from common.runtime.seeding import drawing, permutation
 from common.train.recalibration import drawn, recalibrate_network
-from common.train.task import Better, EvalContext, SelectionMetric
+from common.train.task import EvalContext
 
-CLASSES = "classes.json"
-"""In a run's folder: the names of its classes, in the order of the logits."""
 CLUSTERS = {"source": SOURCE, "target": TARGET, "unknown": UNKNOWN}
-_CHARTS = {
-    "accuracy": [f"metric/{name}accuracy" for name in ("target_", "source_", "source_only_target_")],
-    "pseudo-labels": [
-        f"adapt/{name}" for name in ("pseudo_label_accuracy_oracle", "mask_rate", "threshold", "largest_class")
-    ],
-    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "shared", "max")],
-    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "shared", "max")],
-}
-HEADLINE = (
-    *(f"metric/{name}" for name in ("source_accuracy", "target_accuracy", "gain", "target_information")),
-    "metric/validation_accuracy",
-)
-"""What is printed of a measurement."""
-_SHOWN = 24
+TESTED = {"source": "test", "target": "target_test"}
+"""Test images by domain."""
+_DRAWN = 24
+"""Images of each domain in the picture."""
 _KNOW_UNKNOWN = ("scb", "scb_base")
 _TRAINING = (("source", "train", SOURCE), ("target", "target", TARGET))
 """Domain, training images and cluster."""
@@ -59,67 +42,6 @@ def clusters_of(kind: str) -> dict[str, int]:
 def evaluation_batch_size(size: int) -> int:
     """Return 256 for images of up to 32 pixels a side; for larger ones as many as have as many pixels, at least 16."""
     return max(16, min(256, 256 * 32**2 // size**2))
-
-
-def selection_metrics() -> dict[str, SelectionMetric]:
-    """Return the values without target labels, and the target's accuracy, which needs best.allow_test_metric."""
-    return {
-        "metric/validation_accuracy": SelectionMetric("validation", "higher"),
-        "loss/validation": SelectionMetric("validation", "lower"),
-        "metric/target_information": SelectionMetric("target", "higher"),
-        "metric/target_density": SelectionMetric("target", "higher"),
-        "metric/target_accuracy": SelectionMetric("target_test", "higher", chosen_by_test=True),
-    }
-
-
-def better() -> Mapping[str, Better]:
-    """Return whether higher or lower is better of each value that has a best, by tag."""
-    domains = ("source", "target")
-    scores = [f"metric/{domain}_{name}" for domain in domains
-              for name in ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1")]  # fmt: skip
-    by_cluster = [f"{score}_as_{name}" for score in scores for name in CLUSTERS]
-    alone = [f"metric/source_only_{domain}_accuracy" for domain in domains]
-    return {
-        **dict.fromkeys([*scores, *by_cluster, *alone, "metric/gain"], "higher"),
-        **dict.fromkeys(["loss/source", "loss/source_only"], "lower"),
-        **{tag: metric.better for tag, metric in selection_metrics().items()},
-    }
-
-
-def check_choice(choice: tuple[str, SelectionMetric] | None, images: Mapping[str, ImageSet]) -> None:
-    """Refuse to choose epochs by labels that the target does not have.
-
-    Raises:
-        UsageError: if the chosen value is measured on images that there are none of.
-    """
-    if choice is not None and choice[1].split not in images:
-        raise UsageError(f"best.by: {choice[0]} needs labels, and the target {images['target'].name} has none")
-
-
-def summary_rows(lines: Sequence[Mapping[str, Any]], folder: Path, *, source_only: bool) -> list[tuple[str, str]]:
-    """Return what a finished run tells its user: the last accuracies of both networks, and by the cluster named.
-
-    Args:
-        lines: of the run's log.
-        folder: the run's.
-        source_only: whether there is a network that saw the source alone.
-    """
-    last = {name: value for line in lines for name, value in line.items() if name.startswith("metric/")}
-
-    def both(prefix: str) -> str:
-        found = {domain: last.get(f"metric/{prefix}{domain}_accuracy") for domain in ("source", "target")}
-        shown = [f"{domain} {100 * value:.1f} %" for domain, value in found.items() if value is not None]
-        return ", ".join(shown) or "no labels to measure by"
-
-    rows = [("source only", both("source_only_"))] if source_only else []
-    rows.append(("AdaMatch", both("")))
-    by = {name: last.get(f"metric/target_accuracy_as_{name}") for name in CLUSTERS}
-    by_cluster = [f"{100 * value:.1f} % as {name}" for name, value in by.items() if value is not None]
-    if by_cluster:
-        rows.append(("by cluster", f"target {', '.join(by_cluster)}; the paper names the source's for both"))
-    rows.append(("picture", str(folder / "samples" / "predictions.png")))
-    rows.append(("paper's run", "python -m cbda.adamatch --config configs/cbda/paper_scb.yaml --device cuda"))
-    return rows
 
 
 class Evaluator:
@@ -158,32 +80,35 @@ class Evaluator:
         adapted, values = networks["adamatch"], {}
         own: dict[str, Tensor] = {}
         clusters = clusters_of(self.cfg.norm.kind)
+        tested = {domain: split for domain, split in TESTED.items() if split in self.images}
         for name, cluster in clusters.items():
-            for domain, split in (("source", "test"), ("target", "target_test")):
-                if split in self.images:
-                    logits = self.logits(adapted, split, cluster, context.go_on)
-                    scores = self._scores(domain, split, logits)
-                    if len(clusters) > 1:
-                        values |= {f"{tag}_as_{name}": value for tag, value in scores.items()}
-                    if name == domain or domain not in own:
-                        own[domain] = logits
-                        values |= scores
+            for domain, split in tested.items():
+                logits = self.logits(adapted, split, cluster, context.go_on)
+                found = self._scores(split, logits)
+                weighted = found.weighted._asdict().items()
+                scores = {f"metric/{domain}_accuracy": found.accuracy}
+                scores |= {f"metric/{domain}_weighted_{score}": value for score, value in weighted}
+                if len(clusters) > 1:
+                    values |= {f"{tag}_as_{name}": value for tag, value in scores.items()}
+                if name == domain or domain not in own:
+                    own[domain] = logits
+                    values |= scores
         if "validation" in self.images:
-            values |= self._validated(adapted, context.go_on)
+            logits, labels = self.logits(adapted, "validation", SOURCE, context.go_on), self.images["validation"].labels
+            assert labels is not None
+            values["metric/validation_accuracy"] = self._scores("validation", logits).accuracy
+            values["loss/validation"] = float(F.cross_entropy(logits, labels))
         blind = self.logits(adapted, "target", TARGET, context.go_on)
         values["metric/target_information"] = information(blind)
         values["metric/target_density"] = neighbourhood_density(blind)
         if "source_only" in networks:
-            for domain, split in (("source", "test"), ("target", "target_test")):
-                if split in self.images:
-                    logits = self.logits(networks["source_only"], split, SOURCE, context.go_on)
-                    values[f"metric/source_only_{domain}_accuracy"] = self._accuracy(split, logits)
+            for domain, split in tested.items():
+                logits = self.logits(networks["source_only"], split, SOURCE, context.go_on)
+                values[f"metric/source_only_{domain}_accuracy"] = self._scores(split, logits).accuracy
             if "target_test" in self.images:
                 values["metric/gain"] = values["metric/target_accuracy"] - values["metric/source_only_target_accuracy"]
         if self.env.first:
             self._draw(own, blind, context)
-            names = json.dumps(self.images["train"].classes)
-            write_text_atomic(context.folder / CLASSES, names + "\n")
         return values
 
     def logits(self, network: nn.Module, split: str, cluster: int, go_on: Callable[[], None] = lambda: None) -> Tensor:
@@ -224,48 +149,30 @@ class Evaluator:
                 logits = functional_call(network, buffers, (x, ids))
             yield domain, logits
 
-    def _accuracy(self, split: str, logits: Tensor) -> float:
-        return self._scored(split, logits).accuracy
-
-    def _scored(self, split: str, logits: Tensor) -> Scores:
+    def _scores(self, split: str, logits: Tensor) -> Scores:
         labels = self.images[split].labels
         assert labels is not None
         return classification_scores(labels, logits, logits.shape[1])
 
-    def _scores(self, domain: str, split: str, logits: Tensor) -> dict[str, float]:
-        scores = self._scored(split, logits)
-        weighted = {f"metric/{domain}_weighted_{name}": value for name, value in scores.weighted._asdict().items()}
-        return {f"metric/{domain}_accuracy": scores.accuracy} | weighted
-
-    def _validated(self, network: nn.Module, go_on: Callable[[], None]) -> dict[str, float]:
-        labels, logits = self.images["validation"].labels, self.logits(network, "validation", SOURCE, go_on)
-        assert labels is not None
-        return {
-            "metric/validation_accuracy": self._accuracy("validation", logits),
-            "loss/validation": float(F.cross_entropy(logits, labels)),
-        }
-
     def _draw(self, own: Mapping[str, Tensor], blind: Tensor, context: EvalContext) -> None:
-        """Show the first domains' images with what the adapted network says of them."""
-        shown, captions, verdicts = [], [], []
-        found = {"test": own.get("source"), "target_test": own.get("target")}
+        """Draw some images of each domain with the classes that the adapted network predicts."""
+        tiles: list[Tensor] = []
+        captions: list[str] = []
+        verdicts: list[Verdict] = []
+        predictions = {TESTED[domain]: logits for domain, logits in own.items()}
         if "target_test" not in self.images:
-            found["target"] = blind
-        for split, logits in found.items():
-            if logits is None:
-                continue
+            predictions["target"] = blind
+        for split, logits in predictions.items():
             images, names = self.images[split], self.images["train"].classes
-            index = permutation(len(images), self.cfg.seed, "shown")[:_SHOWN]
-            said = logits[index].argmax(1)
-            shown.append(images.images[index])
-            captions += [names[label] for label in said.tolist()]
-            verdicts += _verdicts(said, None if images.labels is None else images.labels[index])
-        sheet = captioned_sheet(torch.cat(shown), captions, verdicts)
+            index = permutation(len(images), self.cfg.seed, "shown")[:_DRAWN]
+            predicted = logits[index].argmax(1)
+            tiles.append(images.images[index])
+            captions += [names[label] for label in predicted.tolist()]
+            hits = [None] * len(index) if images.labels is None else (predicted == images.labels[index]).tolist()
+            verdicts.extend("open" if hit is None else "right" if hit else "wrong" for hit in hits)
+        sheet = captioned_sheet(torch.cat(tiles), captions, verdicts)
         context.log.image(context.step, "samples/predictions", sheet)
-        context.log.charts(_CHARTS)
-        path = context.folder / "samples" / "predictions.png"
-        picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-        write_atomic(path, lambda file: picture.save(file, "PNG"))
+        save_png(sheet, context.folder / "samples" / "predictions.png")
 
 
 def recalibrate(
@@ -313,9 +220,3 @@ def recalibrate(
             network(pixels_of(x, cfg.model.pixels), ids)
 
     recalibrate_network(cfg, network, list(zip(*batches, strict=False)), forward)
-
-
-def _verdicts(said: Tensor, labels: Tensor | None) -> list[Verdict]:
-    if labels is None:
-        return ["open"] * len(said)
-    return ["right" if right else "wrong" for right in (said == labels).tolist()]

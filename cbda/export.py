@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cbda.config import AdaMatchConfig
 from cbda.domains import load_domains
-from cbda.evaluation import CLASSES, CLUSTERS, clusters_of, evaluation_batch_size, recalibrate
+from cbda.evaluation import CLUSTERS, clusters_of, evaluation_batch_size, recalibrate
 from cbda.models import build_classifier
 from cbda.networks.classifier import Classifier
-from cbda.task import AdaMatchTask
+from cbda.task import CLASSES, AdaMatchTask
 from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import to_input
 from common.metrics.logits import classify, evaluating

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _predict(model: AdaptedModel, cfg: PredictConfig, files: PredictionFiles) -> None:
     images = files.read(model.cfg.data.size)
     logits = model.logits(images, cfg.cluster)
-    best, said = logits.softmax(1).max(1)
+    best, predicted = logits.softmax(1).max(1)
     above = best >= model.threshold
     columns = {
         "above_threshold": ["yes" if sure else "no" for sure in above.tolist()],
@@ -74,7 +74,7 @@ def _predict(model: AdaptedModel, cfg: PredictConfig, files: PredictionFiles) ->
     }
     for name in clusters_of(model.cfg.norm.kind) if cfg.all_clusters else ():
         if name != cfg.cluster:
-            under = model.logits(images, name).softmax(1).gather(1, said[:, None])[:, 0]
+            under = model.logits(images, name).softmax(1).gather(1, predicted[:, None])[:, 0]
             columns[f"probability_as_{name}"] = [f"{value:.6f}" for value in under.tolist()]
     print(f"classified {len(images):,} images as {cfg.cluster}, {int(above.sum()):,} above the threshold "
           f"{model.threshold:.3f}")  # fmt: skip

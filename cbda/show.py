@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 
 from common.data import DataConfig, load
 from common.data.augmentation import ViewOptions
 from common.data.config import fields_without_prefix
-from common.reports.sheet import captioned_sheet
-from common.runtime.atomic import write_atomic
+from common.reports.sheet import captioned_sheet, save_png
 from common.runtime.cli import parse
 from common.runtime.command import run_command
 from common.runtime.paths import refuse_overwriting
 from common.runtime.seeding import permutation
 
-_SHOWN = 8
+_COUNT = 8
+"""Images on the sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +55,18 @@ def _show(config: ViewsConfig) -> None:
     path = config.out / f"views-{config.name}.png"
     refuse_overwriting(path, force=config.force)
     images = load(config).train
-    index = permutation(len(images), config.seed, "shown")[:_SHOWN]
-    shown, rows = images.images[index], []
+    index = permutation(len(images), config.seed, "shown")[:_COUNT]
+    originals = images.images[index]
+    rows = [("plain", originals)]
     # The keys are those of the first stream of a run, so that a sheet shows what training sees.
     positions: dict[Literal["weak", "strong"], tuple[str | int, ...]] = {"weak": (), "strong": ("view", 1)}
     for name, position in positions.items():
-        made = config.view(name, config.size)
+        view = config.view(name, config.size)
         for epoch in range(config.epoch, config.epoch + 3):
-            rows.append((f"{name}, epoch {epoch}", made(shown, index, config.seed, *position, epoch)))
-    rows = [("plain", shown), *rows]
+            rows.append((f"{name}, epoch {epoch}", view(originals, index, config.seed, *position, epoch)))
     captions = [name for name, row in rows for _ in row]
     sheet = captioned_sheet(torch.cat([row for _, row in rows]), captions, columns=len(index))
-    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-    write_atomic(path, lambda file: picture.save(file, "PNG"))
+    save_png(sheet, path)
     print(f"sheet  {path}")
 
 

@@ -1,5 +1,6 @@
 """The classifiers that are trained on two domains: their losses, how they are evaluated, and how they may collapse."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from cbda.adaptation.algorithm import Terms, adamatch
+from cbda.adaptation.collapse import collapse
 from cbda.adaptation.gradients import gradients_differ, gradients_vary, logits_vary
 from cbda.adaptation.losses import Alignment, ramp, source_cross_entropy
-from cbda.adaptation.objective import collapse, shares_of_passing
 from cbda.config import AdaMatchConfig
 from cbda.domains import domain_streams, load_domains
-from cbda.evaluation import HEADLINE, Evaluator, better, check_choice, recalibrate, selection_metrics, summary_rows
+from cbda.evaluation import CLUSTERS, Evaluator, recalibrate
 from cbda.models import build_networks
 from cbda.networks.classifier import SOURCE
 from common.data import ImageSet, Stream
 from common.networks.pixels import pixels_of
+from common.runtime.atomic import write_text_atomic
+from common.runtime.errors import UsageError
 from common.train.optim import make_optimizer
 from common.train.step import Metrics, MicroBatch, Step
 from common.train.task import Better, Detector, EvalContext, SelectionMetric, Task, TrainContext
 
+CLASSES = "classes.json"
+"""In a run's folder: the names of its classes, in the order of the logits."""
+CHARTS = {
+    "accuracy": [f"metric/{name}accuracy" for name in ("target_", "source_", "source_only_target_")],
+    "pseudo-labels": [
+        f"adapt/{name}" for name in ("pseudo_label_accuracy_oracle", "mask_rate", "threshold", "largest_class")
+    ],
+    "gradient variance, source": [f"gradient/source_variance_{how}" for how in ("mean", "shared", "max")],
+    "gradient variance, target": [f"gradient/target_variance_{how}" for how in ("mean", "shared", "max")],
+}
+"""What TensorBoard shows in one picture."""
 _CLASSES_CHARTED = 20
 
 
@@ -31,7 +45,10 @@ class AdaMatchTask(Task[AdaMatchConfig]):
     application = "cbda"
     command = "adamatch"
     config = AdaMatchConfig
-    headline = HEADLINE
+    headline = (
+        "metric/source_accuracy", "metric/target_accuracy", "metric/gain", "metric/target_information",
+        "metric/validation_accuracy",
+    )  # fmt: skip
 
     def __init__(self, cfg: AdaMatchConfig, images: Mapping[str, ImageSet], context: TrainContext) -> None:
         classifiers = ("adamatch", "source_only") if cfg.source_only else ("adamatch",)
@@ -51,13 +68,24 @@ class AdaMatchTask(Task[AdaMatchConfig]):
     @classmethod
     def selection_metrics(cls, cfg: AdaMatchConfig) -> dict[str, SelectionMetric]:
         """Return the values without target labels, and the target's accuracy, which needs best.allow_test_metric."""
-        return selection_metrics()
+        return {
+            "metric/validation_accuracy": SelectionMetric("validation", "higher"),
+            "loss/validation": SelectionMetric("validation", "lower"),
+            "metric/target_information": SelectionMetric("target", "higher"),
+            "metric/target_density": SelectionMetric("target", "higher"),
+            "metric/target_accuracy": SelectionMetric("target_test", "higher", chosen_by_test=True),
+        }
 
     @classmethod
     def load_images(cls, cfg: AdaMatchConfig) -> dict[str, ImageSet]:
-        """Return both domains' images, see `load_domains`, and of the source those to validate on if any are."""
-        images = cls.with_validation(cfg, load_domains(cfg))
-        check_choice(cls.selection(cfg), images)
+        """Return both domains' images, see `load_domains`, and of the source those to validate on if any are.
+
+        Raises:
+            UsageError: if there are none of the images that best.by is measured on.
+        """
+        images, selection = cls.with_validation(cfg, load_domains(cfg)), cls.selection(cfg)
+        if selection is not None and selection[1].split not in images:
+            raise UsageError(f"best.by: {selection[0]} needs labels, and the target {images['target'].name} has none")
         return images
 
     @classmethod
@@ -130,8 +158,14 @@ class AdaMatchTask(Task[AdaMatchConfig]):
         return every > 0 and (micro.number + 1) % (every * self.cfg.grad_accum_steps) == 0
 
     def log_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """Return shares of the pseudo-labels that passed; where none did, none."""
-        return shares_of_passing(means)
+        """Return shares of the target's images as shares of the pseudo-labels that passed, if any did."""
+        values = dict(means)
+        right, largest = values.pop("adapt/passing_right", None), values.pop("adapt/largest_class", 0.0)
+        if passed := values["adapt/mask_rate"]:
+            values["adapt/largest_class"] = largest / passed
+            if right is not None:
+                values["adapt/pseudo_label_accuracy_oracle"] = right / passed
+        return values
 
     def has_collapsed(self, means: Mapping[str, float]) -> str | None:
         """Say so when the source is lost, all pseudo-labels pass a falling threshold, or they are of one class."""
@@ -145,7 +179,11 @@ class AdaMatchTask(Task[AdaMatchConfig]):
 
     def evaluate(self, networks: Mapping[str, nn.Module], context: EvalContext) -> dict[str, float]:
         """Measure both classifiers in both domains."""
-        return self.evaluator.values(networks, context)
+        values = self.evaluator.values(networks, context)
+        if self.env.first:
+            context.log.charts(CHARTS)
+            write_text_atomic(context.folder / CLASSES, json.dumps(self.images["train"].classes) + "\n")
+        return values
 
     def probe(self, networks: Mapping[str, nn.Module], step: int) -> None:
         """Classify a batch of each domain's training images, the same all through a run, in training mode."""
@@ -163,8 +201,30 @@ class AdaMatchTask(Task[AdaMatchConfig]):
 
     def better(self) -> Mapping[str, Better]:
         """Return it of scores in both domains and of the source's losses; pseudo-labels change what the target's is."""
-        return better()
+        names = ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1")
+        scores = [f"metric/{domain}_{name}" for domain in ("source", "target") for name in names]
+        scores += [f"{score}_as_{cluster}" for score in scores for cluster in CLUSTERS]
+        alone = ("metric/source_only_source_accuracy", "metric/source_only_target_accuracy", "metric/gain")
+        losses = ("loss/source", "loss/source_only")
+        return {**dict.fromkeys([*scores, *alone], "higher"), **dict.fromkeys(losses, "lower"), **super().better()}
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return the last accuracies of both networks, by the cluster that was named."""
-        return summary_rows(lines, folder, source_only=self.cfg.source_only)
+        """Return the last accuracies of both networks, and those by each cluster."""
+        last = {name: value for line in lines for name, value in line.items() if name.startswith("metric/")}
+
+        def both(prefix: str) -> str:
+            found = {domain: last.get(f"metric/{prefix}{domain}_accuracy") for domain in ("source", "target")}
+            known = [f"{domain} {100 * value:.1f} %" for domain, value in found.items() if value is not None]
+            return ", ".join(known) or "no labels to measure by"
+
+        rows = [("source only", both("source_only_"))] if self.cfg.source_only else []
+        rows.append(("AdaMatch", both("")))
+        by = {name: last.get(f"metric/target_accuracy_as_{name}") for name in CLUSTERS}
+        by_cluster = [f"{100 * value:.1f} % as {name}" for name, value in by.items() if value is not None]
+        if by_cluster:
+            rows.append(("by cluster", f"target {', '.join(by_cluster)}; the paper names the source's for both"))
+        return [
+            *rows,
+            ("picture", str(folder / "samples" / "predictions.png")),
+            ("paper's run", "python -m cbda.adamatch --config configs/cbda/paper_scb.yaml --device cuda"),
+        ]

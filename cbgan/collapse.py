@@ -14,7 +14,7 @@ _FALL = 4
 _ENOUGH = 0.2
 """Whether they did differ once: as much as this."""
 _WINDOW = 300
-"""Steps that the discriminator's verdicts are averaged over. A new one says the same of all images, and a sound game
+"""Steps that the discriminator's verdicts are averaged over. A new one says the same of all images, and a healthy game
 passes through such a stretch: the digits' default, seed 0, has a loss of 2.00 in steps 75 to 150."""
 _SAME = 3e-3
 """Verdicts that differ less are the same: with the hinge loss one within about 0.012 of 2. Over 300 steps they differed
@@ -48,6 +48,16 @@ def verdict_gap(lines: Iterable[Mapping[str, Any]], start: int = 0) -> dict[str,
         return {}
     recent = [gap for step, gap in gaps if step > gaps[-1][0] - _WINDOW]
     return {"discriminator/gap": sum(recent) / len(recent)}
+
+
+def past_values(lines: list[dict[str, Any]], start: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the largest value of each ``metric/`` tag in the lines of a log, and the `verdict_gap` since a step."""
+    largest: dict[str, float] = {}
+    for line in lines:
+        for tag, value in line.items():
+            if tag.startswith("metric/") and value is not None:
+                largest[tag] = max(value, largest.get(tag, value))
+    return largest, verdict_gap(lines, start)
 
 
 def has_won(means: Mapping[str, float]) -> str | None:

@@ -93,11 +93,6 @@ class GanConfig(RunConfig):
         return self.width <= _NHWC_WIDTH
 
     @property
-    def augmentations(self) -> list[str]:
-        """The kinds of changes that are made."""
-        return [name for name in self.augment if name in KINDS]
-
-    @property
     def conditional(self) -> bool:
         """Whether images are made of a class that is asked for: the layer under test takes clusters."""
         return self.norm.kind in kinds(takes_clusters=True)

@@ -5,21 +5,31 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cbgan.config import GanConfig
-from cbgan.evaluation import GRID, Evaluator, fid_series, recalibrate, save_grid
+from cbgan.evaluation import (
+    GRID,
+    Evaluator,
+    fid_series,
+    fid_warnings,
+    nearest_sheet,
+    recalibrate,
+    recorded,
+    save_grid,
+    uncertainty_rows,
+)
 from cbgan.export import checkpoint_of
-from cbgan.measurement import measured_lines, nearest_sheet, recorded, save_sheet
 from cbgan.models import build_generator
 from cbgan.task import GanTask
 from common.classification.stored import Stored, read_stored
 from common.data import DataConfig, Decoding, load, read_folder
 from common.metrics.extractors import weights_hash
-from common.metrics.fid import Fid, FidConfig
+from common.metrics.fid import Fid, FidConfig, FidResult, other_split
+from common.reports.sheet import save_png
 from common.runtime.atomic import write_text_atomic
 from common.runtime.cli import parse, read, to_dict, to_yaml
 from common.runtime.command import run_command
@@ -89,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 1 if ``check`` fails.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    asked = read(EvaluateConfig, given, prog=_PROG)
-    path, which = checkpoint_of(None if asked["run"] is None else Path(asked["run"]), asked["checkpoint"])
-    if path is None or asked["images"] is not None:
+    flags = read(EvaluateConfig, given, prog=_PROG)
+    path, which = checkpoint_of(None if flags["run"] is None else Path(flags["run"]), flags["checkpoint"])
+    if path is None or flags["images"] is not None:
         if path is not None:
             given += ["--run", str(path)]
         options = parse(EvaluateConfig, given, prog=_PROG)
@@ -103,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse_grid(options)
         _measure_folder(options)
         return
-    stored = read_stored(GanConfig, expanded(path, "run"), "g", which, average=not asked["raw"])
+    stored = read_stored(GanConfig, expanded(path, "run"), "g", which, average=not flags["raw"])
     options = _with_settings_of(stored.cfg, [*given, "--run", str(stored.folder)])
     _refuse_grid(options)
     _measure_run(options, stored)
@@ -146,19 +156,18 @@ def _measure_run(options: EvaluateConfig, stored: Stored[GanConfig]) -> None:
     if not stored.recalibrated:
         recalibrate(cfg, g, evaluation.class_counts(), device)
     at = {"epoch": stored.fact("epoch", int), "step": None} if stored.exported else stored.state["run"]
-    _warn(evaluation.fid_warnings(count))
+    _warn(fid, count)
     result = evaluation.measure(g, count, thorough=True)
     logged = [
         f"logged, of {number:,} samples: " + ", ".join(f"{value:.4g} (epoch {epoch})" for epoch, value in found)
         for number, found in ((was.fid.samples, series), (was.fid.final_samples, fid_series(lines, fid.tag + FINAL)))
         if found
     ]
-    classes = evaluation.named_classes(result)
-    print("\n".join(measured_lines(f"epoch {at['epoch']}", fid, result, classes, logged)))
     record = {"epoch": at["epoch"], "step": at["step"], "weights": weights, **evaluation.record(result)}
+    print("\n".join(_measured_lines(f"epoch {at['epoch']}", fid, result, record["classes"], logged)))
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(evaluation.grid(g), path),
-        "nearest": lambda path: save_sheet(evaluation.nearest(g, result), path),
+        "nearest": lambda path: save_png(evaluation.nearest(g, result), path),
     }
     _write(options, f"epoch-{at['epoch']:04d}", record | {"device": str(device)}, pictures)
     if options.check:
@@ -177,26 +186,41 @@ def _measure_folder(options: EvaluateConfig) -> None:
     how = Decoding(options.data.size, options.data.fit)
     given = read_folder(options.images, how, field="images", split="generated")
     if len(given) < (options.samples or 2):
-        name = "images" if options.samples is None else "samples"
         line = f"{options.images} has {len(given)}, expected at least {options.samples or 2}"
-        raise UsageError(f"{name}: {line}" if name == "images" else f"{name}: {line}, or fewer samples")
+        raise UsageError(f"images: {line}" if options.samples is None else f"samples: {line}, or fewer samples")
     found, count = given.images, options.samples or len(given)
     splits = load(options.data)
     fid = Fid(options.fid, splits, options.cache, device)
-    _warn([line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None])
+    _warn(fid, count)
     result = fid.measure(lambda start, n: found[start : start + n], count, thorough=True)
-    classes = None if result.classes is None else dict(zip(splits.train.classes, result.classes, strict=True))
-    print("\n".join(measured_lines(str(options.images), fid, result, classes)))
-    record = {"images": str(options.images), "weights": given.content_hash, **recorded(fid, result, classes)}
+    measured = recorded(fid, result, splits.train.classes)
+    record = {"images": str(options.images), "weights": given.content_hash, **measured}
+    print("\n".join(_measured_lines(str(options.images), fid, result, record["classes"])))
     pictures: dict[str, Callable[[Path], object]] = {
         "grid": lambda path: save_grid(found[: min(GRID, count)], path),
-        "nearest": lambda path: save_sheet(nearest_sheet(result, lambda index: found[index], splits.train), path),
+        "nearest": lambda path: save_png(nearest_sheet(result, lambda index: found[index], splits.train), path),
     }
     _write(options, options.images.resolve().name, record | {"device": str(device)}, pictures)
 
 
-def _warn(lines: Sequence[str]) -> None:
-    for line in lines:
+def _measured_lines(
+    what: str, fid: Fid, result: FidResult, classes: Mapping[str, int] | None, logged: Sequence[str] = ()
+) -> list[str]:
+    lines = [f"{what}: FID ({fid.extractor.name}) {result.fid:.4g} from {result.count:,} samples"]
+    if fid.floor is not None:
+        lines.append(f"real test images: {fid.floor:.4g}")
+    lines += logged
+    if classes is not None:
+        found = sum(n > 0 for n in classes.values())
+        counts = ", ".join(f"{name}: {n}" for name, n in classes.items())
+        lines.append(f"classes: {found} of {len(classes)} found; samples of {counts}")
+    if result.other is not None:
+        lines.append(f"against the {other_split(fid.config.reference)} images: {result.other:.4g}")
+    return [*lines, *(f"{name}: {text}" for name, text in uncertainty_rows(result))]
+
+
+def _warn(fid: Fid, count: int) -> None:
+    for line in fid_warnings(fid, count):
         print(f"warning: {line}", file=sys.stderr)
 
 

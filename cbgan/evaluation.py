@@ -4,31 +4,33 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from cbgan.collapse import verdict_gap
+from cbgan.collapse import past_values
 from cbgan.config import GanConfig
-from cbgan.measurement import copying_line, nearest_sheet, recorded, save_sheet, uncertainty_rows
 from cbgan.networks.dcgan import Generator
 from cbgan.noise import SEED, fixed_labels, fixed_noise, recalibration_noise, spread_labels
 from common.data.image_set import ImageSet, Splits, to_uint8
 from common.metrics.classifier import Classifier
-from common.metrics.fid import Fid, FidResult, other_split
-from common.runtime.atomic import write_atomic, write_text_atomic
+from common.metrics.features.neighbours import EXPECTED
+from common.metrics.fid import Fid, FidResult
+from common.metrics.logits import evaluating
+from common.reports.sheet import captioned_sheet, save_png
+from common.runtime.atomic import write_text_atomic
 from common.runtime.device import autocast
 from common.runtime.distributed import Env
 from common.runtime.seeding import permutation
 from common.train.logging import FINAL, read_metrics
 from common.train.recalibration import recalibrate_network
-from common.train.task import Better, EvalContext
+from common.train.task import EvalContext
 
 GRID = 64
 """Images in a grid, eight a row."""
+PAIRS = 32
+"""Pairs on a sheet of the nearest training images, eight a row."""
 _CHARTS = {"gradient variance": [f"gradient/{name}" for name in ("d_variance", "g_variance", "g_variance_shared")]}
 CLASSES = "classes.json"
 """In the folder of a conditional run: names, and numbers of training images, of the classes."""
@@ -65,28 +67,16 @@ class Evaluator:
         self.env = env or Env()
         splits = Splits(images["train"], images.get("test"))
         self.fid = Fid(cfg.fid, splits, cfg.cache, device, should_stop, self.env) if cfg.evaluate_every else None
-        self.warnings = self.fid_warnings(min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples))
+        fewest = min(cfg.fid.samples, cfg.fid.final_samples or cfg.fid.samples)
+        self.warnings = [] if self.fid is None else fid_warnings(self.fid, fewest)
         self.latest: FidResult | None = None
         self.most: dict[str, float] = {}
-
-    def fid_warnings(self, count: int) -> list[str]:
-        """Return why a distance of so many images should not be trusted, and what is not measured."""
-        found = () if self.fid is None else (self.fid.warning, self.fid.left_out, self.fid.short(count))
-        return [line for line in found if line is not None]
 
     def protocol(self) -> Mapping[str, object]:
         """Return what a FID of this run is comparable by."""
         if self.fid is None:
             return {}
         return {**self.fid.protocol(), "recalibrated": self.cfg.recalibrate.protocol}
-
-    def better(self) -> Mapping[str, Better]:
-        """Return whether higher or lower is better of each measured value that has a best, by tag."""
-        if self.fid is None:
-            return {}
-        of_samples: dict[str, Better] = {**self.fid.better(), "metric/classes_found": "higher"}
-        final: dict[str, Better] = {f"{tag}{FINAL}": way for tag, way in of_samples.items()}
-        return {**of_samples, **final, f"{self.fid.tag}_raw": "lower", "metric/class_accuracy": "higher"}
 
     def class_counts(self) -> list[int]:
         """Return how many training images each class has; nothing where no class is asked for."""
@@ -116,30 +106,28 @@ class Evaluator:
             Interrupted: if ``should_stop`` says so on the way.
         """
         assert self.fid is not None
-        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        inputs = self.inputs(g, count)
 
         def sample(start: int, n: int) -> Tensor:
-            return self.sample(g, z[start : start + n], None if labels is None else labels[start : start + n])
+            return self.sample(g, *(each[start : start + n] for each in inputs))
 
-        training = g.training
-        try:
-            with self.env.buffers_of_first(g):  # running averages differ between ranks
-                return self.fid.measure(sample, count, should_stop, thorough=thorough)
-        finally:
-            g.train(training)
+        with self.env.buffers_of_first(g):  # running averages differ between ranks
+            return self.fid.measure(sample, count, should_stop, thorough=thorough)
 
-    @torch.no_grad()
+    def inputs(self, g: Generator, count: int) -> tuple[Tensor, ...]:
+        """Return the noise (count, latent_dim), and of a conditional generator the classes, that it is measured on."""
+        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
+        return (z,) if labels is None else (z, labels)
+
     def sample(self, g: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Generate uint8 images (N, 3, S, S) in evaluation mode from noise (N, latent_dim), of classes (N,)."""
-        g.eval()
-        with autocast(self.device, self.cfg.precision):
-            images = g(z, labels)
-        return to_uint8(images)
+        with evaluating(g), autocast(self.device, self.cfg.precision):
+            return to_uint8(g(z, labels))
 
     def grid(self, g: Generator) -> Tensor:
         """Generate the images of a grid, from the same noise every time, of classes in rising order."""
-        asked = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
-        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), asked)
+        labels = spread_labels(self.cfg.norm.num_components, GRID, self.device) if self.cfg.conditional else None
+        return self.sample(g, fixed_noise(GRID, g.latent_dim, self.device), labels)
 
     def run(self, g: Generator, context: EvalContext, raw: Generator | None = None) -> dict[str, float]:
         """Measure and draw; return what is to be logged.
@@ -174,11 +162,12 @@ class Evaluator:
                 if result.copying.alarm:
                     context.report(copying_line(result))
                 if self.env.first:
-                    self._draw_nearest(g, result, context)
-        training = g.training
+                    sheet = self.nearest(g, result)
+                    save_png(sheet, context.folder / "samples" / "nearest.png")
+                    context.log.image(context.step, "samples/nearest", sheet)
         values |= self.env.on_rank0(lambda: self._draw(g, context))
-        g.train(training)
-        self.most, gap = self.env.on_rank0(lambda: of_log(read_metrics(context.folder), context.rewound_to))
+        # The log is cut back where a run is resumed or rewound.
+        self.most, gap = self.env.on_rank0(lambda: past_values(read_metrics(context.folder), context.rewound_to))
         return values | gap
 
     def _values(self, result: FidResult) -> dict[str, float]:
@@ -186,49 +175,21 @@ class Evaluator:
         found = {} if result.classes is None else {"metric/classes_found": float(sum(n > 0 for n in result.classes))}
         return self.fid.values(result) | found
 
-    def summary_line(self, values: Mapping[str, float]) -> list[str]:
-        """Return what is printed of a measurement: the distance, its interval, precision, recall; the log has all."""
-        if self.fid is None or self.fid.tag not in values:
-            return []
-        lines, tag, end = [f"FID ({self.fid.extractor.name}) {values[self.fid.tag]:.4g}"], self.fid.tag, ""
-        if f"{tag}{FINAL}" in values:
-            end = FINAL
-            lines.append(f"of {self.cfg.fid.final_samples:,} samples {values[f'{tag}{end}']:.4g}")
-        if f"{tag}_low{end}" in values:
-            low, high = values[f"{tag}_low{end}"], values[f"{tag}_high{end}"]
-            lines.append(f"between the distributions {low:.4g} to {high:.4g}")
-        shown = {name: values.get(self.fid.tag_of(name)) for name in ("precision", "recall")}
-        return lines + [f"{name} {value:.3g}" for name, value in shown.items() if value is not None]
-
-    def named_classes(self, result: FidResult) -> dict[str, int] | None:
-        """Return how many samples the classifier puts in each class, by name; None with another extractor."""
-        if result.classes is None:
-            return None
-        return dict(zip(self.images["train"].classes, result.classes, strict=True))
-
     def record(self, result: FidResult) -> dict[str, Any]:
         """Return a measurement as plain values: FIDs by tag, classes by name, and what it is comparable by."""
         assert self.fid is not None
         own, protocol = self.fid.protocol(), self.protocol()
         more = {name: value for name, value in protocol.items() if name not in own} | {"noise_seed": SEED}
-        return recorded(self.fid, result, self.named_classes(result), more) | {"protocol": protocol}
+        return recorded(self.fid, result, self.images["train"].classes, more) | {"protocol": protocol}
 
     def nearest(self, g: Generator, result: FidResult) -> Tensor:
         """Return the sheet of the generated images that are nearest to training images, each beside its own."""
-        z, labels = fixed_noise(result.count, g.latent_dim, self.device), self.labels(result.count)
+        inputs = self.inputs(g, result.count)
 
         def generate(index: Tensor) -> Tensor:
-            at = index.to(self.device)
-            return self.sample(g, z[at], None if labels is None else labels[at])
+            return self.sample(g, *(each[index.to(self.device)] for each in inputs))
 
         return nearest_sheet(result, generate, self.images["train"])
-
-    def _draw_nearest(self, g: Generator, result: FidResult, context: EvalContext) -> None:
-        training = g.training
-        sheet = self.nearest(g, result)
-        g.train(training)
-        save_sheet(sheet, context.folder / "samples" / "nearest.png")
-        context.log.image(context.step, "samples/nearest", sheet)
 
     def _draw(self, g: Generator, context: EvalContext) -> dict[str, float]:
         """Write a grid of generated images, from the same noise every time, as PNG and to TensorBoard.
@@ -254,39 +215,8 @@ class Evaluator:
     def _share_as_asked(self, g: Generator, classifier: Classifier) -> float:
         """Return the share of images that a classifier sees as of the class that was asked for."""
         count, size = self.cfg.fid.samples, self.cfg.fid.batch_size
-        z, labels = fixed_noise(count, g.latent_dim, self.device), self.labels(count)
-        assert labels is not None
-        parts = zip(z.split(size), labels.split(size), strict=True)
-        return sum(int((classifier.predict(self.sample(g, *part)) == part[1]).sum()) for part in parts) / count
-
-    def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-        """Return what a finished run tells its user."""
-        rows = [("FID", "not measured (evaluate_every is 0)")]
-        if self.fid is not None:
-            series = fid_series(lines, self.fid.tag)
-            (first_epoch, first), (last_epoch, last) = series[0], series[-1]
-            best_epoch, best = min(series, key=lambda pair: pair[1])
-            text = f"first {first:.4g} (epoch {first_epoch}), best {best:.4g} ({best_epoch}), "
-            text += f"last {last:.4g} ({last_epoch})"
-            others = dict(fid_series(lines, self.fid.other_tag))
-            if best_epoch in others:
-                text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
-            if self.fid.floor is not None:
-                text += f"; real test images {self.fid.floor:.4g}"
-            rows = [(f"FID ({self.fid.extractor.name})", text)]
-            for epoch, value in fid_series(lines, f"{self.fid.tag}{FINAL}")[-1:]:
-                rows.append(("FID, final", f"{value:.4g} (epoch {epoch}) from {self.cfg.fid.final_samples:,} samples"))
-            rows += uncertainty_rows(self.latest)
-        if self.latest is not None and self.latest.classes is not None:
-            classes = self.latest.classes
-            found = sum(n > 0 for n in classes)
-            rows.append(("classes", f"{found} of {len(classes)} found among {sum(classes):,} samples"))
-        return [
-            *rows,
-            ("pictures", str(folder / "samples")),
-            ("evaluate", f"python -m cbgan.evaluate --run {quote(str(folder))}"),
-            ("paper's run", "python -m cbgan.train --config paper_ucb --device cuda"),
-        ]
+        batches = zip(*(each.split(size) for each in self.inputs(g, count)), strict=True)
+        return sum(int((classifier.predict(self.sample(g, z, asked)) == asked).sum()) for z, asked in batches) / count
 
 
 def recalibrate(
@@ -317,24 +247,75 @@ def recalibrate(
     recalibrate_network(cfg, g, recalibration_noise(cfg, counts, device), forward)
 
 
+def nearest_sheet(result: FidResult, generate: Callable[[Tensor], Tensor], train: ImageSet) -> Tensor:
+    """Return a sheet of the generated images nearest to training images, each with its own at its right, nearest first.
+
+    Args:
+        result: a measurement that found neighbours.
+        generate: from positions, int64 (N,), to the generated images there, uint8 (N, 3, H, W).
+        train: the training images.
+    """
+    assert result.neighbours is not None
+    found = result.neighbours
+    order = found.distance.argsort(stable=True)[:PAIRS]
+    generated, real = generate(order).cpu(), train.images[found.index[order]]
+    pairs = torch.stack([generated, real], dim=1).flatten(0, 1)
+    captions = [text for distance in found.distance[order].tolist() for text in ("generated", f"real  {distance:.3g}")]
+    return captioned_sheet(pairs, captions, columns=16)
+
+
+def fid_warnings(fid: Fid, count: int) -> list[str]:
+    """Return why a distance of so many images should not be trusted, and what is not measured."""
+    return [line for line in (fid.warning, fid.left_out, fid.short(count)) if line is not None]
+
+
+def recorded(
+    fid: Fid, result: FidResult, classes: Sequence[str], more: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """Return a measurement as plain values: numbers by tag, each with its protocol, and classes by name.
+
+    Args:
+        fid: what measured.
+        result: what it found.
+        classes: names of the classes, each of which gets the number of samples that the classifier puts in it.
+        more: what every number depends on besides.
+    """
+    return {
+        "samples": result.count,
+        "values": fid.values(result),
+        "classes": None if result.classes is None else dict(zip(classes, result.classes, strict=True)),
+        "protocol": fid.protocol(),
+        "protocols": {tag: {**protocol, **(more or {})} for tag, protocol in fid.protocols(result).items()},
+    }
+
+
+def uncertainty_rows(result: FidResult) -> list[tuple[str, str]]:
+    """Return what is printed of a measurement besides its distances, a name and a text each."""
+    rows: list[tuple[str, str]] = []
+    if result.interval is not None:
+        text = f"{result.interval.low:.4g} to {result.interval.high:.4g} between the distributions (95 %)"
+        rows.append(("FID, last", text if result.limit is None else f"{text}; FID-infinity {result.limit:.4g}"))
+    if result.quality:
+        named = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in result.quality.items())
+        rows.append(("quality", named))
+    if result.copying is not None:
+        rows.append(("copies", copying_line(result)))
+    return rows
+
+
+def copying_line(result: FidResult) -> str:
+    """Say how many generated images look like training images, and whether that are too many."""
+    found = result.copying
+    assert found is not None
+    line = f"{found.share:.1%} of the samples are nearer to a training image than {1 - EXPECTED:.0%} of unseen images"
+    if not found.alarm:
+        return f"{line}; no sign of memorisation"
+    return f"{line}: the generator gives back its training images; look at samples/nearest.png"
+
+
 def distance(images: Tensor) -> float:
     """Return the mean Euclidean distance between two of some images (N, ...), N >= 2."""
     return float(torch.pdist(images.float().flatten(1)).mean())
-
-
-def largest(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the largest value of each ``metric/`` tag in the lines of a log."""
-    found: dict[str, float] = {}
-    for line in lines:
-        for tag, value in line.items():
-            if tag.startswith("metric/") and value is not None:
-                found[tag] = max(value, found.get(tag, value))
-    return found
-
-
-def of_log(lines: list[dict[str, Any]], rewound_to: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what a collapse shows by in the lines of a log, which is cut back where a run is resumed or rewound."""
-    return largest(lines), verdict_gap(lines, rewound_to)
 
 
 def fid_series(lines: list[dict[str, Any]], tag: str) -> list[tuple[int, float]]:
@@ -347,6 +328,5 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> Tensor:
     from torchvision.utils import make_grid  # noqa: PLC0415 - takes long, and --help need not
 
     grid = make_grid(images.cpu(), nrow=columns or math.ceil(math.sqrt(len(images))), padding=1)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    write_atomic(path, lambda file: picture.save(file, "PNG"))
+    save_png(grid, path)
     return grid

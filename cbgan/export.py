@@ -47,11 +47,11 @@ class TrainedGenerator(StoredModel[GanConfig]):
     @torch.no_grad()
     def images(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return uint8 images (N, 3, S, S), on the CPU, of noise (N, D) and, of a conditional one, classes (N,)."""
-        asked = [] if labels is None else [labels]
+        inputs = (z,) if labels is None else (z, labels)
         made: list[Tensor] = []
-        for parts in zip(*(t.split(_BATCH) for t in (z, *asked)), strict=True):
+        for batch in zip(*(each.split(_BATCH) for each in inputs), strict=True):
             with autocast(self.device, self.cfg.precision):
-                made.append(to_uint8(self.network(*(part.to(self.device) for part in parts))).cpu())
+                made.append(to_uint8(self.network(*(each.to(self.device) for each in batch))).cpu())
         return torch.cat(made)
 
     def sample(
@@ -149,15 +149,14 @@ def load_generator(
     cfg = stored.cfg
     cfg.check_backend(torch.device(device))
 
-    def of_run() -> dict[str, Any]:
-        known = stored.noted(CLASSES, _names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}
-        return known | {"epoch": int(stored.state["run"]["epoch"])}
+    def names_and_counts(known: Any) -> dict[str, Any]:
+        return {"classes": tuple(map(str, known["classes"])), "counts": tuple(map(int, known["counts"]))}
 
-    model = stored.model(
-        TrainedGenerator,
-        of_run,
-        lambda _: build_generator(cfg),
-    )
+    def of_run() -> dict[str, Any]:
+        known = stored.noted(CLASSES, names_and_counts) if cfg.conditional else {"classes": (), "counts": ()}
+        return known | {"epoch": stored.state["run"]["epoch"]}
+
+    model = stored.model(TrainedGenerator, of_run, lambda _: build_generator(cfg))
     if not stored.recalibrated:
         recalibrate(cfg, model.network, model.counts, torch.device("cpu"))
     return replace(model, network=model.network.requires_grad_(False).to(device))
@@ -180,7 +179,3 @@ def checkpoint_of(run: Path | None, checkpoint: str) -> tuple[Path | None, str]:
     if run is not None and file.resolve().parent.parent != expanded(run, "run").resolve():
         raise UsageError(f"checkpoint: expected one of {run}, got {checkpoint}; leave --run out")
     return file, "last"
-
-
-def _names_and_counts(known: Any) -> dict[str, Any]:
-    return {"classes": tuple(map(str, known["classes"])), "counts": tuple(map(int, known["counts"]))}

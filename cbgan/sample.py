@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cbgan.evaluation import save_grid
 from cbgan.export import TrainedGenerator, checkpoint_of, load_generator
 from cbgan.noise import between, numbered_noise
+from common.reports.sheet import save_png
 from common.runtime.atomic import write_atomic
 from common.runtime.cli import parse
 from common.runtime.command import run_command
@@ -123,8 +123,7 @@ def _write_images(generator: TrainedGenerator, cfg: SampleConfig, count: int, ou
         labels = generator.labels(number, cfg.classes, first)
         for i, image in enumerate(images):
             folder = out if labels is None else out / generator.classes[int(labels[i])]
-            picture = _picture(image)
-            write_atomic(folder / f"{first + i:0{digits}}.png", lambda file, p=picture: p.save(file, "PNG"))
+            save_png(image, folder / f"{first + i:0{digits}}.png")
     return count
 
 
@@ -142,22 +141,18 @@ def _write_classes(generator: TrainedGenerator, cfg: SampleConfig, count: int, o
 def _write_walk(generator: TrainedGenerator, cfg: SampleConfig, count: int, out: Path) -> None:
     """Draw a row from each image to the next, and all of them as a GIF that goes round."""
     z = between(numbered_noise(0, count, generator.cfg.latent_dim, cfg.seed, cfg.truncation), _FRAMES)
-    labels = generator.labels(count, cfg.classes)
-    asked = None if labels is None else labels[:1].expand(count * _FRAMES)  # one class: only the noise changes
-    images = generator.images(z.flatten(0, 1), asked)
+    labels = generator.labels(1, cfg.classes)  # one class: only the noise changes
+    images = generator.images(z.flatten(0, 1), None if labels is None else labels.expand(count * _FRAMES))
     save_grid(images, out, columns=_FRAMES)
     scale = max(1, -(-_LEAST_SIDE // images.shape[-1]))
-    first, *others = [_picture(image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)) for image in images]
+    large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1)
+    first, *others = [Image.fromarray(frame.numpy()) for frame in large]
     write_atomic(
         out.with_suffix(".gif"),
         lambda file: first.save(
             file, "GIF", save_all=True, append_images=others, duration=_MILLISECONDS, loop=0, optimize=False
         ),
     )
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 if __name__ == "__main__":

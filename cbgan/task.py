@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cbgan.collapse import collapse_detectors
 from cbgan.config import GanConfig
-from cbgan.evaluation import Evaluator, recalibrate
+from cbgan.evaluation import Evaluator, fid_series, recalibrate, uncertainty_rows
 from cbgan.models import build_networks
 from cbgan.networks.augmentation import augment
 from cbgan.networks.dcgan import UNDER_TEST, Generator
@@ -22,6 +23,7 @@ from common.metrics.gradient_variance import variances
 from common.norms import preserved_statistics
 from common.runtime.errors import UsageError
 from common.runtime.seeding import generator
+from common.train.logging import FINAL
 from common.train.optim import parameter_groups
 from common.train.step import Metrics, MicroBatch, Step
 from common.train.task import Better, EvalContext, SelectionMetric, Task, TrainContext
@@ -44,9 +46,7 @@ class GanTask(Task[GanConfig]):
             )
             for name, network in self.networks.items()
         }
-        measured = (
-            replace(cfg, evaluate_every=0) if context.dry_run else cfg
-        )  # real images are not measured for nothing
+        measured = replace(cfg, evaluate_every=0) if context.dry_run else cfg  # a dry run evaluates nothing
         self.evaluator = Evaluator(measured, images, self.device, context.should_stop, self.env)
         self.detectors = collapse_detectors(lambda: self.evaluator.most)
 
@@ -87,17 +87,15 @@ class GanTask(Task[GanConfig]):
         with torch.no_grad():
             fake = self.networks["g"](self._noise(micro)[0], *labels)
         d = self.ddp_networks["d"]
-        ours, theirs = (
-            d(self._augmented(real, micro, "real"), *labels),
-            d(self._augmented(fake, micro, "fake"), *labels),
-        )
+        of_real = d(self._augmented(real, micro, "real"), *labels)
+        of_fake = d(self._augmented(fake, micro, "fake"), *labels)
         metrics = {
-            "discriminator/real": ours.float().sigmoid().mean(),
-            "discriminator/fake": theirs.float().sigmoid().mean(),
+            "discriminator/real": of_real.float().sigmoid().mean(),
+            "discriminator/fake": of_fake.float().sigmoid().mean(),
         }
-        loss = discriminator_loss(ours, theirs, cfg.loss)
+        loss = discriminator_loss(of_real, of_fake, cfg.loss)
         if cfg.r1:
-            metrics["loss/r1"] = cfg.r1 / 2 * gradient_penalty(ours, real)
+            metrics["loss/r1"] = cfg.r1 / 2 * gradient_penalty(of_real, real)
             loss = loss + metrics["loss/r1"]
         return loss, Metrics(metrics)
 
@@ -119,11 +117,10 @@ class GanTask(Task[GanConfig]):
         return noise(self.cfg, micro.number, rows, self.device, self.env.rank, micro.seed).chunk(2)
 
     def _augmented(self, images: Tensor, micro: MicroBatch, whose: str) -> Tensor:
-        kinds = self.cfg.augmentations
-        if not kinds:
+        if self.cfg.augment in ([], ["none"]):
             return images
         place = ("augment", whose, self.env.rank, micro.number)
-        return augment(images, kinds, generator(micro.seed, *place, device=self.device))
+        return augment(images, self.cfg.augment, generator(micro.seed, *place, device=self.device))
 
     def should_evaluate(self, epoch: int) -> bool:
         """Say so every ``evaluate_every`` epochs, before the first and at the end; without FID, only draw."""
@@ -152,7 +149,12 @@ class GanTask(Task[GanConfig]):
 
     def better(self) -> Mapping[str, Better]:
         """Return it of what is measured; the losses of a game have no best, nor has diversity, of which 1 is real."""
-        return self.evaluator.better()
+        fid = self.evaluator.fid
+        if fid is None:
+            return {}
+        of_samples: dict[str, Better] = {**fid.better(), "metric/classes_found": "higher"}
+        final: dict[str, Better] = {f"{tag}{FINAL}": way for tag, way in of_samples.items()}
+        return {**of_samples, **final, f"{fid.tag}_raw": "lower", "metric/class_accuracy": "higher"}
 
     def eval_protocol(self) -> dict[str, object]:
         """Return what a FID of this run is comparable by."""
@@ -166,12 +168,49 @@ class GanTask(Task[GanConfig]):
         super().check_protocol(known)
 
     def summary_line(self, values: Mapping[str, float]) -> list[str]:
-        """Return the FID in short, or how images differ where it is not measured."""
-        return self.evaluator.summary_line(values) or super().summary_line(values)
+        """Return distance, interval, precision and recall; where no FID is measured, everything."""
+        fid = self.evaluator.fid
+        if fid is None or fid.tag not in values:
+            return super().summary_line(values)
+        parts, end = [f"FID ({fid.extractor.name}) {values[fid.tag]:.4g}"], ""
+        if f"{fid.tag}{FINAL}" in values:
+            end = FINAL
+            parts.append(f"of {self.cfg.fid.final_samples:,} samples {values[f'{fid.tag}{end}']:.4g}")
+        if f"{fid.tag}_low{end}" in values:
+            low, high = values[f"{fid.tag}_low{end}"], values[f"{fid.tag}_high{end}"]
+            parts.append(f"between the distributions {low:.4g} to {high:.4g}")
+        quality = {name: values.get(fid.tag_of(name)) for name in ("precision", "recall")}
+        return parts + [f"{name} {value:.3g}" for name, value in quality.items() if value is not None]
 
     def summary_rows(self, lines: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
         """Return FID, classes found, and what to do next."""
-        return self.evaluator.summary_rows(lines, folder)
+        fid, latest = self.evaluator.fid, self.evaluator.latest
+        rows = [("FID", "not measured (evaluate_every is 0)")]
+        if fid is not None:
+            series = fid_series(lines, fid.tag)
+            (first_epoch, first), (last_epoch, last) = series[0], series[-1]
+            best_epoch, best = min(series, key=lambda pair: pair[1])
+            text = f"first {first:.4g} (epoch {first_epoch}), best {best:.4g} ({best_epoch}), "
+            text += f"last {last:.4g} ({last_epoch})"
+            others = dict(fid_series(lines, fid.other_tag))
+            if best_epoch in others:
+                text += f"; the best against the {other_split(self.cfg.fid.reference)} images {others[best_epoch]:.4g}"
+            if fid.floor is not None:
+                text += f"; real test images {fid.floor:.4g}"
+            rows = [(f"FID ({fid.extractor.name})", text)]
+            for epoch, value in fid_series(lines, f"{fid.tag}{FINAL}")[-1:]:
+                rows.append(("FID, final", f"{value:.4g} (epoch {epoch}) from {self.cfg.fid.final_samples:,} samples"))
+        if latest is not None:
+            rows += uncertainty_rows(latest)
+            if latest.classes is not None:
+                found, count = sum(n > 0 for n in latest.classes), sum(latest.classes)
+                rows.append(("classes", f"{found} of {len(latest.classes)} found among {count:,} samples"))
+        return [
+            *rows,
+            ("pictures", str(folder / "samples")),
+            ("evaluate", f"python -m cbgan.evaluate --run {quote(str(folder))}"),
+            ("paper's run", "python -m cbgan.train --config paper_ucb --device cuda"),
+        ]
 
 
 def gradient_variances(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

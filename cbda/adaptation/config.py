@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cbda.adaptation.losses import Labels, Scaling, SourceLoss
+Scaling = Literal["sum", "l2"]
+Labels = Literal["hard", "soft"]
+SourceLoss = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,22 +4,16 @@ B images, C classes. Statistics are over all ranks where there are several, so t
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cbda.adaptation.collapse import Watch
+from cbda.adaptation.config import Labels, Scaling, SourceLoss
 from common.runtime.distributed import mean_over_ranks
 
-Scaling = Literal["sum", "l2"]
-Labels = Literal["hard", "soft"]
-SourceLoss = Literal["mean", "sum"]
 _EPSILON = 1e-6  # of google-research/adamatch, in both terms of the ratio
-REMEMBERED = 0.9
-"""What a batch leaves of the averages that a collapse shows by."""
-_ONE_CLASS, _ONE_OF_TWO, _SOME = 0.9, 0.99, 0.1
-"""Share of the pseudo-labels that counts as all, of two classes, and of the target that has to have any."""
 
 
 def interpolated(together: Tensor, alone: Tensor, share: Tensor) -> Tensor:
@@ -124,37 +118,3 @@ class Alignment(nn.Module):
         self.means.index_copy_(0, (self.batches % len(self.means))[None], found[None])
         self.batches += 1
         return self.wanted.clone(), self.means.mean(0)
-
-
-class Watch(nn.Module):
-    """What a collapse shows by: averages over about ten batches, and the highest that they have been.
-
-    All averages start at 0, so that a run's first batches count for less.
-
-    Args:
-        num_classes: classes C.
-    """
-
-    recent: Tensor
-    """Threshold, accuracy on the source, and for each class the share of the target taken for it with confidence."""
-    highest: Tensor
-    """Of the first two of them."""
-    leaning: Tensor
-    """Batches for which nearly all pseudo-labels have been of one class; batches with hardly any pseudo-labels, which
-    a collapsed run has in between, neither count nor end it."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.register_buffer("recent", torch.zeros(2 + num_classes))
-        self.register_buffer("highest", torch.zeros(2))
-        self.register_buffer("leaning", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def forward(self, threshold: Tensor, accuracy: Tensor, shares: Tensor) -> None:
-        """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, over all ranks."""
-        now = torch.cat([torch.stack([threshold, accuracy]), shares])
-        self.recent.lerp_(now.to(self.recent), 1 - REMEMBERED)
-        self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
-        passing, limit = self.recent[2:].sum(), _ONE_CLASS if len(shares) > 2 else _ONE_OF_TWO
-        leans = self.recent[2:].max() > limit * passing
-        self.leaning.copy_(torch.where(passing > _SOME, torch.where(leans, self.leaning + 1, 0), self.leaning))

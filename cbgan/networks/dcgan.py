@@ -43,8 +43,6 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         base = base_size or image_size // 8
-        if image_size not in (8 * base, 16 * base):
-            raise ValueError(f"base_size: 8 or 16 times it must be the image size {image_size}, got {base_size}")
         self.latent_dim = latent_dim
         self.num_classes = norm.num_components if norm.kind in kinds(takes_clusters=True) else 0
         self.width, self.base_size = width, base
@@ -64,10 +62,10 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Map noise (N, latent_dim), and classes (N,) int64, to images (N, 3, S, S) in [-1, 1]."""
-        asked = (labels,) if self.num_classes else ()
+        clusters = (labels,) if self.num_classes else ()
         h = self.activation(self.linear(z)).view(-1, self.width, self.base_size, self.base_size)
-        h = self.activation(self.norm1(self.deconv1(h), *asked))
-        h = self.activation(self.norm2(self.deconv2(h), *asked))
+        h = self.activation(self.norm1(self.deconv1(h), *clusters))
+        h = self.activation(self.norm2(self.deconv2(h), *clusters))
         h = self.activation(self.norm3(self.deconv3(h)))
         return torch.tanh(self.deconv4(h))
 

@@ -1,12 +1,15 @@
 """Images on a sheet, each with a line of text below it and a frame that says how it went."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from common.runtime.atomic import write_atomic
 
 Verdict = Literal["right", "wrong", "open"]
 _COLOURS = {"right": (46, 125, 50), "wrong": (198, 40, 40), "open": (97, 97, 97)}
@@ -46,3 +49,9 @@ def captioned_sheet(
             caption = caption[:-1]  # noqa: PLW2901
         draw.text((left + 1, top + side + 1), caption, fill=_COLOURS[verdict], font=font)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write an image, uint8 (3, H, W), as PNG, whole or not at all."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    write_atomic(path, lambda file: picture.save(file, "PNG"))

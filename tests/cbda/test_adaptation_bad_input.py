@@ -1,7 +1,5 @@
 """Bad input is one line that names the field, the value and what would be right; nothing is written."""
 
-import shutil
-
 from domains import write_domain
 from refusals import refused
 
@@ -76,16 +74,3 @@ def test_domains_that_do_not_go_together(tiny, tmp_path, domains, capsys):
         "--source.root", str(one), "--source.test_root", "null"
     )
     assert not (tmp_path / "cbda").exists()
-
-
-def test_a_checkpoint_of_another_layer(tiny, runs, tmp_path, capsys):
-    shutil.copytree(runs / "scb", tmp_path / "cbda" / "scb")
-    weights = tmp_path / "cbda" / "scb" / "checkpoints" / "step-00000004.pt"
-    line = refused(
-        capsys, cbda.adamatch.main, *tiny, "--norm.kind", "ucb", "--name", "ucb", "--init_from", str(weights)
-    )
-    assert "init_from" in line
-    assert "does not fit this configuration" in line
-    flags = ["--epochs", "1", "--lr", "0.1", "--norm.kind", "scb_base", "--name", "scb", "--resume"]
-    line = refused(capsys, cbda.adamatch.main, *tiny, *flags)
-    assert "norm.kind: the run has scb, got scb_base" in line

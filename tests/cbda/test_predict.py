@@ -97,18 +97,8 @@ def test_the_best_checkpoint_is_the_one_that_validation_chose(finished, domains,
 def test_a_checkpoint_that_was_not_measured_has_the_statistics_of_one_that_was(tiny, tmp_path):
     loaded = []
     for every in ("1", "2"):
-        flags = [
-            "--norm.kind",
-            "bn",
-            "--best.keep",
-            "--checkpoint_keep",
-            "1",
-            "--evaluate_every",
-            every,
-            "--name",
-            every,
-        ]
-        cbda.adamatch.main([*tiny, *flags])
+        cbda.adamatch.main([*tiny, "--norm.kind", "bn", "--best.keep", "--checkpoint_keep", "1",
+                            "--evaluate_every", every, "--name", every])  # fmt: skip
         loaded.append(load_model(tmp_path / "cbda" / every, checkpoint="1").network.state_dict())
     measured, estimated = loaded
     assert all(torch.equal(measured[name], estimated[name]) for name in measured)
@@ -133,10 +123,7 @@ def test_bad_input(run, domains, tmp_path, capsys):
 
     assert "run: give the run's folder" in refuses("--images", images)
     assert "images: give the folder" in refuses("--run", str(run))
-    assert "holds no config.yaml" in refuses("--run", str(tmp_path), "--images", images)
     assert "images: no folder nowhere" in refuses("--run", str(run), "--images", "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "images: no images in" in refuses("--run", str(run), "--images", str(tmp_path / "empty"))
     assert "third" in refuses("--run", str(run), "--images", images, "--cluster", "third")
     assert not (tmp_path / "out").exists()
     cbda.predict.main(["--run", str(run), "--images", images, "--out", str(tmp_path / "out")])

@@ -1,11 +1,9 @@
 """Bad input is one line that names the field, the value and what would be right; nothing is written."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from refusals import refused
 
@@ -16,7 +14,6 @@ from cbgan.config import GanConfig
 from cbgan.export import checkpoint_of
 from common.norms.backends.cpu import library
 from common.runtime.cli import parse
-from common.train.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -60,13 +57,6 @@ def test_bad_flags_are_one_line_each_and_nothing_is_written(tiny, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_where_the_folder_should_be(tiny, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    folder = ["--data.name", "imagefolder", "--data.root", str(tmp_path / "file")]
-    assert f"{tmp_path / 'file'}" in refused(capsys, cbgan.train.main, *tiny, *folder)
-    assert "out: cannot write" in refused(capsys, cbgan.train.main, *tiny, "--out", str(tmp_path / "file"))
-
-
 def test_a_truncated_picture_is_named(tiny, tmp_path, capsys, picture):
     picture.write_bytes(picture.read_bytes()[:300])
     folder = ["--data.name", "imagefolder", "--data.root", str(tmp_path / "images")]
@@ -85,14 +75,6 @@ def test_unlabelled_pictures_have_no_classifier(tiny, tmp_path, capsys, picture)
     assert not (tmp_path / "cbgan").exists()
 
 
-def test_a_weights_file_of_another_network(tiny, tmp_path, capsys):
-    torch.save({"weight": torch.ones(3)}, tmp_path / "weights.pth")
-    flags = ["--fid.extractor", "inception", "--fid.weights", str(tmp_path / "weights.pth")]
-    line = refused(capsys, cbgan.train.main, *tiny, *flags)
-    assert "fid.weights" in line
-    assert "SHA-256" in line
-
-
 @pytest.fixture
 def run(unmeasured, tmp_path) -> list[str]:
     """Copy a run of an epoch, and return the flags that resume it."""
@@ -104,11 +86,6 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_configuration_file_that_was_broken_since(run, tmp_path, capsys):
-    (tmp_path / "cbgan" / "run" / "config.yaml").write_text("epochs: [")
-    assert "config.yaml" in refused(capsys, cbgan.train.main, *run)
-
-
 @pytest.mark.skipif(library.library(3) is None, reason="needs a C++ compiler on the PATH")
 def test_a_run_that_began_with_a_compiler_where_there_is_none(run, tmp_path, capsys, monkeypatch):
     before = listing(tmp_path)
@@ -116,16 +93,6 @@ def test_a_run_that_began_with_a_compiler_where_there_is_none(run, tmp_path, cap
     line = refused(capsys, cbgan.train.main, *run)
     assert line.startswith("error: backend: the run's layers were computed by compiled, here they would be by eager; ")
     assert listing(tmp_path) == before
-
-
-def test_initial_weights_of_other_shapes_or_none(run, tiny, tmp_path, capsys):
-    source = tmp_path / "cbgan" / "run" / "checkpoints" / "step-00000008.pt"
-    line = refused(capsys, cbgan.train.main, *tiny, "--name", "wide", "--width", "16", "--init_from", str(source))
-    assert "init_from" in line
-    assert "does not fit" in line
-    os.truncate(source, 1000)
-    assert "init_from" in refused(capsys, cbgan.train.main, *tiny, "--name", "wide", "--init_from", str(source))
-    assert not (tmp_path / "cbgan" / "wide").exists()
 
 
 def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
@@ -139,14 +106,6 @@ def test_evaluating_what_is_not_a_run(run, tmp_path, capsys):
     line = refused(capsys, cbgan.evaluate.main, "--run", folder, "--grid", str(tmp_path / "mine.png"))
     assert "mine.png exists; add --force" in line
     assert (tmp_path / "mine.png").read_text() == "mine"
-    classifier = tmp_path / "classifier"
-    classifier.mkdir()
-    shutil.copy(Path(folder) / "config.yaml", classifier)
-    Checkpoints(classifier / "checkpoints").save(
-        1, {"run": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
-    )
-    line = refused(capsys, cbgan.evaluate.main, "--run", str(classifier))
-    assert line == f"error: run: {classifier} holds the networks network, no g; expected a run of this command's"
 
 
 def test_evaluating_and_sampling_what_does_not_fit(run, tmp_path, capsys, monkeypatch):
@@ -165,8 +124,6 @@ def test_evaluating_and_sampling_what_does_not_fit(run, tmp_path, capsys, monkey
     line = refused(capsys, cbgan.evaluate.main, *measure, "--checkpoint", str(other))
     assert line == f"error: checkpoint: expected one of {folder}, got {other}; leave --run out"
     drawn = tmp_path / "drawn.png"
-    assert refused(capsys, cbgan.sample.main, *measure, "--checkpoint", str(other), "--out", str(drawn)) == line
-    assert not drawn.exists()
     cbgan.sample.main([*measure, "--checkpoint", str(file), "--count", "2", "--out", str(drawn)])
     assert drawn.is_file()
     drawn.unlink()
@@ -186,15 +143,6 @@ def test_evaluating_and_sampling_what_does_not_fit(run, tmp_path, capsys, monkey
     (tmp_path / "other" / "config.yaml").write_text((folder / "config.yaml").read_text() + "\nwidth: 16\n")
     line = refused(capsys, cbgan.evaluate.main, "--checkpoint", str(other))
     assert line.startswith(f"error: run: the weights in {other.parents[1]} are not of its config.yaml (")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"weights")
-    by = ("--fid.extractor", "dinov2", "--fid.weights", str(weights))
-    line = refused(capsys, cbgan.evaluate.main, *measure, *by, "--fid.weights_sha256", "0" * 64)
-    assert line.startswith(f"error: fid.weights_sha256: expected {'0' * 64} for {weights}, which has ")
-    assert f"fid.weights: {weights} does not hold" in refused(capsys, cbgan.evaluate.main, *measure, *by)
-    assert "no folder" in refused(
-        capsys, cbgan.evaluate.main, *measure, "--data.name", "imagefolder", "--data.root", "x"
-    )
     assert listing(folder) == before
 
 
@@ -213,15 +161,10 @@ def test_a_folder_to_evaluate_that_cannot_be(tmp_path, capsys, picture):
     assert line("--images", images, *digits, "--samples", "3") == (
         f"error: samples: {images} has 2, expected at least 3, or fewer samples"
     )
-    (tmp_path / "empty").mkdir()
-    empty = ("--images", str(tmp_path / "empty"))
-    assert line(*empty, *digits).startswith(f"error: images: no images in {tmp_path / 'empty'}, expected ")
     assert line("--images", "nowhere", *digits) == "error: images: no folder nowhere"
-    assert "check: expected false with --images" in line(*empty, *digits, "--check")
+    assert "check: expected false with --images" in line("--images", images, *digits, "--check")
     on_disk = ("--data.name", "imagefolder", "--data.root", "x", "--data.in_memory", "false")
-    assert line(*empty, *on_disk).startswith("error: data.in_memory: expected true")
-    real = ("--data.name", "imagefolder", "--data.root", str(tmp_path / "empty"))
-    assert line("--images", images, *real).startswith(f"error: data.root: no images in {tmp_path / 'empty'}, expected ")
+    assert line("--images", images, *on_disk).startswith("error: data.in_memory: expected true")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,6 @@
 """Measuring any checkpoint or folder of images against any data set."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -124,15 +123,3 @@ def test_measurements_of_a_folder_are_written_here_by_default(out, tmp_path, mon
     printed = capsys.readouterr()
     assert printed.out.splitlines()[0].startswith("mine: FID (classifier) ")
     assert "warning: fid.samples: 10 generated images are fewer than the 64 features" in printed.err
-
-
-def test_a_run_is_measured_with_as_many_threads_as_it_was_trained_with(run, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(cbgan.evaluate, "set_threads", told.append)
-    text = (run / "config.yaml").read_text()
-    assert "\nthreads: 0\n" in text
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "config.yaml").write_text(text.replace("\nthreads: 0\n", "\nthreads: 3\n"))
-    measured(tmp_path / "out", "--run", str(copy))
-    assert told == [3]

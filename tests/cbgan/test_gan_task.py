@@ -44,7 +44,7 @@ def started(**options: Any) -> tuple[GanTask, MicroBatch, Step]:
     return task, step.micro_batches[0], step
 
 
-def test_a_conditional_gan_tells_both_networks_the_classes_of_the_real_images():
+def test_each_loss_sees_the_right_images_their_classes_and_its_own_noise():
     task, micro, _ = started(norm=BY_CLASS)
     g, d = task.networks["g"], task.networks["d"]
     labels, z = micro["train"].labels, noise(task.cfg, 0, 32, CPU)
@@ -54,6 +54,8 @@ def test_a_conditional_gan_tells_both_networks_the_classes_of_the_real_images():
     want = softplus(-real).mean() + softplus(fake).mean()
     loss, metrics = task.discriminator_loss(micro)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in g.parameters())  # the discriminator's half does not train the generator
     assert task.generator_loss(micro).item() == pytest.approx(
         softplus(-d(g(z[16:], labels), labels)).mean().item(), rel=1e-5
     )
@@ -177,3 +179,4 @@ def test_its_detectors_ask_with_what_was_measured_before():
     task.evaluator.most = {"metric/diversity": 0.9}
     found = [d.find({"metric/diversity": math.ulp(0.0)}) for d in task.detectors if d.reads == "evaluation"]
     assert [cause for cause in found if cause is not None and "was 0.9" in cause]
+    assert [d.find({"loss/d": 0.0}) is None for d in task.detectors if d.reads == "steps"] == [False]

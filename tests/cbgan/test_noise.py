@@ -23,6 +23,12 @@ def test_an_images_noise_follows_from_the_seed_and_its_number():
     assert abs(float(big.std()) - 1) < 0.015
 
 
+def test_other_steps_ranks_and_attempts_draw_other_noise():
+    cfg = GanConfig(latent_dim=5)
+    others = (noise(cfg, 1, 8, CPU), noise(cfg, 0, 8, CPU, rank=1), noise(cfg, 0, 8, CPU, seed=5))
+    assert not any(torch.equal(noise(cfg, 0, 8, CPU), other) for other in others)
+
+
 def test_truncation_moves_each_value_to_the_same_quantile_of_the_truncated_normal():
     plain, cut = numbered_noise(0, 20, 10, 3), numbered_noise(0, 20, 10, 3, limit=0.7)
     normal = NormalDist()

@@ -224,22 +224,6 @@ def test_runs_that_cannot_be_read(plain, by_class, tmp_path, capsys):
     (plain / "config.yaml").write_text(config)
     (by_class / "classes.json").write_text('{"classes": ["cat"]}')
     assert "classes.json cannot be read" in line(by_class)
-    for path in (plain / "checkpoints").iterdir():
-        path.unlink()
-    assert "has no checkpoint yet" in line(plain)
-    Checkpoints(plain / "checkpoints").save(
-        1, {"run": {}, "networks": {"network": {}}, "averages": {}, "statistics": {}}
-    )
-    assert "no g;" in line(plain)
     stray = tmp_path / "stray.pt"
     stray.write_bytes(b"")
     assert "holds no config.yaml" in refused(capsys, cbgan.sample.main, "--checkpoint", str(stray))
-
-
-def test_a_run_that_kept_an_average_gives_that_unless_it_is_asked_for_the_raw_weights(tmp_path):
-    folder, cfg = make_run(tmp_path, "ucb", average=True)
-    for raw, which in ((False, "averages"), (True, "networks")):
-        found, want = load_generator(folder, raw=raw).network.state_dict(), generator(folder, cfg, which).state_dict()
-        assert all(torch.equal(found[name], value) for name, value in want.items())
-    found = load_generator(folder).network.state_dict()
-    assert all(torch.equal(value, generator(folder, cfg, "averages").state_dict()[k]) for k, value in found.items())

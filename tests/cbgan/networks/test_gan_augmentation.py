@@ -21,10 +21,6 @@ def draws() -> list[list[float]]:
     return torch.rand(25, 7, generator=source()).tolist()
 
 
-def test_without_kinds_nothing_changes(images):
-    assert torch.equal(augment(images, (), source()), images)
-
-
 def test_translation_moves_whole_pixels_and_fills_with_0(images, draws):
     found = augment(images, ("translation",), source())
     moves = set()

@@ -16,10 +16,6 @@ def built(cfg: GanConfig) -> GanTask:
     return made(GanTask, cfg)
 
 
-def generator(cfg: GanConfig) -> nn.Module:
-    return built(cfg).networks["g"]
-
-
 def count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
@@ -93,11 +89,6 @@ def test_a_run_gives_its_options_to_the_networks():
     assert "features.0.weight" in plain.state_dict()
 
 
-def test_the_layer_under_test_follows_deconvolutions_1_and_2_only():
-    layers = {name: type(m).__name__ for name, m in Generator(16, 8, NormConfig()).named_modules()}
-    assert (layers["norm1"], layers["norm2"], layers["norm3"]) == ("UCBNorm", "UCBNorm", "BatchNorm")
-
-
 def test_images_have_the_asked_size_and_range():
     for size, base in ((32, 0), (32, 4), (32, 2), (64, 0), (64, 4), (16, 1), (24, 3)):
         images = Generator(16, 8, BN, size, base)(torch.randn(3, 8))
@@ -106,21 +97,8 @@ def test_images_have_the_asked_size_and_range():
         assert Discriminator(16, size)(images).shape == (3,)
 
 
-def test_a_base_size_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"base_size: .* 32, got 3"):
-        Generator(16, 8, BN, 32, 3)
-
-
-def test_width_scales_every_layer():
-    wide = {name: p.shape for name, p in Generator(512, 128, BN).named_parameters()}
-    slim = {name: p.shape for name, p in Generator(64, 128, BN).named_parameters()}
-    assert wide["deconv1.weight"] == (512, 256, 4, 4)
-    assert slim["deconv1.weight"] == (64, 32, 4, 4)
-    assert slim["deconv4.weight"] == (8, 3, 3, 3)
-
-
 def test_weights_follow_from_the_seed_and_are_drawn_from_n_0_002():
-    networks = [generator(GanConfig(seed=seed, width=128)) for seed in (0, 0, 1)]
+    networks = [built(GanConfig(seed=seed, width=128)).networks["g"] for seed in (0, 0, 1)]
     same, again, other = (network.get_parameter("deconv1.weight") for network in networks)
     assert torch.equal(same, again)
     assert not torch.equal(same, other)
@@ -136,16 +114,9 @@ def test_all_other_weights_are_the_same_with_and_without_a_mixture():
         assert torch.equal(ours, theirs)
 
 
-def test_building_networks_leaves_the_global_generator_alone():
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    built(GanConfig(width=16))
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_mixtures_start_apart_and_follow_from_the_seed():
     def means(seed: int) -> list[torch.Tensor]:
-        g = generator(GanConfig(seed=seed, width=16))
+        g = built(GanConfig(seed=seed, width=16)).networks["g"]
         return [g.get_submodule(layer).get_buffer("mean").flatten() for layer in ("norm1", "norm2")]
 
     first, second = means(0)

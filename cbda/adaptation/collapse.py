@@ -1,11 +1,17 @@
-"""What is logged of adaptation, and what shows that it has collapsed."""
+"""What shows that adaptation has collapsed."""
 
 import math
 from collections.abc import Mapping
 
-from cbda.adaptation.config import MethodConfig
-from cbda.adaptation.losses import REMEMBERED, Watch
+import torch
+from torch import Tensor, nn
 
+from cbda.adaptation.config import MethodConfig
+
+_REMEMBERED = 0.9
+"""What a batch leaves of the averages that a collapse shows by."""
+_ONE_CLASS, _ONE_OF_TWO, _SOME = 0.9, 0.99, 0.1
+"""Share of the pseudo-labels that counts as all, of two classes, and of the target that has to have any."""
 _NEARLY_ALL = 0.95
 """Mask rate from which on every pseudo-label counts as passing."""
 _THRESHOLD_FELL, _ACCURACY_FELL = 0.9, 0.8
@@ -16,15 +22,38 @@ _BY_CHANCE = 8
 """Standard deviations that an average's highest and lowest may lie apart in a long run in which nothing changes."""
 
 
-def shares_of_passing(means: Mapping[str, float]) -> dict[str, float]:
-    """Return logged means with shares of the target made shares of the pseudo-labels that passed; if any did."""
-    values = dict(means)
-    right, largest = values.pop("adapt/passing_right", None), values.pop("adapt/largest_class", 0.0)
-    if passed := values["adapt/mask_rate"]:
-        values["adapt/largest_class"] = largest / passed
-        if right is not None:
-            values["adapt/pseudo_label_accuracy_oracle"] = right / passed
-    return values
+class Watch(nn.Module):
+    """What a collapse shows by: averages over about ten batches, and the highest that they have been.
+
+    All averages start at 0, so that a run's first batches count for less.
+
+    Args:
+        num_classes: classes C.
+    """
+
+    recent: Tensor
+    """Threshold, accuracy on the source, and for each class the share of the target taken for it with confidence."""
+    highest: Tensor
+    """Of the first two of them."""
+    leaning: Tensor
+    """Batches for which nearly all pseudo-labels have been of one class; batches with hardly any pseudo-labels, which
+    a collapsed run has in between, neither count nor end it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("recent", torch.zeros(2 + num_classes))
+        self.register_buffer("highest", torch.zeros(2))
+        self.register_buffer("leaning", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, threshold: Tensor, accuracy: Tensor, shares: Tensor) -> None:
+        """Take in a batch: its threshold, accuracy on the source, and shares (C,) of the target, over all ranks."""
+        now = torch.cat([torch.stack([threshold, accuracy]), shares])
+        self.recent.lerp_(now.to(self.recent), 1 - _REMEMBERED)
+        self.highest.copy_(torch.maximum(self.highest, self.recent[:2]))
+        passing, limit = self.recent[2:].sum(), _ONE_CLASS if len(shares) > 2 else _ONE_OF_TWO
+        leans = self.recent[2:].max() > limit * passing
+        self.leaning.copy_(torch.where(passing > _SOME, torch.where(leans, self.leaning + 1, 0), self.leaning))
 
 
 def collapse(
@@ -47,7 +76,7 @@ def collapse(
         return f"the source's loss {means['loss/source']:.3g} is more than twice that of equal guesses"
     # Of an average that forgets by r at each batch, the variance is (1 - r) / (1 + r) of a batch's.
     of_batch = best[1] * (1 - best[1]) / batch_size
-    noise = math.sqrt((1 - REMEMBERED) / (1 + REMEMBERED) * of_batch)
+    noise = math.sqrt((1 - _REMEMBERED) / (1 + _REMEMBERED) * of_batch)
     if accuracy < _ACCURACY_FELL * best[1] and best[1] - accuracy > _BY_CHANCE * noise:
         return f"accuracy on the source has fallen from {100 * best[1]:.0f} % to {100 * accuracy:.0f} %"
     if means["schedule/mu"] < 0.5:  # nothing much is learnt from the target yet
