@@ -17,6 +17,7 @@ from common.classification.stored import StoredModel, check_images, read_stored
 from common.data import to_input
 from common.metrics.logits import classify, evaluating
 from common.networks.pixels import pixels_of
+from common.runtime.device import autocast
 from common.runtime.errors import UsageError
 from common.train.recalibration import recalibrates
 
@@ -57,7 +58,8 @@ class AdaptedModel(StoredModel[AdaMatchConfig]):
         def classifier(batch: Tensor) -> Tensor:
             x = to_input(batch, self.device, channels_last=self.cfg.channels_last)
             x = pixels_of(x, self.cfg.model.pixels)
-            return self.network(x, torch.full((len(batch),), CLUSTERS[cluster], device=self.device))
+            with autocast(self.device, self.cfg.precision):  # as the run measures it
+                return self.network(x, torch.full((len(batch),), CLUSTERS[cluster], device=self.device))
 
         with evaluating(self.network):
             size = evaluation_batch_size(self.cfg.data.size)

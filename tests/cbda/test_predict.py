@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,17 @@ def test_a_checkpoint_that_was_not_measured_has_the_statistics_of_one_that_was(t
         loaded.append(load_model(tmp_path / "cbda" / every, checkpoint="1").network.state_dict())
     measured, estimated = loaded
     assert all(torch.equal(measured[name], estimated[name]) for name in measured)
+
+
+def test_a_stored_model_computes_in_the_precision_of_its_run(run):
+    model = load_model(run)
+    images = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
+    x, ids = to_float(images), torch.full((4,), TARGET)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model.network(x, ids).double()
+    narrow = replace(model, cfg=replace(model.cfg, precision="bf16"))
+    assert torch.equal(narrow.logits(images), wanted)
+    assert not torch.equal(model.logits(images), wanted)
 
 
 def test_a_run_named_by_its_checkpoint_is_evaluated_in_its_folder(finished, capsys):
