@@ -37,7 +37,7 @@ class Claim:
         scale: what values are multiplied by, such as 100 for percentage points.
         unit: of the scaled values.
         effect: the paper's effect in this unit and in the claimed direction, if it has a number.
-        controls: arms that the paper lacks, which are compared with ``control`` too.
+        controls: further arms, which are compared with ``control`` too.
         paper_control: the arm that the paper compares with, where it is another one.
         note: what has to be known to read the verdict.
     """
@@ -68,7 +68,7 @@ class Finding:
         judged: the primary contrast and the verdict.
         treated: the mean of the treated arm over the pairs, nan where there is none.
         control: that of the control.
-        controls: by arm that the paper lacks, the same contrast for it.
+        controls: by further arm, the same contrast for it.
         paper: the paper's own contrast, where the control is another one.
         missing: why pairs are missing, a sentence each.
     """

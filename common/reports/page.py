@@ -175,7 +175,7 @@ def _of_claims(experiment: Experiment, findings: Sequence[Finding]) -> Iterator[
         yield f"{claim.id}: {of} against {than}, {claim.take} {' or '.join(claim.tag)}{numbers}: {finding.verdict}."
         for arm, found in finding.controls.items():
             if not math.isnan(found.mean):
-                yield f"{claim.id}, a control that the paper lacks: {arm} against {than}: {_interval(found)}."
+                yield f"{claim.id}, the same for {arm} against {than}: {_interval(found)}."
         if finding.paper is not None and not math.isnan(finding.paper.mean):
             yield f"{claim.id}, as the paper compares: {of} against {claim.paper_control}: {_interval(finding.paper)}."
         if finding.missing:
