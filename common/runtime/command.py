@@ -96,7 +96,7 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
                 _fail(f"{error.filename}: {error.strerror}; expected a place open to this user", 2)
         elif (line := _foreseen(error)) is not None:
-            _fail(line, 1, any_rank=True)
+            _fail(line, 2 if line.startswith("memory") else 1, any_rank=True)
         raise
     except KeyboardInterrupt:
         _leave("stopped at once; the last checkpoint stands", 130)
@@ -105,6 +105,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 def _foreseen(error: RuntimeError) -> str | None:
     """Say what went wrong if it is one of torch's errors that a user can do something about."""
+    if (wanted := re.search(r"can't allocate memory.*?(\d+ bytes)", str(error))) is not None:
+        return f"memory: these sizes need {wanted[1]} at once, more than there is; take smaller ones"
     reason = str(error).split(". ", maxsplit=1)[0]
     if reason.startswith("DataLoader worker (pid"):  # torch raises it whatever the trainer is busy with
         return (

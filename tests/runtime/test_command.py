@@ -48,6 +48,10 @@ def test_each_end_has_its_status_and_one_line(capsys):
     status, (line,) = ended(capsys, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
     assert status == 1
     assert line.startswith("error: device: out of memory (CUDA out of memory); ")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**14)
+    wanted = "error: memory: these sizes need 400000000000000 bytes at once, more than there is; take smaller ones"
+    assert ended(capsys, caught.value) == (2, [wanted])
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
