@@ -69,7 +69,8 @@ def _summary(findings: Sequence[Finding], rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row.commit[:12] + "+" * row.commit.endswith("+changes") for row in rows))
     machines = ", ".join(dict.fromkeys(_machine(row) for row in rows))
     hours = sum(sum(row.seconds.values()) * row.threads for row in rows) / 3600
-    return f"{len(findings)} claims: {counts}. {len(rows)} runs, {hours:.1f} hours of {machines}; commits {commits}."
+    claims = f"{len(findings)} claims: {counts}. " if findings else ""
+    return f"{claims}{len(rows)} runs, {hours:.1f} hours of {machines}; commits {commits}."
 
 
 def _claim(finding: Finding) -> dict[str, object]:
