@@ -33,7 +33,7 @@ class PageConfig:
     study: Path = Path("workflow/small.yaml")
     """The study, whose results and claims are read."""
     title: str = "Cluster-based normalization: what holds"
-    """Of the page."""
+    """Heading of the page."""
     out: Path = Path("report")
     """The folder to write to."""
     force: bool = False

@@ -1,4 +1,4 @@
-"""Check a study's settings before its first run, and say what it will take."""
+"""Check a study's settings before its first run."""
 
 from pathlib import Path
 
@@ -18,14 +18,13 @@ def check(study: Study) -> None:
     Raises:
         UsageError: naming the experiment and arm.
     """
-    for experiment, arm, seed in study.planned():
+    arms = [(experiment, arm) for experiment in study.experiments.values() for arm in experiment.arms]
+    for experiment, arm in arms:
         place = f"study: experiments.{experiment.name}.arms.{arm}"
         if experiment.command not in COMMANDS:
             raise UsageError(f"{place}: expected a command of {', '.join(COMMANDS)}, got {experiment.command}")
-        if seed != experiment.seeds[0]:
-            continue
         try:
-            cfg = parse(COMMANDS[experiment.command], study.flags(experiment, arm, seed))
+            cfg = parse(COMMANDS[experiment.command], study.flags(experiment, arm, experiment.seeds[0]))
         except UsageError as error:
             raise UsageError(f"{place}: {error}") from None
         settings = dict(flatten(to_dict(cfg)))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from common.reports.records import measured_by
+from common.reports.records import unlike
 from common.reports.rows import Row, by_seed
 from common.reports.verdicts import Difference, Judged, judge, paired_difference
 from common.runtime.errors import UsageError
@@ -228,9 +228,7 @@ def _means(claim: Claim, rows: Sequence[Row], seeds: Sequence[int]) -> tuple[flo
 def _refuse_unlike(runs: Sequence[Row], tag: str) -> None:
     """Refuse runs that were measured otherwise, by name."""
     for run in runs[1:]:
-        ours, theirs = (measured_by(each, [tag]) for each in (runs[0], run))
-        differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-        if differ:
+        if differ := unlike(runs[0], run, [tag]):
             raise UsageError(
                 f"results: {runs[0].name} and {run.name} were measured otherwise ({', '.join(differ)} differ), so "
                 f"their {tag} does not compare; run one of them again"

@@ -21,7 +21,6 @@ _METHOD = (
     "the interval is above 0 and p below 0.05. Fails: it does not hold, and the interval is below half the paper's "
     f"effect, or below 0 where the paper has no number. Fewer than {FEWEST_SEEDS} seeds are not judged."
 )
-_KINDS = {"holds": "holds", "fails": "fails"}
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,15 @@ def _summary(findings: Sequence[Finding], rows: Sequence[Row]) -> str:
 def _claim(finding: Finding) -> dict[str, object]:
     claim, found = finding.claim, finding.judged.difference
     unit = f" {claim.unit}" if claim.unit else ""
-    known = not math.isnan(found.mean)
+    kind = finding.judged.verdict.partition(",")[0]
     return {
         "id": claim.id,
         "text": claim.text,
         "place": claim.place,
         "experiment": claim.experiment,
         "verdict": finding.verdict,
-        "kind": _KINDS.get(finding.judged.verdict.partition(",")[0], "open"),
-        "difference": f"{_interval(found)}{unit}" if known else "-",
+        "kind": kind if kind in ("holds", "fails") else "open",
+        "difference": "-" if math.isnan(found.mean) else f"{_interval(found)}{unit}",
         "drawing": _drawing(found, claim.effect),
         "p": "-" if math.isnan(finding.judged.adjusted_p) else f"{finding.judged.adjusted_p:.2g}",
         "seeds": str(len(found.seeds)),
@@ -157,7 +156,7 @@ def _row(experiment: Experiment, arm: str, runs: Mapping[int, Row], health: Sequ
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    """Return "0.61 ± 0.02", the half width of the 95 % interval; a number of runs without a finite value is said."""
+    """Return "0.61 ± 0.02", mean and half width of the 95 % interval, and how many values are not finite."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     lost = f", {len(values) - len(finite)} not finite" if len(finite) < len(values) else ""
     if not finite:

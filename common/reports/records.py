@@ -145,9 +145,7 @@ def refuse_unlike(runs: Sequence[LoggedRun], tags: Sequence[str], named: Sequenc
     firsts: dict[str, LoggedRun] = {}
     for run in runs:
         first = firsts.setdefault(repr([run.settings.get(name) for name in telling]), run)
-        ours, theirs = (measured_by(each, tags) for each in (first, run))
-        differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-        if differ:
+        if differ := unlike(first, run, tags):
             raise UsageError(
                 f"runs: {first.path} and {run.path} were measured otherwise ({', '.join(differ)} differ), so their "
                 "values do not compare; take them apart"
@@ -204,6 +202,12 @@ def measured_by(run: Measured, tags: Sequence[str]) -> dict[str, Any]:
     counts = {f"fid.{'final_' if tag.endswith(FINAL) else ''}samples" for tag in of_features} & run.settings.keys()
     found = {name: value for name, value in protocol.items() if name in names}
     return found | {name: run.settings[name] for name in sorted(counts)}
+
+
+def unlike(one: Measured, other: Measured, tags: Sequence[str]) -> list[str]:
+    """Return the entries of two protocols in which these tags were measured otherwise."""
+    ours, theirs = (measured_by(each, tags) for each in (one, other))
+    return [name for name in ours if name in theirs and ours[name] != theirs[name]]
 
 
 def group_by_seed(runs: Sequence[LoggedRun]) -> list[list[LoggedRun]]:

@@ -124,24 +124,22 @@ def _evaluated(folder: Path) -> dict[str, float | None]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read rows from a file of them, or from all files NAME.jsonl of a folder.
+    """Read a file of rows.
 
     Raises:
-        UsageError: if there is none, a line is no row, or a run is there twice.
+        UsageError: if it cannot be read, is empty, a line is no row, or a run is there twice.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"results: cannot read {path} ({error})") from None
     rows: list[Row] = []
-    for file in files:
+    for number, line in enumerate(lines, 1):
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"results: cannot read {file} ({error})") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(Row(**json.loads(line)))
-            except (ValueError, TypeError):
-                names = ", ".join(field.name for field in fields(Row))
-                raise UsageError(f"results: {file} line {number}: expected a row with {names}") from None
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):
+            names = ", ".join(field.name for field in fields(Row))
+            raise UsageError(f"results: {path} line {number}: expected a row with {names}") from None
     if not rows:
         raise UsageError(f"results: {path} holds no rows; collect some by python -m common.report collect")
     refuse_twice(rows)
@@ -169,7 +167,7 @@ def merged(old: Sequence[Row], new: Sequence[Row], *, replace: bool) -> list[Row
     for row in new:
         if row.name in found and as_line(found[row.name]) != as_line(row) and not replace:
             raise UsageError(
-                f"out: {row.name} is there already with other values, of commit {found[row.name].commit[:12]}; "
+                f"results: {row.name} is there already with other values, of commit {found[row.name].commit[:12]}; "
                 "add --force to replace it"
             )
         found[row.name] = row

@@ -90,7 +90,7 @@ class Study:
 
     @property
     def core_hours(self) -> float:
-        """What all runs take, by the minutes they state."""
+        """Core-hours of all runs, from the minutes that the study states."""
         return sum(each.minutes * each.threads for each, _, _ in self.planned()) / 60
 
 
